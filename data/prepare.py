@@ -1,0 +1,400 @@
+"""
+Text -> tokens on disk:  python data/prepare.py NAME [--key=value ...]
+
+NAME is one of
+  - pydocs, pycode: the documentation and the source of Python and of the packages this project depends on. They need no
+    network, are the same wherever the same packages are installed, and are the default of every tiny preset;
+  - a corpus of the Hugging Face hub (HUB below), streamed with `datasets`;
+  - a file or glob of your own, .txt, .jsonl or .parquet, read by the same code: python data/prepare.py 'books/*.txt'
+
+The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer a token, documents separated by the
+end-of-text token) and meta.json (tokenizer, dtype, counts, source, checksums). It is built in data/NAME.partial/ and
+renamed when it is whole; an interrupted preparation goes on where it stopped (hub and files) or starts again (offline).
+"""
+import ast
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
+    sys.path.insert(0, str(ROOT))
+from configurator import UserError, configure, nearest, run_as_program, write_atomically   # noqa: E402
+
+HUB = {   # name: (repository, configuration, split, column with the text)
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
+    'openwebtext': ('Skylion007/openwebtext', None, 'train', 'text'),
+    'pile': ('monology/pile-uncopyrighted', None, 'train', 'text'),
+    'slimpajama': ('cerebras/SlimPajama-627B', None, 'train', 'text'),
+    'starcoder': ('bigcode/starcoderdata', None, 'train', 'content'),
+    'openwebmath': ('open-web-math/open-web-math', None, 'train', 'text'),
+    'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
+}
+OFFLINE = ('pydocs', 'pycode')
+WAY_OUT = 'without a network use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
+
+
+@dataclass
+class Preparation:
+    """What to turn into tokens, and how."""
+    corpus: str = 'pydocs'         # pydocs, pycode, a hub corpus, or a glob of .txt, .jsonl or .parquet files
+    out: str = ''                  # folder of the result; empty: data/CORPUS
+    tokenizer: str = ''            # bytes, gpt2, or a folder with tokenizer.json; empty: bytes offline, else gpt2
+    text_column: str = ''          # column of .jsonl and .parquet files that holds the text; empty: text
+    max_tokens: int = 0            # stop after this many training tokens; 0: the whole corpus
+    val_fraction: float = 0.0      # share of documents (offline: of files) held out; 0: 5% offline and local, 0.05% from the hub
+    packages: str = 'project'      # offline corpora: those the project depends on, or all that are installed
+    processes: int = 0             # 0: one a core
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+def within(seconds, function, what):
+    """function() in a thread of its own; UserError when it raises an OSError or has not come back after `seconds`."""
+    outcome = {}
+
+    def call():
+        try:
+            outcome['value'] = function()
+        except OSError as error:
+            outcome['error'] = error
+    thread = threading.Thread(target=call, daemon=True)   # daemon: a call that never returns must not keep the program
+    thread.start()
+    thread.join(seconds)
+    if 'value' in outcome:
+        return outcome['value']
+    reason = type(outcome['error']).__name__ if 'error' in outcome else f'no answer within {seconds} s'
+    raise UserError(f'{what} cannot be reached ({reason}); {WAY_OUT}')
+
+
+def bytes_encoding():
+    """The 256 bytes and <|endoftext|> = 256 as a tiktoken Encoding: nothing to learn, nothing to download."""
+    return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,16}', mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={'<|endoftext|>': 256})
+
+
+@functools.cache
+def load_tokenizer(name):
+    """
+    (encode, decode, vocabulary size, end-of-text id) of `bytes`, of a tiktoken encoding (`gpt2`), or of a folder with a
+    tokenizer.json (needs the package tokenizers). encode: text -> 1-d array of ids; decode: list of ids -> text.
+    """
+    if name == 'bytes':
+        encoding = bytes_encoding()   # encoding by numpy gives the same ids, two hundred times faster
+        return (lambda text: np.frombuffer(text.encode('utf-8'), np.uint8)), encoding.decode, 257, 256
+    if name in tiktoken.list_encoding_names():
+        encoding = within(30, lambda: tiktoken.get_encoding(name), f'the vocabulary of the tokenizer {name} (downloaded at its first use)')
+        return encoding.encode_ordinary, encoding.decode, encoding.n_vocab, encoding.eot_token
+    file = Path(name) / 'tokenizer.json'
+    if not file.is_file():
+        raise UserError(f'there is no tokenizer {name!r}' + nearest(name, ['bytes', 'gpt2']) + ': bytes, a tiktoken encoding, or a folder with tokenizer.json')
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(f'{file} needs the package tokenizers: pip install -r requirements-extras.txt') from None
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    ends = [i for i in map(tokenizer.token_to_id, ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')) if i is not None]
+    if not ends:
+        raise UserError(f'{file} has no end-of-text token that is known here')
+    return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids), tokenizer.decode, tokenizer.get_vocab_size(), ends[0]
+
+
+def tokenize(work):
+    """(tokenizer name, [(text, is_validation), ...]) -> [(ids with end-of-text last, bytes of text, is_validation), ...]."""
+    name, documents = work
+    encode, _, vocab_size, end = load_tokenizer(name)
+    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+    return [(np.append(np.asarray(encode(text), dtype), dtype(end)), len(text.encode('utf-8')), is_val) for text, is_val in documents]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the offline corpora
+
+SKIPPED_FOLDERS = {'test', 'tests', 'testing', 'idle_test', '_vendor', 'vendor', 'vendored', '_vendored', 'third_party', 'externals', 'extern',
+                   'site-packages', '__pycache__', 'lib2to3', 'encodings'}
+LICENCE = re.compile(r'copyright|licen[cs]ed? |all rights reserved|redistribution', re.IGNORECASE)
+
+
+def project_packages():
+    """Names of the installed packages that requirements.txt asks for and, in turn, those they ask for, sorted."""
+    def name_of(requirement):
+        return re.match(r'[A-Za-z0-9._-]+', requirement)[0].lower().replace('_', '-')
+    lines = (line.split('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines())
+    found, queue = set(), deque(name_of(line) for line in lines if line)
+    while queue:
+        name = queue.popleft()
+        try:
+            wanted = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name not in found:
+            found.add(name)
+            queue.extend(name_of(r) for r in wanted if 'extra ==' not in r)
+    return sorted(found)
+
+
+def source_files(packages):
+    """[(name that is the same on every machine, path)] of the .py files of Python's library and the packages, tests and vendored copies left out."""
+    library = Path(sysconfig.get_paths()['stdlib'])
+    files = {f'python/{p.relative_to(library).as_posix()}': p for p in library.rglob('*.py')}
+    names = project_packages() if packages == 'project' else sorted({d.metadata['Name'].lower() for d in importlib.metadata.distributions()})
+    for name in names:
+        for file in importlib.metadata.files(name) or []:
+            if file.suffix == '.py' and '..' not in file.parts:
+                files[f'{name}/{file.as_posix()}'] = Path(file.locate())
+    return [(name, path) for name, path in sorted(files.items())
+            if not SKIPPED_FOLDERS & set(Path(name).parts[1:-1]) and not re.match(r'test_|.*_test\.py|conftest', path.name)]
+
+
+def documentation(tree):
+    """(docstring node, its text) of a module and everything defined in it, in the order of the source."""
+    body = tree.body
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+        yield body[0], body[0].value.value
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from documentation(node)
+
+
+def unindent(text):
+    """A docstring as help() shows it: tabs and common indentation removed."""
+    first, _, rest = text.expandtabs().partition('\n')
+    margin = min((len(line) - len(line.lstrip()) for line in rest.split('\n') if line.strip()), default=0)
+    return '\n'.join([first.strip()] + [line[margin:].rstrip() for line in rest.split('\n')]).strip()
+
+
+def read_source(job):
+    """(corpus, path) -> the texts one file gives: its documentation strings for pydocs, its code without them for pycode."""
+    corpus, path = job
+    try:
+        source = Path(path).read_text(encoding='utf-8')
+        tree = ast.parse(source)
+    except (OSError, ValueError, SyntaxError, RecursionError):   # not every installed file is Python of this version
+        return []
+    if corpus == 'pydocs':
+        texts = [unindent(text) for _, text in documentation(tree)]
+        if Path(path).parts[-2:] == ('pydoc_data', 'topics.py'):   # help('if'), help('yield'), ...: prose in a dict
+            texts += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        return [text for text in texts if len(text) >= 40 and not LICENCE.search(text)]
+    lines = source.split('\n')
+    for node, _ in documentation(tree):
+        lines[node.lineno - 1:node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    code = '\n'.join(line.rstrip() for line in lines if line is not None)
+    header = re.match(r'(?:#[^\n]*\n|\s)*', code)[0]
+    code = (code[len(header):] if LICENCE.search(header) else code).strip()
+    return [code] if len(code) >= 200 else []
+
+
+def without_near_duplicates(documents):
+    """
+    Drop every text of which more than a third has been seen before: all runs of 8 words are remembered, so that copies,
+    slightly changed copies and boilerplate go, and nothing of what comes first (the validation split) returns later.
+    """
+    seen = set()
+    for text, is_val in documents:
+        words = re.sub(r'[\W\d_]+', ' ', text.lower()).encode().split()
+        runs = {zlib.crc32(b' '.join(words[i:i + 8])) for i in range(max(1, len(words) - 7))}
+        if 3 * len(runs & seen) <= len(runs):
+            seen |= runs
+            yield text, is_val
+
+
+def offline_documents(options, pool):
+    """Yield (text, is_validation) of pydocs or pycode, validation first; the split is by file, decided by a hash of its name."""
+    files = source_files(options.packages)
+    texts = pool.imap(read_source, [(options.corpus, str(path)) for _, path in files], chunksize=16)
+    texts = list(tqdm(texts, total=len(files), desc=f'reading {options.corpus}', unit='file', leave=False))
+    held_out = [int(hashlib.md5(name.encode()).hexdigest(), 16) % 10 ** 6 < options.val_fraction * 10 ** 6 for name, _ in files]
+    ordered = ((text, is_val) for is_val in (True, False) for of_file, held in zip(texts, held_out) if held == is_val for text in of_file)
+    yield from without_near_duplicates(ordered)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub, and files of your own
+
+def open_stream(options):
+    """The `datasets` stream of a hub corpus or of local files, and the column that holds its text."""
+    local = options.corpus not in HUB
+    if local:
+        files = sorted(glob.glob(options.corpus, recursive=True))
+        if not files:
+            known = [*OFFLINE, *HUB]
+            raise UserError(f'{options.corpus!r} is no corpus and matches no file' + nearest(options.corpus, known) + f'; there are {", ".join(known)}')
+        kinds = {Path(f).suffix for f in files}
+        builder = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}.get(kinds.pop() if len(kinds) == 1 else '')
+        if builder is None:
+            raise UserError(f'{options.corpus}: all files must be .txt, or all .jsonl, or all .parquet')
+        source = dict(path=builder, data_files=files, split='train', **(dict(sample_by='document') if builder == 'text' else {}))
+        column = options.text_column or 'text'
+    else:
+        repository, configuration, split, column = HUB[options.corpus]
+        source = dict(path=repository, name=configuration, split=split)
+        if not os.environ.get('HF_HUB_OFFLINE'):
+            import huggingface_hub
+            # the client itself retries for minutes where packets vanish silently, so ask first, with a deadline
+            within(10, functools.partial(reach, huggingface_hub.constants.ENDPOINT), f'the Hugging Face hub, where {options.corpus} is,')
+    import datasets   # takes a second, and the offline corpora do not need it
+    try:
+        stream = datasets.load_dataset(**source, streaming=True)
+    except OSError as error:
+        raise UserError(f'{options.corpus} cannot be reached ({type(error).__name__}); {WAY_OUT}') from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f'{options.corpus} cannot be read: {error}') from error
+    return stream, column
+
+
+def reach(address):
+    """Any HTTP answer at all from `address`; OSError when there is none."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method='HEAD'), timeout=8)
+    except urllib.error.HTTPError:
+        pass   # it answered, which is all that was asked
+    return True
+
+
+def stream_batches(stream, column, options, of_documents=256):
+    """Yield ([(text, is_validation), ...], state of the stream behind it); the split is decided by a hash of the text."""
+    batch = []
+    for row in stream:
+        if column not in row or not isinstance(row[column], str):
+            raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(row)}: choose with --text_column=')
+        is_val = zlib.crc32(row[column].encode('utf-8')) < options.val_fraction * 2 ** 32
+        batch.append((row[column], is_val))
+        if len(batch) == of_documents:
+            yield batch, stream.state_dict()
+            batch = []
+    if batch:
+        yield batch, stream.state_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def checksum(path):
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def prepare(options):
+    """Make the corpus that `options` describe, unless it is there; returns its folder."""
+    is_offline = options.corpus in OFFLINE
+    out = Path(options.out or Path(__file__).parent / (options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'))
+    if (out / 'meta.json').is_file():
+        print(f'{out} is already prepared; delete it to make it again')
+        return out
+    options.tokenizer = options.tokenizer or ('bytes' if is_offline else 'gpt2')
+    options.val_fraction = options.val_fraction or (0.0005 if options.corpus in HUB else 0.05)
+    _, _, vocab_size, end = load_tokenizer(options.tokenizer)
+    stream = None if is_offline else open_stream(options)
+    partial = Path(f'{out}.partial')
+    state = read_progress(partial, options) if stream else None
+    if state is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        state = dict(options=vars(options), stream=None, counts={split: dict(tokens=0, bytes=0, documents=0) for split in ('train', 'val')})
+    # spawn, not fork: the caller may have threads; workers leave Ctrl-C to this process
+    with get_context('spawn').Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts) as pool:
+        if is_offline:
+            documents = list(offline_documents(options, pool))
+            batches = ((documents[i:i + 256], None) for i in range(0, len(documents), 256))
+        else:
+            if state['stream']:
+                stream[0].load_state_dict(state['stream'])
+            batches = stream_batches(*stream, options)
+        write_tokens(partial, batches, state, options, pool)
+    for split in ('train', 'val'):
+        if not state['counts'][split]['tokens']:
+            raise UserError(f'{options.corpus} gave no {split} documents; a corpus needs some, and --val_fraction={options.val_fraction} of them held out')
+    meta = dict(corpus=options.corpus, tokenizer=options.tokenizer, vocab_size=vocab_size, end_of_text=end,
+                dtype='uint16' if vocab_size <= 2 ** 16 else 'uint32', options=vars(options), python=platform.python_version(),
+                packages={n: importlib.metadata.version(n) for n in project_packages()} if is_offline else {},
+                splits={split: dict(**counts, sha256=checksum(partial / f'{split}.bin')) for split, counts in state['counts'].items()})
+    (partial / 'progress.json').unlink(missing_ok=True)
+    write_atomically(partial / 'meta.json', json.dumps(meta, indent=1) + '\n')
+    os.replace(partial, out)
+    train, val = meta['splits']['train'], meta['splits']['val']
+    print(f'{out}: {train["tokens"]:,} training and {val["tokens"]:,} validation tokens ({options.tokenizer}) of {train["documents"] + val["documents"]:,} documents')
+    return out
+
+
+def ignore_interrupts():
+    """In a worker process: Ctrl-C is the parent's to handle."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read_progress(partial, options):
+    """What an interrupted preparation with the same options had written, or None: then it starts anew."""
+    try:
+        state = json.loads((partial / 'progress.json').read_text(encoding='utf-8'))
+        return state if state['options'] == vars(options) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_tokens(partial, batches, state, options, pool, save_every=64):
+    """Tokenize in parallel and append to {train,val}.bin; every few batches progress.json says how much of them is good."""
+    counts, states = state['counts'], deque()
+
+    def work():
+        for batch, stream_state in batches:
+            states.append(stream_state)   # the pool reads ahead, so the state behind each batch waits for its turn
+            yield options.tokenizer, batch
+    files = {split: open(partial / f'{split}.bin', 'ab') for split in counts}
+    try:
+        for split, file in files.items():   # an interrupted run may have written more than it recorded
+            file.truncate(counts[split]['tokens'] * (2 if load_tokenizer(options.tokenizer)[2] <= 2 ** 16 else 4))
+        bar = tqdm(desc=f'writing {options.corpus}', unit='tok', unit_scale=True, initial=counts['train']['tokens'], total=options.max_tokens or None)
+        for i, documents in enumerate(pool.imap(tokenize, work()), 1):
+            for ids, n_bytes, is_val in documents:
+                split = 'val' if is_val else 'train'
+                files[split].write(ids.tobytes())
+                for key, more in dict(tokens=len(ids), bytes=n_bytes, documents=1).items():
+                    counts[split][key] += more
+                bar.update(0 if is_val else len(ids))
+            state['stream'] = states.popleft()
+            if state['stream'] and i % save_every == 0:
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_atomically(partial / 'progress.json', json.dumps(state))
+            if options.max_tokens and counts['train']['tokens'] >= options.max_tokens:
+                break
+        bar.close()
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def main(argv):
+    """Command line: a corpus name first, knobs after it."""
+    if argv and not argv[0].startswith('-') and not argv[0].endswith('.py'):
+        argv = [f'--corpus={argv[0]}', *argv[1:]]
+    options, _, _ = configure(argv, Preparation, program='data/prepare.py')
+    prepare(options)
+
+
+if __name__ == '__main__':
+    run_as_program(main)

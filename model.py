@@ -1,0 +1,467 @@
+"""
+The model: GPT-2, Llama and their close kin in one file, told apart by the switches of `GPTConfig`.
+
+Shapes: B sequences, T positions, C = n_embd, H query heads, K key/value heads, D = head_dim, F = n_mlp, V vocabulary.
+On disk a model is a Hugging Face folder (`config.json`, `model.safetensors`) under the architecture its configuration
+equals, so transformers opens what we save.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from configurator import UserError, nearest, write_atomically
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a decoder. Raises UserError when the numbers do not fit together."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int = 0                  # 0: as many as query heads
+    head_dim: int = 0                   # 0: n_embd / n_head
+    n_mlp: int = 0                      # 0: 4 n_embd
+    vocab_size: int = 50257
+    block_size: int = 1024              # longest context; the table of learned positions, or what RoPE is trained for
+    norm: str = 'rms'                   # rms or layer
+    norm_eps: float = 1e-5
+    act: str = 'swiglu'                 # swiglu, gelu (tanh approximation), gelu_exact or relu
+    pos: str = 'rope'                   # rope or learned
+    rope_theta: float = 1e4
+    rotary_fraction: float = 1.0        # share of each head that RoPE turns (GPT-NeoX: 0.25)
+    qk_norm: bool = False               # RMSNorm on each head's queries and keys (Qwen3)
+    parallel: bool = False              # attention and MLP read the same input (GPT-NeoX)
+    bias: bool = False                  # biases in linear layers and LayerNorm
+    tied: bool = False                  # the head is the token embedding
+    attn_scale_by_layer: bool = False   # attention logits divided by the layer's number, 1 at the bottom (Inheritune)
+    init_std: float = 0.0               # 0: sqrt(2 / (5 n_embd)), paper 001
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
+        self.n_mlp = self.n_mlp or 4 * self.n_embd
+        for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_mlp', 'vocab_size', 'block_size'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} must be at least 1, not {getattr(self, name)}')
+        if self.n_head % self.n_kv_head:
+            raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
+        if self.pos == 'rope' and self.rotary_dim % 2:
+            raise UserError(f'RoPE turns pairs of dimensions, but {self.rotary_dim} of each head are an odd number')
+        for name, legal in dict(norm=('rms', 'layer'), act=('swiglu', 'gelu', 'gelu_exact', 'relu'), pos=('rope', 'learned')).items():
+            if getattr(self, name) not in legal:
+                raise UserError(f'{name} is one of {", ".join(legal)}, not {getattr(self, name)!r}')
+
+    @property
+    def rotary_dim(self):
+        """Dimensions of each head that RoPE turns."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @classmethod
+    def named(cls, name, **changes):
+        """
+        The configuration of a size of the papers or of GPT-2, with fields overridden by `changes`; or `WIDTHxLAYERS`,
+        any small Llama with heads of 16 (`64x4`). Raises UserError with the nearest name for an unknown one.
+        """
+        if match := re.fullmatch(r'(\d+)x(\d+)', name):
+            width, layers = map(int, match.groups())
+            if width % 16 or not width:
+                raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
+            shape = dict(n_embd=width, n_layer=layers, n_head=width // 16, n_mlp=8 * round(width / 3))   # 8/3 width, in eights
+        elif name in SIZES:
+            shape = SIZES[name]
+        else:
+            raise UserError(f'there is no size {name!r}' + nearest(name, SIZES) + f'; there are {", ".join(SIZES)} and WIDTHxLAYERS')
+        return cls(**{**shape, **changes})
+
+
+def _llama(n_embd, n_mlp, n_layer, n_head, **more):
+    return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, **more)
+
+
+def _gpt2(n_embd, n_layer, n_head, **more):
+    return {**dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu', pos='learned', bias=True, tied=True,
+                   init_std=0.02), **more}
+
+
+SIZES = {
+    # progressive training (paper 000, Table 6)
+    '1b': _llama(2048, 7168, 18, 16), '2b': _llama(2560, 8960, 22, 20),
+    '4b': _llama(3200, 11200, 27, 25), '8b': _llama(4096, 14336, 33, 32),
+    # scaling laws of model reuse (paper 001, Table 4)
+    **{name: _llama(d, 4 * d, layers, heads, vocab_size=32000) for name, d, layers, heads in [
+        ('15m', 320, 9, 4), ('44m', 480, 12, 8), ('0.1b', 640, 15, 8), ('0.2b', 832, 21, 8), ('0.5b', 1120, 26, 16),
+        ('1b-reuse', 1504, 30, 16)]},
+    # Late-to-Early Training (paper 002, Table 2): target models
+    '1.4b': _llama(2048, 5461, 24, 32, vocab_size=32000, block_size=1280),
+    '7b': _llama(4096, 11008, 32, 32, vocab_size=32000, block_size=1280),
+    # GPT-2; Inheritune (paper 003) trains them without biases and with attn_scale_by_layer
+    'gpt2': _gpt2(768, 12, 12), 'gpt2-medium': _gpt2(1024, 24, 16), 'gpt2-large': _gpt2(1280, 36, 20),
+    'gpt2-xl': _gpt2(1600, 48, 25), 'gpt2-large-32': _gpt2(1280, 32, 20),
+    # the descendants of Chain-of-Learngene (paper 004, Table 7)
+    '138m': _gpt2(768, 14, 12), '220m': _gpt2(896, 18, 14), '277m': _gpt2(896, 24, 14), '380m': _gpt2(1024, 26, 16),
+    '537m': _gpt2(1152, 30, 18),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the layers
+
+def _norm(config, dim):
+    if config.norm == 'rms':
+        return nn.RMSNorm(dim, eps=config.norm_eps)
+    return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+
+
+def rotate(x, cos, sin):
+    """Turn the first 2n of each head's dimensions by position: x (B, heads, T, D), cos and sin (T, 2n); Llama's pairing (i, i+n)."""
+    n = cos.shape[-1] // 2
+    first, second, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
+    turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(x.dtype), rest), -1) if rest.shape[-1] else turned.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped queries where n_kv_head < n_head: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.q = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.bias)
+        self.o = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.scale = config.head_dim ** -0.5 / (layer + 1 if config.attn_scale_by_layer else 1)
+
+    def forward(self, x, rope, cache):
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for project in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            if 1 < T < k.shape[2]:   # new positions after old ones: SDPA's is_causal aligns top left, we need bottom right
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == k.shape[2] and T > 1, scale=self.scale,
+                                           enable_gqa=self.config.n_kv_head < self.config.n_head)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C) through F hidden units: down(silu(gate x) * up x), or down(act(up x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_mlp, bias=config.bias)
+        if config.act == 'swiglu':
+            self.gate = nn.Linear(config.n_embd, config.n_mlp, bias=config.bias)
+        self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
+        self.act = config.act
+
+    def forward(self, x):
+        if self.act == 'swiglu':
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.act == 'relu':
+            return self.down(F.relu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate='tanh' if self.act == 'gelu' else 'none'))
+
+
+class Block(nn.Module):
+    """One layer: (B, T, C) -> (B, T, C), normalised before each part, added to the residual stream after it."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1, self.attn = _norm(config, config.n_embd), Attention(config, layer)
+        self.norm2, self.mlp = _norm(config, config.n_embd), MLP(config)
+        self.parallel = config.parallel
+
+    def forward(self, x, rope, cache):
+        if self.parallel:
+            return x + self.attn(self.norm1(x), rope, cache) + self.mlp(self.norm2(x))
+        x = x + self.attn(self.norm1(x), rope, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class Cache:
+    """Keys and values of the positions already seen. Setting `length` back forgets the last positions."""
+
+    def __init__(self, config, batch, length, like):
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0   # positions filled
+
+    def extend(self, layer, k, v):
+        """Store (B, K, T, D) behind the filled positions; returns all keys and values up to there, views (B, K, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+class Output(NamedTuple):
+    """logits (B, T, V), None when targets were given; loss, a scalar, None without targets; hidden (B, T, C), None unless asked."""
+    logits: torch.Tensor | None
+    loss: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
+class GPT(nn.Module):
+    """A decoder-only language model of the given configuration, freshly initialised from torch's random state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, device = config, torch.get_default_device()
+        with torch.device('meta'):   # no memory, and no initialisation by nn.Linear that ours would overwrite
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
+            self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+            self.norm = _norm(config, config.n_embd)
+            self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device=device)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """
+        Matrices and embeddings ~ N(0, std), std = init_std or sqrt(2 / (5 C)); the two that write to the residual stream
+        (attn.o, mlp.down) smaller by sqrt(2 n_layer), as in GPT-2; norm gains 1, biases 0. RoPE's tables are built here too.
+        """
+        std = self.config.init_std or math.sqrt(2 / (5 * self.config.n_embd))
+        for name, p in self.named_parameters():
+            if name.endswith(('attn.o.weight', 'mlp.down.weight')):
+                nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.config.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, 0.0, std)
+            elif name.endswith('.bias'):
+                nn.init.zeros_(p)
+            else:
+                assert 'norm' in name, f'no initialisation for {name}'
+                nn.init.ones_(p)
+        self.build_rope(self.wte.weight.device)
+
+    def build_rope(self, device):
+        """Tables cos, sin (block_size, rotary_dim), computed in float32 as everyone does, not saved."""
+        if self.config.pos == 'rope':
+            frequency = self.config.rope_theta ** -(torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim)
+            angle = torch.outer(torch.arange(self.config.block_size, device=device).float(), frequency).repeat(1, 2)
+            self.register_buffer('cos', angle.cos(), persistent=False)
+            self.register_buffer('sin', angle.sin(), persistent=False)
+
+    def forward(self, idx, targets=None, hidden_at=None, cache=None):
+        """
+        idx (B, T) int64 -> Output. With `targets` (B, T), -100 where nothing is asked: the mean cross entropy in nats, and
+        no logits. `hidden_at=k`: the residual stream after layer k too, k from 1 to n_layer. With a `cache` the T positions
+        come after those it holds, and it is filled with them.
+        """
+        start = cache.length if cache is not None else 0
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f'{end} positions, but block_size is {self.config.block_size}')
+        x, rope, hidden = self.wte(idx), None, None
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start:end]
+        else:
+            rope = self.cos[start:end], self.sin[start:end]
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x, rope, cache)
+            if i == hidden_at:
+                hidden = x
+        if cache is not None:
+            cache.length = end
+        logits = F.linear(self.norm(x), self.head_weight)
+        if targets is None:
+            return Output(logits, None, hidden)
+        return Output(None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), hidden)
+
+    @property
+    def head_weight(self):
+        """The (V, C) matrix that turns the last hidden state into logits."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def num_params(self, embedding=False, head=False):
+        """Parameters N of the layers and the final norm (paper 001's N), with embeddings and head only where asked for; tied: once."""
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        embeddings = sum(n for name, n in sizes.items() if name.startswith(('wte.', 'wpe.')))
+        untied_head = sizes.get('lm_head.weight', 0)
+        total = sum(sizes.values()) - embeddings - untied_head
+        if embedding:
+            total += embeddings
+        if head:
+            total += untied_head if self.lm_head is not None else (0 if embedding else self.wte.weight.numel())
+        return total
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
+        """
+        Continue idx (B, T) by up to `max_new_tokens` tokens; returns (B, T + new). temperature 0 is greedy. Ends early when
+        every sequence has produced the token `stop`. Keys and values are cached; when the context is full, generation goes
+        on from its later half.
+        """
+        cache, seen = Cache(self.config, len(idx), self.config.block_size, self._like()), 0
+        done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache.length + idx.shape[1] - seen > self.config.block_size:
+                cache.length, seen = 0, max(0, idx.shape[1] - max(1, self.config.block_size // 2))
+            logits = self(idx[:, seen:], cache=cache).logits[:, -1].float()
+            seen = idx.shape[1]
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            idx = torch.cat((idx, token), 1)
+            done |= token[:, 0] == (-1 if stop is None else stop)
+            if stop is not None and done.all():
+                break
+        return idx
+
+    def _like(self):
+        """An empty tensor of the device and dtype that attention's keys have, autocast considered."""
+        weight = self.wte.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return torch.empty(0, device=weight.device, dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
+
+    def save(self, folder):
+        """Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals; atomic for each file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hf_config, tensors = to_hugging_face(self.config, {k: v.detach() for k, v in self.state_dict().items()})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
+        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+        write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders
+
+LLAMA_NAMES = {   # ours -> transformers', within a layer
+    'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm',
+    **{f'attn.{x}': f'self_attn.{x}_proj' for x in 'qkvo'}, **{f'mlp.{x}': f'mlp.{x}_proj' for x in ('gate', 'up', 'down')},
+}
+GPT2_NAMES = {
+    'norm1': 'ln_1', 'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc',
+    'mlp.down': 'mlp.c_proj',
+}
+
+
+def is_llama(config):
+    """Whether transformers' LlamaForCausalLM computes the same function."""
+    return (config.norm, config.act, config.pos, config.rotary_fraction) == ('rms', 'swiglu', 'rope', 1.0) and not (
+        config.qk_norm or config.parallel or config.attn_scale_by_layer)
+
+
+def is_gpt2(config):
+    """Whether transformers' GPT2LMHeadModel computes the same function (it always has biases: ours are zero there when absent)."""
+    return (config.norm, config.act, config.pos) == ('layer', 'gelu', 'learned') and config.n_kv_head == config.n_head and (
+        config.n_head * config.head_dim == config.n_embd) and not (config.qk_norm or config.parallel)
+
+
+def _llama_name(name):
+    """transformers' name in Llama for one of our tensors."""
+    if match := re.match(r'blocks\.(\d+)\.(.+)\.(weight|bias)$', name):
+        return f'model.layers.{match[1]}.{LLAMA_NAMES[match[2]]}.{match[3]}'
+    return name.replace('wte.', 'model.embed_tokens.').replace('norm.', 'model.norm.')
+
+
+def _gpt2_name(name):
+    """transformers' name in GPT-2 for one of our tensors; q, k and v share one."""
+    if match := re.match(r'blocks\.(\d+)\.(.+)\.(weight|bias)$', name):
+        return f'transformer.h.{match[1]}.{GPT2_NAMES[match[2]]}.{match[3]}'
+    return name if name.startswith('lm_head') else 'transformer.' + name.replace('norm.', 'ln_f.')
+
+
+def to_hugging_face(config, state):
+    """
+    Our configuration and tensors as transformers' (config.json's content, tensors). What no architecture there equals is
+    written in our own layout. `nanofamily` holds our configuration, so that reading it back is exact.
+    """
+    common = dict(nanofamily=asdict(config), vocab_size=config.vocab_size, tie_word_embeddings=config.tied, torch_dtype='float32')
+    if is_llama(config):
+        return dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=config.n_embd, intermediate_size=config.n_mlp,
+                    num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+                    head_dim=config.head_dim, hidden_act='silu', max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
+                    rope_theta=config.rope_theta, attention_bias=config.bias, mlp_bias=config.bias, **common), {
+                        _llama_name(name): tensor for name, tensor in state.items()}
+    if not is_gpt2(config):
+        return dict(architectures=['GPT'], model_type='nanofamily', **common), dict(state)
+    tensors = {}
+    for name, tensor in state.items():
+        # GPT-2 stores linear weights (in, out), and always has biases: ours are zero there when absent
+        pieces = {_gpt2_name(name): tensor.T if tensor.ndim == 2 and name.startswith('blocks.') else tensor}
+        if not config.bias and name.startswith(('blocks.', 'norm.')):
+            pieces[_gpt2_name(name).replace('.weight', '.bias')] = tensor.new_zeros(len(tensor))
+        for theirs, piece in pieces.items():   # q, k, v in this order, side by side
+            tensors[theirs] = torch.cat((tensors[theirs], piece), -1) if theirs in tensors else piece
+    return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+                n_inner=config.n_mlp, n_positions=config.block_size, activation_function='gelu_new', layer_norm_epsilon=config.norm_eps,
+                scale_attn_by_inverse_layer_idx=config.attn_scale_by_layer, **common), tensors
+
+
+def from_hugging_face(hf_config, tensors):
+    """(GPTConfig, our tensors) for a config.json's content and its tensors; UserError for what does not match, listing the tensors."""
+    if 'nanofamily' not in hf_config:
+        raise UserError(f'no reader for model type {hf_config.get("model_type")!r} yet: only folders written by model.save')
+    config = GPTConfig(**hf_config['nanofamily'])
+    with torch.device('meta'):
+        template = GPT(config).state_dict()
+    rename = {'llama': _llama_name, 'gpt2': _gpt2_name}.get(hf_config['model_type'], str)
+    expected = {rename(name) for name in template}
+    optional = {name.replace('.weight', '.bias') for name in expected} if rename is _gpt2_name and not config.bias else set()
+    if wrong := (expected - tensors.keys()) | (tensors.keys() - expected - optional):
+        raise UserError('tensors missing or surplus: ' + ', '.join(sorted(wrong)[:8]) + (', ...' if len(wrong) > 8 else ''))
+    state = {}
+    for name, like in template.items():
+        tensor = tensors[rename(name)]
+        if rename is _gpt2_name and (part := re.search(r'attn\.([qkv])\.', name)):
+            tensor = tensor.chunk(3, -1)['qkv'.index(part[1])]
+        if rename is _gpt2_name and name.startswith('blocks.') and tensor.ndim == 2:
+            tensor = tensor.T
+        if tensor.shape != like.shape:
+            raise UserError(f'{rename(name)} has shape {tuple(tensor.shape)}, the configuration says {tuple(like.shape)}')
+        state[name] = tensor.contiguous()
+    return config, state
+
+
+def load(folder, device='cpu'):
+    """
+    The model in a Hugging Face folder, in the dtype its tensors have. Raises UserError when there is none, when a file is
+    damaged, or when tensors and configuration do not match.
+    """
+    folder = Path(folder)
+    if not (folder / 'config.json').is_file():
+        raise UserError(f'{folder} is not a model folder (it has no config.json)')
+    files = sorted(folder.glob('*.safetensors'))
+    if not files:
+        raise UserError(f'{folder} has no .safetensors file; weights in other formats are not read')
+    try:
+        hf_config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        tensors = {name: tensor for file in files for name, tensor in load_file(file, device=str(device)).items()}
+    except (ValueError, SafetensorError, OSError) as error:
+        raise UserError(f'{folder} is damaged: {error}') from error
+    config, state = from_hugging_face(hf_config, tensors)
+    with torch.device('meta'):
+        model = GPT(config)
+    model.load_state_dict(state, assign=True)
+    model.build_rope(device)
+    return model
