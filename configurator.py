@@ -161,16 +161,19 @@ def parse(text, kind):
 # reading the command line and config files
 
 def read_config_file(path):
-    """The assignments of a config file as {name: value}; what starts with _, modules and functions stay private to it."""
+    """The assignments of a config file as {name: value}; what starts with _ and modules stay private to it."""
     path = Path(path)
     if not path.is_file():
         candidates = [str(p) for folder in (path.parent, Path('config')) for p in folder.glob('*.py')]
         raise UserError(f'there is no config file {path}' + nearest(str(path), candidates))
+    sys.path.insert(0, str(path.parent))   # a config may begin with  from another_config import *
     try:
         values = runpy.run_path(str(path))
     except Exception as error:   # whatever the file raises is the person's to mend, and this line says where
         raise UserError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
-    return {k: v for k, v in values.items() if k[0] != '_' and not isinstance(v, types.ModuleType) and not callable(v)}
+    finally:
+        sys.path.pop(0)
+    return {k: v for k, v in values.items() if k[0] != '_' and not isinstance(v, types.ModuleType)}
 
 
 def read_arguments(argv):
@@ -226,6 +229,8 @@ def configure(argv, general, methods=None, program='train.py'):
     kinds = {key: kind for cls in classes for key, kind in typing.get_type_hints(cls).items()}
     values, origins = {}, {}
     for said, key, value, is_text in settings:
+        if key not in kinds and callable(value):   # a function that the config file imported or defined for itself
+            continue
         if key not in kinds:
             raise UserError(f'{said}: there is no knob {key!r}' + nearest(key, kinds) + '; --help lists them all')
         try:

@@ -40,12 +40,17 @@ def bits_per_byte(loss, bytes_per_token):
 # ---------------------------------------------------------------------------------------------------------------------
 # the report of a run
 
-def human(number):
-    """1234567 -> '1.23M', in SI letters; the empty string for zero."""
+def human(number, letters=('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z', 'Y')):
+    """1234567 -> '1.23M', with SI letters; the empty string for zero."""
     if not number:
         return ''
-    exponent = max(0, min(24, int(math.log10(abs(number)) // 3 * 3)))
-    return f'{number / 10 ** exponent:.3g}{dict(zip(range(0, 25, 3), ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]))[exponent]}'
+    power = max(0, min(len(letters) - 1, int(math.log10(abs(number)) // 3)))
+    return f'{number / 1000 ** power:.3g}{letters[power]}'
+
+
+def count(number):
+    """Parameters or tokens as the field writes them: 8.44B."""
+    return human(number, ('', 'k', 'M', 'B', 'T'))
 
 
 def table(rows):
@@ -76,7 +81,7 @@ def result_table(results):
     rows = [['stage', 'N', 'tokens', 'FLOPs', 'val loss', 'bits/byte', 'cumulative FLOPs', 'independent', 'saved']]
     for r in results:
         saved = 1 - family_cost(r) / r.baseline_flops if r.baseline_flops else 0
-        rows.append([r.name, human(r.n_params), human(r.tokens), human(r.flops), f'{r.val_loss:.4f}', f'{r.bits_per_byte:.4f}',
+        rows.append([r.name, count(r.n_params), count(r.tokens), human(r.flops), f'{r.val_loss:.4f}', f'{r.bits_per_byte:.4f}',
                      human(family_cost(r)), human(r.baseline_flops), f'{saved:.1%}' if abs(saved) > 0.0005 else ''])
     return table(rows)
 

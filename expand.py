@@ -220,6 +220,7 @@ class Progressive:
     width: str = 'aki'                      # width growth: aki or fpi
     depth: str = 'stack'                    # depth growth: stack or bert2bert
     compare: str = ''                       # independent: also train each size from scratch on its own token budget
+    independent_learning_rates: tuple[float, ...] = ()  # maximum learning rates of those; empty: the same as the family's
 
     def stages(self, run):
         """One stage a size, each grown from the one before; then, to compare, each size from scratch."""
@@ -232,17 +233,20 @@ class Progressive:
         tokens = allocate_tokens(params, scratch)
         baseline = [sum(6 * x * t for x, t in zip(params[:i + 1], scratch)) for i in range(len(params))]
 
-        smallest = smaller = None
+        smaller = None
         for i, (size, config) in enumerate(zip(self.sizes, configs)):
             smaller = yield Stage(
                 size, config, tokens[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i), parent=smaller,
                 start=self.describe_growth(smaller.name, configs[i - 1], config) if smaller else 'random initialisation',
                 model=(lambda: grow(load(smaller.folder), config, self.width, self.depth)) if smaller else None)
-            smallest = smallest or smaller
 
-        if self.compare == 'independent':   # the smallest size is the same model in both families
-            for i in range(1, len(configs)):
-                yield Stage(f'independent-{self.sizes[i]}', configs[i], scratch[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i))
+        if self.compare == 'independent':
+            for i, (size, config) in enumerate(zip(self.sizes, configs)):
+                knobs = self.knobs_of(i)
+                if self.independent_learning_rates:
+                    knobs['learning_rate'] = self.independent_learning_rates[i]
+                if i or knobs != self.knobs_of(i):   # else the smallest size is one model in both families
+                    yield Stage(f'independent-{size}', config, scratch[i], params[i], baseline_flops=baseline[i], knobs=knobs)
 
     def describe_growth(self, name, small, large):
         """In words, where a grown model's weights come from."""
@@ -260,7 +264,7 @@ class Progressive:
 
     def check(self, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        for name in ('params', 'scratch_tokens', 'learning_rates', 'batch_sizes'):
+        for name in ('params', 'scratch_tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
             if getattr(self, name) and len(getattr(self, name)) != len(self.sizes):
                 raise UserError(f'{name} has {len(getattr(self, name))} values for {len(self.sizes)} sizes')
         if list(params) != sorted(params) or len(set(self.sizes)) < len(self.sizes) or not self.sizes:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data.prepare
 from configurator import Result, Stage, UserError, configure, differences, run_as_program, write_atomically
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
-from evaluate import bits_per_byte, evaluate, human, report, table
+from evaluate import bits_per_byte, count, evaluate, human, report, table
 from expand import Progressive
 from model import GPT, GPTConfig, load
 
@@ -527,7 +527,7 @@ def plan(run, method):
         tokens = count_steps(knobs, stage) * knobs.batch_size * knobs.block_size
         return Result(stage.name, str(Path(run.out_dir) / stage.name), 0, stage.params, tokens, 6.0 * stage.params * stage.tokens, stage.inherited_flops,
                       stage.baseline_flops, math.nan, math.nan, (stage.parent.position if stage.parent else 0) + tokens, 0.0)
-    rows = [['stage', 'from', 'N', 'all parameters', 'tokens', 'steps', 'batch', 'max LR', 'FLOPs', 'GPU-hours', 'state GB', '+ GB a sequence', 'model GB']]
+    rows = [['stage', 'from', 'N', 'all parameters', 'tokens', 'steps', 'batch', 'max LR', 'FLOPs', 'GPU-hours', 'GPU memory', '+ a sequence', 'disk']]
     total, disk, largest, position, baseline, family = 0.0, 0.0, 0.0, 0, 0.0, 0.0
     for stage, result in stages_of(method, run, pretend):
         knobs = stage_knobs(run, stage)
@@ -535,9 +535,9 @@ def plan(run, method):
             model = GPT(stage.config)
         n_params = model.num_params(True, True)
         state, sequence = estimate_memory(stage.config, 1, n_params)
-        rows.append([stage.name, stage.start, f'{model.num_params():,}', f'{n_params:,}', human(stage.tokens), f'{count_steps(knobs, stage):,}',
+        rows.append([stage.name, stage.start, f'{model.num_params():,}', f'{n_params:,}', count(stage.tokens), f'{count_steps(knobs, stage):,}',
                      str(knobs.batch_size), f'{knobs.learning_rate:g}', human(result.flops), f'{result.flops / run.gpu_tflops / 3.6e15:,.0f}',
-                     f'{state / 1e9:.3g}', f'{sequence / 1e9:.2g}', f'{4 * n_params / 1e9:.3g}'])
+                     human(state) + 'B', human(sequence) + 'B', human(4 * n_params) + 'B'])
         total, disk, largest, position = total + result.flops, disk + 4 * n_params, max(largest, 12 * n_params), max(position, result.position)
         if stage.baseline_flops and (stage.parent or not family):
             family, baseline = result.total_flops, stage.baseline_flops
@@ -545,8 +545,9 @@ def plan(run, method):
     print(f'\nthis run: {human(total)}FLOPs, {total / run.gpu_tflops / 3.6e15:,.0f} GPU-hours at {run.gpu_tflops:g} TFLOP/s')
     if baseline:
         print(f'the family: {human(family)}FLOPs; every size from scratch: {human(baseline)}FLOPs; saved: {1 - family / baseline:.1%}')
-    print(f'disk: {disk / 1e9:.3g} GB of models, {2 * largest / 1e9:.3g} GB for saved states, '
-          f'{2 * min(position, run.unique_tokens or position) / 1e9:.3g} GB of tokens ({human(position)} drawn from {run.data})')
+    unique = min(position, run.unique_tokens or position)
+    print(f'disk: {human(disk)}B of models, {human(2 * largest)}B for saved states, {human(2 * unique)}B of tokens ({count(position)} drawn, '
+          f'{count(unique)} different, from {run.data})')
 
 
 def record_session(run, method, origins, argv, machine):

@@ -16,6 +16,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -177,13 +178,6 @@ def documentation(tree):
             yield from documentation(node)
 
 
-def unindent(text):
-    """A docstring as help() shows it: tabs and common indentation removed."""
-    first, _, rest = text.expandtabs().partition('\n')
-    margin = min((len(line) - len(line.lstrip()) for line in rest.split('\n') if line.strip()), default=0)
-    return '\n'.join([first.strip()] + [line[margin:].rstrip() for line in rest.split('\n')]).strip()
-
-
 def read_source(job):
     """(corpus, path) -> the texts one file gives: its documentation strings for pydocs, its code without them for pycode."""
     corpus, path = job
@@ -193,7 +187,7 @@ def read_source(job):
     except (OSError, ValueError, SyntaxError, RecursionError):   # not every installed file is Python of this version
         return []
     if corpus == 'pydocs':
-        texts = [unindent(text) for _, text in documentation(tree)]
+        texts = [inspect.cleandoc(text) for _, text in documentation(tree)]
         if Path(path).parts[-2:] == ('pydoc_data', 'topics.py'):   # help('if'), help('yield'), ...: prose in a dict
             texts += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         return [text for text in texts if len(text) >= 40 and not LICENCE.search(text)]
@@ -300,7 +294,7 @@ def checksum(path):
 def prepare(options):
     """Make the corpus that `options` describe, unless it is there; returns its folder."""
     is_offline = options.corpus in OFFLINE
-    out = Path(options.out or Path(__file__).parent / (options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'))
+    out = Path(options.out or Path(os.path.relpath(Path(__file__).parent)) / (options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'))
     if (out / 'meta.json').is_file():
         print(f'{out} is already prepared; delete it to make it again')
         return out

@@ -1,0 +1,41 @@
+"""What the tests share: a small prepared corpus, and a way to run the project's commands as a person does."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault('HF_HUB_OFFLINE', '1')   # before anything imports the hub client: no test needs a network
+
+import numpy as np   # noqa: E402
+import pytest        # noqa: E402
+import torch         # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def write_corpus(folder, train, val, vocab_size=257):
+    """Write token arrays as a prepared corpus into `folder`."""
+    folder.mkdir(parents=True)
+    for split, tokens in (('train', train), ('val', val)):
+        np.asarray(tokens, np.uint16).tofile(folder / f'{split}.bin')
+    splits = {s: dict(tokens=len(t), bytes=len(t), documents=1) for s, t in (('train', train), ('val', val))}
+    (folder / 'meta.json').write_text(json.dumps(dict(corpus=folder.name, tokenizer='bytes', vocab_size=vocab_size, dtype='uint16', splits=splits)))
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder of two corpora of real text, small enough to be made at once: pydocs (this project's prose and code) and pycode (its tests)."""
+    folder = tmp_path_factory.mktemp('data')
+    for name, files in dict(pydocs=sorted(ROOT.glob('*.py')), pycode=sorted((ROOT / 'tests').glob('*.py'))).items():
+        text = np.frombuffer(b'\n'.join(f.read_bytes() for f in files), np.uint8)
+        write_corpus(folder / name, text[4000:], text[:4000])
+    return folder
+
+
+def run_command(*arguments, timeout=120, **environment):
+    """Run `python ARGUMENTS` in the project's folder; returns the finished process with its output as text."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})

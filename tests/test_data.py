@@ -1,0 +1,297 @@
+"""Data: the order of sequences is a function of seed and position; prepared corpora are whole, or not there."""
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import data.prepare as prepare
+from configurator import UserError
+from conftest import ROOT, run_command, write_corpus
+from data.loader import batches, offsets, open_corpus, parse_mixture, permute, sequences, split_by_weight, validation_batches
+
+# --------------------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7, 100, 1000, 4097])
+def test_permute_is_a_permutation_and_depends_on_the_seed(n):
+    assert sorted(permute(np.arange(n), n, 1)) == list(range(n))
+    assert n < 100 or not np.array_equal(permute(np.arange(n), n, 1), permute(np.arange(n), n, 2))
+
+
+def test_permute_needs_no_table_and_looks_random():
+    n = 10 ** 12
+    index = permute(np.arange(5000), n, 3)
+    assert index.min() >= 0 and index.max() < n and len(set(index)) == 5000
+    assert abs(np.corrcoef(np.arange(5000), index)[0, 1]) < 0.05 and abs(index.mean() / n - 0.5) < 0.02
+
+
+def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order():
+    first, second = (offsets(np.arange(e * 12, e * 12 + 12), 100, 8, 'epoch', seed=5) for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(0, 96, 8)) and not np.array_equal(first, second)
+
+
+def test_a_cap_on_unique_tokens_changes_nothing_until_it_is_reached():
+    positions = np.arange(40)
+    free, capped = (offsets(positions, 1000, 8, 'epoch', 5, cap) for cap in (0, 20 * 8))
+    assert np.array_equal(free[:20], capped[:20])
+    assert sorted(capped[20:]) == sorted(capped[:20]) and len(set(free)) == 40
+    assert not np.array_equal(capped[20:], capped[:20])
+
+
+def test_random_order_draws_any_offset_with_replacement():
+    starts = offsets(np.arange(20000), 500, 8, 'random', seed=1)
+    assert starts.min() == 0 and starts.max() == 491 and len(set(starts)) == 492
+    capped = offsets(np.arange(2000), 500, 8, 'random', seed=1, unique_tokens=40)
+    assert len(set(capped)) == 5
+
+
+def test_a_mixture_keeps_its_weights_and_counts_each_corpus_by_itself():
+    which, count = split_by_weight(np.arange(1000), [0.6, 0.3, 0.1])
+    assert list(np.bincount(which)) == [600, 300, 100]
+    for corpus in range(3):
+        assert np.array_equal(count[which == corpus], np.arange((which == corpus).sum()))
+    assert np.array_equal(split_by_weight(np.array([500, 501]), [0.6, 0.3, 0.1])[0], which[500:502])
+
+
+@pytest.mark.parametrize('text', ['a:', 'a:x', 'a:-1', 'a:0', ':1', 'a,,b', 'a:inf', 'a:nan'])
+def test_mixtures_that_mean_nothing_are_refused(text):
+    if text == 'a:':
+        assert parse_mixture(text) == {'a': 1.0}
+    else:
+        with pytest.raises(UserError, match='WEIGHT'):
+            parse_mixture(text)
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """Two corpora whose tokens are their own positions: 0 .. 999 and 10000 .. 10999."""
+    for name, start in (('low', 0), ('high', 10000)):
+        write_corpus(tmp_path / name, np.arange(start, start + 1000), np.arange(start, start + 100), vocab_size=11000)
+    return [open_corpus(name, tmp_path) for name in ('low', 'high')]
+
+
+def test_a_sequence_is_a_window_and_the_token_after_it(numbers):
+    tokens = sequences(numbers, [0.75, 0.25], np.arange(16), block_size=10)
+    assert tokens.shape == (16, 11) and (np.diff(tokens) == 1).all() and (tokens[:, 0] >= 10000).sum() == 4
+
+
+def collect(numbers, position, batch, micro, rank, world, count):
+    stream = batches(lambda p: sequences(numbers, [0.5, 0.5], p, 10), position, batch, micro, 'cpu', rank, world)
+    pieces = [next(stream) for _ in range(count)]
+    stream.close()
+    assert all((x[:, 1:] == y[:, :-1]).all() for x, y in pieces)
+    return [row for x, _ in pieces for row in x[:, 0].tolist()]
+
+
+def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a_resume(numbers):
+    whole = collect(numbers, 0, 8, 8, 0, 1, 3)
+    assert collect(numbers, 0, 8, 2, 0, 1, 12) == whole
+    assert collect(numbers, 16, 8, 8, 0, 1, 1) == whole[16:]
+    by_rank = [collect(numbers, 0, 8, 2, rank, 2, 6) for rank in (0, 1)]
+    assert [by_rank[i % 2][i // 2] for i in range(24)] == whole
+
+
+def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers):
+    found = list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu'))
+    assert [count for *_, count in found] == [40, 40, 10] and [x.shape for x, *_ in found] == [(4, 10)] * 3
+    assert (found[-1][1][1:] == -100).all() and (found[-1][1][0] >= 0).all()
+    assert sum(count for *_, count in validation_batches(numbers[0].val, 10, 4, 50, 'cpu')) == 50
+    split = [list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu', rank, 2)) for rank in (0, 1)]
+    assert sum(count for part in split for *_, count in part) == 90
+
+
+@pytest.mark.parametrize('damage, word', [
+    (lambda f: (f / 'meta.json').unlink(), 'is not prepared'), (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
+    (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'), (lambda f: (f / 'val.bin').unlink(), 'is not prepared')])
+def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
+    write_corpus(tmp_path / 'c', range(50), range(50))
+    damage(tmp_path / 'c')
+    with pytest.raises(UserError, match=word):
+        open_corpus('c', tmp_path)
+
+
+def test_a_corpus_shorter_than_a_sequence_is_refused(numbers):
+    for use in (lambda: offsets(np.arange(2), 10, 10, 'epoch', 0), lambda: next(validation_batches(numbers[0].val, 100, 1, 0, 'cpu'))):
+        with pytest.raises(UserError, match='too short'):
+            use()
+
+
+# --------------------------------------------------------------------------------------------------------------------- preparation
+
+DOCUMENTS = [f'Document number {i} tells of {"apples pears plums"[i % 11:]} and ends with é{i}.' for i in range(300)]
+
+
+def write_texts(folder, kind):
+    """The documents as local files of one kind; returns a glob of them."""
+    folder.mkdir(exist_ok=True)
+    if kind == 'txt':
+        for i, text in enumerate(DOCUMENTS):
+            (folder / f'{i:03d}.txt').write_text(text, encoding='utf-8')
+    elif kind == 'jsonl':
+        (folder / 'a.jsonl').write_text(''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8')
+    else:
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table(dict(body=DOCUMENTS)), folder / 'a.parquet')
+    return str(folder / f'*.{kind}')
+
+
+def decoded(corpus):
+    """The documents of both splits of a corpus of bytes."""
+    def text(tokens):
+        return ['' + bytes(d.astype(np.uint8)).decode('utf-8') for d in np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1] for d in [d[:-1]]]
+    return text(np.asarray(corpus.train)), text(np.asarray(corpus.val))
+
+
+@pytest.mark.parametrize('kind', ['txt', 'jsonl', 'parquet'])
+def test_local_files_become_tokens(tmp_path, kind):
+    options = prepare.Preparation(corpus=write_texts(tmp_path / 'texts', kind), out=str(tmp_path / 'c'), tokenizer='bytes', processes=1,
+                                  text_column='body' if kind == 'parquet' else '')
+    prepare.prepare(options)
+    corpus = open_corpus('c', tmp_path)
+    train, val = decoded(corpus)
+    assert sorted(train + val) == sorted(DOCUMENTS) and 3 < len(val) < 40
+    assert corpus.meta['splits']['val']['sha256'] == prepare.checksum(tmp_path / 'c' / 'val.bin')
+    assert corpus.bytes_per_token == pytest.approx(1, abs=0.05) and not list(tmp_path.glob('*.partial'))
+
+
+def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, monkeypatch):
+    source = write_texts(tmp_path / 'texts', 'jsonl')
+
+    def run(name):
+        return prepare.prepare(prepare.Preparation(corpus=source, out=str(tmp_path / name), tokenizer='bytes', processes=1))
+    monkeypatch.setattr(prepare.stream_batches, '__defaults__', (16,))
+    monkeypatch.setattr(prepare.write_tokens, '__defaults__', (2,))
+    run('whole')
+    tokenized = []
+
+    class Power(Exception):
+        pass
+
+    def update(bar, n=1):   # the progress bar sees every document, so the plug is pulled there
+        tokenized.append(n)
+        if len(tokenized) == 150:
+            raise Power
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.tqdm, 'update', update)
+        with pytest.raises(Power):
+            run('broken')
+    assert not (tmp_path / 'broken').exists()
+    progress = json.loads((tmp_path / 'broken.partial' / 'progress.json').read_text())
+    assert 0 < progress['counts']['train']['documents'] < 150
+    with pytest.raises(UserError, match='not prepared'):
+        open_corpus('broken', tmp_path)
+    run('broken')
+    for split in ('train', 'val'):
+        assert (tmp_path / 'broken' / f'{split}.bin').read_bytes() == (tmp_path / 'whole' / f'{split}.bin').read_bytes()
+
+
+def test_max_tokens_ends_a_preparation(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.stream_batches, '__defaults__', (16,))
+    prepare.prepare(prepare.Preparation(corpus=write_texts(tmp_path / 'texts', 'jsonl'), out=str(tmp_path / 'c'), tokenizer='bytes', processes=1, max_tokens=3000))
+    assert 3000 <= len(open_corpus('c', tmp_path).train) < 5000
+
+
+@pytest.mark.parametrize('arguments, word', [
+    (dict(corpus='pydoc'), 'did you mean pydocs'), (dict(corpus='nothing/*.txt'), 'matches no file'), (dict(tokenizer='gpt-2'), 'did you mean gpt2'),
+    (dict(corpus=str(ROOT / '*.py')), 'all files must be')])
+def test_what_cannot_be_prepared_is_refused(tmp_path, arguments, word):
+    with pytest.raises(UserError, match=word):
+        prepare.prepare(prepare.Preparation(**{**dict(tokenizer='bytes', out=str(tmp_path / 'c')), **arguments}))
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    with pytest.raises(UserError, match="no text in a column 'body'; it has text, other"):
+        prepare.prepare(prepare.Preparation(corpus=write_texts(tmp_path / 'texts', 'jsonl'), out=str(tmp_path / 'c'), tokenizer='bytes', text_column='body', processes=1))
+
+
+def test_without_a_network_the_error_names_the_way_out():
+    process = run_command('data/prepare.py', 'fineweb_edu', '--tokenizer=bytes', '--out=data/never')
+    assert process.returncode == 2 and 'pydocs' in process.stderr and process.stderr.count('\n') == 1, process.stderr
+
+
+def test_a_hub_that_never_answers_is_given_up_within_seconds(tmp_path, monkeypatch):
+    import huggingface_hub
+    with socket.create_server(('127.0.0.1', 0)) as silent:   # accepts connections and says nothing
+        monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}')
+        monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
+        started = time.time()
+        with pytest.raises(UserError, match='cannot be reached.*pydocs'):
+            prepare.open_stream(prepare.Preparation(corpus='fineweb_edu'))
+        assert time.time() - started < 12
+
+
+def test_within_gives_up_on_a_call_that_hangs():
+    with pytest.raises(UserError, match='the moon cannot be reached .no answer within 0.1 s.'):
+        prepare.within(0.1, threading.Event().wait, 'the moon')
+    assert prepare.within(5, lambda: 7, 'the moon') == 7
+
+
+def test_bytes_tokenizer_is_the_tiktoken_encoding_it_says_it_is():
+    encode, decode, vocab_size, end = prepare.load_tokenizer('bytes')
+    text = 'naïve 漢字 🙂\n'
+    assert list(encode(text)) == prepare.bytes_encoding().encode_ordinary(text) and decode(list(encode(text))) == text
+    assert (vocab_size, end, prepare.bytes_encoding().eot_token) == (257, 256, 256)
+
+
+# --------------------------------------------------------------------------------------------------------------------- the offline corpora
+
+MODULE = '''# Copyright 2020 Somebody. All rights reserved.
+"""What this module is for, said in more than forty characters."""
+import os
+
+
+class Thing:
+    """A thing,
+
+        indented as people indent, and long enough to be kept.
+
+    And on.
+    """
+    def method(self):
+        """short"""
+        return os.getcwd()  # a comment that stays because it is part of the code, which is long enough
+        # and another comment, so that what remains of this file has more than the two hundred characters that are asked for
+
+
+def licensed():
+    """Licensed under some licence, with all the words that people put there."""
+'''
+
+
+def test_documentation_and_code_of_a_file(tmp_path):
+    file = tmp_path / 'module.py'
+    file.write_text(MODULE)
+    assert prepare.read_source(('pydocs', file)) == ['What this module is for, said in more than forty characters.',
+                                                     'A thing,\n\n    indented as people indent, and long enough to be kept.\n\nAnd on.']
+    code, = prepare.read_source(('pycode', file))
+    assert code.startswith('import os') and 'Copyright' not in code and 'indented as people' not in code and 'def licensed' in code
+    file.write_text('print "python 2"')
+    assert prepare.read_source(('pydocs', file)) == []
+
+
+def test_near_duplicates_go_and_the_first_copy_stays():
+    text = ' '.join(f'word{chr(97 + i % 26)}{chr(97 + i // 26)}' for i in range(60))
+    changed, other = text.replace('wordba', 'wordzz'), ' '.join(reversed(text.split()))
+    kept = list(prepare.without_near_duplicates([(text, True), (text, False), (changed, False), (text.upper() + ' 12', False), (other, False)]))
+    assert kept == [(text, True), (other, False)]
+
+
+def test_offline_sources_leave_out_tests_and_vendored_copies_and_are_named_alike_everywhere():
+    names = [name for name, _ in prepare.source_files('project')]
+    assert names == sorted(names) and len(names) > 2000 and not any(name.startswith('/') for name in names)
+    assert any(name.startswith('torch/') for name in names) and 'python/textwrap.py' in names
+    assert not any('/tests/' in name or '/_vendor/' in name or '/test_' in name for name in names)
+
+
+def test_offline_corpus_is_deterministic_and_split_by_file(tmp_path, monkeypatch):
+    files = [f for f in prepare.source_files('project') if f[0].startswith('python/') and f[0].count('/') == 1]
+    monkeypatch.setattr(prepare, 'source_files', lambda packages: files)
+    for name in ('one', 'two'):
+        prepare.prepare(prepare.Preparation(corpus='pydocs', out=str(tmp_path / name), processes=2 if name == 'two' else 1))
+    one, two = ((tmp_path / name / 'train.bin').read_bytes() + (tmp_path / name / 'val.bin').read_bytes() for name in ('one', 'two'))
+    assert one == two
+    train, val = decoded(open_corpus('one', tmp_path))
+    assert len(train) > 500 and len(val) > 10 and not set(train) & set(val)
