@@ -86,7 +86,7 @@ def result_table(results):
     return table(rows)
 
 
-def training_curve(result, points=200):
+def training_curve(result, points=80):
     """(cumulative family FLOPs, smoothed training loss) of a stage, from its metrics.jsonl: two lists."""
     lines = (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     metrics = [m for m in map(json.loads, lines) if 'loss' in m]
@@ -102,13 +102,14 @@ def draw(results, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    sizes = list(dict.fromkeys(r.name.removeprefix('independent-') for r in results))   # a size has one colour in both families
     for r in results:
+        color = f'C{sizes.index(r.name.removeprefix("independent-"))}'
         flops, loss = training_curve(r)
-        line, = axes.plot(flops, loss, linewidth=1.3, linestyle='--' if r.name.startswith('independent') else '-', label=r.name)
-        axes.plot(family_cost(r), r.val_loss, 'o', color=line.get_color())
-    last = [r.val_loss for r in results]
-    axes.set_ylim(min(last) * 0.93, max(last) * 1.6)
-    axes.set(xlabel='cumulative training FLOPs of the family', ylabel='loss (nats per token)', title='training loss; dots: validation')
+        axes.plot(flops, loss, linewidth=1.4, linestyle='--' if r.name.startswith('independent-') else '-', color=color, label=r.name)
+        axes.plot(family_cost(r), r.val_loss, 'o', color=color)
+    axes.set_ylim(min(r.val_loss for r in results) * 0.93, max(r.val_loss for r in results) * 1.4)
+    axes.set(xlabel='cumulative training FLOPs of the family', ylabel='loss (nats per token)', title='training loss (dots: validation loss)')
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     figure.tight_layout()
