@@ -225,7 +225,7 @@ class Progressive:
     def stages(self, run):
         """One stage a size, each grown from the one before; then, to compare, each size from scratch."""
         configs = [run.model_config(size) for size in self.sizes]
-        params = self.params or [run.count_params(config) for config in configs]
+        params = self.params or [config.num_params(head=True) for config in configs]
         self.check(params)
         for small, large in zip(configs, configs[1:]):
             check_growth(small, large)

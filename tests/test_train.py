@@ -17,7 +17,7 @@ import train
 from configurator import Result, Stage, UserError
 from conftest import ROOT, run_command
 from model import GPT, load
-from train import METHODS, Pretrain, Run, count_steps, learning_rate, make_optimizer, stage_knobs, stages_of
+from train import METHODS, Run, count_steps, learning_rate, make_optimizer, stage_knobs, stages_of
 
 TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=1280', '--eval_tokens=512', '--log_interval=2', '--learning_rate=0.01', '--device=cpu']   # 20 steps
 

@@ -1,0 +1,88 @@
+"""Where a run trains: device, processes, and the signals and clocks that end it early."""
+import contextlib
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+class Machine(NamedTuple):
+    """Where this process runs, and until when."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int
+    world_size: int
+    deadline: float   # seconds since 1970, when max_minutes are over
+
+    def autocast(self):
+        """Context of the forward pass: bfloat16 matrix products where dtype says so."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+
+
+def find_machine(run):
+    """Choose the device and join the other processes, if torchrun started some. Raises UserError for what cannot be used."""
+    for knob, legal in dict(dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'True', 'False'),
+                            order=('epoch', 'random'), schedule=('cosine', 'wsd', 'constant')).items():
+        if getattr(run, knob) not in legal:
+            raise UserError(f'{knob} is one of {", ".join(legal)}, not {getattr(run, knob)!r}')
+    name = run.device
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if name == 'cuda' else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'device {name!r} cannot be used: {str(error).splitlines()[0]}') from None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    bf16 = run.dtype == 'bfloat16' or run.dtype == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    compiled = device.type == 'cuda' if run.compile == 'auto' else run.compile == 'True'
+    deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
+    return Machine(device, torch.bfloat16 if bf16 else torch.float32, compiled, rank, world_size, deadline)
+
+
+STOP = []   # signals received; the loop saves and exits at the next step
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
+    def remember(number, frame):
+        if STOP:
+            signal.default_int_handler(number, frame)
+        STOP.append(number)
+        print('\nstopping after this step (once more: at once, without saving)', file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+
+
+def agree(machine, saved, knobs):
+    """(stop now?, save now?), the same on every process: a signal or max_minutes on any of them counts for all."""
+    stop = bool(STOP) or time.time() > machine.deadline
+    save = stop or time.time() - saved > 60 * knobs.save_minutes
+    if machine.world_size > 1:
+        flags = torch.tensor([stop, save], dtype=torch.float32, device=machine.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, save = (flag > 0 for flag in flags.tolist())
+    return stop, save
+
+
+def leave(what, machine):
+    """Say what is saved and how to go on, and end the program: exit code 0 after max_minutes, 128 + signal after a signal."""
+    if machine.rank == 0:
+        print(f'\n{what}; the same command goes on from there:\n  python {shlex.join(sys.argv)}', flush=True)
+    if machine.world_size > 1:
+        dist.destroy_process_group()
+    raise SystemExit(128 + STOP[0] if STOP else 0)

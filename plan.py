@@ -1,0 +1,41 @@
+"""The dry run: what a run would train, and what it would cost in compute, memory and disk."""
+from evaluate import count, human, table
+
+
+def estimate_memory(config, micro_batch_size, n_params):
+    """
+    (bytes of the training state, bytes of the activations) on one GPU: float32 weights, gradients and AdamW moments;
+    what a compiled bfloat16 step keeps for its backward pass, logits included. An estimate, for planning.
+    """
+    attention = 2 * (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
+    per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
+    per_token = config.n_layer * per_layer + 8 * config.vocab_size
+    return 16 * n_params, micro_batch_size * config.block_size * per_token
+
+
+def print_plan(run, stages):
+    """Print the plan of `run`; stages: (Stage, its knobs, its optimizer steps, its pretended Result) in order of training."""
+    rows = [['stage', 'from', 'N', 'all parameters', 'tokens', 'steps', 'batch', 'max LR', 'FLOPs', 'GPU-hours',
+             'GPU memory', '+ a sequence', 'disk']]
+    flops = disk = largest = drawn = family = baseline = 0
+
+    def gpu_hours(amount):
+        return f'{amount / (run.gpu_tflops * 1e12) / 3600:,.0f}'
+    for stage, knobs, steps, result in stages:
+        n_params = stage.config.num_params(embedding=True, head=True)
+        state, sequence = estimate_memory(stage.config, 1, n_params)
+        rows.append([stage.name, stage.start, f'{stage.config.num_params():,}', f'{n_params:,}', count(stage.tokens),
+                     f'{steps:,}', str(knobs.batch_size), f'{knobs.learning_rate:g}', human(result.flops),
+                     gpu_hours(result.flops), human(state) + 'B', human(sequence) + 'B', human(4 * n_params) + 'B'])
+        flops, disk, drawn = flops + result.flops, disk + 4 * n_params, max(drawn, result.position)
+        largest = max(largest, 12 * n_params)
+        if stage.baseline_flops and (stage.parent or not family):   # along the family, not the models it is compared with
+            family, baseline = result.total_flops, stage.baseline_flops
+    unique = min(drawn, run.unique_tokens or drawn)
+    print(table(rows))
+    print(f'\nthis run: {human(flops)}FLOPs, {gpu_hours(flops)} GPU-hours at {run.gpu_tflops:g} TFLOP/s')
+    if baseline:
+        print(f'the family: {human(family)}FLOPs; every size from scratch: {human(baseline)}FLOPs; '
+              f'saved: {1 - family / baseline:.1%}')
+    print(f'disk: {human(disk)}B of models, {human(2 * largest)}B for saved states, {human(2 * unique)}B of tokens '
+          f'({count(drawn)} drawn, {count(unique)} different, from {run.data})')
