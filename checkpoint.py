@@ -116,4 +116,5 @@ def record_session(out_dir, run, method, origins, argv, device, processes):
     except (OSError, ValueError, KeyError, TypeError):
         sessions = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(dict(knobs=asdict(run) | asdict(method), sessions=[*sessions, session]), indent=1) + '\n')
+    content = dict(knobs=asdict(run) | asdict(method), sessions=[*sessions, session])
+    write_atomically(path, json.dumps(content, indent=1) + '\n')

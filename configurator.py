@@ -55,6 +55,11 @@ def nearest(name, known):
     return f' (did you mean {close[0]}?)' if close else ''
 
 
+def unknown(what, name, known):
+    """The UserError for a name that is none of the known ones: it says the nearest, and lists them all."""
+    return UserError(f'there is no {what} {name!r}{nearest(name, known)}; there are {", ".join(known)}')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage and Result
 
@@ -66,7 +71,7 @@ class Stage:
     tokens: float                                # training tokens T (rounded up to whole batches)
     params: float                                # X in FLOPs = 6 X T, as the method's paper counts it
     start: str = 'random initialisation'         # where the weights come from, in words (part of the stage's identity)
-    model: typing.Callable | None = None         # builds the starting model, called only if the stage really runs; None: random
+    model: typing.Callable | None = None         # builds the starting model if the stage really runs; None: random
     parent: 'Result | None' = None               # stage it goes on from: its compute is counted, its data position continued
     knobs: dict = field(default_factory=dict)    # general knobs that this stage sets otherwise than the run
     objective: typing.Callable | None = None     # (model, x, y, progress) -> (loss, dict of scalars); None: next token
@@ -223,7 +228,7 @@ def configure(argv, general, methods=None, program='train.py'):
     if methods:
         name = next((value for _, key, value, _ in reversed(settings) if key == 'method'), general().method)
         if name not in methods:
-            raise UserError(f'there is no method {name!r}' + nearest(str(name), methods) + f'; there are {", ".join(methods)}')
+            raise unknown('method', str(name), methods)
         method = methods[name]
     classes = [general] + ([method] if method else [])
     kinds = {key: kind for cls in classes for key, kind in typing.get_type_hints(cls).items()}

@@ -58,13 +58,14 @@ def table(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row):
-        return '| ' + ' | '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + ' |'
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        return f'| {" | ".join(cells)} |'
     rule = '|' + '|'.join('-' * (w + 2) if i == 0 else '-' * (w + 1) + ':' for i, w in enumerate(widths)) + '|'
     return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
 def finished_stages(folder):
-    """The results of a run's finished stages, in the order in which they were trained. Raises UserError when there are none."""
+    """The results of a run's finished stages, in the order of their training. Raises UserError when there are none."""
     paths = sorted(Path(folder).glob('*/result.json'), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UserError(f'{folder} holds no finished stage')
@@ -72,17 +73,17 @@ def finished_stages(folder):
 
 
 def family_cost(result):
-    """FLOPs spent to have this model and all smaller ones of its family: its ancestors', or, without any, every one from scratch."""
+    """FLOPs spent to have this model and the smaller ones of its family: its ancestors', or each one's from scratch."""
     return result.total_flops if result.inherited_flops else result.baseline_flops or result.flops
 
 
 def result_table(results):
-    """The table of a run's results: sizes, budgets, losses, and the family's cumulative cost against training each model from scratch."""
+    """Sizes, budgets, losses, and what the family has cost so far against training each of its models from scratch."""
     rows = [['stage', 'N', 'tokens', 'FLOPs', 'val loss', 'bits/byte', 'cumulative FLOPs', 'independent', 'saved']]
     for r in results:
-        saved = 1 - family_cost(r) / r.baseline_flops if r.baseline_flops else 0
-        rows.append([r.name, count(r.n_params), count(r.tokens), human(r.flops), f'{r.val_loss:.4f}', f'{r.bits_per_byte:.4f}',
-                     human(family_cost(r)), human(r.baseline_flops), f'{saved:.1%}' if abs(saved) > 0.0005 else ''])
+        saved = f'{1 - family_cost(r) / r.baseline_flops:.1%}' if r.baseline_flops and r.inherited_flops else ''
+        rows.append([r.name, count(r.n_params), count(r.tokens), human(r.flops), f'{r.val_loss:.4f}',
+                     f'{r.bits_per_byte:.4f}', human(family_cost(r)), human(r.baseline_flops), saved])
     return table(rows)
 
 
@@ -97,19 +98,20 @@ def training_curve(result, points=80):
 
 
 def draw(results, path):
-    """The picture of a run: training loss against cumulative FLOPs, one line a stage, a dot at each stage's validation loss."""
+    """The picture of a run: training loss against cumulative FLOPs, one line a stage, a dot at its validation loss."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    sizes = list(dict.fromkeys(r.name.removeprefix('independent-') for r in results))   # a size has one colour in both families
-    for r in results:
-        color = f'C{sizes.index(r.name.removeprefix("independent-"))}'
-        flops, loss = training_curve(r)
-        axes.plot(flops, loss, linewidth=1.4, linestyle='--' if r.name.startswith('independent-') else '-', color=color, label=r.name)
+    sizes = list(dict.fromkeys(r.name.removeprefix('independent-') for r in results))
+    for r in results:   # a size has one colour, dashed where it was trained from scratch to compare
+        size = r.name.removeprefix('independent-')
+        color, style = f'C{sizes.index(size)}', '-' if size == r.name else '--'
+        axes.plot(*training_curve(r), linewidth=1.4, linestyle=style, color=color, label=r.name)
         axes.plot(family_cost(r), r.val_loss, 'o', color=color)
     axes.set_ylim(min(r.val_loss for r in results) * 0.93, max(r.val_loss for r in results) * 1.4)
-    axes.set(xlabel='cumulative training FLOPs of the family', ylabel='loss (nats per token)', title='training loss (dots: validation loss)')
+    axes.set(xlabel='cumulative training FLOPs of the family', ylabel='loss (nats per token)')
+    axes.set_title('training loss (dots: validation loss)')
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
     figure.tight_layout()
@@ -119,7 +121,7 @@ def draw(results, path):
 
 
 def report(folder):
-    """Write report.md and report.png of a run into its folder; returns the table. Raises UserError when nothing is finished yet."""
+    """Write report.md and report.png into a run's folder; returns the table. Raises UserError when nothing is finished."""
     results, folder = finished_stages(folder), Path(folder)
     text = result_table(results)
     write_atomically(folder / 'report.md', text + '\n\n![loss against cumulative FLOPs](report.png)\n')

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import Stage, UserError, nearest
+from configurator import Stage, UserError, unknown
 from model import GPT, load
 
 
@@ -59,7 +59,8 @@ def query_axis(small, large, kv):
     source = (kv.source[:, None] * per_old + within).flatten()
     counts = torch.bincount(source, minlength=small.n_head)
     if (counts == 0).any():
-        raise UserError(f'n_head {small.n_head} -> {large.n_head} with n_kv_head {small.n_kv_head} -> {large.n_kv_head} would lose query heads')
+        raise UserError(f'cannot grow: n_head {small.n_head} -> {large.n_head} with n_kv_head {small.n_kv_head} -> '
+                        f'{large.n_kv_head} would lose query heads')
     return Axis(source, counts[source], small.n_head)
 
 
@@ -99,7 +100,7 @@ def widen(model, config, method='aki'):
     fpi and ends better, because the new units are no copies.
     """
     if method not in WIDTH:
-        raise UserError(f'there is no width growth {method!r}' + nearest(method, WIDTH) + f'; there are {", ".join(WIDTH)}')
+        raise unknown('width growth', method, WIDTH)
     check_growth(model.config, config)
     axes, state = axes_between(model.config, config), model.state_dict()
 
@@ -136,7 +137,7 @@ def layer_map(old, new, method='stack'):
     bert2bert: whole stacks, then the remainder from the top layers (what paper 000 uses).
     """
     if method not in DEPTH:
-        raise UserError(f'there is no depth growth {method!r}' + nearest(method, DEPTH) + f'; there are {", ".join(DEPTH)}')
+        raise unknown('depth growth', method, DEPTH)
     if method == 'stack':
         return [layer % old for layer in range(new)]
     whole = new // old * old
@@ -145,19 +146,20 @@ def layer_map(old, new, method='stack'):
 
 @torch.no_grad()
 def deepen(model, n_layer, method='stack'):
-    """A deeper model of n_layer layers, each a copy of the one that `layer_map` names. Raises UserError when it would be shallower."""
+    """A model of n_layer layers, each a copy of the one that `layer_map` names. Raises UserError if that is fewer."""
     if n_layer < model.config.n_layer:
         raise UserError(f'cannot grow: n_layer {model.config.n_layer} -> {n_layer} is smaller')
     state = model.state_dict()
     grown = {name: tensor.clone() for name, tensor in state.items() if not name.startswith('blocks.')}
     for layer, source in enumerate(layer_map(model.config.n_layer, n_layer, method)):
         prefix = f'blocks.{source}.'
-        grown |= {f'blocks.{layer}.{name.removeprefix(prefix)}': t.clone() for name, t in state.items() if name.startswith(prefix)}
+        grown |= {f'blocks.{layer}.{name.removeprefix(prefix)}': tensor.clone()
+                  for name, tensor in state.items() if name.startswith(prefix)}
     return _model_with(_with(model.config, n_layer=n_layer), grown, model)
 
 
 def grow(model, config, width='aki', depth='stack'):
-    """The model grown to `config`: first in width, then in depth (bert2BERT's order). Raises UserError with the field that stands in the way."""
+    """The model grown to `config`, in width and then in depth (bert2BERT's order). UserError: the field in the way."""
     check_growth(model.config, config)
     return deepen(widen(model, _with(config, n_layer=model.config.n_layer), width), config.n_layer, depth)
 
@@ -203,7 +205,7 @@ def allocate_tokens(params, scratch_tokens):
     for size, scratch in zip(params, scratch_tokens, strict=True):
         left = size * scratch - sum(x * t for x, t in zip(params, tokens))   # in FLOPs / 6
         if left <= 0:
-            raise UserError(f'nothing is left for the model of {size:g} parameters: the smaller ones cost as much as it does from scratch')
+            raise UserError(f'nothing is left for the model of {size:g} parameters: the smaller ones cost as much already')
         tokens.append(left / size)
     return tokens
 
@@ -273,4 +275,4 @@ class Progressive:
             raise UserError(f"compare is '' or independent, not {self.compare!r}")
         layer_map(1, 1, self.depth)
         if self.width not in WIDTH:
-            raise UserError(f'there is no width growth {self.width!r}' + nearest(self.width, WIDTH) + f'; there are {", ".join(WIDTH)}')
+            raise unknown('width growth', self.width, WIDTH)

@@ -14,8 +14,8 @@ LLAMA_NAMES = {   # ours -> transformers', within a layer
     **{f'attn.{x}': f'self_attn.{x}_proj' for x in 'qkvo'}, **{f'mlp.{x}': f'mlp.{x}_proj' for x in ('gate', 'up', 'down')},
 }
 GPT2_NAMES = {
-    'norm1': 'ln_1', 'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc',
-    'mlp.down': 'mlp.c_proj',
+    'norm1': 'ln_1', 'norm2': 'ln_2', 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc', 'mlp.down': 'mlp.c_proj',
+    **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'},
 }
 
 
@@ -26,7 +26,7 @@ def is_llama(config):
 
 
 def is_gpt2(config):
-    """Whether transformers' GPT2LMHeadModel computes the same function (it always has biases: ours are zero there when absent)."""
+    """Whether transformers' GPT2LMHeadModel computes the same function (it always has biases: zero where we have none)."""
     return (config.norm, config.act, config.pos) == ('layer', 'gelu', 'learned') and config.n_kv_head == config.n_head and (
         config.n_head * config.head_dim == config.n_embd) and not (config.qk_norm or config.parallel)
 
@@ -50,13 +50,15 @@ def to_hugging_face(config, state):
     Our configuration and tensors as transformers' (config.json's content, tensors). What no architecture there equals is
     written in our own layout. `nanofamily` holds our configuration, so that reading it back is exact.
     """
-    common = dict(nanofamily=asdict(config), vocab_size=config.vocab_size, tie_word_embeddings=config.tied, torch_dtype='float32')
+    common = dict(nanofamily=asdict(config), vocab_size=config.vocab_size, tie_word_embeddings=config.tied,
+                  torch_dtype='float32')
     if is_llama(config):
-        return dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=config.n_embd, intermediate_size=config.n_mlp,
-                    num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
-                    head_dim=config.head_dim, hidden_act='silu', max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
-                    rope_theta=config.rope_theta, attention_bias=config.bias, mlp_bias=config.bias, **common), {
-                        _llama_name(name): tensor for name, tensor in state.items()}
+        hf_config = dict(
+            architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', hidden_size=config.n_embd,
+            intermediate_size=config.n_mlp, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, max_position_embeddings=config.block_size,
+            rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, attention_bias=config.bias, mlp_bias=config.bias)
+        return hf_config | common, {_llama_name(name): tensor for name, tensor in state.items()}
     if not is_gpt2(config):
         return dict(architectures=['GPT'], model_type='nanofamily', **common), dict(state)
     tensors = {}
@@ -67,9 +69,11 @@ def to_hugging_face(config, state):
             pieces[_gpt2_name(name).replace('.weight', '.bias')] = tensor.new_zeros(len(tensor))
         for theirs, piece in pieces.items():   # q, k, v in this order, side by side
             tensors[theirs] = torch.cat((tensors[theirs], piece), -1) if theirs in tensors else piece
-    return dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
-                n_inner=config.n_mlp, n_positions=config.block_size, activation_function='gelu_new', layer_norm_epsilon=config.norm_eps,
-                scale_attn_by_inverse_layer_idx=config.attn_scale_by_layer, **common), tensors
+    hf_config = dict(
+        architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_mlp, n_positions=config.block_size,
+        layer_norm_epsilon=config.norm_eps, scale_attn_by_inverse_layer_idx=config.attn_scale_by_layer)
+    return hf_config | common, tensors
 
 
 def config_from_hugging_face(hf_config):

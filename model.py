@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configurator import UserError, nearest, write_atomically
+from configurator import UserError, unknown, write_atomically
 from hugging_face import config_from_hugging_face, tensors_from_hugging_face, to_hugging_face
 
 
@@ -58,9 +58,10 @@ class GPTConfig:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.pos == 'rope' and self.rotary_dim % 2:
             raise UserError(f'RoPE turns pairs of dimensions, but {self.rotary_dim} of each head are an odd number')
-        for name, legal in dict(norm=('rms', 'layer'), act=('swiglu', 'gelu', 'gelu_exact', 'relu'), pos=('rope', 'learned')).items():
-            if getattr(self, name) not in legal:
-                raise UserError(f'{name} is one of {", ".join(legal)}, not {getattr(self, name)!r}')
+        legal = dict(norm=('rms', 'layer'), act=('swiglu', 'gelu', 'gelu_exact', 'relu'), pos=('rope', 'learned'))
+        for name, values in legal.items():
+            if getattr(self, name) not in values:
+                raise UserError(f'{name} is one of {", ".join(values)}, not {getattr(self, name)!r}')
 
     def num_params(self, **which):
         """GPT.num_params of a model of this shape, without allocating it."""
@@ -82,11 +83,11 @@ class GPTConfig:
             width, layers = map(int, match.groups())
             if width % 16 or not width:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
-            shape = dict(n_embd=width, n_layer=layers, n_head=width // 16, n_mlp=8 * round(width / 3))   # 8/3 width, in eights
+            shape = _llama(width, 8 * round(width / 3), layers, width // 16)   # an MLP of 8/3 the width, in eights
         elif name in SIZES:
             shape = SIZES[name]
         else:
-            raise UserError(f'there is no size {name!r}' + nearest(name, SIZES) + f'; there are {", ".join(SIZES)} and WIDTHxLAYERS')
+            raise unknown('size', name, [*SIZES, 'WIDTHxLAYERS'])
         return cls(**{**shape, **changes})
 
 
@@ -94,9 +95,9 @@ def _llama(n_embd, n_mlp, n_layer, n_head, **more):
     return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, **more)
 
 
-def _gpt2(n_embd, n_layer, n_head, **more):
-    return {**dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu', pos='learned', bias=True, tied=True,
-                   init_std=0.02), **more}
+def _gpt2(n_embd, n_layer, n_head):
+    return dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu', pos='learned', bias=True,
+                tied=True, init_std=0.02)
 
 
 SIZES = {
@@ -129,7 +130,7 @@ def _norm(config, dim):
 
 
 def rotate(x, cos, sin):
-    """Turn the first 2n of each head's dimensions by position: x (B, heads, T, D), cos and sin (T, 2n); Llama's pairing (i, i+n)."""
+    """Turn the first 2n dimensions of each head by position, in Llama's pairs (i, i+n): x (B, heads, T, D), cos, sin (T, 2n)."""
     n = cos.shape[-1] // 2
     first, second, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
     turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
@@ -223,7 +224,7 @@ class Cache:
 # the model
 
 class Output(NamedTuple):
-    """logits (B, T, V), None when targets were given; loss, a scalar, None without targets; hidden (B, T, C), None unless asked."""
+    """logits (B, T, V), None when targets were given; loss, a scalar, None without targets; hidden (B, T, C) if asked for."""
     logits: torch.Tensor | None
     loss: torch.Tensor | None
     hidden: torch.Tensor | None
@@ -266,8 +267,9 @@ class GPT(nn.Module):
     def build_rope(self, device):
         """Tables cos, sin (block_size, rotary_dim), computed in float32 as everyone does, not saved."""
         if self.config.pos == 'rope':
-            frequency = self.config.rope_theta ** -(torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim)
-            angle = torch.outer(torch.arange(self.config.block_size, device=device).float(), frequency).repeat(1, 2)
+            pair = torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim
+            position = torch.arange(self.config.block_size, device=device).float()
+            angle = torch.outer(position, self.config.rope_theta ** -pair).repeat(1, 2)
             self.register_buffer('cos', angle.cos(), persistent=False)
             self.register_buffer('sin', angle.sin(), persistent=False)
 
@@ -303,7 +305,7 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def num_params(self, embedding=False, head=False):
-        """Parameters N of the layers and the final norm (paper 001's N), with embeddings and head only where asked for; tied: once."""
+        """Parameters N of layers and final norm (paper 001's N); embeddings and head where asked for, once if tied."""
         sizes = {name: p.numel() for name, p in self.named_parameters()}
         embeddings = sum(n for name, n in sizes.items() if name.startswith(('wte.', 'wpe.')))
         untied_head = sizes.get('lm_head.weight', 0)
@@ -344,11 +346,13 @@ class GPT(nn.Module):
     def _like(self):
         """An empty tensor of the device and dtype that attention's keys have, autocast considered."""
         weight = self.wte.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        return torch.empty(0, device=weight.device, dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
+        kind, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return torch.empty(0, device=weight.device, dtype=dtype)
 
     def save(self, folder):
-        """Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals; atomic for each file."""
+        """Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         hf_config, tensors = to_hugging_face(self.config, {k: v.detach() for k, v in self.state_dict().items()})
@@ -376,6 +380,7 @@ def load(folder, device='cpu'):
         raise UserError(f'{folder} is damaged: {error}') from error
     with torch.device('meta'):
         model = GPT(GPTConfig(**config_from_hugging_face(hf_config)))
-    model.load_state_dict(tensors_from_hugging_face(model.config, hf_config['model_type'], tensors, model.state_dict()), assign=True)
+    state = tensors_from_hugging_face(model.config, hf_config['model_type'], tensors, template=model.state_dict())
+    model.load_state_dict(state, assign=True)
     model.build_rope(device)
     return model

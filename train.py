@@ -138,7 +138,7 @@ METHODS = {'pretrain': Pretrain, 'progressive': Progressive}
 # what one stage trains with
 
 def stage_knobs(run, stage, world_size=1):
-    """The general knobs as they hold for this stage: its own in place of the run's, batches in sequences, toy sizes applied."""
+    """The general knobs as they hold for a stage: its own in place of the run's, batches in sequences, toy sizes applied."""
     knobs = dataclasses.replace(run, **stage.knobs)
     knobs.block_size = stage.config.block_size
     if knobs.batch_tokens:
@@ -241,13 +241,14 @@ def train_stage(stage, run, machine):
     load_state(folder, model, optimizer, progress)
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
-        print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x {knobs.block_size} '
-              'tokens' + (f', going on from step {progress["step"]:,}' if progress['step'] else ''), flush=True)
+        print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x '
+              f'{knobs.block_size} tokens' + f', going on from step {progress["step"]:,}' * (progress['step'] > 0), flush=True)
     trained = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
 
-    micro_batch_size, share = choose_micro_batch(knobs, stage.config, machine), (machine.device, machine.rank, machine.world_size)
+    micro_batch_size = choose_micro_batch(knobs, stage.config, machine)
+    share = machine.device, machine.rank, machine.world_size
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     origin = stage.parent.position // knobs.block_size if stage.parent else 0   # sequences drawn by the stages before
@@ -257,7 +258,8 @@ def train_stage(stage, run, machine):
 
     def validate():
         with machine.autocast():
-            return evaluate(trained, validation_batches(val.val, knobs.block_size, micro_batch_size, knobs.eval_tokens, *share))
+            return evaluate(trained, validation_batches(val.val, knobs.block_size, micro_batch_size, knobs.eval_tokens,
+                                                        *share))
 
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
@@ -285,14 +287,14 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
     """
     step_tokens, meter, saved = knobs.batch_size * knobs.block_size, Meter(), time.time()
     since, started = saved, saved - progress['seconds']
-    bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok', unit_scale=True,
-               disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
+               unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     while progress['step'] < steps:
         rate = learning_rate(progress['step'], steps, knobs)
         for group in optimizer.param_groups:
             group['lr'] = rate
-        meter.add(train_step(stage.objective or next_token, progress['step'] / steps, knobs, machine, model, trained, optimizer,
-                             stream, accumulate))
+        meter.add(train_step(stage.objective or next_token, progress['step'] / steps, knobs, machine, model, trained,
+                             optimizer, stream, accumulate))
         progress.update(step=progress['step'] + 1, seconds=time.time() - started)
         done = progress['step']
         bar.update(step_tokens)
@@ -307,8 +309,9 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
                         **meter.read(machine.world_size))
             line['tokens_per_second'] = round(tokens / (time.time() - since))
             if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
-                raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, learning '
-                                f'rate {rate:.2g}; the last good state is kept. Try a smaller --learning_rate or a longer --warmup')
+                raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, '
+                                f'learning rate {rate:.2g}; the last good state is kept. Try a smaller --learning_rate or '
+                                'a longer --warmup')
             if evaluating:
                 line['val_loss'] = validate()
             bar.set_postfix_str(', '.join(f'{k} {line[k]:.3f}' for k in ('loss', 'val_loss') if k in line), refresh=False)
@@ -326,7 +329,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
 
 
 def train_step(objective, progress, knobs, machine, model, trained, optimizer, stream, accumulate):
-    """One optimizer step over `accumulate` micro-batches; returns its scalars, tensors on the device: nothing here waits for it."""
+    """One optimizer step over `accumulate` micro-batches; returns its scalars as tensors: nothing here waits for the GPU."""
     scalars = {}
     for micro in range(accumulate):
         x, y = next(stream)
@@ -348,7 +351,7 @@ def train_step(objective, progress, knobs, machine, model, trained, optimizer, s
 # a run
 
 def stages_of(method, run, train):
-    """Run the method: each stage goes through `train(stage) -> Result`, and the method is sent the result. Yields (stage, result)."""
+    """Run a method: every stage goes through `train(stage) -> Result`, whose result it is sent. Yields (stage, result)."""
     stages, result = method.stages(run), None
     with contextlib.suppress(StopIteration):
         while True:

@@ -30,7 +30,7 @@ class Corpus:
 
 
 def open_corpus(name, data_dir='data'):
-    """The corpus in data_dir/name. Raises UserError when it is not prepared, or when a file does not have the size that meta.json says."""
+    """The corpus in data_dir/name. Raises UserError when it is not prepared or a file's size is not what meta.json says."""
     folder = Path(data_dir) / name
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -39,7 +39,8 @@ def open_corpus(name, data_dir='data'):
         for split, tokens in sizes.items():
             found = (folder / f'{split}.bin').stat().st_size
             if found != tokens * dtype.itemsize:
-                raise UserError(f'{folder}/{split}.bin has {found} bytes instead of {tokens * dtype.itemsize}: delete {folder} and prepare it again')
+                raise UserError(f'{folder}/{split}.bin has {found} bytes instead of {tokens * dtype.itemsize}: '
+                                f'delete {folder} and prepare it again')
     except FileNotFoundError:
         raise UserError(f'{folder} is not prepared: run  python data/prepare.py {name}') from None
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -107,7 +108,7 @@ def offsets(positions, n_tokens, block_size, order, seed, unique_tokens=0):
     """
     windows = (n_tokens - 1) // block_size
     if windows < 1:
-        raise UserError(f'a corpus of {n_tokens} tokens is too short for sequences of {block_size} and the token after them')
+        raise UserError(f'a corpus of {n_tokens} tokens is too short for sequences of {block_size} and one more')
     used = min(windows, max(1, int(unique_tokens) // block_size)) if unique_tokens else windows
     if order == 'random':
         if used == windows:
@@ -139,7 +140,10 @@ def split_by_weight(positions, weights):
 
 
 def sequences(corpora, weights, positions, block_size, order='epoch', seed=0, unique_tokens=0):
-    """The sequences at `positions` of the mixture: (len(positions), block_size + 1) int64. unique_tokens caps the mixture, each corpus by its weight."""
+    """
+    The sequences at `positions` of the mixture: (len(positions), block_size + 1) int64. unique_tokens caps the mixture, each
+    corpus by its weight.
+    """
     which, count = split_by_weight(np.asarray(positions, dtype=np.int64), weights)
     tokens = np.empty((len(which), block_size + 1), np.int64)
     for i, corpus in enumerate(corpora):
@@ -154,7 +158,7 @@ def sequences(corpora, weights, positions, block_size, order='epoch', seed=0, un
 # batches
 
 def to_device(tokens, device):
-    """(n, T+1) numpy -> inputs x and targets y, (n, T) int64 each, on the device; from pinned memory and asynchronously on a GPU."""
+    """(n, T+1) numpy -> inputs x and targets y, (n, T) int64, on the device; to a GPU asynchronously, from pinned memory."""
     tokens = torch.from_numpy(tokens)
     if torch.device(device).type == 'cuda':
         tokens = tokens.pin_memory().to(device, non_blocking=True)
@@ -188,7 +192,7 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, device, rank=
     """
     windows = (len(tokens) - 1) // block_size
     if windows < 1:
-        raise UserError(f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size} and the token after them')
+        raise UserError(f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size} and one more')
     wanted = min(windows, max(1, max_tokens // block_size)) if max_tokens else windows
     starts = (np.arange(wanted) * windows // wanted * block_size)[rank::world_size]
     for i in range(0, len(starts), batch_size):

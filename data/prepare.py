@@ -12,7 +12,6 @@ end-of-text token) and meta.json (tokenizer, dtype, counts, source, checksums). 
 renamed when it is whole; an interrupted preparation goes on where it stopped (hub and files) or starts again (offline).
 """
 import ast
-import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -30,6 +29,7 @@ import urllib.request
 import zlib
 from collections import deque
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
-from configurator import UserError, configure, nearest, run_as_program, write_atomically   # noqa: E402
+from configurator import UserError, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
 
 HUB = {   # name: (repository, configuration, split, column with the text)
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
@@ -63,7 +63,7 @@ class Preparation:
     tokenizer: str = ''            # bytes, gpt2, or a folder with tokenizer.json; empty: bytes offline, else gpt2
     text_column: str = ''          # column of .jsonl and .parquet files that holds the text; empty: text
     max_tokens: int = 0            # stop after this many training tokens; 0: the whole corpus
-    val_fraction: float = 0.0      # share of documents (offline: of files) held out; 0: 5% offline and local, 0.05% from the hub
+    val_fraction: float = 0.0      # share of documents (offline: of files) held out; 0: 5%, from the hub 0.05%
     packages: str = 'project'      # offline corpora: those the project depends on, or all that are installed
     processes: int = 0             # 0: one a core
 
@@ -95,7 +95,7 @@ def bytes_encoding():
                              special_tokens={'<|endoftext|>': 256})
 
 
-@functools.cache
+@cache
 def load_tokenizer(name):
     """
     (encode, decode, vocabulary size, end-of-text id) of `bytes`, of a tiktoken encoding (`gpt2`), or of a folder with a
@@ -105,11 +105,12 @@ def load_tokenizer(name):
         encoding = bytes_encoding()   # encoding by numpy gives the same ids, two hundred times faster
         return (lambda text: np.frombuffer(text.encode('utf-8'), np.uint8)), encoding.decode, 257, 256
     if name in tiktoken.list_encoding_names():
-        encoding = within(30, lambda: tiktoken.get_encoding(name), f'the vocabulary of the tokenizer {name} (downloaded at its first use)')
+        what = f'the vocabulary of the tokenizer {name} (downloaded at its first use)'
+        encoding = within(30, lambda: tiktoken.get_encoding(name), what)
         return encoding.encode_ordinary, encoding.decode, encoding.n_vocab, encoding.eot_token
     file = Path(name) / 'tokenizer.json'
     if not file.is_file():
-        raise UserError(f'there is no tokenizer {name!r}' + nearest(name, ['bytes', 'gpt2']) + ': bytes, a tiktoken encoding, or a folder with tokenizer.json')
+        raise unknown('tokenizer', name, ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json'])
     try:
         import tokenizers
     except ImportError:
@@ -118,22 +119,32 @@ def load_tokenizer(name):
     ends = [i for i in map(tokenizer.token_to_id, ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')) if i is not None]
     if not ends:
         raise UserError(f'{file} has no end-of-text token that is known here')
-    return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids), tokenizer.decode, tokenizer.get_vocab_size(), ends[0]
+    return partial(_encode_ids, tokenizer), tokenizer.decode, tokenizer.get_vocab_size(), ends[0]
+
+
+def _encode_ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def token_dtype(vocab_size):
+    """The integer type that holds the ids of a vocabulary."""
+    return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
 
 
 def tokenize(work):
     """(tokenizer name, [(text, is_validation), ...]) -> [(ids with end-of-text last, bytes of text, is_validation), ...]."""
     name, documents = work
     encode, _, vocab_size, end = load_tokenizer(name)
-    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-    return [(np.append(np.asarray(encode(text), dtype), dtype(end)), len(text.encode('utf-8')), is_val) for text, is_val in documents]
+    dtype = token_dtype(vocab_size)
+    return [(np.append(np.asarray(encode(text), dtype), dtype(end)), len(text.encode('utf-8')), is_val)
+            for text, is_val in documents]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the offline corpora
 
-SKIPPED_FOLDERS = {'test', 'tests', 'testing', 'idle_test', '_vendor', 'vendor', 'vendored', '_vendored', 'third_party', 'externals', 'extern',
-                   'site-packages', '__pycache__', 'lib2to3', 'encodings'}
+SKIPPED_FOLDERS = {'test', 'tests', 'testing', 'idle_test', '_vendor', 'vendor', 'vendored', '_vendored', 'third_party',
+                   'externals', 'extern', 'site-packages', '__pycache__', 'lib2to3', 'encodings'}
 LICENCE = re.compile(r'copyright|licen[cs]ed? |all rights reserved|redistribution', re.IGNORECASE)
 
 
@@ -156,11 +167,14 @@ def project_packages():
 
 
 def source_files(packages):
-    """[(name that is the same on every machine, path)] of the .py files of Python's library and the packages, tests and vendored copies left out."""
+    """
+    [(name that is the same on every machine, path)] of the .py files of Python's library and of the packages, without tests
+    and vendored copies.
+    """
     library = Path(sysconfig.get_paths()['stdlib'])
     files = {f'python/{p.relative_to(library).as_posix()}': p for p in library.rglob('*.py')}
-    names = project_packages() if packages == 'project' else sorted({d.metadata['Name'].lower() for d in importlib.metadata.distributions()})
-    for name in names:
+    installed = {distribution.metadata['Name'].lower() for distribution in importlib.metadata.distributions()}
+    for name in project_packages() if packages == 'project' else sorted(installed):
         for file in importlib.metadata.files(name) or []:
             if file.suffix == '.py' and '..' not in file.parts:
                 files[f'{name}/{file.as_posix()}'] = Path(file.locate())
@@ -171,8 +185,9 @@ def source_files(packages):
 def documentation(tree):
     """(docstring node, its text) of a module and everything defined in it, in the order of the source."""
     body = tree.body
-    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-        yield body[0], body[0].value.value
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if isinstance(body[0].value.value, str):
+            yield body[0], body[0].value.value
     for node in body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from documentation(node)
@@ -215,13 +230,13 @@ def without_near_duplicates(documents):
 
 
 def offline_documents(options, pool):
-    """Yield (text, is_validation) of pydocs or pycode, validation first; the split is by file, decided by a hash of its name."""
+    """Yield (text, is_validation) of pydocs or pycode, validation first; the split is by file, by a hash of its name."""
     files = source_files(options.packages)
     texts = pool.imap(read_source, [(options.corpus, str(path)) for _, path in files], chunksize=16)
     texts = list(tqdm(texts, total=len(files), desc=f'reading {options.corpus}', unit='file', leave=False))
-    held_out = [int(hashlib.md5(name.encode()).hexdigest(), 16) % 10 ** 6 < options.val_fraction * 10 ** 6 for name, _ in files]
-    ordered = ((text, is_val) for is_val in (True, False) for of_file, held in zip(texts, held_out) if held == is_val for text in of_file)
-    yield from without_near_duplicates(ordered)
+    held_out = [zlib.crc32(name.encode()) < options.val_fraction * 2 ** 32 for name, _ in files]
+    yield from without_near_duplicates((text, is_val) for is_val in (True, False)
+                                       for of_file, held in zip(texts, held_out) if held == is_val for text in of_file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,12 +249,15 @@ def open_stream(options):
         files = sorted(glob.glob(options.corpus, recursive=True))
         if not files:
             known = [*OFFLINE, *HUB]
-            raise UserError(f'{options.corpus!r} is no corpus and matches no file' + nearest(options.corpus, known) + f'; there are {", ".join(known)}')
+            raise UserError(f'{options.corpus!r} is no corpus and matches no file{nearest(options.corpus, known)}; '
+                            f'there are {", ".join(known)}')
         kinds = {Path(f).suffix for f in files}
         builder = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}.get(kinds.pop() if len(kinds) == 1 else '')
         if builder is None:
             raise UserError(f'{options.corpus}: all files must be .txt, or all .jsonl, or all .parquet')
-        source = dict(path=builder, data_files=files, split='train', **(dict(sample_by='document') if builder == 'text' else {}))
+        source = dict(path=builder, data_files=files, split='train')
+        if builder == 'text':
+            source['sample_by'] = 'document'   # a file is a document, not each of its lines
         column = options.text_column or 'text'
     else:
         repository, configuration, split, column = HUB[options.corpus]
@@ -247,7 +265,8 @@ def open_stream(options):
         if not os.environ.get('HF_HUB_OFFLINE'):
             import huggingface_hub
             # the client itself retries for minutes where packets vanish silently, so ask first, with a deadline
-            within(10, functools.partial(reach, huggingface_hub.constants.ENDPOINT), f'the Hugging Face hub, where {options.corpus} is,')
+            hub = partial(reach, huggingface_hub.constants.ENDPOINT)
+            within(10, hub, f'the Hugging Face hub, where {options.corpus} is,')
     import datasets   # takes a second, and the offline corpora do not need it
     try:
         stream = datasets.load_dataset(**source, streaming=True)
@@ -272,7 +291,8 @@ def stream_batches(stream, column, options, of_documents=256):
     batch = []
     for row in stream:
         if column not in row or not isinstance(row[column], str):
-            raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(row)}: choose with --text_column=')
+            raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(row)}: '
+                            'choose with --text_column=')
         is_val = zlib.crc32(row[column].encode('utf-8')) < options.val_fraction * 2 ** 32
         batch.append((row[column], is_val))
         if len(batch) == of_documents:
@@ -294,7 +314,8 @@ def checksum(path):
 def prepare(options):
     """Make the corpus that `options` describe, unless it is there; returns its folder."""
     is_offline = options.corpus in OFFLINE
-    out = Path(options.out or Path(os.path.relpath(Path(__file__).parent)) / (options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'))
+    name = options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'
+    out = Path(options.out or os.path.relpath(Path(__file__).parent / name))
     if (out / 'meta.json').is_file():
         print(f'{out} is already prepared; delete it to make it again')
         return out
@@ -302,12 +323,13 @@ def prepare(options):
     options.val_fraction = options.val_fraction or (0.0005 if options.corpus in HUB else 0.05)
     _, _, vocab_size, end = load_tokenizer(options.tokenizer)
     stream = None if is_offline else open_stream(options)
-    partial = Path(f'{out}.partial')
-    state = read_progress(partial, options) if stream else None
+    unfinished = Path(f'{out}.partial')
+    state = read_progress(unfinished, options) if stream else None
     if state is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        state = dict(options=vars(options), stream=None, counts={split: dict(tokens=0, bytes=0, documents=0) for split in ('train', 'val')})
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ('train', 'val')}
+        state = dict(options=vars(options), stream=None, counts=counts)
     # spawn, not fork: the caller may have threads; workers leave Ctrl-C to this process
     with get_context('spawn').Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts) as pool:
         if is_offline:
@@ -317,19 +339,22 @@ def prepare(options):
             if state['stream']:
                 stream[0].load_state_dict(state['stream'])
             batches = stream_batches(*stream, options)
-        write_tokens(partial, batches, state, options, pool)
+        write_tokens(unfinished, batches, state, options, pool)
     for split in ('train', 'val'):
         if not state['counts'][split]['tokens']:
-            raise UserError(f'{options.corpus} gave no {split} documents; a corpus needs some, and --val_fraction={options.val_fraction} of them held out')
+            raise UserError(f'{options.corpus} gave no {split} documents; with --val_fraction={options.val_fraction} of them '
+                            'held out both splits must have some')
     meta = dict(corpus=options.corpus, tokenizer=options.tokenizer, vocab_size=vocab_size, end_of_text=end,
-                dtype='uint16' if vocab_size <= 2 ** 16 else 'uint32', options=vars(options), python=platform.python_version(),
+                dtype=np.dtype(token_dtype(vocab_size)).name, options=vars(options), python=platform.python_version(),
                 packages={n: importlib.metadata.version(n) for n in project_packages()} if is_offline else {},
-                splits={split: dict(**counts, sha256=checksum(partial / f'{split}.bin')) for split, counts in state['counts'].items()})
-    (partial / 'progress.json').unlink(missing_ok=True)
-    write_atomically(partial / 'meta.json', json.dumps(meta, indent=1) + '\n')
-    os.replace(partial, out)
+                splits={split: counts | dict(sha256=checksum(unfinished / f'{split}.bin'))
+                        for split, counts in state['counts'].items()})
+    (unfinished / 'progress.json').unlink(missing_ok=True)
+    write_atomically(unfinished / 'meta.json', json.dumps(meta, indent=1) + '\n')
+    os.replace(unfinished, out)
     train, val = meta['splits']['train'], meta['splits']['val']
-    print(f'{out}: {train["tokens"]:,} training and {val["tokens"]:,} validation tokens ({options.tokenizer}) of {train["documents"] + val["documents"]:,} documents')
+    print(f'{out}: {train["tokens"]:,} training and {val["tokens"]:,} validation tokens ({options.tokenizer}) '
+          f'of {train["documents"] + val["documents"]:,} documents')
     return out
 
 
@@ -339,16 +364,16 @@ def ignore_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def read_progress(partial, options):
+def read_progress(unfinished, options):
     """What an interrupted preparation with the same options had written, or None: then it starts anew."""
     try:
-        state = json.loads((partial / 'progress.json').read_text(encoding='utf-8'))
+        state = json.loads((unfinished / 'progress.json').read_text(encoding='utf-8'))
         return state if state['options'] == vars(options) else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def write_tokens(partial, batches, state, options, pool, save_every=64):
+def write_tokens(unfinished, batches, state, options, pool, save_every=64):
     """Tokenize in parallel and append to {train,val}.bin; every few batches progress.json says how much of them is good."""
     counts, states = state['counts'], deque()
 
@@ -356,11 +381,13 @@ def write_tokens(partial, batches, state, options, pool, save_every=64):
         for batch, stream_state in batches:
             states.append(stream_state)   # the pool reads ahead, so the state behind each batch waits for its turn
             yield options.tokenizer, batch
-    files = {split: open(partial / f'{split}.bin', 'ab') for split in counts}
+    bytes_per_token = np.dtype(token_dtype(load_tokenizer(options.tokenizer)[2])).itemsize
+    files = {split: open(unfinished / f'{split}.bin', 'ab') for split in counts}
     try:
         for split, file in files.items():   # an interrupted run may have written more than it recorded
-            file.truncate(counts[split]['tokens'] * (2 if load_tokenizer(options.tokenizer)[2] <= 2 ** 16 else 4))
-        bar = tqdm(desc=f'writing {options.corpus}', unit='tok', unit_scale=True, initial=counts['train']['tokens'], total=options.max_tokens or None)
+            file.truncate(counts[split]['tokens'] * bytes_per_token)
+        bar = tqdm(desc=f'writing {options.corpus}', unit='tok', unit_scale=True, initial=counts['train']['tokens'],
+                   total=options.max_tokens or None)
         for i, documents in enumerate(pool.imap(tokenize, work()), 1):
             for ids, n_bytes, is_val in documents:
                 split = 'val' if is_val else 'train'
@@ -373,7 +400,7 @@ def write_tokens(partial, batches, state, options, pool, save_every=64):
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())
-                write_atomically(partial / 'progress.json', json.dumps(state))
+                write_atomically(unfinished / 'progress.json', json.dumps(state))
             if options.max_tokens and counts['train']['tokens'] >= options.max_tokens:
                 break
         bar.close()
