@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configurator import UserError, unknown, write_atomically
-from hugging_face import config_from_hugging_face, tensors_from_hugging_face, to_hugging_face
+from hugging_face import (config_from_hugging_face, config_to_hugging_face, tensors_from_hugging_face,
+                          tensors_to_hugging_face)
 
 
 @dataclass
@@ -355,11 +356,11 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        hf_config, tensors = to_hugging_face(self.config, {k: v.detach() for k, v in self.state_dict().items()})
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = tensors_to_hugging_face(self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
         save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
         os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-        write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')
+        dtype = str(self.wte.weight.dtype).removeprefix('torch.')
+        write_atomically(folder / 'config.json', json.dumps(config_to_hugging_face(self.config, dtype), indent=1) + '\n')
 
 
 def load(folder, device='cpu'):
@@ -380,7 +381,7 @@ def load(folder, device='cpu'):
         raise UserError(f'{folder} is damaged: {error}') from error
     with torch.device('meta'):
         model = GPT(GPTConfig(**config_from_hugging_face(hf_config)))
-    state = tensors_from_hugging_face(model.config, hf_config['model_type'], tensors, template=model.state_dict())
+    state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict())
     model.load_state_dict(state, assign=True)
     model.build_rope(device)
     return model
