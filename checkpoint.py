@@ -7,6 +7,7 @@ what explains the numbers. Everything is whole under its name, or not there.
     out_dir/STAGE/metrics.jsonl       a line every few steps
     out_dir/STAGE/state-000001000/    weights, optimizer, random states: torch.distributed.checkpoint; gone when finished
     out_dir/STAGE/config.json, model.safetensors, result.json      the finished model
+    out_dir/STAGE/optimizer.safetensors                            its AdamW state, where a later stage wants it
 """
 import json
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from configurator import UserError, differences, write_atomically
@@ -65,6 +68,38 @@ def load_state(folder, model, optimizer, progress):
     if 'cuda' in state['random']:
         torch.cuda.set_rng_state(state['random']['cuda'].cpu())
     progress.update(state['progress'])
+
+
+def save_moments(folder, model, optimizer):
+    """Write AdamW's state by parameter names to optimizer.safetensors: for a stage that grows from this one."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = {names[parameter]: state for parameter, state in optimizer.state.items()}
+    tensors = {f'{key}.{name}': state[key].contiguous() for name, state in states.items() for key in ('exp_avg', 'exp_avg_sq')}
+    step = int(max(state['step'] for state in states.values()))
+    path = Path(folder) / 'optimizer.safetensors.tmp'
+    save_file(tensors, path, metadata=dict(step=str(step)))
+    os.replace(path, path.with_suffix(''))
+
+
+def load_moments(folder):
+    """{'step': ..., 'exp_avg': {name: tensor}, 'exp_avg_sq': {...}} as save_moments wrote it. Raises UserError."""
+    try:
+        with safe_open(Path(folder) / 'optimizer.safetensors', 'pt') as file:
+            moments = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
+            for name in file.keys():
+                key, _, parameter = name.partition('.')
+                moments[key][parameter] = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
+    return moments
+
+
+def set_moments(model, optimizer, moments):
+    """Give a fresh AdamW the state `moments`."""
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = dict(
+            step=torch.tensor(float(moments['step']), device=parameter.device),
+            **{key: moments[key][name].to(parameter) for key in ('exp_avg', 'exp_avg_sq')})
 
 
 def keep_metrics(path, step):

@@ -120,10 +120,13 @@ def draw(results, path):
     Path(f'{path}.tmp').replace(path)
 
 
-def report(folder):
-    """Write report.md and report.png into a run's folder; returns the table. Raises UserError when nothing is finished."""
+def report(folder, summary=''):
+    """
+    Write report.md and report.png into a run's folder; returns the table, with the method's own `summary` below it. Raises
+    UserError when nothing is finished.
+    """
     results, folder = finished_stages(folder), Path(folder)
-    text = result_table(results)
+    text = result_table(results) + (f'\n\n{summary}' if summary else '')
     write_atomically(folder / 'report.md', text + '\n\n![loss against cumulative FLOPs](report.png)\n')
     draw(results, folder / 'report.png')
     return text

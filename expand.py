@@ -1,198 +1,183 @@
 """
-Growing a trained model, and progressive training: a whole model family for the price of its largest member.
+Growing trained models, and progressive training: a whole model family for the price of its largest member.
 
 Paper: Yano et al., Efficient Construction of Model Family through Progressive Training Using Model Expansion (000).
 
     python train.py config/progressive_tiny.py         # minutes on a CPU
     python train.py config/progressive_8b.py           # the paper's family
+    python expand.py out/family/4b grown/8b --to=8b --width=lossless --depth=identity      # grow a folder, tensor by tensor
 
 Train the smallest model, expand it, train on, expand again. Each size is given the tokens that make the whole family cost
 what its largest member costs from scratch (Eq. 4):
 
     FLOPs(X_i, T_i) = FLOPs(X_i, T_scratch_i) - sum over j < i of FLOPs(X_j, T_j),      FLOPs(X, T) = 6 X T
 
-Growing in width duplicates units. An axis of the model (residual stream, query heads, key/value heads, MLP neurons) grows
-by a map `source`: new unit -> old unit. Rows of a weight (its outputs) are copied by the map of their axis; columns (its
-inputs) are copied and divided by the number of copies, so that the copies together say what the one unit said.
+The growth operators themselves are in operators.py.
 """
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+import os
+import shutil
+import statistics
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-from configurator import Stage, UserError, unknown
-from model import GPT, load
+from checkpoint import load_moments
+from configurator import Stage, UserError, configure, run_as_program, unknown, write_atomically
+from evaluate import table
+from hugging_face import config_from_hugging_face, config_to_hugging_face, layout
+from model import GPT, GPTConfig, load
+from operators import DEPTH, WIDTH, Growth
+
+
+@torch.no_grad()
+def grow(model, config, width='aki', depth='stack', noise=0.0, seed=0):
+    """
+    The model grown to the shape `config` by operators of operators.py, widened first and then deepened; dtype, device and
+    mode are kept. `noise` tells copies apart without changing the function. Raises UserError with the field in the way.
+    """
+    growth, state = Growth(model.config, config, width, depth, noise, seed), model.state_dict()
+    with torch.device('meta'):
+        grown = GPT(config)
+    grown.load_state_dict({name: torch.cat(list(growth.pieces(name, state.__getitem__))) for name in grown.state_dict()},
+                          assign=True)
+    grown.build_rope(next(model.parameters()).device)
+    return grown.train(model.training)
+
+
+def widen(model, config, method='aki', noise=0.0, seed=0):
+    """A wider model of the shape `config`, as deep as it was."""
+    return grow(model, replace(config, n_layer=model.config.n_layer), method, 'stack', noise, seed)
+
+
+def deepen(model, n_layer, method='stack'):
+    """A deeper model of n_layer layers, as wide as it was."""
+    return grow(model, replace(model.config, n_layer=n_layer), 'fpi', method)
+
+
+@torch.no_grad()
+def grow_optimizer(moments, small, large, width='aki', depth='stack'):
+    """
+    AdamW's state carried through a growth, so that training goes on without warming up again. moments: {'step': steps so
+    far, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for the shape `large`. Gradients follow
+    the dual of the weights' map, exp_avg_sq its square: exact where the growth keeps the function, an estimate where layers
+    are copied or rows come from the layer above.
+    """
+    growth = Growth(small, large, width, depth)
+    with torch.device('meta'):
+        names = list(GPT(large).state_dict())
+    grown = {key: {name: torch.cat(list(growth.pieces(name, moments[key].__getitem__, moment))) for name in names}
+             for moment, key in enumerate(('exp_avg', 'exp_avg_sq'), 1)}
+    return dict(step=moments['step'], **grown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# width
+# on disk
 
-class Axis(NamedTuple):
-    """How one axis grows. source (new,) int64: old unit of each new one; copies (new,): how often that old unit occurs."""
-    source: torch.Tensor
-    copies: torch.Tensor
-    old: int
+class Rows:
+    """A tensor in an open safetensors file that is read by slices of its rows."""
 
+    def __init__(self, file, name):
+        self.slice = file.get_slice(name)
+        self.shape = tuple(self.slice.get_shape())
 
-def axis(old, new):
-    """Round-robin duplication: the old units first, then again from the first one until there are `new`."""
-    source = torch.arange(new) % old
-    return Axis(source, torch.bincount(source, minlength=old)[source], old)
+    def __getitem__(self, key):
+        return self.slice[key]
 
 
-def head_axis(heads, head_dim):
-    """The axis of all heads' dimensions: whole heads are duplicated, so RoPE and the softmax scale keep their meaning."""
-    def spread(units):
-        return (units[:, None] * head_dim + torch.arange(head_dim)).flatten()
-    return Axis(spread(heads.source), heads.copies.repeat_interleave(head_dim), heads.old * head_dim)
-
-
-def query_axis(small, large, kv):
+def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, seed=0):
     """
-    The query heads' axis. New key/value group G copies the old group kv.source[G]; its queries take that group's queries
-    in turn, going on where an earlier copy of the group stopped. Raises UserError when an old query would be lost.
+    Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time: neither model is ever in
+    memory. shape: GPTConfig of the model -> GPTConfig of the larger one. The result is built
+    beside `target` and moved there when it is whole. Raises UserError for what is missing, damaged or in the way.
     """
-    per_old, per_new = small.n_head // small.n_kv_head, large.n_head // large.n_kv_head
-    groups = torch.arange(large.n_kv_head)
-    earlier = groups // small.n_kv_head   # copies of the same old group before this one
-    within = (earlier[:, None] * per_new + torch.arange(per_new)) % per_old
-    source = (kv.source[:, None] * per_old + within).flatten()
-    counts = torch.bincount(source, minlength=small.n_head)
-    if (counts == 0).any():
-        raise UserError(f'cannot grow: n_head {small.n_head} -> {large.n_head} with n_kv_head {small.n_kv_head} -> '
-                        f'{large.n_kv_head} would lose query heads')
-    return Axis(source, counts[source], small.n_head)
+    source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
+    if target.exists():
+        raise UserError(f'{target} is there already: choose another folder, or remove it')
+    with ExitStack() as stack:
+        try:
+            small = GPTConfig(**config_from_hugging_face(json.loads((source / 'config.json').read_text(encoding='utf-8'))))
+            files = [stack.enter_context(safe_open(path, 'pt')) for path in sorted(source.glob('model*.safetensors'))]
+        except FileNotFoundError:
+            raise UserError(f'{source} is not a model folder (it has no config.json)') from None
+        except (ValueError, SafetensorError) as error:
+            raise UserError(f'{source} is damaged: {error}') from error
+        holder = {name: file for file in files for name in file.keys()}
+        large = shape(small)
+        growth = Growth(small, large, width, depth, noise, seed)
+        with torch.device('meta'):
+            old_shapes, new_shapes = ({n: tuple(t.shape) for n, t in GPT(c).state_dict().items()} for c in (small, large))
+        stored = layout(small, old_shapes)
+        if missing := [theirs for theirs, (ours, _) in stored.items() if ours and theirs not in holder]:
+            raise UserError(f'{source} lacks tensors: {", ".join(missing[:8])}')
+        where = {name: theirs for theirs, (ours, _) in stored.items() for name in ours}
+
+        def fetch(name):
+            theirs = where[name]
+            ours, transposed = stored[theirs]
+            if not transposed and len(ours) == 1:
+                return Rows(holder[theirs], theirs)
+            tensor = holder[theirs].get_tensor(theirs)
+            return (tensor.T if transposed else tensor).split([old_shapes[n][0] for n in ours])[ours.index(name)]
+
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        dtype = fetch('wte.weight')[:1].dtype
+        write_safetensors(unfinished / 'model.safetensors', growth, layout(large, new_shapes), new_shapes, dtype, fetch)
+    hf_config = config_to_hugging_face(large, str(dtype).removeprefix('torch.'))
+    write_atomically(unfinished / 'config.json', json.dumps(hf_config, indent=1) + '\n')
+    os.replace(unfinished, target)
 
 
-# which axis the rows (outputs) and columns (inputs) of each tensor are; None: an axis that does not grow
-ROLES = {
-    'wte.weight': (None, 'embd'), 'wpe.weight': (None, 'embd'), 'lm_head.weight': (None, 'read'), 'norm': ('embd',),
-    'norm1': ('embd',), 'norm2': ('embd',), 'attn.q_norm': (None,), 'attn.k_norm': (None,),
-    'attn.q': ('query', 'read'), 'attn.k': ('kv', 'read'), 'attn.v': ('kv', 'read'), 'attn.o': ('embd', 'query'),
-    'mlp.up': ('mlp', 'read'), 'mlp.gate': ('mlp', 'read'), 'mlp.down': ('embd', 'mlp'),
+def write_safetensors(path, growth, stored, shapes, dtype, fetch):
+    """
+    Write grown tensors to one safetensors file as they are made, which the library's own writer, wanting all of them at
+    once, cannot: 8 bytes with the header's length, the header (name -> dtype, shape, offsets in JSON), the data.
+    """
+    header, offset = {'__metadata__': {'format': 'pt'}}, 0
+    names = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
+    for theirs, (ours, transposed) in stored.items():
+        if ours:
+            shape = (sum(shapes[name][0] for name in ours), *shapes[ours[0]][1:])
+        else:   # a bias of zeros, as long as its weight has outputs
+            shape = tuple(header[theirs.replace('.bias', '.weight')]['shape'][-1:])
+        shape = shape[::-1] if transposed else shape
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[theirs] = dict(dtype=names[dtype], shape=shape, data_offsets=[offset, offset + size])
+        offset += size
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)   # the data are aligned
+    with open(path, 'wb') as file, tqdm(desc=f'growing {path.parent}', total=offset, unit='B', unit_scale=True) as bar:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for theirs, (ours, transposed) in stored.items():
+            pieces = (piece for name in ours for piece in growth.pieces(name, fetch))
+            if transposed:
+                pieces = [torch.cat(list(pieces)).T]
+            elif not ours:
+                pieces = [torch.zeros(header[theirs]['shape'], dtype=dtype)]
+            for piece in pieces:
+                bar.update(file.write(piece.contiguous().view(torch.uint8).numpy()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes and budgets
+
+SECOND_STAGES = {   # paper 001: a size written relative to the one before it
+    'exp': lambda c: _wider(c, round(2 ** 0.5 * c.n_head)),   # width x sqrt 2, in whole heads
+    'stk2': lambda c: replace(c, n_layer=2 * c.n_layer), 'stk4': lambda c: replace(c, n_layer=4 * c.n_layer),
 }
 
 
-def roles(name):
-    """(layer or None, roles of the tensor's dimensions) for a name such as 'blocks.3.attn.q.weight'."""
-    parts = name.split('.')
-    layer = int(parts[1]) if parts[0] == 'blocks' else None
-    key = name if layer is None and name in ROLES else '.'.join(parts[2:-1] if layer is not None else parts[:-1])
-    return layer, ROLES[key][:1] if parts[-1] == 'bias' else ROLES[key]
+def _wider(config, n_head):
+    """The shape with n_head heads, and all other widths in proportion."""
+    n_kv_head = n_head if config.n_kv_head == config.n_head else config.n_kv_head
+    n_embd = config.n_embd * n_head // config.n_head
+    return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_mlp=config.n_mlp * n_embd // config.n_embd)
 
-
-def axes_between(small, large):
-    """{role: Axis} that grow the shape `small` into `large`."""
-    kv = axis(small.n_kv_head, large.n_kv_head)
-    return {'embd': axis(small.n_embd, large.n_embd), 'mlp': axis(small.n_mlp, large.n_mlp),
-            'kv': head_axis(kv, small.head_dim), 'query': head_axis(query_axis(small, large, kv), small.head_dim)}
-
-
-@torch.no_grad()
-def widen(model, config, method='aki'):
-    """
-    A wider model of shape `config`, whose number of layers must be the model's. dtype and device are kept.
-
-    method 'fpi' (bert2BERT, function-preserving initialisation): every new unit duplicates an old one. Exactly the old
-    function where all of an axis' units are duplicated equally often; RMSNorm sees a re-weighted mean otherwise.
-    method 'aki' (bert2BERT, advanced knowledge initialisation; what paper 000 uses): new rows come from the layer above,
-    grown by the same maps, in every linear layer; the top layer, embeddings, norms and head as in fpi. Starts worse than
-    fpi and ends better, because the new units are no copies.
-    """
-    if method not in WIDTH:
-        raise unknown('width growth', method, WIDTH)
-    check_growth(model.config, config)
-    axes, state = axes_between(model.config, config), model.state_dict()
-
-    def columns(tensor, role):
-        """Grow the inputs: copy and divide; the embedding's columns are outputs to the residual stream, so only copied."""
-        along = axes['embd' if role == 'read' else role]
-        grown = tensor.index_select(-1, along.source.to(tensor.device))
-        return grown if role == 'embd' else grown / along.copies.to(tensor)
-
-    def grow_tensor(name):
-        layer, dims = roles(name)
-        tensor = state[name] if len(dims) == 1 or dims[1] is None else columns(state[name], dims[1])
-        if dims[0] is None:
-            return tensor.clone()
-        along = axes[dims[0]]
-        grown = tensor.index_select(0, along.source.to(tensor.device))
-        above = name.replace(f'blocks.{layer}.', f'blocks.{(layer or 0) + 1}.')
-        if config.tied and layer is None:   # a tied head reads the duplicated embedding undivided, so the final norm divides
-            grown = grown / along.copies.to(tensor)
-        if method == 'aki' and layer is not None and above in state and 'norm' not in name:
-            donor = state[above] if len(dims) == 1 else columns(state[above], dims[1])
-            grown[along.old:] = donor.index_select(0, along.source[along.old:].to(tensor.device))
-        return grown
-
-    return _model_with(config, {name: grow_tensor(name) for name in state}, model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# depth
-
-def layer_map(old, new, method='stack'):
-    """
-    For each of `new` layers the old layer that it copies, a list. stack: the whole stack again and again (M o M).
-    bert2bert: whole stacks, then the remainder from the top layers (what paper 000 uses).
-    """
-    if method not in DEPTH:
-        raise unknown('depth growth', method, DEPTH)
-    if method == 'stack':
-        return [layer % old for layer in range(new)]
-    whole = new // old * old
-    return [layer % old for layer in range(whole)] + list(range(old - (new - whole), old))
-
-
-@torch.no_grad()
-def deepen(model, n_layer, method='stack'):
-    """A model of n_layer layers, each a copy of the one that `layer_map` names. Raises UserError if that is fewer."""
-    if n_layer < model.config.n_layer:
-        raise UserError(f'cannot grow: n_layer {model.config.n_layer} -> {n_layer} is smaller')
-    state = model.state_dict()
-    grown = {name: tensor.clone() for name, tensor in state.items() if not name.startswith('blocks.')}
-    for layer, source in enumerate(layer_map(model.config.n_layer, n_layer, method)):
-        prefix = f'blocks.{source}.'
-        grown |= {f'blocks.{layer}.{name.removeprefix(prefix)}': tensor.clone()
-                  for name, tensor in state.items() if name.startswith(prefix)}
-    return _model_with(_with(model.config, n_layer=n_layer), grown, model)
-
-
-def grow(model, config, width='aki', depth='stack'):
-    """The model grown to `config`, in width and then in depth (bert2BERT's order). UserError: the field in the way."""
-    check_growth(model.config, config)
-    return deepen(widen(model, _with(config, n_layer=model.config.n_layer), width), config.n_layer, depth)
-
-
-WIDTH, DEPTH = ('fpi', 'aki'), ('stack', 'bert2bert')
-GROWING = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')
-
-
-def check_growth(small, large):
-    """Raise UserError, naming the field and both values, unless `large` can be grown from `small`."""
-    for field in vars(small):
-        before, after = getattr(small, field), getattr(large, field)
-        if field in GROWING and after < before:
-            raise UserError(f'cannot grow: {field} {before} -> {after} is smaller')
-        if field not in GROWING and field != 'init_std' and before != after:
-            raise UserError(f'cannot grow: {field} {before} -> {after} differs, and growth keeps it')
-
-
-def _with(config, **changes):
-    return type(config)(**{**vars(config), **changes})
-
-
-def _model_with(config, state, like):
-    """A model of shape `config` made of these tensors, strictly, on the device and in the mode of `like`."""
-    with torch.device('meta'):
-        grown = GPT(config)
-    grown.load_state_dict(state, assign=True)
-    grown.build_rope(next(like.parameters()).device)
-    return grown.train(like.training)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the method
 
 def allocate_tokens(params, scratch_tokens):
     """
@@ -213,66 +198,167 @@ def allocate_tokens(params, scratch_tokens):
 @dataclass
 class Progressive:
     """Progressive training (Yano et al., paper 000): train the smallest size, expand, train on, up to the largest."""
-    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # the family, in ascending order
+    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # in ascending order; exp, stk2, stk4: relative to the one before
     params: tuple[float, ...] = ()          # X of each size in FLOPs = 6 X T; empty: counted, layers and head
     scratch_tokens: tuple[float, ...] = ()  # tokens each size would train on from scratch; empty: tokens_per_param x X
     tokens_per_param: float = 20.0          # 20: Chinchilla
+    tokens: tuple[float, ...] = ()          # tokens of each size as they are; empty: what Eq. 4 leaves of scratch_tokens
     learning_rates: tuple[float, ...] = ()  # maximum learning rate of each size; empty: learning_rate for all
     batch_sizes: tuple[int, ...] = ()       # sequences a step for each size; empty: batch_size for all
-    width: str = 'aki'                      # width growth: aki or fpi
-    depth: str = 'stack'                    # depth growth: stack or bert2bert
+    width: str = 'aki'                      # aki, fpi, lossless, clone; or random: the same tokens, but nothing inherited
+    depth: str = 'stack'                    # stack, bert2bert, interleave or identity
+    noise: float = 0.0                      # zero-sum noise that tells copies apart, relative to the weights; 0: none
+    optimizer: str = 'fresh'                # AdamW's state after a growth: fresh, or grown with the model (and no warmup)
     compare: str = ''                       # independent: also train each size from scratch on its own token budget
     independent_learning_rates: tuple[float, ...] = ()  # maximum learning rates of those; empty: the same as the family's
 
     def stages(self, run):
         """One stage a size, each grown from the one before; then, to compare, each size from scratch."""
-        configs = [run.model_config(size) for size in self.sizes]
+        configs = self.configs(run)
         params = self.params or [config.num_params(head=True) for config in configs]
-        self.check(params)
-        for small, large in zip(configs, configs[1:]):
-            check_growth(small, large)
-        scratch = self.scratch_tokens or [self.tokens_per_param * x for x in params]
-        tokens = allocate_tokens(params, scratch)
+        self.check(configs, params)
+        scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in params]
+        tokens = self.tokens or allocate_tokens(params, scratch)
         baseline = [sum(6 * x * t for x, t in zip(params[:i + 1], scratch)) for i in range(len(params))]
 
         smaller = None
-        for i, (size, config) in enumerate(zip(self.sizes, configs)):
-            smaller = yield Stage(
-                size, config, tokens[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i), parent=smaller,
-                start=self.describe_growth(smaller.name, configs[i - 1], config) if smaller else 'random initialisation',
-                model=(lambda: grow(load(smaller.folder), config, self.width, self.depth)) if smaller else None)
+        for i, config in enumerate(configs):
+            stage = Stage(self.name(i), config, tokens[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i))
+            if smaller and self.width != 'random':
+                grow_stage(stage, smaller, configs[i - 1], self.width, self.depth, self.noise, self.optimizer)
+            smaller = yield stage
 
         if self.compare == 'independent':
-            for i, (size, config) in enumerate(zip(self.sizes, configs)):
+            for i, config in enumerate(configs):
                 knobs = self.knobs_of(i)
                 if self.independent_learning_rates:
                     knobs['learning_rate'] = self.independent_learning_rates[i]
                 if i or knobs != self.knobs_of(i):   # else the smallest size is one model in both families
-                    yield Stage(f'independent-{size}', config, scratch[i], params[i], baseline_flops=baseline[i], knobs=knobs)
+                    yield Stage(f'independent-{self.name(i)}', config, scratch[i], params[i], baseline_flops=baseline[i],
+                                knobs=knobs)
 
-    def describe_growth(self, name, small, large):
-        """In words, where a grown model's weights come from."""
-        wider = any(getattr(small, f) != getattr(large, f) for f in GROWING if f != 'n_layer')
-        return ' + '.join([name] + [self.width] * wider + [self.depth] * (small.n_layer < large.n_layer))
+    def configs(self, run):
+        """The shape of each size."""
+        configs = []
+        for size in self.sizes:
+            relative = SECOND_STAGES.get(size) if configs else None
+            configs.append(relative(configs[-1]) if relative else run.model_config(size))
+        return configs
+
+    def name(self, i):
+        """The name of size i: its own, with those before it where it is relative to them."""
+        own = self.sizes[i]
+        return f'{self.name(i - 1)}-{own}' if i and own in SECOND_STAGES else own
 
     def knobs_of(self, i):
         """The general knobs that size i sets for itself."""
-        knobs = {}
+        knobs = dict(keep_optimizer=True) if self.optimizer == 'grown' else {}
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]
         if self.batch_sizes:
             knobs['batch_size'] = self.batch_sizes[i]
         return knobs
 
-    def check(self, params):
+    def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        for name in ('params', 'scratch_tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
-            if getattr(self, name) and len(getattr(self, name)) != len(self.sizes):
+        for name in ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
+            if len(getattr(self, name)) not in (0, len(self.sizes)):
                 raise UserError(f'{name} has {len(getattr(self, name))} values for {len(self.sizes)} sizes')
-        if list(params) != sorted(params) or len(set(self.sizes)) < len(self.sizes) or not self.sizes:
+        if not self.sizes or list(params) != sorted(params) or len({self.name(i) for i in range(len(params))}) < len(params):
             raise UserError(f'sizes={",".join(self.sizes)} must be different and in ascending order')
-        if self.compare not in ('', 'independent'):
-            raise UserError(f"compare is '' or independent, not {self.compare!r}")
-        layer_map(1, 1, self.depth)
-        if self.width not in WIDTH:
-            raise unknown('width growth', self.width, WIDTH)
+        for knob, legal in dict(width=(*WIDTH, 'random'), depth=DEPTH, optimizer=('fresh', 'grown'), compare=('', 'independent')).items():
+            if getattr(self, knob) not in legal:
+                raise unknown(knob, getattr(self, knob), legal)
+        for small, large in zip(configs, configs[1:]):
+            if self.width != 'random':
+                Growth(small, large, self.width, self.depth)
+
+
+def grow_stage(stage, smaller, small_config, width, depth, noise, optimizer):
+    """Let a stage start from the model of the Result `smaller`, grown; with optimizer='grown' its AdamW state too."""
+    wider = any(getattr(small_config, f) != getattr(stage.config, f) for f in ('n_embd', 'n_head', 'n_kv_head', 'n_mlp'))
+    deeper = small_config.n_layer < stage.config.n_layer
+    how = [width] * wider + [depth] * deeper + [f'noise {noise:g}'] * (noise > 0) + ['its optimizer'] * (optimizer == 'grown')
+    stage.parent, stage.start = smaller, ' + '.join([smaller.name, *how])
+    stage.model = lambda: grow(load(smaller.folder), stage.config, width, depth, noise)
+    if optimizer == 'grown':
+        stage.moments = lambda: grow_optimizer(load_moments(smaller.folder), small_config, stage.config, width, depth)
+        stage.knobs |= dict(warmup=0.0)
+
+
+@dataclass
+class GrowthComparison:
+    """Growth operators side by side: one base model, then the same second stage from every operator and from nothing."""
+    base: str = '48x2'                # size of the base
+    target: str = '64x4'              # size that it is grown to; exp, stk2 and stk4 are relative to the base
+    base_tokens: float = 1e6          # D1, tokens of the first stage
+    tokens: float = 5e5               # D2, tokens of each second stage
+    arms: tuple[str, ...] = ('random', 'fpi+stack', 'aki+stack', 'lossless+stack', 'lossless+identity')  # WIDTH+DEPTH[+noise][+grown]
+    noise: float = 0.1                # zero-sum noise of the arms that say so
+    seeds: int = 3                    # runs of everything, each with its own initialisation and data order
+
+    def stages(self, run):
+        """For every seed the base, then every arm."""
+        base = run.model_config(self.base)
+        target = SECOND_STAGES[self.target](base) if self.target in SECOND_STAGES else run.model_config(self.target)
+        for arm in self.arms:
+            if arm != 'random':
+                Growth(base, target, *arm.split('+')[:2])   # complains before anything is trained
+        for seed in range(self.seeds):
+            knobs = dict(seed=run.seed + seed)
+            smaller = yield Stage(f'base-{seed}', base, self.base_tokens, base.num_params(head=True),
+                                  knobs=dict(knobs, keep_optimizer=any('grown' in arm for arm in self.arms)))
+            for arm in self.arms:
+                stage = Stage(f'{arm}-{seed}', target, self.tokens, target.num_params(head=True), knobs=dict(knobs))
+                if arm != 'random':
+                    width, depth, *more = arm.split('+')
+                    grow_stage(stage, smaller, base, width, depth, self.noise if 'noise' in more else 0.0,
+                               'grown' if 'grown' in more else 'fresh')
+                yield stage
+
+    def summary(self, results):
+        """The ranking: mean validation loss over the seeds, and the difference from random initialisation, seed by seed."""
+        losses = {arm: [r.val_loss for r in results if r.name.rsplit('-', 1)[0] == arm] for arm in self.arms}
+        rows = [['second stage from', 'val loss', 'standard deviation', 'against random', 'standard deviation']]
+        for arm, values in sorted(losses.items(), key=lambda item: statistics.mean(item[1])):
+            gains = [a - b for a, b in zip(values, losses.get('random', []))]
+            rows.append([arm, *_mean_and_spread(values), *(_mean_and_spread(gains) if gains else ['', ''])])
+        return table(rows)
+
+
+def _mean_and_spread(values):
+    return [f'{statistics.mean(values):.4f}', f'{statistics.stdev(values):.4f}' if len(values) > 1 else '']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line: growing a folder
+
+@dataclass
+class FolderGrowth:
+    """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE."""
+    source: str = ''        # folder of the model
+    target: str = ''        # folder to be made
+    to: str = ''            # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
+    width: str = 'aki'      # aki, fpi, lossless or clone
+    depth: str = 'stack'    # stack, bert2bert, interleave or identity
+    noise: float = 0.0      # zero-sum noise that tells copies apart, relative to the weights; 0: none
+    seed: int = 0           # of the noise
+
+
+def main(argv):
+    """Command line: SOURCE TARGET, then knobs."""
+    named = [f'--{knob}={arg}' for knob, arg in zip(('source', 'target'), argv) if not arg.startswith('-')]
+    options, _, _ = configure(named + argv[len(named):], FolderGrowth, program='expand.py')
+    if not (options.source and options.target and options.to):
+        raise UserError('say what to grow into what: expand.py SOURCE TARGET --to=SIZE')
+
+    def shape(small):
+        if options.to in SECOND_STAGES:
+            return SECOND_STAGES[options.to](small)
+        large = GPTConfig.named(options.to)
+        return replace(small, **{f: getattr(large, f) for f in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'head_dim')})
+    grow_folder(options.source, options.target, shape, options.width, options.depth, options.noise, options.seed)
+
+
+if __name__ == '__main__':
+    run_as_program(main)

@@ -371,7 +371,7 @@ def load(folder, device='cpu'):
     folder = Path(folder)
     if not (folder / 'config.json').is_file():
         raise UserError(f'{folder} is not a model folder (it has no config.json)')
-    files = sorted(folder.glob('*.safetensors'))
+    files = sorted(folder.glob('model*.safetensors'))
     if not files:
         raise UserError(f'{folder} has no .safetensors file; weights in other formats are not read')
     try:

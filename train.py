@@ -28,11 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data.prepare
-from checkpoint import claim, keep_metrics, load_state, record_session, save_state
+from checkpoint import claim, keep_metrics, load_state, record_session, save_moments, save_state, set_moments
 from configurator import Result, Stage, UserError, configure, differences, run_as_program
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
 from evaluate import bits_per_byte, evaluate, report
-from expand import Progressive
+from expand import GrowthComparison, Progressive
 from machine import STOP, agree, catch_signals, find_machine, leave
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
@@ -68,6 +68,7 @@ class Run:
     weight_decay: float = 0.1         # of matrices and embeddings; norms and biases have none
     grad_clip: float = 1.0            # largest norm of the gradient; 0: no clipping
     seed: int = 1337                  # of initialisation and data order
+    keep_optimizer: bool = False      # save AdamW's state with the finished model: twice its size, for growth to carry on
     # machine
     device: str = 'auto'              # cuda, mps or cpu
     dtype: str = 'auto'               # bfloat16 (autocast) or float32; auto: bfloat16 on a GPU that has it
@@ -131,7 +132,7 @@ class Pretrain:
         yield Stage(name, config, self.tokens or 20 * params, params, start=start, model=model)
 
 
-METHODS = {'pretrain': Pretrain, 'progressive': Progressive}
+METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +239,8 @@ def train_stage(stage, run, machine):
     model = (stage.model() if stage.model else GPT(stage.config)).to(machine.device)
     optimizer, steps = make_optimizer(model, knobs), count_steps(knobs, stage)
     progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
+    if stage.moments:
+        set_moments(model, optimizer, stage.moments())
     load_state(folder, model, optimizer, progress)
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
@@ -272,6 +275,8 @@ def train_stage(stage, run, machine):
                     seconds=progress['seconds'])
     if is_main:
         model.save(folder)
+        if knobs.keep_optimizer:
+            save_moments(folder, model, optimizer)
         result.write()
         for path in folder.glob('state-*'):
             shutil.rmtree(path)
@@ -397,10 +402,10 @@ def main(argv):
         dist.barrier()
     STOP.clear()
     catch_signals()
-    for _ in stages_of(method, run, partial(train_stage, run=run, machine=machine)):
-        pass
+    results = [result for _, result in stages_of(method, run, partial(train_stage, run=run, machine=machine))]
     if machine.rank == 0:
-        print(f'\n{report(run.out_dir)}\n\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
+        summary = method.summary(results) if hasattr(method, 'summary') else ''
+        print(f'\n{report(run.out_dir, summary)}\n\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
     if machine.world_size > 1:
         dist.destroy_process_group()
 

@@ -1,11 +1,18 @@
-"""Growth: what is exact is exact, what comes from where, what is refused; and the method's budget."""
+"""Growth of models, of optimizers and of folders; and the methods' budgets and stages."""
 import dataclasses
+import json
+import os
 
 import pytest
 import torch
 
+import expand
+import train
+from checkpoint import load_moments, save_moments, set_moments
 from configurator import Result, UserError
-from expand import Progressive, allocate_tokens, deepen, grow, layer_map, widen
+from conftest import run_command
+from expand import GrowthComparison, Progressive, allocate_tokens, deepen, grow, grow_folder, grow_optimizer, widen
+from model import GPT, GPTConfig, load
 from test_model import SHAPES, small, tokens
 from train import Run, stages_of
 
@@ -75,12 +82,6 @@ def test_aki_in_full_differs_from_fpi_only_in_new_rows_of_linear_layers():
 
 # --------------------------------------------------------------------------------------------------------------------- depth
 
-def test_layer_maps():
-    assert layer_map(3, 6) == [0, 1, 2, 0, 1, 2] and layer_map(3, 5) == [0, 1, 2, 0, 1]
-    assert layer_map(18, 22, 'bert2bert') == [*range(18), 14, 15, 16, 17]
-    assert layer_map(2, 7, 'bert2bert') == [0, 1, 0, 1, 0, 1, 1]
-
-
 def test_stacking_twice_is_stacking_fourfold():
     model = small()
     twice, once = deepen(deepen(model, 6), 12), deepen(model, 12)
@@ -115,7 +116,7 @@ def test_growing_to_the_same_size_changes_nothing():
 
 @pytest.mark.parametrize('changes, words', [
     (dict(n_embd=16, head_dim=8), 'n_embd 32 -> 16'), (dict(n_layer=2), 'n_layer 3 -> 2'), (dict(head_dim=16), 'head_dim 8 -> 16'), (dict(norm='layer'), 'norm rms -> layer'),
-    (dict(vocab_size=99), 'vocab_size 61 -> 99'), (dict(tied=True), 'tied False -> True')])
+    (dict(vocab_size=60), 'vocab_size 61 -> 60'), (dict(tied=True), 'tied False -> True')])
 def test_targets_that_cannot_be_reached_are_refused_by_name(changes, words):
     with pytest.raises(UserError, match=words):
         grow(small(), grown(small(), **changes))
@@ -131,6 +132,150 @@ def test_a_query_head_is_never_lost():
 def test_unknown_operators_name_the_nearest(call):
     with pytest.raises(UserError, match='did you mean (aki|stack)'):
         call(small())
+
+
+# --------------------------------------------------------------------------------------------------------------------- the optimizer
+
+def trained(steps=5):
+    """A model and its AdamW after a few steps."""
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(tokens(), tokens().roll(-1, 1)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_moments_survive_the_disk_and_go_into_a_fresh_optimizer(tmp_path):
+    model, optimizer = trained()
+    save_moments(tmp_path, model, optimizer)
+    moments = load_moments(tmp_path)
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    set_moments(model, fresh, moments)
+    for parameter in model.parameters():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(fresh.state[parameter][key], value)
+    with pytest.raises(UserError, match='optimizer.safetensors'):
+        load_moments(tmp_path / 'nowhere')
+
+
+def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
+    """At 2x every copy's moments are those of its unit times the dual factor, so Adam moves all copies of a unit alike."""
+    model, optimizer = trained()
+    target = double_width(model.config)
+    moments = grow_optimizer(dict(step=5, exp_avg={n: optimizer.state[p]['exp_avg'] for n, p in model.named_parameters()},
+                                  exp_avg_sq={n: optimizer.state[p]['exp_avg_sq'] for n, p in model.named_parameters()}), model.config, target, 'lossless', 'stack')
+    torch.testing.assert_close(moments['exp_avg']['blocks.1.mlp.up.weight'][40:, :32], optimizer.state[model.blocks[1].mlp.up.weight]['exp_avg'] / 2)
+    big = grow(model, target, 'lossless')
+    again = torch.optim.AdamW(big.parameters(), lr=1e-2)
+    set_moments(big, again, moments)
+    big(tokens(), tokens().roll(-1, 1)).loss.backward()
+    again.step()
+    up = big.blocks[1].mlp.up.weight
+    torch.testing.assert_close(up[:40], up[40:], atol=1e-12, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------- on disk
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_growing_a_folder_is_growing_the_model_bit_for_bit(tmp_path, shape, dtype):
+    model = small(**SHAPES[shape]).to(dtype)
+    model.save(tmp_path / 'small')
+    target = dataclasses.replace(double_width(model.config), n_layer=5, n_mlp=99, vocab_size=64)
+    for width, depth, noise in (('aki', 'bert2bert', 0.0), ('lossless', 'identity', 0.1)):
+        grow_folder(tmp_path / 'small', tmp_path / width, lambda config: target, width, depth, noise)
+        found, expected = load(tmp_path / width), grow(model, target, width, depth, noise)
+        assert found.config == target and not (tmp_path / f'{width}.partial').exists()
+        for (name, a), b in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert a.dtype == dtype and torch.equal(a, b), name
+
+
+@pytest.mark.parametrize('shape', ['llama', 'grouped', 'one key head', 'gpt2', 'inheritune'])
+def test_grown_models_open_in_transformers_with_the_same_logits(tmp_path, shape):
+    transformers = pytest.importorskip('transformers')
+    model = small(**SHAPES[shape]).float()
+    model.save(tmp_path / 'small')
+    target = dataclasses.replace(model.config, n_embd=48, n_head=6, n_kv_head=6 * model.config.n_kv_head // 4 or 1, n_mlp=70, n_layer=4)
+    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target, 'lossless', 'identity', noise=0.1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'large', dtype=torch.float32).eval()
+    x = tokens()
+    torch.testing.assert_close(theirs(x).logits, load(tmp_path / 'large')(x).logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(theirs(x).logits, model(x).logits, atol=2e-4, rtol=0)   # lossless, in float32
+
+
+def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    model = small().float()
+    model.save(tmp_path / 'small')
+    target = double_width(model.config)
+
+    def pull_the_plug(growth, name, fetch, moment=0):
+        if name == 'blocks.1.mlp.down.weight':
+            raise KeyboardInterrupt
+        yield from pieces(growth, name, fetch, moment)
+    pieces = expand.Growth.pieces
+    with monkeypatch.context() as patch:
+        patch.setattr(expand.Growth, 'pieces', pull_the_plug)
+        with pytest.raises(KeyboardInterrupt):
+            grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
+    assert not (tmp_path / 'large').exists()
+    with pytest.raises(UserError):
+        load(tmp_path / 'large.partial')
+    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
+    assert load(tmp_path / 'large').config == target
+    with pytest.raises(UserError, match='is there already'):
+        grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
+
+
+WATCH_MEMORY = """
+import re, sys, threading, torch
+from expand import main
+import numpy, safetensors.torch
+peak, done = 0, False
+def anonymous():
+    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+torch.zeros(10, 10) @ torch.zeros(10, 10)
+before = anonymous()
+thread = threading.Thread(target=watch); thread.start()
+main(sys.argv[1:])
+done = True; thread.join()
+print('PEAK', peak - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the memory of a process as Linux shows it')
+def test_growing_a_folder_never_holds_a_model(tmp_path):
+    """Peak memory: under 1.3 times the largest tensor and 16 MB of buffers, for a model five times as large as that."""
+    config = GPTConfig(n_layer=4, n_head=8, n_embd=512, n_mlp=2048, vocab_size=20000, block_size=64)
+    GPT(config).save(tmp_path / 'small')
+    process = run_command('-c', WATCH_MEMORY, tmp_path / 'small', tmp_path / 'large', '--to=stk2', '--width=aki')
+    peak, largest = int(process.stdout.split('PEAK')[1]), 20000 * 512 * 4
+    assert (tmp_path / 'large' / 'model.safetensors').stat().st_size > 4 * largest
+    assert peak < 1.3 * largest + 2 ** 24, (peak / 1e6, process.stderr)
+
+
+def test_growing_on_the_command_line(tmp_path):
+    GPT(GPTConfig.named('32x2', vocab_size=61, block_size=24)).save(tmp_path / 'small')
+    process = run_command('expand.py', tmp_path / 'small', tmp_path / 'large', '--to=48x4', '--width=lossless', '--depth=interleave')
+    assert process.returncode == 0 and load(tmp_path / 'large').config == GPTConfig.named('48x4', vocab_size=61, block_size=24), process.stderr
+    for arguments, word in (([], 'SOURCE TARGET'), ([tmp_path / 'small', tmp_path / 'x', '--to=16x2'], 'n_head 2 -> 1 is smaller'), ([tmp_path / 'no', tmp_path / 'x', '--to=exp'], 'config.json')):
+        process = run_command('expand.py', *arguments)
+        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+
+
+@pytest.mark.parametrize('damage, word', [
+    (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'), (lambda f: (f / 'model.safetensors').unlink(), 'lacks tensors'),
+    (lambda f: (f / 'config.json').write_text('{'), 'damaged'), (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba')])
+def test_damaged_folders_are_not_grown(tmp_path, damage, word):
+    small().save(tmp_path / 'small')
+    damage(tmp_path / 'small')
+    with pytest.raises(UserError, match=word):
+        grow_folder(tmp_path / 'small', tmp_path / 'large', double_width)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the method
@@ -179,3 +324,40 @@ def test_independent_training_at_its_own_learning_rate_starts_with_the_smallest(
 def test_mistakes_are_found_before_anything_is_trained(knobs, words):
     with pytest.raises(UserError, match=words):
         planned(**knobs)
+
+
+def test_sizes_relative_to_the_one_before():
+    stages = planned(sizes=('32x2', 'exp', 'stk2'), tokens=(1e5, 1e5, 1e5), width='fpi')
+    assert [s.name for s, _ in stages] == ['32x2', '32x2-exp', '32x2-exp-stk2'] and [s.start for s, _ in stages][1:] == ['32x2 + fpi', '32x2-exp + stack']
+    exp, stk2 = stages[1][0].config, stages[2][0].config
+    assert (exp.n_embd, exp.n_head, exp.n_mlp, exp.n_layer) == (48, 3, 132, 2) and (stk2.n_embd, stk2.n_layer) == (48, 4)
+    width = GPTConfig.named('0.1b')
+    assert expand.SECOND_STAGES['exp'](width).n_embd == 880 and expand.SECOND_STAGES['stk4'](width).n_layer == 60
+
+
+def test_the_random_control_inherits_nothing_on_the_same_tokens():
+    grown, control = planned(), planned(width='random')
+    assert [s.tokens for s, _ in grown] == [s.tokens for s, _ in control]
+    assert all(s.parent is None and s.model is None for s, _ in control)
+
+
+def test_a_family_with_grown_optimizers(data_dir, tmp_path):
+    train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--method=progressive', '--sizes=16x2,32x3', '--scratch_tokens=640,1920', '--optimizer=grown', '--noise=0.1',
+                '--width=lossless', '--depth=identity', '--block_size=16', '--eval_tokens=512', '--log_interval=1', '--device=cpu'])
+    first = json.loads((tmp_path / '32x3' / 'metrics.jsonl').read_text().splitlines()[0])
+    last = json.loads((tmp_path / '16x2' / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert first['lr'] == pytest.approx(1e-3, rel=1e-2)   # no warmup
+    assert first['loss'] == pytest.approx(last['loss'], abs=0.3) and load_moments(tmp_path / '32x3')['step'] > 5
+
+
+def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
+    train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--method=growth', '--base=16x2', '--target=32x4', '--base_tokens=640', '--tokens=320', '--seeds=2',
+                '--arms=random,fpi+stack,lossless+identity+noise+grown', '--block_size=16', '--batch_size=4', '--eval_tokens=512', '--device=cpu'])
+    text = capsys.readouterr().out.split('against random')[1]
+    assert {line.split('|')[1].strip() for line in text.splitlines()[2:5]} == {'random', 'fpi+stack', 'lossless+identity+noise+grown'}
+    assert 'against random' in (tmp_path / 'report.md').read_text() and len(list(tmp_path.glob('*/result.json'))) == 8
+
+
+def test_an_unknown_arm_is_refused_before_training():
+    with pytest.raises(UserError, match='did you mean lossless'):
+        list(stages_of(GrowthComparison(arms=('losless+stack',)), Run(block_size=128), None))

@@ -1,0 +1,15 @@
+# Paper 001, Table 1: the second stage "exp", width expansion by sqrt 2, function preserving (section 3.2, Appendix B), of a 0.1B base model.
+#   python data/prepare.py slimpajama --tokenizer=FOLDER      (a folder with Llama's tokenizer.json: 32,000 tokens)
+method = 'progressive'
+sizes = ('0.1b', 'exp')                  # exp: relative to the base
+width = 'fpi'                            # lossless is exact at this ratio, which fpi is not
+tokens = (17600 * 512 * 1024, 17600 * 512 * 1024)   # D1 and D2: the standard number of iterations (Table 4)
+
+data = 'slimpajama'
+block_size = 1024
+batch_size = 512
+learning_rate = 4e-3                      # the same in both stages (Appendix C: a lower one is worse)
+schedule = 'wsd'
+warmup = 200
+decay_fraction = 0.1
+min_lr_fraction = 0.1
