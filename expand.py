@@ -29,7 +29,7 @@ from tqdm import tqdm
 from checkpoint import load_moments
 from configurator import Stage, UserError, configure, run_as_program, unknown, write_atomically
 from evaluate import table
-from hugging_face import config_from_hugging_face, config_to_hugging_face, layout
+from hugging_face import config_from_hugging_face, config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
 from model import GPT, GPTConfig, load
 from operators import DEPTH, WIDTH, Growth
 
@@ -104,25 +104,23 @@ def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, se
             files = [stack.enter_context(safe_open(path, 'pt')) for path in sorted(source.glob('model*.safetensors'))]
         except FileNotFoundError:
             raise UserError(f'{source} is not a model folder (it has no config.json)') from None
-        except (ValueError, SafetensorError) as error:
-            raise UserError(f'{source} is damaged: {error}') from error
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f'{source} cannot be read: {error}') from error
         holder = {name: file for file in files for name in file.keys()}
         large = shape(small)
         growth = Growth(small, large, width, depth, noise, seed)
         with torch.device('meta'):
             old_shapes, new_shapes = ({n: tuple(t.shape) for n, t in GPT(c).state_dict().items()} for c in (small, large))
-        stored = layout(small, old_shapes)
-        if missing := [theirs for theirs, (ours, _) in stored.items() if ours and theirs not in holder]:
-            raise UserError(f'{source} lacks tensors: {", ".join(missing[:8])}')
+        stored, found = layout(small, old_shapes), find_tensors(small, holder, old_shapes)
         where = {name: theirs for theirs, (ours, _) in stored.items() for name in ours}
 
         def fetch(name):
-            theirs = where[name]
-            ours, transposed = stored[theirs]
-            if not transposed and len(ours) == 1:
+            ours, packed = stored[where[name]]
+            theirs = found[where[name]]
+            if not packed and len(ours) == 1:
                 return Rows(holder[theirs], theirs)
             tensor = holder[theirs].get_tensor(theirs)
-            return (tensor.T if transposed else tensor).split([old_shapes[n][0] for n in ours])[ours.index(name)]
+            return unpack(tensor, packed, small, [old_shapes[n][0] for n in ours])[ours.index(name)]
 
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -140,12 +138,11 @@ def write_safetensors(path, growth, stored, shapes, dtype, fetch):
     """
     header, offset = {'__metadata__': {'format': 'pt'}}, 0
     names = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
-    for theirs, (ours, transposed) in stored.items():
+    for theirs, (ours, packed) in stored.items():
         if ours:
-            shape = (sum(shapes[name][0] for name in ours), *shapes[ours[0]][1:])
+            shape = stored_shape(ours, packed, shapes)
         else:   # a bias of zeros, as long as its weight has outputs
             shape = tuple(header[theirs.replace('.bias', '.weight')]['shape'][-1:])
-        shape = shape[::-1] if transposed else shape
         size = dtype.itemsize * torch.Size(shape).numel()
         header[theirs] = dict(dtype=names[dtype], shape=shape, data_offsets=[offset, offset + size])
         offset += size
@@ -153,10 +150,10 @@ def write_safetensors(path, growth, stored, shapes, dtype, fetch):
     text += b' ' * (-len(text) % 8)   # the data are aligned
     with open(path, 'wb') as file, tqdm(desc=f'growing {path.parent}', total=offset, unit='B', unit_scale=True) as bar:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for theirs, (ours, transposed) in stored.items():
+        for theirs, (ours, packed) in stored.items():
             pieces = (piece for name in ours for piece in growth.pieces(name, fetch))
-            if transposed:
-                pieces = [torch.cat(list(pieces)).T]
+            if packed:
+                pieces = [pack([torch.cat(list(growth.pieces(name, fetch))) for name in ours], packed, growth.large)]
             elif not ours:
                 pieces = [torch.zeros(header[theirs]['shape'], dtype=dtype)]
             for piece in pieces:

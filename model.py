@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configurator import UserError, unknown, write_atomically
-from hugging_face import (config_from_hugging_face, config_to_hugging_face, tensors_from_hugging_face,
+from hugging_face import (config_from_hugging_face, config_to_hugging_face, model_folder, tensors_from_hugging_face,
                           tensors_to_hugging_face)
 
 
@@ -40,6 +40,7 @@ class GPTConfig:
     act: str = 'swiglu'                 # swiglu, gelu (tanh approximation), gelu_exact or relu
     pos: str = 'rope'                   # rope or learned
     rope_theta: float = 1e4
+    rope_scaling: tuple = ()            # Llama 3: (factor, low and high frequency factor, context before it was stretched)
     rotary_fraction: float = 1.0        # share of each head that RoPE turns (GPT-NeoX: 0.25)
     qk_norm: bool = False               # RMSNorm on each head's queries and keys (Qwen3)
     parallel: bool = False              # attention and MLP read the same input (GPT-NeoX)
@@ -128,6 +129,16 @@ def _norm(config, dim):
     if config.norm == 'rms':
         return nn.RMSNorm(dim, eps=config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+
+
+def stretch(frequency, factor, low, high, original):
+    """
+    Llama 3's frequencies for a context stretched by `factor`: what turns less than `low` times over the `original` context
+    is slowed down by the factor, what turns more than `high` times is kept, between them it goes over smoothly.
+    """
+    turns = original * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
 
 
 def rotate(x, cos, sin):
@@ -270,7 +281,10 @@ class GPT(nn.Module):
         if self.config.pos == 'rope':
             pair = torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim
             position = torch.arange(self.config.block_size, device=device).float()
-            angle = torch.outer(position, self.config.rope_theta ** -pair).repeat(1, 2)
+            frequency = 1 / self.config.rope_theta ** pair
+            if self.config.rope_scaling:
+                frequency = stretch(frequency, *self.config.rope_scaling)
+            angle = torch.outer(position, frequency).repeat(1, 2)
             self.register_buffer('cos', angle.cos(), persistent=False)
             self.register_buffer('sin', angle.sin(), persistent=False)
 
@@ -363,24 +377,28 @@ class GPT(nn.Module):
         write_atomically(folder / 'config.json', json.dumps(config_to_hugging_face(self.config, dtype), indent=1) + '\n')
 
 
-def load(folder, device='cpu'):
+def load(name, device='cpu'):
     """
-    The model in a Hugging Face folder, in the dtype its tensors have. Raises UserError when there is none, when a file is
-    damaged, or when tensors and configuration do not match.
+    The model in a Hugging Face folder, or of that name on the hub, in the dtype its tensors have; one file or several. Raises
+    UserError when there is none, when a file is damaged, or when tensors and configuration do not match.
     """
-    folder = Path(folder)
+    folder = model_folder(name)
     if not (folder / 'config.json').is_file():
         raise UserError(f'{folder} is not a model folder (it has no config.json)')
     files = sorted(folder.glob('model*.safetensors'))
     if not files:
-        raise UserError(f'{folder} has no .safetensors file; weights in other formats are not read')
+        pickled = [path.name for path in (*folder.glob('*.bin'), *folder.glob('*.pt'), *folder.glob('*.pth'))]
+        reason = f': {pickled[0]} is a pickle, and unpickling runs what its maker wrote into it' if pickled else ''
+        raise UserError(f'{folder} has no weights in safetensors' + reason)
     try:
-        hf_config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        config = GPTConfig(**config_from_hugging_face(json.loads((folder / 'config.json').read_text(encoding='utf-8'))))
         tensors = {name: tensor for file in files for name, tensor in load_file(file, device=str(device)).items()}
-    except (ValueError, SafetensorError, OSError) as error:
-        raise UserError(f'{folder} is damaged: {error}') from error
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from None
+    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+        raise UserError(f'{folder} is damaged: {type(error).__name__} {error}') from error
     with torch.device('meta'):
-        model = GPT(GPTConfig(**config_from_hugging_face(hf_config)))
+        model = GPT(config)
     state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict())
     model.load_state_dict(state, assign=True)
     model.build_rope(device)

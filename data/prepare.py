@@ -23,9 +23,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections import deque
 from dataclasses import dataclass
@@ -41,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
 from configurator import UserError, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
+from hugging_face import WAY_OUT, reach_hub, within   # noqa: E402
 
 HUB = {   # name: (repository, configuration, split, column with the text)
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
@@ -52,7 +50,6 @@ HUB = {   # name: (repository, configuration, split, column with the text)
     'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
 }
 OFFLINE = ('pydocs', 'pycode')
-WAY_OUT = 'without a network use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
 
 
 @dataclass
@@ -70,24 +67,6 @@ class Preparation:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizers
-
-def within(seconds, function, what):
-    """function() in a thread of its own; UserError when it raises an OSError or has not come back after `seconds`."""
-    outcome = {}
-
-    def call():
-        try:
-            outcome['value'] = function()
-        except OSError as error:
-            outcome['error'] = error
-    thread = threading.Thread(target=call, daemon=True)   # daemon: a call that never returns must not keep the program
-    thread.start()
-    thread.join(seconds)
-    if 'value' in outcome:
-        return outcome['value']
-    reason = type(outcome['error']).__name__ if 'error' in outcome else f'no answer within {seconds} s'
-    raise UserError(f'{what} cannot be reached ({reason}); {WAY_OUT}')
-
 
 def bytes_encoding():
     """The 256 bytes and <|endoftext|> = 256 as a tiktoken Encoding: nothing to learn, nothing to download."""
@@ -262,11 +241,7 @@ def open_stream(options):
     else:
         repository, configuration, split, column = HUB[options.corpus]
         source = dict(path=repository, name=configuration, split=split)
-        if not os.environ.get('HF_HUB_OFFLINE'):
-            import huggingface_hub
-            # the client itself retries for minutes where packets vanish silently, so ask first, with a deadline
-            hub = partial(reach, huggingface_hub.constants.ENDPOINT)
-            within(10, hub, f'the Hugging Face hub, where {options.corpus} is,')
+        reach_hub(options.corpus)
     import datasets   # takes a second, and the offline corpora do not need it
     try:
         stream = datasets.load_dataset(**source, streaming=True)
@@ -275,15 +250,6 @@ def open_stream(options):
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f'{options.corpus} cannot be read: {error}') from error
     return stream, column
-
-
-def reach(address):
-    """Any HTTP answer at all from `address`; OSError when there is none."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method='HEAD'), timeout=8)
-    except urllib.error.HTTPError:
-        pass   # it answered, which is all that was asked
-    return True
 
 
 def stream_batches(stream, column, options, of_documents=256):
