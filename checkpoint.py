@@ -74,7 +74,8 @@ def save_moments(folder, model, optimizer):
     """Write AdamW's state by parameter names to optimizer.safetensors: for a stage that grows from this one."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = {names[parameter]: state for parameter, state in optimizer.state.items()}
-    tensors = {f'{key}.{name}': state[key].contiguous() for name, state in states.items() for key in ('exp_avg', 'exp_avg_sq')}
+    tensors = {f'{key}.{name}': state[key].contiguous()
+               for name, state in states.items() for key in ('exp_avg', 'exp_avg_sq')}
     step = int(max(state['step'] for state in states.values()))
     path = Path(folder) / 'optimizer.safetensors.tmp'
     save_file(tensors, path, metadata=dict(step=str(step)))

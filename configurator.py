@@ -72,7 +72,7 @@ class Stage:
     params: float                                # X in FLOPs = 6 X T, as the method's paper counts it
     start: str = 'random initialisation'         # where the weights come from, in words (part of the stage's identity)
     model: typing.Callable | None = None         # builds the starting model if the stage really runs; None: random
-    moments: typing.Callable | None = None       # builds the starting AdamW state (checkpoint.load_moments' form); None: fresh
+    moments: typing.Callable | None = None       # builds the starting AdamW state, as checkpoint.load_moments; None: fresh
     parent: 'Result | None' = None               # stage it goes on from: its compute is counted, its data position continued
     knobs: dict = field(default_factory=dict)    # general knobs that this stage sets otherwise than the run
     objective: typing.Callable | None = None     # (model, x, y, progress) -> (loss, dict of scalars); None: next token

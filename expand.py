@@ -111,7 +111,10 @@ def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, se
         growth = Growth(small, large, width, depth, noise, seed)
         with torch.device('meta'):
             old_shapes, new_shapes = ({n: tuple(t.shape) for n, t in GPT(c).state_dict().items()} for c in (small, large))
-        stored, found = layout(small, old_shapes), find_tensors(small, holder, old_shapes)
+        try:
+            stored, found = layout(small, old_shapes), find_tensors(small, holder, old_shapes)
+        except UserError as error:
+            raise UserError(f'{source}: {error}') from None
         where = {name: theirs for theirs, (ours, _) in stored.items() for name in ours}
 
         def fetch(name):
@@ -195,7 +198,7 @@ def allocate_tokens(params, scratch_tokens):
 @dataclass
 class Progressive:
     """Progressive training (Yano et al., paper 000): train the smallest size, expand, train on, up to the largest."""
-    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # in ascending order; exp, stk2, stk4: relative to the one before
+    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # ascending; exp, stk2, stk4: relative to the one before
     params: tuple[float, ...] = ()          # X of each size in FLOPs = 6 X T; empty: counted, layers and head
     scratch_tokens: tuple[float, ...] = ()  # tokens each size would train on from scratch; empty: tokens_per_param x X
     tokens_per_param: float = 20.0          # 20: Chinchilla
@@ -263,7 +266,8 @@ class Progressive:
                 raise UserError(f'{name} has {len(getattr(self, name))} values for {len(self.sizes)} sizes')
         if not self.sizes or list(params) != sorted(params) or len({self.name(i) for i in range(len(params))}) < len(params):
             raise UserError(f'sizes={",".join(self.sizes)} must be different and in ascending order')
-        for knob, legal in dict(width=(*WIDTH, 'random'), depth=DEPTH, optimizer=('fresh', 'grown'), compare=('', 'independent')).items():
+        for knob, legal in dict(width=(*WIDTH, 'random'), depth=DEPTH, optimizer=('fresh', 'grown'),
+                                compare=('', 'independent')).items():
             if getattr(self, knob) not in legal:
                 raise unknown(knob, getattr(self, knob), legal)
         for small, large in zip(configs, configs[1:]):
@@ -290,7 +294,7 @@ class GrowthComparison:
     target: str = '64x4'              # size that it is grown to; exp, stk2 and stk4 are relative to the base
     base_tokens: float = 1e6          # D1, tokens of the first stage
     tokens: float = 5e5               # D2, tokens of each second stage
-    arms: tuple[str, ...] = ('random', 'fpi+stack', 'aki+stack', 'lossless+stack', 'lossless+identity')  # WIDTH+DEPTH[+noise][+grown]
+    arms: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # WIDTH+DEPTH[+noise][+grown], or random
     noise: float = 0.1                # zero-sum noise of the arms that say so
     seeds: int = 3                    # runs of everything, each with its own initialisation and data order
 
@@ -353,7 +357,8 @@ def main(argv):
         if options.to in SECOND_STAGES:
             return SECOND_STAGES[options.to](small)
         large = GPTConfig.named(options.to)
-        return replace(small, **{f: getattr(large, f) for f in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'head_dim')})
+        fields = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'head_dim')
+        return replace(small, **{field: getattr(large, field) for field in fields})
     grow_folder(options.source, options.target, shape, options.width, options.depth, options.noise, options.seed)
 
 

@@ -47,8 +47,8 @@ FAMILIES = {
         demands=dict(hidden_act='silu', use_sliding_window=False)),
     'gpt2': Family(
         'GPT2LMHeadModel', 'transformer.h.{}.',
-        {'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'norm': 'transformer.ln_f', 'lm_head': 'lm_head', 'norm1': 'ln_1',
-         'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc',
+        {'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'norm': 'transformer.ln_f', 'lm_head': 'lm_head',
+         'norm1': 'ln_1', 'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc',
          'mlp.down': 'mlp.c_proj'},
         {'n_embd': 'n_embd', 'n_mlp': 'n_inner', 'n_layer': 'n_layer', 'n_head': 'n_head', 'block_size': 'n_positions',
          'norm_eps': 'layer_norm_epsilon', 'attn_scale_by_layer': 'scale_attn_by_inverse_layer_idx',
@@ -59,15 +59,16 @@ FAMILIES = {
         {'wte': 'gpt_neox.embed_in', 'norm': 'gpt_neox.final_layer_norm', 'lm_head': 'embed_out', 'norm1': 'input_layernorm',
          'norm2': 'post_attention_layernorm', **{f'attn.{x}': 'attention.query_key_value' for x in 'qkv'},
          'attn.o': 'attention.dense', 'mlp.up': 'mlp.dense_h_to_4h', 'mlp.down': 'mlp.dense_4h_to_h'},
-        {'n_embd': 'hidden_size', 'n_mlp': 'intermediate_size', 'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
-         'block_size': 'max_position_embeddings', 'norm_eps': 'layer_norm_eps', 'parallel': 'use_parallel_residual',
-         'act': 'hidden_act'},
+        {'n_embd': 'hidden_size', 'n_mlp': 'intermediate_size', 'n_layer': 'num_hidden_layers',
+         'n_head': 'num_attention_heads', 'block_size': 'max_position_embeddings', 'norm_eps': 'layer_norm_eps',
+         'parallel': 'use_parallel_residual', 'act': 'hidden_act'},
         dict(norm='layer', pos='rope', qk_norm=False, bias=True, attn_scale_by_layer=False), dict(attention_bias=True)),
     'opt': Family(
         'OPTForCausalLM', 'model.decoder.layers.{}.',
-        {'wte': 'model.decoder.embed_tokens', 'wpe': 'model.decoder.embed_positions', 'norm': 'model.decoder.final_layer_norm',
-         'lm_head': 'lm_head', 'norm1': 'self_attn_layer_norm', 'norm2': 'final_layer_norm',
-         **{f'attn.{x}': f'self_attn.{x}_proj' for x in 'qkv'}, 'attn.o': 'self_attn.out_proj', 'mlp.up': 'fc1', 'mlp.down': 'fc2'},
+        {'wte': 'model.decoder.embed_tokens', 'wpe': 'model.decoder.embed_positions',
+         'norm': 'model.decoder.final_layer_norm', 'lm_head': 'lm_head', 'norm1': 'self_attn_layer_norm',
+         'norm2': 'final_layer_norm', **{f'attn.{x}': f'self_attn.{x}_proj' for x in 'qkv'}, 'attn.o': 'self_attn.out_proj',
+         'mlp.up': 'fc1', 'mlp.down': 'fc2'},
         {'n_embd': 'hidden_size', 'n_mlp': 'ffn_dim', 'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
          'block_size': 'max_position_embeddings', 'act': 'activation_function'},
         dict(norm='layer', norm_eps=1e-5, pos='learned', qk_norm=False, parallel=False, bias=True, attn_scale_by_layer=False),
@@ -173,7 +174,7 @@ def tensors_to_hugging_face(config, state):
 
 
 def tensors_from_hugging_face(config, tensors, template):
-    """Our tensors, by the names and shapes of `template`, from a folder's. Raises UserError for names or shapes that do not fit."""
+    """Our tensors, by the names and shapes of `template`, from a folder's. Raises UserError for what does not fit."""
     names, shapes, state = find_tensors(config, tensors, template), {n: tuple(t.shape) for n, t in template.items()}, {}
     for theirs, (ours, packed) in layout(config, template).items():
         if ours:
@@ -205,14 +206,15 @@ def config_to_hugging_face(config, dtype='float32'):
             factor, low, high, original = config.rope_scaling
             theirs['rope_scaling'] = dict(rope_type='llama3', factor=factor, low_freq_factor=low, high_freq_factor=high,
                                           original_max_position_embeddings=int(original))
-    extra = dict(llama=dict(mlp_bias=config.bias), opt=dict(word_embed_proj_dim=config.n_embd, dropout=0.0, pad_token_id=None),
+    extra = dict(llama=dict(mlp_bias=config.bias),
+                 opt=dict(word_embed_proj_dim=config.n_embd, dropout=0.0, pad_token_id=None),
                  gpt_neox=dict(rotary_pct=config.rotary_fraction, rotary_emb_base=config.rope_theta),
                  gpt2=dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).get(model_type, {})
     return common | dict(architectures=[family.architecture], model_type=model_type) | family.demands | theirs | extra
 
 
 def config_from_hugging_face(hf_config):
-    """The fields of GPTConfig, a dict, that a config.json's content describes. Raises UserError for what our block does not compute."""
+    """The fields of GPTConfig, a dict, that a config.json's content describes. UserError: what our block does not compute."""
     if not isinstance(hf_config, dict):
         raise UserError('config.json is damaged: it holds no configuration')
     if 'nanofamily' in hf_config:
@@ -231,7 +233,7 @@ def config_from_hugging_face(hf_config):
     if model_type == 'gpt2':
         fields['bias'] = True
     if model_type == 'opt' and hf_config.get('word_embed_proj_dim', fields['n_embd']) != fields['n_embd']:
-        raise UserError(f'opt with word_embed_proj_dim={hf_config["word_embed_proj_dim"]} other than its width is not read here')
+        raise UserError('opt with a word_embed_proj_dim other than its width is not read here')
     if hf_config.get('mlp_bias', False) != hf_config.get('attention_bias', False) and model_type == 'llama':
         raise UserError('llama with biases in attention or MLP alone is not read here')
     if 'act' in fields and 'act' in family.fields:
@@ -250,7 +252,8 @@ def _rope_from_hugging_face(hf_config):
     """RoPE's fields, which config.json has held in three ways over the years."""
     rope = {**(hf_config.get('rope_scaling') or {}), **(hf_config.get('rope_parameters') or {})}
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    fields = dict(rope_theta=float(rope.get('rope_theta', hf_config.get('rope_theta', hf_config.get('rotary_emb_base', 1e4)))),
+    theta = rope.get('rope_theta', hf_config.get('rope_theta', hf_config.get('rotary_emb_base', 1e4)))
+    fields = dict(rope_theta=float(theta),
                   rotary_fraction=float(rope.get('partial_rotary_factor', hf_config.get('rotary_pct', 0.25))))
     if kind == 'llama3':
         fields['rope_scaling'] = tuple(float(rope[key]) for key in (
@@ -303,7 +306,7 @@ def reach_hub(what, way_out=WAY_OUT):
 
 @functools.cache
 def model_folder(name):
-    """The folder of a model: `name` itself if it is one, or where the hub model of that name is downloaded to. Raises UserError."""
+    """The folder of a model: `name` itself, or where the hub's model of that name is downloaded to. Raises UserError."""
     if Path(name).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
         return Path(name)
     import huggingface_hub
@@ -312,4 +315,5 @@ def model_folder(name):
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors']))
     except OSError as error:
-        raise UserError(f'{name} is no folder here, and not to be had from the hub ({type(error).__name__}); {way_out}') from error
+        raise UserError(f'{name} is no folder here, and not to be had from the hub ({type(error).__name__}); '
+                        f'{way_out}') from error

@@ -142,7 +142,7 @@ def stretch(frequency, factor, low, high, original):
 
 
 def rotate(x, cos, sin):
-    """Turn the first 2n dimensions of each head by position, in Llama's pairs (i, i+n): x (B, heads, T, D), cos, sin (T, 2n)."""
+    """Turn 2n dimensions of each head by position, in Llama's pairs (i, i+n): x (B, heads, T, D), cos and sin (T, 2n)."""
     n = cos.shape[-1] // 2
     first, second, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
     turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
@@ -219,9 +219,9 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of the positions already seen. Setting `length` back forgets the last positions."""
 
-    def __init__(self, config, batch, length, like):
+    def __init__(self, config, batch, length, device, dtype):
         shape = (config.n_layer, batch, config.n_kv_head, length, config.head_dim)
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.length = 0   # positions filled
 
@@ -240,6 +240,25 @@ class Output(NamedTuple):
     logits: torch.Tensor | None
     loss: torch.Tensor | None
     hidden: torch.Tensor | None
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """
+    The distribution to sample from, float32 (..., V), given logits (..., V). temperature 0: all on the largest (greedy).
+    top_k: only the k most likely tokens, 0 for all; top_p: only the fewest that hold this much probability together.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        dropped = ordered.cumsum(-1) - ordered >= top_p   # what stands before it is enough already
+        p = p.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0)
+    return p / p.sum(-1, keepdim=True)
 
 
 class GPT(nn.Module):
@@ -332,49 +351,46 @@ class GPT(nn.Module):
         return total
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, generator=None):
         """
-        Continue idx (B, T) by up to `max_new_tokens` tokens; returns (B, T + new). temperature 0 is greedy. Ends early when
-        every sequence has produced the token `stop`. Keys and values are cached; when the context is full, generation goes
-        on from its later half.
+        Continue idx (B, T) by up to `max_new_tokens` tokens; returns (B, T + new). Sampling as in `probabilities`. Ends early
+        when every sequence has produced the token `stop`. Keys and values are cached; when the context is full, generation
+        goes on from its later half.
         """
-        cache, seen = Cache(self.config, len(idx), self.config.block_size, self._like()), 0
+        cache, seen = self.new_cache(len(idx)), 0
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if cache.length + idx.shape[1] - seen > self.config.block_size:
                 cache.length, seen = 0, max(0, idx.shape[1] - max(1, self.config.block_size // 2))
-            logits = self(idx[:, seen:], cache=cache).logits[:, -1].float()
+            logits = self(idx[:, seen:], cache=cache).logits[:, -1]
             seen = idx.shape[1]
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                token = logits.argmax(-1, keepdim=True)
+            token = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)
             idx = torch.cat((idx, token), 1)
             done |= token[:, 0] == (-1 if stop is None else stop)
             if stop is not None and done.all():
                 break
         return idx
 
-    def _like(self):
-        """An empty tensor of the device and dtype that attention's keys have, autocast considered."""
-        weight = self.wte.weight
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        return torch.empty(0, device=weight.device, dtype=dtype)
+    def new_cache(self, batch):
+        """An empty cache for `batch` sequences of up to block_size, of the device and dtype that attention's keys have."""
+        device, dtype = self.wte.weight.device, self.wte.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return Cache(self.config, batch, self.config.block_size, device, dtype)
 
-    def save(self, folder):
-        """Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals."""
+    def save(self, folder, tokenizer=''):
+        """
+        Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals. `tokenizer`:
+        the name of the one it was trained with, kept for sample.py.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = tensors_to_hugging_face(self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
         save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
         os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
         dtype = str(self.wte.weight.dtype).removeprefix('torch.')
-        write_atomically(folder / 'config.json', json.dumps(config_to_hugging_face(self.config, dtype), indent=1) + '\n')
+        hf_config = config_to_hugging_face(self.config, dtype) | (dict(nanofamily_tokenizer=tokenizer) if tokenizer else {})
+        write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')
 
 
 def load(name, device='cpu'):

@@ -45,7 +45,7 @@ class Axis(NamedTuple):
     reads: bool = False     # columns that read duplicated units, which zero-sum noise may tell apart
 
     def dual(self):
-        """The map of gradients: a factor f becomes 1 / (c f), since a unit's gradient is the sum over its copies of f x theirs."""
+        """The map of gradients: f becomes 1 / (c f), since a unit's gradient is the sum over its c copies of f x theirs."""
         return self._replace(factor=1 / (self.copies * self.factor))
 
     def scaled(self, factor, **changes):
@@ -61,7 +61,7 @@ def round_robin(old, new, covered=None):
 
 
 def by_head(heads, head_dim):
-    """An axis of heads as the axis of all their dimensions: heads are copied whole, so RoPE and the softmax scale keep their meaning."""
+    """An axis of heads as the axis of their dimensions: heads are copied whole, so RoPE and the softmax scale stay right."""
     source = (heads.source[:, None] * head_dim + torch.arange(head_dim)).flatten()
     copies = heads.copies.repeat_interleave(head_dim)
     return Axis(heads.old * head_dim, source, copies, torch.ones_like(copies), len(source))
@@ -97,7 +97,7 @@ def residual_axis(small, large, width):
 
 
 def axes_between(small, large, width):
-    """{role: Axis} that grow the shape `small` into `large` by the operator `width`. Raises UserError for what it cannot do."""
+    """{role: Axis} that grow the shape `small` into `large` by the operator `width`. UserError: what it cannot do."""
     check_growth(small, large)
     for field in GROWING_WIDTH if width == 'clone' else ():
         if getattr(large, field) % getattr(small, field):
@@ -197,7 +197,7 @@ class Growth:
         return f'blocks.{layer}.{match[2]}', f'blocks.{layer + 1}.{match[2]}' if has_donor else None, adds_nothing
 
     def rescaled(self, name):
-        """What a tensor is multiplied by because its layer's number changes, where attention logits are divided by that number."""
+        """The factor of a tensor whose layer's number changes, where attention logits are divided by that number."""
         match = re.match(r'blocks\.(\d+)\.attn\.(q|q_norm)\.', name)
         if not (match and self.small.attn_scale_by_layer) or (match[2] == 'q' and self.small.qk_norm):
             return 1.0
@@ -280,7 +280,7 @@ def grow_columns(rows, axis, power, generator):
     if axis.covered < grown.shape[1] and axis.fill == 'mean':
         grown[:, axis.covered:] = rows.mean(1, keepdim=True)
     scale(grown, axis.factor ** power, 1)
-    if axis.covered < grown.shape[1] and axis.fill == 'random':   # readers of what is always zero: any value keeps the function
+    if axis.covered < grown.shape[1] and axis.fill == 'random':   # they read what is always zero
         grown[:, axis.covered:] = 0.02 * torch.randn(len(rows), grown.shape[1] - axis.covered, generator=generator).to(rows)
     return grown
 

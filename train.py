@@ -245,7 +245,7 @@ def train_stage(stage, run, machine):
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
         print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x '
-              f'{knobs.block_size} tokens' + f', going on from step {progress["step"]:,}' * (progress['step'] > 0), flush=True)
+              f'{knobs.block_size} tokens' + f', from step {progress["step"]:,} on' * (progress['step'] > 0), flush=True)
     trained = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
@@ -274,7 +274,7 @@ def train_stage(stage, run, machine):
                     bits_per_byte=bits_per_byte(loss, val.bytes_per_token), position=(origin + drawn) * knobs.block_size,
                     seconds=progress['seconds'])
     if is_main:
-        model.save(folder)
+        model.save(folder, val.meta['tokenizer'])
         if knobs.keep_optimizer:
             save_moments(folder, model, optimizer)
         result.write()

@@ -5,8 +5,9 @@ base = '48x2'
 target = '64x4'
 base_tokens = 1e6
 tokens = 5e5
-arms = ('random', 'fpi+stack', 'fpi+interleave', 'fpi+identity', 'aki+stack', 'aki+stack+noise', 'aki+stack+grown', 'lossless+stack',
-        'lossless+stack+noise', 'lossless+identity', 'lossless+identity+noise', 'lossless+identity+noise+grown')
+arms = ('random', 'fpi+stack', 'fpi+interleave', 'fpi+identity', 'aki+stack', 'aki+stack+noise', 'aki+stack+grown',
+        'lossless+stack', 'lossless+stack+noise', 'lossless+identity', 'lossless+identity+noise',
+        'lossless+identity+noise+grown')
 noise = 0.1
 seeds = 3
 

@@ -1,4 +1,5 @@
-# Paper 001, Table 1: the second stage "exp", width expansion by sqrt 2, function preserving (section 3.2, Appendix B), of a 0.1B base model.
+# Paper 001, Table 1: the second stage "exp" of a 0.1B base model, width expansion by sqrt 2, function preserving
+# (section 3.2, Appendix B).
 #   python data/prepare.py slimpajama --tokenizer=FOLDER      (a folder with Llama's tokenizer.json: 32,000 tokens)
 method = 'progressive'
 sizes = ('0.1b', 'exp')                  # exp: relative to the base

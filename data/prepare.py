@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
 from configurator import UserError, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
-from hugging_face import WAY_OUT, reach_hub, within   # noqa: E402
+from hugging_face import WAY_OUT, model_folder, reach_hub, within   # noqa: E402
 
 HUB = {   # name: (repository, configuration, split, column with the text)
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
@@ -103,6 +103,18 @@ def load_tokenizer(name):
 
 def _encode_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokenizer_of_model(name):
+    """The tokenizer that a model's folder names or holds, for load_tokenizer. Raises UserError when there is none."""
+    folder = model_folder(name)
+    try:
+        named = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('nanofamily_tokenizer')
+    except (OSError, ValueError):
+        named = None
+    if not named and not (folder / 'tokenizer.json').is_file():
+        raise UserError(f'{name} does not say which tokenizer it was trained with: choose with --tokenizer=')
+    return named or str(folder)
 
 
 def token_dtype(vocab_size):

@@ -269,7 +269,7 @@ def test_growing_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize('damage, word', [
-    (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'), (lambda f: (f / 'model.safetensors').unlink(), 'lacks tensors'),
+    (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'), (lambda f: (f / 'model.safetensors').unlink(), 'tensors missing'),
     (lambda f: (f / 'config.json').write_text('{'), 'damaged'), (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba')])
 def test_damaged_folders_are_not_grown(tmp_path, damage, word):
     small().save(tmp_path / 'small')
