@@ -48,8 +48,8 @@ FAMILIES = {
     'gpt2': Family(
         'GPT2LMHeadModel', 'transformer.h.{}.',
         {'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'norm': 'transformer.ln_f', 'lm_head': 'lm_head',
-         'norm1': 'ln_1', 'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj', 'mlp.up': 'mlp.c_fc',
-         'mlp.down': 'mlp.c_proj'},
+         'norm1': 'ln_1', 'norm2': 'ln_2', **{f'attn.{x}': 'attn.c_attn' for x in 'qkv'}, 'attn.o': 'attn.c_proj',
+         'mlp.up': 'mlp.c_fc', 'mlp.down': 'mlp.c_proj'},
         {'n_embd': 'n_embd', 'n_mlp': 'n_inner', 'n_layer': 'n_layer', 'n_head': 'n_head', 'block_size': 'n_positions',
          'norm_eps': 'layer_norm_epsilon', 'attn_scale_by_layer': 'scale_attn_by_inverse_layer_idx',
          'act': 'activation_function'},

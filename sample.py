@@ -137,7 +137,10 @@ def main(argv):
     generator, stop = torch.Generator(device).manual_seed(options.seed), end if options.stop else None
     how = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, stop=stop, generator=generator)
     started = time.time()
-    outcome = generate(model, ids, options.max_new_tokens, **how)
+    if options.draft:   # one by one, as drafting goes, so that the speeds can be compared
+        outcome = [generate(model, [prompt], options.max_new_tokens, **how)[0] for prompt in ids]
+    else:
+        outcome = generate(model, ids, options.max_new_tokens, **how)
     rows = [['', 'tokens/s', 'acceptance rate', 'tokens a round', 'KL(draft || model)']]
     rows.append(['alone', f'{sum(map(len, outcome)) / (time.time() - started):.1f}', '', '', ''])
     if options.draft:
