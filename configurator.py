@@ -31,11 +31,16 @@ class UserError(ValueError):
 
 
 def run_as_program(main):
-    """Call `main(argv)` as a command: a UserError is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Call `main(argv)` as a command: UserErrors and unusable files are one line and exit code 2, Ctrl-C is exit code 130."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f'error: {error.strerror}: {error.filename}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
@@ -249,6 +254,16 @@ def configure(argv, general, methods=None, program='train.py'):
         show_help(program, instances)
         sys.exit(0)
     return instances[0], instances[1] if method else None, origins
+
+
+def check_ranges(instance, **ranges):
+    """Raise UserError for a knob, or a value in a list, that is not within its range (least, largest or None)."""
+    for knob, (least, largest) in ranges.items():
+        values = getattr(instance, knob)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value < least or largest is not None and value > largest:
+                limits = f'at least {least:g}' if largest is None else f'between {least:g} and {largest:g}'
+                raise UserError(f'{knob} must be {limits}, not {value:g}')
 
 
 def differences(instance):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import Result, UserError, configure, run_as_program, unknown, write_atomically
+from configurator import Result, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from hugging_face import reach_hub
 from model import load
 
@@ -314,6 +314,7 @@ def evaluate_folders(folders, options):
     """Everything the options ask for, of every member: {'models': {name: {...}}, 'kl': ..., 'agreement': ...}."""
     from data.loader import open_corpus, validation_batches
     from data.prepare import tokenizer_of_model
+    check_ranges(options, **{knob: (0, None) for knob in ('eval_tokens', 'block_size', 'stride', 'kl_examples', 'num_fewshot')})
     device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     found, corpus = members(folders), open_corpus(options.data, options.data_dir)
     models = {name: load(folder, device).eval() for name, folder in found.items()}

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from checkpoint import load_moments
-from configurator import Stage, UserError, configure, run_as_program, unknown, write_atomically
+from configurator import Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from evaluate import table
 from hugging_face import config_from_hugging_face, config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
 from model import GPT, GPTConfig, load
@@ -261,6 +261,8 @@ class Progressive:
 
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
+        check_ranges(self, noise=(0, None), batch_sizes=(1, None), **{knob: (1e-12, None) for knob in (
+            'params', 'scratch_tokens', 'tokens_per_param', 'tokens', 'learning_rates', 'independent_learning_rates')})
         for name in ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
             if len(getattr(self, name)) not in (0, len(self.sizes)):
                 raise UserError(f'{name} has {len(getattr(self, name))} values for {len(self.sizes)} sizes')
@@ -300,11 +302,15 @@ class GrowthComparison:
 
     def stages(self, run):
         """For every seed the base, then every arm."""
+        check_ranges(self, base_tokens=(1, None), tokens=(1, None), noise=(0, None), seeds=(1, None))
         base = run.model_config(self.base)
         target = SECOND_STAGES[self.target](base) if self.target in SECOND_STAGES else run.model_config(self.target)
-        for arm in self.arms:
+        for arm in self.arms:   # complain before anything is trained
+            parts = arm.split('+')
+            if arm != 'random' and (len(parts) < 2 or set(parts[2:]) - {'noise', 'grown'}):
+                raise UserError(f'{arm!r} in arms is neither random nor WIDTH+DEPTH, with +noise or +grown after it')
             if arm != 'random':
-                Growth(base, target, *arm.split('+')[:2])   # complains before anything is trained
+                Growth(base, target, *parts[:2])
         for seed in range(self.seeds):
             knobs = dict(seed=run.seed + seed)
             smaller = yield Stage(f'base-{seed}', base, self.base_tokens, base.num_params(head=True),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure, run_as_program
+from configurator import UserError, check_ranges, configure, run_as_program
 from data.prepare import load_tokenizer, tokenizer_of_model
 from evaluate import kl_of_logits, table
 from model import load, probabilities
@@ -119,9 +119,8 @@ def main(argv):
     """Command line: print the continuations; with a draft model, what it brought."""
     options, _, _ = configure(argv, Sampling, program='sample.py')
     device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    for knob, least in dict(draft_tokens=1, samples=1, max_new_tokens=1, temperature=0, top_k=0).items():
-        if getattr(options, knob) < least:
-            raise UserError(f'{knob} must be at least {least}')
+    check_ranges(options, draft_tokens=(1, None), samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
+                 top_k=(0, None), top_p=(0, 1))
     model = load(options.model, device).eval()
     encode, decode, vocab_size, end = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
     if vocab_size > model.config.vocab_size:

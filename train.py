@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data.prepare
 from checkpoint import claim, keep_metrics, load_state, record_session, save_moments, save_state, set_moments
-from configurator import Result, Stage, UserError, configure, differences, run_as_program
+from configurator import Result, Stage, UserError, check_ranges, configure, differences, run_as_program, unknown
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
@@ -81,6 +81,20 @@ class Run:
     toy: bool = False                 # shrink every model, batch and budget: the same stages and code in seconds
     gpu_tflops: float = 400.0         # TFLOP/s one GPU sustains, for the plan's GPU-hours (an H100: 40% of its peak)
 
+    def check(self):
+        """Raise UserError for a knob that is out of its range, before anything is done."""
+        for knob, legal in dict(dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'True', 'False'),
+                                order=('epoch', 'random'), schedule=('cosine', 'wsd', 'constant')).items():
+            if getattr(self, knob) not in legal:
+                raise unknown(knob, getattr(self, knob), legal)
+        check_ranges(self, **{knob: (1, None) for knob in ('block_size', 'batch_size', 'log_interval')},
+                     **{knob: (0, None) for knob in (
+                         'unique_tokens', 'eval_tokens', 'eval_interval', 'batch_tokens', 'micro_batch_size', 'warmup', 'eps',
+                         'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'save_minutes', 'max_minutes')},
+                     **{knob: (0, 1) for knob in ('min_lr_fraction', 'decay_fraction', 'beta1', 'beta2')},
+                     gpu_tflops=(1e-9, None))
+        parse_mixture(self.data)
+
     @property
     def corpora(self):
         """{corpus: weight} of the training mixture."""
@@ -119,6 +133,7 @@ class Pretrain:
 
     def stages(self, run):
         """One stage."""
+        check_ranges(self, tokens=(0, None))
         name, config, start, model = self.size, None, 'random initialisation', None
         if self.init_from:
             name, start = f'{Path(self.init_from).name}-continued', f'weights of {self.init_from}'
@@ -374,17 +389,19 @@ def pretend(stage, run):
                   position=(stage.parent.position if stage.parent else 0) + tokens, seconds=0.0)
 
 
-def prepare_offline_corpora(run):
-    """Make pydocs and pycode if they are used and not there yet."""
+def find_corpora(run):
+    """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared."""
     for name in filter(None, [*run.corpora, run.val_data]):
         if name in data.prepare.OFFLINE and not (Path(run.data_dir) / name).is_dir():
             data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name)))
+        open_corpus(name, run.data_dir)
 
 
 def main(argv):
     """The command line: train the stages of a method, then report; or, with dry_run, print the plan."""
     run, method, origins = configure(argv, Run, METHODS)
     files = [Path(arg).stem for arg in argv if arg.endswith('.py')]
+    run.check()
     run.out_dir = run.out_dir or f'out/{files[-1] if files else run.method}'
     if run.toy and not all((Path(run.data_dir) / name).is_dir() for name in run.corpora):
         run.data, run.val_data = 'pydocs', ''   # a toy need not wait for a download
@@ -396,7 +413,7 @@ def main(argv):
     if machine.rank == 0:
         changed = differences(run) | differences(method)
         print('\n'.join(f'{k} = {v!r}  ({origins.get(k, "derived")})' for k, v in changed.items()))
-        prepare_offline_corpora(run)
+        find_corpora(run)
         record_session(run.out_dir, run, method, origins, argv, machine.device, machine.world_size)
     if machine.world_size > 1:
         dist.barrier()

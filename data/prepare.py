@@ -37,7 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
-from configurator import UserError, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
+from configurator import UserError, check_ranges, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
 from hugging_face import WAY_OUT, model_folder, reach_hub, within   # noqa: E402
 
 HUB = {   # name: (repository, configuration, split, column with the text)
@@ -291,6 +291,9 @@ def checksum(path):
 
 def prepare(options):
     """Make the corpus that `options` describe, unless it is there; returns its folder."""
+    check_ranges(options, val_fraction=(0, 0.5), max_tokens=(0, None), processes=(0, None))
+    if options.packages not in ('project', 'all'):
+        raise unknown('choice of packages', options.packages, ('project', 'all'))
     is_offline = options.corpus in OFFLINE
     name = options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'
     out = Path(options.out or os.path.relpath(Path(__file__).parent / name))

@@ -96,10 +96,12 @@ def test_help_lists_every_knob_with_its_comment(capsys):
     assert exit.value.code == 0 and '--n_layer=9' in text and 'the maximum' in text and '--speed=5.0' in text and 'km/h' in text
 
 
-def test_command_line_of_train():
+def test_command_line_of_train(data_dir):
     for argument, word in (('--learning_rat=1', 'learning_rate'), ('config/progressive_tyni.py', 'progressive_tiny.py'), ('--block_size=x', 'whole number')):
         process = run_command('train.py', argument)
         assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+    process = run_command('train.py', '--out_dir=/proc/nowhere', '--size=16x2', '--block_size=16', '--tokens=64', '--eval_tokens=64', '--device=cpu', f'--data_dir={data_dir}')
+    assert process.returncode == 2 and '/proc/nowhere' in process.stderr and 'Traceback' not in process.stderr
     process = run_command('train.py', 'config/progressive_tiny.py', '--help')
     assert process.returncode == 0 and '--sizes=32x2,48x2,64x2,64x4' in process.stdout and '--warmup=0.01' in process.stdout
 

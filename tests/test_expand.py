@@ -359,5 +359,6 @@ def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
 
 
 def test_an_unknown_arm_is_refused_before_training():
-    with pytest.raises(UserError, match='did you mean lossless'):
-        list(stages_of(GrowthComparison(arms=('losless+stack',)), Run(block_size=128), None))
+    for arm, words in (('losless+stack', 'did you mean lossless'), ('fpi', 'neither random nor'), ('fpi+stack+nois', 'neither random nor')):
+        with pytest.raises(UserError, match=words):
+            list(stages_of(GrowthComparison(arms=(arm,)), Run(block_size=128), None))

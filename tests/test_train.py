@@ -137,8 +137,10 @@ def test_two_processes_give_the_same_losses_as_one(whole, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize('arguments_, word', [
-    (['--device=tpu'], 'device'), (['--schedule=linear'], 'schedule is one of'), (['--data=pydocs:x'], 'WEIGHT'), (['--data=openwebtext'], 'data/prepare.py openwebtext'),
-    (['--micro_batch_size=3'], 'does not divide'), (['--init_from=nowhere'], 'not a model folder'), (['--size=16y2'], 'no size')])
+    (['--device=tpu'], 'device'), (['--schedule=linear'], "no schedule 'linear'"), (['--data=pydocs:x'], 'WEIGHT'), (['--data=openwebtext'], 'data/prepare.py openwebtext'),
+    (['--micro_batch_size=3'], 'does not divide'), (['--init_from=nowhere'], 'not a model folder'), (['--size=16y2'], 'no size'),
+    (['--batch_size=0'], 'batch_size must be at least 1, not 0'), (['--log_interval=0'], 'log_interval'), (['--micro_batch_size=-1'], 'micro_batch_size'), (['--beta1=2'], 'between 0 and 1'),
+    (['--tokens=-1'], 'tokens'), (['--val_data=nope'], 'nope is not prepared'), (['--learning_rate=-1'], 'learning_rate'), (['--warmup=-1'], 'warmup')])
 def test_mistakes_are_found_before_training(data_dir, tmp_path, arguments_, word):
     with pytest.raises(UserError, match=word):
         train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', *TINY, *arguments_])
