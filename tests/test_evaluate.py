@@ -96,7 +96,7 @@ def test_sliding_window_scores_every_token_once_with_context():
     model, text = small(), tokens(1, 60)[0].numpy()
     side_by_side = sliding_window_loss(model, text, 12, 12, 'cpu')
     sums = [(model(torch.tensor(text[None, i:i + 12])[:, :len(text) - 1 - i], torch.tensor(text[None, i + 1:i + 13])).loss.item(), min(12, 59 - i)) for i in range(0, 59, 12)]
-    assert side_by_side == pytest.approx(sum(l * n for l, n in sums) / 59, rel=1e-5)
+    assert side_by_side == pytest.approx(sum(loss * n for loss, n in sums) / 59, rel=1e-5)
     one_by_one = sliding_window_loss(model, text, 12, 1, 'cpu')
     logits = [model(torch.tensor(text[None, max(0, i - 12):i])).logits[0, -1].log_softmax(-1)[text[i]].item() for i in range(12, 60)]
     first = model(torch.tensor(text[None, :12]), torch.tensor(text[None, 1:13])).loss.item() * 12

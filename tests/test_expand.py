@@ -347,7 +347,7 @@ def test_a_family_with_grown_optimizers(data_dir, tmp_path):
     first = json.loads((tmp_path / '32x3' / 'metrics.jsonl').read_text().splitlines()[0])
     last = json.loads((tmp_path / '16x2' / 'metrics.jsonl').read_text().splitlines()[-1])
     assert first['lr'] == pytest.approx(1e-3, rel=1e-2)   # no warmup
-    assert first['loss'] == pytest.approx(last['loss'], abs=0.3) and load_moments(tmp_path / '32x3')['step'] > 5
+    assert first['loss'] < last['loss'] + 0.3 and load_moments(tmp_path / '32x3')['step'] > 5
 
 
 def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):

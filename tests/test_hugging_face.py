@@ -64,7 +64,7 @@ def compare(theirs, ours, tolerance):
     """Logits, loss and the gradient of the embedding, which every tensor has a part in."""
     x = tokens(2, 24)
     logits = [model(x).logits for model in (theirs, ours)]
-    losses = [torch.nn.functional.cross_entropy(l[:, :-1].flatten(0, 1), x[:, 1:].flatten()) for l in logits]
+    losses = [torch.nn.functional.cross_entropy(of_model[:, :-1].flatten(0, 1), x[:, 1:].flatten()) for of_model in logits]
     assert (logits[0] - logits[1]).abs().max() <= tolerance and (losses[0] - losses[1]).abs() <= tolerance
     for loss in losses:
         loss.backward()
