@@ -205,7 +205,7 @@ class Progressive:
     tokens: tuple[float, ...] = ()          # tokens of each size as they are; empty: what Eq. 4 leaves of scratch_tokens
     learning_rates: tuple[float, ...] = ()  # maximum learning rate of each size; empty: learning_rate for all
     batch_sizes: tuple[int, ...] = ()       # sequences a step for each size; empty: batch_size for all
-    width: str = 'aki'                      # aki, fpi, lossless, clone; or random: the same tokens, but nothing inherited
+    width: str = 'aki'                      # aki, fpi, lossless, clone; or random: as many tokens, nothing inherited
     depth: str = 'stack'                    # stack, bert2bert, interleave or identity
     noise: float = 0.0                      # zero-sum noise that tells copies apart, relative to the weights; 0: none
     optimizer: str = 'fresh'                # AdamW's state after a growth: fresh, or grown with the model (and no warmup)

@@ -261,6 +261,8 @@ def train_stage(stage, run, machine):
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
         print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x '
               f'{knobs.block_size} tokens' + f', from step {progress["step"]:,} on' * (progress['step'] > 0), flush=True)
+    if machine.compile:   # what was compiled for the stages before counts towards a limit after which torch gives up compiling
+        torch.compiler.reset()
     trained = torch.compile(model) if machine.compile else model
     if machine.world_size > 1:
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
