@@ -113,6 +113,7 @@ SIZES = {
     # Late-to-Early Training (paper 002, Table 2): target models
     '1.4b': _llama(2048, 5461, 24, 32, vocab_size=32000, block_size=1280),
     '7b': _llama(4096, 11008, 32, 32, vocab_size=32000, block_size=1280),
+    'openllama-3b': _llama(3200, 8640, 26, 32, vocab_size=32000, block_size=2048, norm_eps=1e-6),   # reference of paper 003
     # GPT-2; Inheritune (paper 003) trains them without biases and with attn_scale_by_layer
     'gpt2': _gpt2(768, 12, 12), 'gpt2-medium': _gpt2(1024, 24, 16), 'gpt2-large': _gpt2(1280, 36, 20),
     'gpt2-xl': _gpt2(1600, 48, 25), 'gpt2-large-32': _gpt2(1280, 32, 20),

@@ -33,6 +33,7 @@ from configurator import Result, Stage, UserError, check_ranges, configure, diff
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
+from inheritune import Inheritune
 from machine import STOP, agree, catch_signals, find_machine, leave
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
@@ -118,10 +119,11 @@ class Run:
         config = GPTConfig.named(size, **{**dict(vocab_size=self.vocab_size, block_size=self.block_size), **changes})
         if not self.toy:
             return config
-        head_dim = 4   # widths stay in proportion, and what was deeper stays deeper
+        head_dim = 4   # widths stay in proportion, what was deeper stays deeper, an even number of layers even
+        n_layer = 3 + -(-config.n_layer // 4)
         return dataclasses.replace(config, block_size=min(32, config.block_size), head_dim=head_dim,
                                    n_embd=head_dim * config.n_head, n_mlp=max(1, config.n_mlp * head_dim // config.head_dim),
-                                   n_layer=min(config.n_layer, 3 + -(-config.n_layer // 4)))
+                                   n_layer=min(config.n_layer, n_layer + (config.n_layer - n_layer) % 2))
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Pretrain:
         yield Stage(name, config, self.tokens or 20 * params, params, start=start, model=model)
 
 
-METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison}
+METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ PAPER_N = {'15m': 14_751_680, '44m': 44_248_800, '0.1b': 98_323_840, '0.2b': 232
 TOTAL = {   # all parameters, tied ones once
     'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_030_080, 'gpt2-xl': 1_557_611_200, '138m': 138_615_552,
     '220m': 219_567_488, '277m': 277_440_128, '380m': 380_015_616, '537m': 537_284_736, '1b': 1_300_641_792, '2b': 2_348_029_440,
-    '4b': 4_330_780_800, '8b': 8_439_877_632, '1.4b': 1_339_082_752, '7b': 6_738_415_616, 'gpt2-large-32': 695_320_320}
+    '4b': 4_330_780_800, '8b': 8_439_877_632, '1.4b': 1_339_082_752, '7b': 6_738_415_616, 'gpt2-large-32': 695_320_320, 'openllama-3b': 3_426_473_600}
 
 SHAPES = {   # small models that between them use every switch
     'llama': {}, 'grouped': dict(n_kv_head=2), 'one key head': dict(n_kv_head=1, tied=True), 'qwen3': dict(qk_norm=True, n_kv_head=2, head_dim=12),

@@ -1,0 +1,8 @@
+# Paper 003, Table 1, GPT-2 large: 36 layers, a child of 18.
+from inheritune_gpt2_medium import *
+
+size = 'gpt2-large'
+tokens = 100_000 * 16 * 1024        # 100K steps
+batch_tokens = 16 * 1024            # "16K tokens"
+learning_rate = 2e-4
+min_lr_fraction = 0.05              # to 1e-5

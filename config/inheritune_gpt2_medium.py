@@ -1,0 +1,21 @@
+# Paper 003, Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with the baselines of Table 2 and Figure 3.
+method = 'inheritune'
+size = 'gpt2-medium'
+no_bias = True                      # Appendix D: GELU, no biases, no dropout,
+attn_scale_by_layer = True          # attention logits divided by the layer's number
+tokens = 100_000 * 48 * 1024        # 100K steps
+grow_by = 2
+baselines = ('random', 'random-2x', 'stacking', 'hybrid-stacking', 'half-width', 'distillation', 'distilbert')
+
+data = 'openwebtext'
+order = 'random'                    # drawn with replacement (section 4)
+block_size = 1024
+batch_tokens = 48 * 1024            # "50K tokens"
+learning_rate = 3e-4
+warmup = 2000
+schedule = 'cosine'
+min_lr_fraction = 0.1
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 1.0

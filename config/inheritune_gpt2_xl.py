@@ -1,0 +1,6 @@
+# Paper 003, Table 1, GPT-2 xlarge: 48 layers, a child of 24.
+from inheritune_gpt2_large import *
+
+size = 'gpt2-xl'
+learning_rate = 1.5e-4
+min_lr_fraction = 1 / 15            # to 1e-5
