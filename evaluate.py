@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from configurator import Result, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from hugging_face import reach_hub
+from machine import share_work
 from model import load
 
 
@@ -319,6 +320,7 @@ def evaluate_folders(folders, options):
     found, corpus = members(folders), open_corpus(options.data, options.data_dir)
     models = {name: load(folder, device).eval() for name, folder in found.items()}
     block_size = options.block_size or min(model.config.block_size for model in models.values())
+    share_work(device, max((model.config for model in models.values()), key=lambda config: config.n_embd), 8 * block_size)
     outcome = dict(data=options.data, block_size=block_size, models={})
     for name, model in models.items():
         if model.config.vocab_size < corpus.meta['vocab_size']:

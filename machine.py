@@ -50,6 +50,15 @@ def find_machine(run):
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, compiled, rank, world_size, deadline)
 
 
+def share_work(device, config, tokens):
+    """
+    On a CPU, use one thread for models too small to share: threads that wait for each other gain them little on an idle
+    machine, and on a busy one make them ten times slower. OMP_NUM_THREADS, where it is set, decides instead.
+    """
+    if torch.device(device).type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(1 if tokens * config.n_embd < 2 ** 18 else os.cpu_count() or 1)
+
+
 STOP = []   # signals received; the loop saves and exits at the next step
 
 

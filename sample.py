@@ -18,6 +18,7 @@ import torch
 from configurator import UserError, check_ranges, configure, run_as_program
 from data.prepare import load_tokenizer, tokenizer_of_model
 from evaluate import kl_of_logits, table
+from machine import share_work
 from model import load, probabilities
 
 
@@ -122,6 +123,7 @@ def main(argv):
     check_ranges(options, draft_tokens=(1, None), samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
                  top_k=(0, None), top_p=(0, 1))
     model = load(options.model, device).eval()
+    share_work(device, model.config, 1)
     encode, decode, vocab_size, end = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
     if vocab_size > model.config.vocab_size:
         raise UserError(f'the tokenizer has {vocab_size} tokens, the model only {model.config.vocab_size}: choose with '

@@ -34,7 +34,7 @@ from data.loader import batches, open_corpus, parse_mixture, sequences, validati
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
-from machine import STOP, agree, catch_signals, find_machine, leave
+from machine import STOP, agree, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
 
@@ -270,6 +270,7 @@ def train_stage(stage, run, machine):
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
 
     micro_batch_size = choose_micro_batch(knobs, stage.config, machine)
+    share_work(machine.device, stage.config, micro_batch_size * knobs.block_size)
     share = machine.device, machine.rank, machine.world_size
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
