@@ -9,6 +9,7 @@ what explains the numbers. Everything is whole under its name, or not there.
     out_dir/STAGE/config.json, model.safetensors, result.json      the finished model
     out_dir/STAGE/optimizer.safetensors                            its AdamW state, where a later stage wants it
 """
+import contextlib
 import json
 import os
 import platform
@@ -40,6 +41,17 @@ def training_state(model, optimizer, progress):
     return dict(model=weights, optimizer=moments, random=random, progress=progress)
 
 
+def saved_states(folder):
+    """The whole states in a stage's folder, the newest last."""
+    return sorted(path for path in Path(folder).glob('state-*') if path.suffix != '.tmp')
+
+
+def remove_states(folder):
+    """Remove every state, whole or not, of a finished stage."""
+    for path in Path(folder).glob('state-*'):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def save_state(folder, model, optimizer, progress):
     """Save under a temporary name, move into place, then remove the states before it. Called by every process."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -47,22 +59,26 @@ def save_state(folder, model, optimizer, progress):
     older = [path for path in Path(folder).glob('state-*') if path != target]
     dcp.save(training_state(model, optimizer, progress), checkpoint_id=f'{target}.tmp')
     if rank == 0:
-        if target.exists():   # saved twice at one step
-            shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)   # saved twice at one step
         os.replace(f'{target}.tmp', target)
         for path in older:
-            shutil.rmtree(path)
+            if path.name != f'{target.name}.tmp':
+                shutil.rmtree(path, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
 
 
 def load_state(folder, model, optimizer, progress):
     """Go on from the newest saved state in the folder, if there is one: fills model, optimizer, random states, `progress`."""
-    states = sorted(path for path in Path(folder).glob('state-*') if path.suffix != '.tmp')
+    states = saved_states(folder)
     if not states:
         return
     state = training_state(model, optimizer, dict(progress))
-    dcp.load(state, checkpoint_id=states[-1])
+    try:
+        dcp.load(state, checkpoint_id=states[-1])
+    except Exception as error:   # whatever damage does to the files, the way out is the same
+        raise UserError(f'{states[-1]} is damaged ({type(error).__name__}): remove it to go on from an older state, or from '
+                        'the beginning of the stage') from error
     set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
     torch.set_rng_state(state['random']['cpu'].cpu())
     if 'cuda' in state['random']:
@@ -107,8 +123,12 @@ def keep_metrics(path, step):
     """Drop from metrics.jsonl what was logged after `step`: it is trained, and logged, again."""
     if Path(path).is_file():
         lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith('\n')]   # a killed process may leave half a line
-        write_atomically(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
+        kept = []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):   # a killed process may leave half a line
+                if json.loads(line)['step'] <= step and line.endswith('\n'):
+                    kept.append(line)
+        write_atomically(path, ''.join(kept))
 
 
 # knobs that may change when a stage goes on: they say where and how fast it is trained, not what
@@ -128,7 +148,7 @@ def claim(folder, stage, knobs, write=True):
         except (ValueError, TypeError):
             raise UserError(f'{path} is damaged; delete {folder} to train this stage anew') from None
         changed = [f'{k} was {found.get(k)!r}, now {identity.get(k)!r}'
-                   for k in {**found, **identity} if found.get(k) != identity.get(k)]
+                   for k in identity if k in found and found[k] != identity[k]]   # a knob newer than the run: its default
         if changed:
             raise UserError(f'{folder} holds a stage with other settings ({"; ".join(changed[:4])}): '
                             'choose another --out_dir, or delete that folder')

@@ -79,6 +79,7 @@ class Stage:
     model: typing.Callable | None = None         # builds the starting model if the stage really runs; None: random
     moments: typing.Callable | None = None       # builds the starting AdamW state, as checkpoint.load_moments; None: fresh
     parent: 'Result | None' = None               # stage it goes on from: its compute is counted, its data position continued
+    data_after: 'Result | None' = None           # stage whose data position is continued without its weights; None: parent
     knobs: dict = field(default_factory=dict)    # general knobs that this stage sets otherwise than the run
     objective: typing.Callable | None = None     # (model, x, y, progress) -> (loss, dict of scalars); None: next token
     baseline_flops: float = 0.0                  # what training every model up to this one from scratch costs

@@ -320,6 +320,9 @@ def evaluate_folders(folders, options):
     found, corpus = members(folders), open_corpus(options.data, options.data_dir)
     models = {name: load(folder, device).eval() for name, folder in found.items()}
     block_size = options.block_size or min(model.config.block_size for model in models.values())
+    longest = min(model.config.block_size for model in models.values())
+    if block_size > longest or options.stride > block_size:
+        raise UserError(f'block_size {block_size} must be at most {longest}, which the models read, and stride at most block_size')
     share_work(device, max((model.config for model in models.values()), key=lambda config: config.n_embd), 8 * block_size)
     outcome = dict(data=options.data, block_size=block_size, models={})
     for name, model in models.items():

@@ -64,8 +64,8 @@ def grow_optimizer(moments, small, large, width='aki', depth='stack'):
     """
     AdamW's state carried through a growth, so that training goes on without warming up again. moments: {'step': steps so
     far, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for the shape `large`. Gradients follow
-    the dual of the weights' map, exp_avg_sq its square: exact where the growth keeps the function, an estimate where layers
-    are copied or rows come from the layer above.
+    the dual of the weights' map, exp_avg_sq its square: exact for whole multiples and under RMSNorm for any width, without
+    noise and with as many queries to a key as before; an estimate elsewhere, and where layers are copied.
     """
     growth = Growth(small, large, width, depth)
     with torch.device('meta'):
@@ -92,8 +92,8 @@ class Rows:
 def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, seed=0):
     """
     Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time: neither model is ever in
-    memory. shape: GPTConfig of the model -> GPTConfig of the larger one. The result is built
-    beside `target` and moved there when it is whole. Raises UserError for what is missing, damaged or in the way.
+    memory (what transformers packs, q, k and v of GPT-2 and GPT-NeoX, is held whole, one tensor at a time). shape: GPTConfig
+    of the model -> GPTConfig of the larger one. The result is built beside `target` and moved there when it is whole. Raises UserError for what is missing, damaged or in the way.
     """
     source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
     if target.exists():
@@ -160,7 +160,7 @@ def write_safetensors(path, growth, stored, shapes, dtype, fetch):
             elif not ours:
                 pieces = [torch.zeros(header[theirs]['shape'], dtype=dtype)]
             for piece in pieces:
-                bar.update(file.write(piece.contiguous().view(torch.uint8).numpy()))
+                bar.update(file.write(piece.to(dtype).contiguous().view(torch.uint8).numpy()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +220,8 @@ class Progressive:
         scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in params]
         tokens = self.tokens or allocate_tokens(params, scratch)
         baseline = [sum(6 * x * t for x, t in zip(params[:i + 1], scratch)) for i in range(len(params))]
+        if self.width == 'random' or self.tokens and not self.scratch_tokens:   # nothing is saved, or nothing to compare with
+            baseline = [0.0] * len(params)
 
         smaller = None
         for i, config in enumerate(configs):
@@ -305,6 +307,8 @@ class GrowthComparison:
         check_ranges(self, base_tokens=(1, None), tokens=(1, None), noise=(0, None), seeds=(1, None))
         base = run.model_config(self.base)
         target = SECOND_STAGES[self.target](base) if self.target in SECOND_STAGES else run.model_config(self.target)
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise UserError(f'arms={",".join(self.arms)} must be some, and different ones')
         for arm in self.arms:   # complain before anything is trained
             parts = arm.split('+')
             if arm != 'random' and (len(parts) < 2 or set(parts[2:]) - {'noise', 'grown'}):
@@ -316,7 +320,8 @@ class GrowthComparison:
             smaller = yield Stage(f'base-{seed}', base, self.base_tokens, base.num_params(head=True),
                                   knobs=dict(knobs, keep_optimizer=any('grown' in arm for arm in self.arms)))
             for arm in self.arms:
-                stage = Stage(f'{arm}-{seed}', target, self.tokens, target.num_params(head=True), knobs=dict(knobs))
+                stage = Stage(f'{arm}-{seed}', target, self.tokens, target.num_params(head=True), knobs=dict(knobs),
+                              data_after=smaller)
                 if arm != 'random':
                     width, depth, *more = arm.split('+')
                     grow_stage(stage, smaller, base, width, depth, self.noise if 'noise' in more else 0.0,

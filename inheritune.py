@@ -35,7 +35,7 @@ from model import GPT, load, rotate
 
 
 def _fewest(shares, threshold):
-    """How many of the largest of the last dimension's non-negative numbers hold `threshold` of their sum: (..., n) -> (...)."""
+    """How many of the largest of the last dimension's numbers, none negative, hold `threshold` of their sum."""
     cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
     return (cumulative < (threshold - 1e-7) * cumulative[..., -1:]).sum(-1) + 1   # less what rounding may have taken
 
@@ -77,7 +77,7 @@ def attention_maps(model, idx, causal=True):
 
 
 def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
-    """(rank, mass), each (layers, samples) int64: the maximum over a layer's heads. samples: (n, T) int64; paper: n = T = 100."""
+    """(rank, mass), each (layers, n) int64: the maximum over a layer's heads. samples: (n, T) int64; paper: n = T = 100."""
     ranks, masses = [], []
     for x in tqdm(samples.split(batch_size), desc='attention', leave=False):
         of_layers = [(attention_rank(a, threshold).amax(1), column_mass(a, threshold).amax(1))
@@ -138,12 +138,13 @@ def half_width(reference):
     child = GPT(replace(config, n_head=n_head, n_kv_head=n_head, n_embd=config.n_embd * n_head // config.n_head,
                         n_mlp=config.n_mlp // 2)).to(reference.wte.weight)
     state = reference.state_dict()
-    child.load_state_dict({name: state[name][tuple(slice(n) for n in tensor.shape)] for name, tensor in child.state_dict().items()})
+    child.load_state_dict({name: state[name][tuple(slice(n) for n in tensor.shape)]
+                           for name, tensor in child.state_dict().items()})
     return child
 
 
 def alternate_layers(k, n):
-    """DistilBERT's choice: every other layer of the k, then, if that is fewer than n, the ones before the last two (paper 003)."""
+    """DistilBERT's choice: every other one of k layers, then, if n are more, those before the last two (paper 003)."""
     every_other = list(range(0, k, 2))[:n]
     missing = n - len(every_other)
     return every_other + list(range(k - 2 - missing, k - 2))
@@ -163,10 +164,10 @@ class Inheritune:
     tokens: float = 1.5e6           # training tokens of the reference and of every round
     start_fraction: float = 0.5     # share of the reference's layers that the child starts with
     grow_by: int = 2                # layers that it inherits before each further round
-    regrow: str = 'continue'        # further rounds from the trained child (Algorithm 1), or restart from the reference (section 4)
+    regrow: str = 'continue'        # further rounds from the child (Algorithm 1), or restart from the reference (section 4)
     max_rounds: int = 0             # rounds at most; 0: until the reference is matched or has no more layers
     parts: tuple[str, ...] = PARTS  # sub-modules that are inherited (Table 3)
-    baselines: tuple[str, ...] = ()  # random, random-2x, last-layers, stacking, hybrid-stacking, half-width, distillation, distilbert
+    baselines: tuple[str, ...] = ()  # random, random-2x, last-layers, (hybrid-)stacking, half-width, distillation, distilbert
     alpha: float = 0.6              # distillation: weight of the data; the teacher has the rest
     temperature: float = 1.0        # distillation: temperature of both distributions
     no_bias: bool = False           # train the reference without biases, as the paper's GPT-2 ...
@@ -175,7 +176,7 @@ class Inheritune:
     def stages(self, run):
         """The reference; children of n, n + 2, ... layers until one matches; the baselines at the size of the last child."""
         config = self.check(run)
-        if self.reference and not run.toy:
+        if self.reference and not run.toy:   # a toy trains a small one in its place
             reference = self.given = reference_result(self.reference, run)
         else:
             reference = yield Stage('reference', config, self.tokens, config.num_params(head=True))
@@ -195,7 +196,7 @@ class Inheritune:
                      temperature=(1e-9, None))
         changes = dict(attn_scale_by_layer=self.attn_scale_by_layer) | (dict(bias=False) if self.no_bias else {})
         config = run.model_config(self.size, **changes)
-        if self.reference and not run.toy:
+        if self.reference and not run.toy and not run.dry_run:   # a plan takes the shape from `size`
             config = load(self.reference).config
             if config.vocab_size != run.vocab_size:
                 raise UserError(f'{self.reference} has a vocabulary of {config.vocab_size}, the data one of {run.vocab_size}')
@@ -213,9 +214,11 @@ class Inheritune:
     def round(self, config, reference, smaller, n):
         """The stage that trains a child of n layers, from the reference or, after the first round, from the smaller child."""
         if smaller and self.regrow == 'continue':
-            return Stage(f'{n}-layers', *self.budget(config, n), parent=smaller, start=f'{smaller.name} + layers of the reference',
+            return Stage(f'{n}-layers', *self.budget(config, n), parent=smaller,
+                         start=f'{smaller.name} + layers of the reference',
                          model=lambda: inherit_next(load(reference.folder), load(smaller.folder), n))
-        return Stage(f'{n}-layers', *self.budget(config, n), parent=reference, start=f'first {n} layers: {", ".join(self.parts)}',
+        return Stage(f'{n}-layers', *self.budget(config, n), parent=reference,
+                     start=f'first {n} layers: {", ".join(self.parts)}',
                      model=lambda: inherit(load(reference.folder), n, self.parts))
 
     def budget(self, config, n, times=1):
@@ -242,11 +245,13 @@ class Inheritune:
         elif name == 'half-width':
             shape = replace(config, n_head=config.n_head // 2, n_kv_head=config.n_head // 2,
                             n_embd=config.n_embd * (config.n_head // 2) // config.n_head, n_mlp=config.n_mlp // 2)
-            yield Stage('half-width', shape, self.tokens, shape.num_params(head=True), parent=reference, start='first half of the width',
+            yield Stage('half-width', shape, self.tokens, shape.num_params(head=True), parent=reference,
+                        start='first half of the width',
                         model=lambda: half_width(load(folder)))
         else:   # the teacher's forward passes are not counted in FLOPs, its training is
             layers = alternate_layers(config.n_layer, n)
-            yield Stage(full, *self.budget(config, n), parent=reference, objective=distil(folder, self.alpha, self.temperature),
+            yield Stage(full, *self.budget(config, n), parent=reference,
+                        objective=distil(folder, self.alpha, self.temperature),
                         start='random initialisation, taught' if name == 'distillation' else f'layers {layers}, taught',
                         model=None if name == 'distillation' else lambda: inherit(load(folder), n, layers=layers))
 
@@ -256,8 +261,8 @@ class Inheritune:
         children = [r for r in results if r.name.endswith('-layers') and r.name[0].isdigit()]
         best, target = children[-1], reference.val_loss
         rows = [['model', 'N', 'val loss', 'against the reference', 'own FLOPs', 'with all ancestors']]
-        rows += [[r.name, count(r.n_params), f'{r.val_loss:.4f}', f'{r.val_loss - target:+.4f}', human(r.flops), human(r.total_flops)]
-                 for r in results]
+        rows += [[r.name, count(r.n_params), f'{r.val_loss:.4f}', f'{r.val_loss - target:+.4f}', human(r.flops),
+                  human(r.total_flops)] for r in results]
         verdict = 'matches the reference' if best.val_loss <= target else 'does not match the reference'
         return (f'{best.name} {verdict} ({best.val_loss:.4f} against {target:.4f}), with '
                 f'{1 - best.n_params / reference.n_params:.0%} fewer parameters\n\n{table(rows)}')
@@ -267,6 +272,8 @@ def reference_result(name, run):
     """The Result of a reference that is there already: its own, or, for a public model, the loss it has here at unknown cost."""
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
+    if run.dry_run:
+        return Result('reference', str(name), 0, 0.0, 0, 0.0, 0.0, 0.0, float('nan'), float('nan'), 0, 0.0)
     model, corpus = load(name), open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
     block_size = min(run.block_size, model.config.block_size)
     loss = evaluate(model, validation_batches(corpus.val, block_size, 8, run.eval_tokens, 'cpu'))
@@ -297,8 +304,8 @@ def draw_attention(rank, mass, maps, folder):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     layers = np.arange(1, len(rank) + 1)
-    for ax, values, title in zip(axes, (rank.double(), mass.double()), ('rank k*, maximum over heads', 'mass m*, maximum over heads')):
-        mean, spread = values.mean(1).numpy(), values.std(1).numpy()
+    for ax, values, title in zip(axes, (rank, mass), ('rank k*, maximum over heads', 'mass m*, maximum over heads')):
+        mean, spread = values.double().mean(1).numpy(), values.double().std(1).numpy()
         ax.plot(layers, mean)
         ax.fill_between(layers, mean - spread, mean + spread, alpha=0.25)
         ax.set(xlabel='layer', title=title, ylim=(0, None))

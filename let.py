@@ -22,7 +22,7 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
 
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) in nats, the mean over positions: the student keeps to what its teacher finds likely (paper 004, Eq. 1)."""
+    """KL(student || teacher) in nats, the mean over positions (paper 004, Eq. 1): keep to what the teacher finds likely."""
     student, teacher = student_logits.float().log_softmax(-1), teacher_logits.detach().float().log_softmax(-1)
     return (student.exp() * (student - teacher)).sum(-1).mean()
 

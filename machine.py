@@ -44,7 +44,9 @@ def find_machine(run):
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    bf16 = run.dtype == 'bfloat16' or run.dtype == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    bf16 = run.dtype == 'bfloat16'
+    if run.dtype == 'auto' and device.type == 'cuda':
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     compiled = device.type == 'cuda' if run.compile == 'auto' else run.compile == 'True'
     deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, compiled, rank, world_size, deadline)
@@ -73,15 +75,18 @@ def catch_signals():
         signal.signal(number, remember)
 
 
-def agree(machine, saved, knobs):
-    """(stop now?, save now?), the same on every process: a signal or max_minutes on any of them counts for all."""
+def agree(machine, saved, knobs, step_seconds):
+    """
+    (stop now?, save now?, steps until the next look), the same on every process: a signal or max_minutes on any of them counts
+    for all, and they look again after about five seconds.
+    """
     stop = bool(STOP) or time.time() > machine.deadline
     save = stop or time.time() - saved > 60 * knobs.save_minutes
     if machine.world_size > 1:
-        flags = torch.tensor([stop, save], dtype=torch.float32, device=machine.device)
+        flags = torch.tensor([stop, save, step_seconds], dtype=torch.float32, device=machine.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, save = (flag > 0 for flag in flags.tolist())
-    return stop, save
+        stop, save, step_seconds = flags.tolist()
+    return stop > 0, save > 0, max(1, int(5 / max(step_seconds, 1e-3)))
 
 
 def leave(what, machine):

@@ -121,7 +121,7 @@ def main(argv):
     options, _, _ = configure(argv, Sampling, program='sample.py')
     device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     check_ranges(options, draft_tokens=(1, None), samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
-                 top_k=(0, None), top_p=(0, 1))
+                 top_k=(0, None), top_p=(1e-9, 1))
     model = load(options.model, device).eval()
     share_work(device, model.config, 1)
     encode, decode, vocab_size, end = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
@@ -157,7 +157,7 @@ def main(argv):
                      f'{sum(map(len, outcome)) / max(1, rounds):.2f}',
                      f'{sum(divergences) / max(1, len(divergences)):.4f}'])
     for i, continuation in enumerate(outcome):
-        kept = [token for token in continuation.tolist() if token != end]
+        kept = [token for token in continuation.tolist() if token != end and token < vocab_size]   # padding is no text
         print(f'--- {i + 1}\n{texts[i // options.samples]}{decode(kept)}')
     print('\n' + table(rows))
 

@@ -15,11 +15,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data.prepare
-from checkpoint import claim, keep_metrics, load_state, record_session, save_moments, save_state, set_moments
+from checkpoint import (claim, keep_metrics, load_state, record_session, remove_states, save_moments, save_state, saved_states,
+                        set_moments)
 from configurator import Result, Stage, UserError, check_ranges, configure, differences, run_as_program, unknown
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
 from evaluate import bits_per_byte, evaluate, report
@@ -42,7 +42,7 @@ from plan import estimate_memory, print_plan
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # which method's stages to train
+    method: str = 'pretrain'          # pretrain, progressive, growth or inheritune: whose stages to train
     out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
     # data
     data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -92,8 +92,8 @@ class Run:
                      **{knob: (0, None) for knob in (
                          'unique_tokens', 'eval_tokens', 'eval_interval', 'batch_tokens', 'micro_batch_size', 'warmup', 'eps',
                          'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'save_minutes', 'max_minutes')},
-                     **{knob: (0, 1) for knob in ('min_lr_fraction', 'decay_fraction', 'beta1', 'beta2')},
-                     gpu_tflops=(1e-9, None))
+                     **{knob: (0, 1) for knob in ('min_lr_fraction', 'decay_fraction')},
+                     beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), gpu_tflops=(1e-9, None))
         parse_mixture(self.data)
 
     @property
@@ -141,7 +141,7 @@ class Pretrain:
             name, start = f'{Path(self.init_from).name}-continued', f'weights of {self.init_from}'
             model = partial(load, self.init_from)
             config = model().config
-            if config.vocab_size != run.vocab_size:
+            if config.vocab_size < run.vocab_size:   # larger: padded
                 raise UserError(f'{self.init_from} has a vocabulary of {config.vocab_size}, the data one of {run.vocab_size}')
             print(f'starting from the weights in {self.init_from}; step, schedule and optimizer begin anew')
         config = config or run.model_config(self.size)
@@ -158,7 +158,7 @@ METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthCom
 def stage_knobs(run, stage, world_size=1):
     """The general knobs as they hold for a stage: its own in place of the run's, batches in sequences, toy sizes applied."""
     knobs = dataclasses.replace(run, **stage.knobs)
-    knobs.block_size = stage.config.block_size
+    knobs.block_size = min(knobs.block_size, stage.config.block_size)
     if knobs.batch_tokens:
         knobs.batch_size = max(1, knobs.batch_tokens // knobs.block_size)
     if knobs.toy:
@@ -184,6 +184,9 @@ def choose_micro_batch(knobs, config, machine):
     if machine.device.type == 'cuda':
         limit, memory = 2 ** 17, 0.85 * torch.cuda.get_device_properties(machine.device).total_memory
     n_params = config.num_params(embedding=True, head=True)
+    if estimate_memory(config, 1, n_params)[0] > memory:
+        raise UserError(f'{n_params:,} parameters need {estimate_memory(config, 1, n_params)[0] / 1e9:.0f} GB of training state, '
+                        f'this GPU has {memory / 0.85e9:.0f}; sharding over GPUs (FSDP) is not there yet')
     for size in range(share, 1, -1):
         if share % size == 0 and size * config.block_size <= limit and sum(estimate_memory(config, size, n_params)) < memory:
             return size
@@ -243,20 +246,25 @@ class Meter:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def train_stage(stage, run, machine):
-    """Train one stage, or go on with it, or do nothing where it is finished: returns its Result."""
+def train_stage(stage, run, machine, record):
+    """
+    Train one stage, or go on with it, or do nothing where it is finished: returns its Result. `record` is called once the
+    folder is known to be this stage's.
+    """
     knobs, folder, is_main = stage_knobs(run, stage, machine.world_size), Path(run.out_dir) / stage.name, machine.rank == 0
     claim(folder, stage, knobs, write=is_main)
     if (folder / 'result.json').is_file():
         if is_main:
             print(f'{stage.name}: finished before')
+            remove_states(folder)
         return Result.of(folder)
 
     torch.manual_seed(knobs.seed)
-    model = (stage.model() if stage.model else GPT(stage.config)).to(machine.device)
+    fresh = not saved_states(folder)   # else weights and moments are read below: no need to make them
+    model = (stage.model() if stage.model and fresh else GPT(stage.config)).to(machine.device, torch.float32)
     optimizer, steps = make_optimizer(model, knobs), count_steps(knobs, stage)
     progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
-    if stage.moments:
+    if stage.moments and fresh:
         set_moments(model, optimizer, stage.moments())
     load_state(folder, model, optimizer, progress)
     if is_main:
@@ -271,18 +279,28 @@ def train_stage(stage, run, machine):
 
     micro_batch_size = choose_micro_batch(knobs, stage.config, machine)
     share_work(machine.device, stage.config, micro_batch_size * knobs.block_size)
+    if is_main:
+        record()
     share = machine.device, machine.rank, machine.world_size
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
-    origin = stage.parent.position // knobs.block_size if stage.parent else 0   # sequences drawn by the stages before
+    before = stage.data_after or stage.parent
+    origin = before.position // knobs.block_size if before else 0   # sequences drawn by the stages before
     read = partial(sequences, corpora, list(knobs.corpora.values()), block_size=knobs.block_size, order=knobs.order,
                    seed=knobs.seed, unique_tokens=knobs.unique_tokens)
     stream = batches(read, origin + progress['step'] * knobs.batch_size, knobs.batch_size, micro_batch_size, *share)
 
+    def watched(batches_):
+        for batch in batches_:
+            if STOP and machine.world_size == 1:   # an evaluation may be long
+                save_state(folder, model, optimizer, progress)
+                leave(f'{stage.name} is saved at step {progress["step"]:,} of {steps:,}', machine)
+            yield batch
+
     def validate():
         with machine.autocast():
-            return evaluate(trained, validation_batches(val.val, knobs.block_size, micro_batch_size, knobs.eval_tokens,
-                                                        *share))
+            return evaluate(trained, watched(validation_batches(val.val, knobs.block_size, micro_batch_size,
+                                                                knobs.eval_tokens, *share)))
 
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
@@ -298,8 +316,7 @@ def train_stage(stage, run, machine):
         if knobs.keep_optimizer:
             save_moments(folder, model, optimizer)
         result.write()
-        for path in folder.glob('state-*'):
-            shutil.rmtree(path)
+        remove_states(folder)
     if machine.world_size > 1:
         dist.barrier()
     return result
@@ -311,7 +328,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
     wrapped. When asked to stop it saves the state, says how to go on and ends the program.
     """
     step_tokens, meter, saved = knobs.batch_size * knobs.block_size, Meter(), time.time()
-    since, started = saved, saved - progress['seconds']
+    since, started, next_check = saved, saved - progress['seconds'], 0
     bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
                unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
     while progress['step'] < steps:
@@ -326,8 +343,11 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
 
         evaluating = knobs.eval_interval and done % knobs.eval_interval == 0 and done < steps
         logging = done % knobs.log_interval == 0 or done == steps or evaluating
-        # one process may look at its clock and signals every step; several must agree, so they do it where they wait anyway
-        stop, save = agree(machine, saved, knobs) if logging or machine.world_size == 1 else (False, False)
+        # one process looks at its clock and signals every step; several must agree, a wait, so they do about every 5 seconds
+        stop, save = False, False
+        if machine.world_size == 1 or done >= next_check:
+            stop, save, pause = agree(machine, saved, knobs, step_seconds=(time.time() - since) / max(1, meter.steps))
+            next_check = done + pause
         if logging or save:
             tokens = meter.steps * step_tokens
             line = dict(step=done, tokens=done * step_tokens, flops=6.0 * stage.params * done * step_tokens, lr=rate,
@@ -336,7 +356,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
             if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
                 raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, '
                                 f'learning rate {rate:.2g}; the last good state is kept. Try a smaller --learning_rate or '
-                                'a longer --warmup')
+                                f'a longer --warmup, with another --out_dir or after removing {folder}')
             if evaluating:
                 line['val_loss'] = validate()
             bar.set_postfix_str(', '.join(f'{k} {line[k]:.3f}' for k in ('loss', 'val_loss') if k in line), refresh=False)
@@ -419,12 +439,12 @@ def main(argv):
         changed = differences(run) | differences(method)
         print('\n'.join(f'{k} = {v!r}  ({origins.get(k, "derived")})' for k, v in changed.items()))
         find_corpora(run)
-        record_session(run.out_dir, run, method, origins, argv, machine.device, machine.world_size)
+    record = cache(partial(record_session, run.out_dir, run, method, origins, argv, machine.device, machine.world_size))
     if machine.world_size > 1:
         dist.barrier()
     STOP.clear()
     catch_signals()
-    results = [result for _, result in stages_of(method, run, partial(train_stage, run=run, machine=machine))]
+    results = [result for _, result in stages_of(method, run, partial(train_stage, run=run, machine=machine, record=record))]
     if machine.rank == 0:
         summary = method.summary(results) if hasattr(method, 'summary') else ''
         print(f'\n{report(run.out_dir, summary)}\n\nmodels, metrics, report.md and report.png are in {run.out_dir}/')

@@ -37,6 +37,8 @@ def open_corpus(name, data_dir='data'):
         sizes = {split: meta['splits'][split]['tokens'] for split in ('train', 'val')}
         dtype = np.dtype(meta['dtype'])
         for split, tokens in sizes.items():
+            if not (folder / f'{split}.bin').is_file():
+                raise UserError(f'{folder} has lost its {split}.bin: delete {folder} and prepare it again')
             found = (folder / f'{split}.bin').stat().st_size
             if found != tokens * dtype.itemsize:
                 raise UserError(f'{folder}/{split}.bin has {found} bytes instead of {tokens * dtype.itemsize}: '

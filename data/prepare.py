@@ -264,10 +264,23 @@ def open_stream(options):
     return stream, column
 
 
+def readable(stream, name):
+    """The rows of a stream. Raises UserError when they cannot be read to the end."""
+    try:
+        yield from stream
+    except UserError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:   # bad JSON or UTF-8, an empty file, a network that went away
+        raise UserError(f'{name} cannot be read on ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}); '
+                        'the same command goes on from what is prepared') from error
+
+
 def stream_batches(stream, column, options, of_documents=256):
     """Yield ([(text, is_validation), ...], state of the stream behind it); the split is decided by a hash of the text."""
     batch = []
-    for row in stream:
+    for row in readable(stream, options.corpus):
+        if column in row and not (row[column] or '').strip():   # empty: nothing to learn, and all would fall into one split
+            continue
         if column not in row or not isinstance(row[column], str):
             raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(row)}: '
                             'choose with --text_column=')
@@ -297,20 +310,19 @@ def prepare(options):
     is_offline = options.corpus in OFFLINE
     name = options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'
     out = Path(options.out or os.path.relpath(Path(__file__).parent / name))
-    if (out / 'meta.json').is_file():
-        print(f'{out} is already prepared; delete it to make it again')
-        return out
     options.tokenizer = options.tokenizer or ('bytes' if is_offline else 'gpt2')
     options.val_fraction = options.val_fraction or (0.0005 if options.corpus in HUB else 0.05)
-    _, _, vocab_size, end = load_tokenizer(options.tokenizer)
+    if out.exists():
+        return prepared_before(out, options)
     stream = None if is_offline else open_stream(options)
+    _, _, vocab_size, end = load_tokenizer(options.tokenizer)
     unfinished = Path(f'{out}.partial')
     state = read_progress(unfinished, options) if stream else None
     if state is None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ('train', 'val')}
-        state = dict(options=vars(options), stream=None, counts=counts)
+        state = dict(options=vars(options), files=sorted(glob.glob(options.corpus, recursive=True)), stream=None, counts=counts)
     # spawn, not fork: the caller may have threads; workers leave Ctrl-C to this process
     with get_context('spawn').Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts) as pool:
         if is_offline:
@@ -323,8 +335,8 @@ def prepare(options):
         write_tokens(unfinished, batches, state, options, pool)
     for split in ('train', 'val'):
         if not state['counts'][split]['tokens']:
-            raise UserError(f'{options.corpus} gave no {split} documents; with --val_fraction={options.val_fraction} of them '
-                            'held out both splits must have some')
+            raise UserError(f'{options.corpus} gave no {split} documents: there must be some, several of them, and '
+                            f'--val_fraction={options.val_fraction} of them are held out')
     meta = dict(corpus=options.corpus, tokenizer=options.tokenizer, vocab_size=vocab_size, end_of_text=end,
                 dtype=np.dtype(token_dtype(vocab_size)).name, options=vars(options), python=platform.python_version(),
                 packages={n: importlib.metadata.version(n) for n in project_packages()} if is_offline else {},
@@ -339,6 +351,20 @@ def prepare(options):
     return out
 
 
+def prepared_before(out, options):
+    """The folder `out`, which is there already, if it is the corpus that the options ask for. Raises UserError if not."""
+    try:
+        found = json.loads((out / 'meta.json').read_text(encoding='utf-8'))['options']
+    except (OSError, ValueError, KeyError):
+        raise UserError(f'{out} is there already and is no prepared corpus: remove it, or choose another --out') from None
+    changed = [f'{k} was {found[k]!r}, now {v!r}' for k, v in vars(options).items()
+               if k not in ('out', 'processes') and k in found and found[k] != v]
+    if changed:
+        raise UserError(f'{out} was prepared otherwise ({"; ".join(changed)}): remove it, or choose another --out')
+    print(f'{out} is prepared already')
+    return out
+
+
 def ignore_interrupts():
     """In a worker process: Ctrl-C is the parent's to handle."""
     import signal
@@ -346,12 +372,16 @@ def ignore_interrupts():
 
 
 def read_progress(unfinished, options):
-    """What an interrupted preparation with the same options had written, or None: then it starts anew."""
+    """What an interrupted preparation with the same options and files had written, or None: then it starts anew."""
     try:
         state = json.loads((unfinished / 'progress.json').read_text(encoding='utf-8'))
-        return state if state['options'] == vars(options) else None
+        same = dict(state['options'], processes=0) == dict(vars(options), processes=0)
+        if same and state['files'] == sorted(glob.glob(options.corpus, recursive=True)):
+            return state
+        print(f'{unfinished} was begun with other options or files: starting anew')
     except (OSError, ValueError, KeyError):
-        return None
+        pass
+    return None
 
 
 def write_tokens(unfinished, batches, state, options, pool, save_every=64):

@@ -105,7 +105,7 @@ def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers
 
 @pytest.mark.parametrize('damage, word', [
     (lambda f: (f / 'meta.json').unlink(), 'is not prepared'), (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
-    (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'), (lambda f: (f / 'val.bin').unlink(), 'is not prepared')])
+    (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'), (lambda f: (f / 'val.bin').unlink(), 'has lost its val.bin')])
 def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
     write_corpus(tmp_path / 'c', range(50), range(50))
     damage(tmp_path / 'c')

@@ -72,7 +72,7 @@ def test_lossless_and_identity_keep_the_function_for_any_shape(noise):
 
 @pytest.mark.parametrize('width, noise', [('fpi', 0.0), ('fpi', 0.3), ('clone', 0.0), ('clone', 0.3)])
 def test_whole_copies_keep_the_function(width, noise):
-    for seed in range(DRAWS // 3):
+    for seed in range(200):
         config, target = draw(seed, integer=True)
         assert error(model_of(config), grow(model_of(config), target, width, 'identity', noise, seed)) < 1e-10, (seed, config, target)
 
@@ -137,10 +137,11 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('width', ['lossless', 'fpi'])
+@pytest.mark.parametrize('width', ['lossless', 'fpi', 'clone'])
 def test_gradients_follow_the_dual_map(width):
     for seed in range(60):
-        config, target = draw(seed, integer=width == 'fpi' or seed % 3 == 0, norm='rms', attn_scale_by_layer=False)
+        integer = width != 'lossless' or seed % 3 == 0   # under LayerNorm the dual is exact for whole multiples
+        config, target = draw(seed, integer, **({} if integer else dict(norm='rms')))
         target = dataclasses.replace(target, vocab_size=61, n_layer=config.n_layer)
         per_group = config.n_head // config.n_kv_head
         if target.n_kv_head != config.n_kv_head and target.n_head // target.n_kv_head != per_group:
