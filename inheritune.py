@@ -73,7 +73,8 @@ def attention_maps(model, idx, causal=True):
         if causal:
             logits = logits.masked_fill(torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
         yield logits.float().softmax(-1)
-        x = block(x, rope, None)
+        if block is not model.blocks[-1]:
+            x = block(x, rope, None)
 
 
 def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
