@@ -151,6 +151,23 @@ def test_baselines_have_the_papers_budgets():
     assert by_name['distillation-4'].model is None and by_name['distillation-4'].objective and by_name['distilbert-4'].model and by_name['random-4'].parent is None
 
 
+def test_baselines_start_from_the_layers_they_name(tmp_path):
+    reference = small(n_layer=8, vocab_size=257, block_size=128)
+    reference.save(tmp_path / 'reference')
+    small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
+    method, found = Inheritune(), {}
+    given = Result('reference', str(tmp_path / 'reference'), 1, 1.0, 1, 1.0, 0.0, 0.0, 1.0, 1.0, 0, 0.0)
+    for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
+        model = next(method.baseline(name, reference.config, given, 4)).model()
+        found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
+    expected = {'last-layers': (4, 5, 6, 7), 'hybrid-stacking': (0, 1, 0, 1), 'distilbert': (0, 2, 4, 6)}
+    assert found == {name: [f'blocks.{i}.mlp.up.weight' for i in layers] for name, layers in expected.items()}
+    stages = method.baseline('stacking', reference.config, given, 4)
+    next(stages)
+    stacked = stages.send(dataclasses.replace(given, folder=str(tmp_path / 'stacking-2'))).model()
+    assert torch.equal(stacked.blocks[0].attn.q.weight, stacked.blocks[2].attn.q.weight) and stacked.config.n_layer == 4
+
+
 @pytest.mark.parametrize('knobs, words', [
     (dict(size='64x5'), 'no whole number of layers'), (dict(start_fraction=1.5), 'between'), (dict(baselines=('stackin',)), 'did you mean stacking'), (dict(parts=('atention',)), 'did you mean attention'),
     (dict(regrow='again'), 'way to regrow'), (dict(reference='nowhere'), 'not a model folder')])
