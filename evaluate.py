@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from configurator import Result, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from hugging_face import reach_hub
-from machine import share_work
+from machine import choose_device, share_work
 from model import load
 
 
@@ -316,7 +316,7 @@ def evaluate_folders(folders, options):
     from data.loader import open_corpus, validation_batches
     from data.prepare import tokenizer_of_model
     check_ranges(options, **{knob: (0, None) for knob in ('eval_tokens', 'block_size', 'stride', 'kl_examples', 'num_fewshot')})
-    device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = choose_device(options.device)
     found, corpus = members(folders), open_corpus(options.data, options.data_dir)
     models = {name: load(folder, device).eval() for name, folder in found.items()}
     block_size = options.block_size or min(model.config.block_size for model in models.values())

@@ -28,6 +28,7 @@ from data.loader import open_corpus, validation_batches
 from evaluate import count, evaluate, human, table
 from expand import deepen
 from let import distil
+from machine import choose_device
 from model import GPT, load, rotate
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def main(argv):
     check_ranges(options, samples=(2, None), length=(2, None), threshold=(1e-9, 1))
     if not options.folder:
         raise UserError('say which model: inheritune.py FOLDER')
-    device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = choose_device(options.device)
     model, corpus = load(options.folder, device).eval(), open_corpus(options.data, options.data_dir)
     if corpus.meta['vocab_size'] > model.config.vocab_size:
         raise UserError(f'{options.folder} has a vocabulary of {model.config.vocab_size}, {options.data} a larger one')

@@ -28,16 +28,22 @@ class Machine(NamedTuple):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
 
 
-def find_machine(run):
-    """Choose the device and join the other processes, if torchrun started some. Raises UserError for what cannot be used."""
-    name = run.device
+def choose_device(name):
+    """The torch.device of a knob; auto: a CUDA GPU if there is one, else the CPU. UserError: one that cannot be used."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if name == 'cuda' else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f'device {name!r} cannot be used: {str(error).splitlines()[0]}') from None
+    return device
+
+
+def find_machine(run):
+    """Choose the device and join the other processes, if torchrun started some. Raises UserError for what cannot be used."""
+    apple = run.device == 'auto' and not torch.cuda.is_available() and torch.backends.mps.is_available()
+    device = choose_device('mps' if apple else run.device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')

@@ -18,7 +18,7 @@ import torch
 from configurator import UserError, check_ranges, configure, run_as_program
 from data.prepare import load_tokenizer, tokenizer_of_model
 from evaluate import kl_of_logits, table
-from machine import share_work
+from machine import choose_device, share_work
 from model import load, probabilities
 
 
@@ -119,7 +119,7 @@ class Sampling:
 def main(argv):
     """Command line: print the continuations; with a draft model, what it brought."""
     options, _, _ = configure(argv, Sampling, program='sample.py')
-    device = options.device if options.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = choose_device(options.device)
     check_ranges(options, draft_tokens=(1, None), samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
                  top_k=(0, None), top_p=(1e-9, 1))
     model = load(options.model, device).eval()

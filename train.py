@@ -305,13 +305,18 @@ def train_stage(stage, run, machine, record):
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
                  accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
-    loss, drawn = validate(), steps * knobs.batch_size
+    return finish_stage(stage, knobs, machine, folder, model, optimizer, val, validate(), origin,
+                        steps * knobs.batch_size, progress)
+
+
+def finish_stage(stage, knobs, machine, folder, model, optimizer, val, loss, origin, drawn, progress):
+    """Save the trained model, then its Result, which makes the stage finished; `drawn` sequences after the first `origin`."""
     result = Result(stage.name, str(folder), model.num_params(), stage.params, tokens=drawn * knobs.block_size,
                     flops=6.0 * stage.params * drawn * knobs.block_size, inherited_flops=stage.inherited_flops,
                     baseline_flops=0.0 if knobs.toy else stage.baseline_flops, val_loss=loss,
                     bits_per_byte=bits_per_byte(loss, val.bytes_per_token), position=(origin + drawn) * knobs.block_size,
                     seconds=progress['seconds'])
-    if is_main:
+    if machine.rank == 0:
         model.save(folder, val.meta['tokenizer'])
         if knobs.keep_optimizer:
             save_moments(folder, model, optimizer)
