@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from configurator import UserError, unknown, write_atomically
+from head import head_loss
 from hugging_face import (config_from_hugging_face, config_to_hugging_face, model_folder, tensors_from_hugging_face,
                           tensors_to_hugging_face)
 
@@ -237,10 +238,14 @@ class Cache:
 # the model
 
 class Output(NamedTuple):
-    """logits (B, T, V), None when targets were given; loss, a scalar, None without targets; hidden (B, T, C) if asked for."""
+    """
+    logits (B, T, V), None when targets were given; loss, a scalar, None without targets; hidden (B, T, C) if asked for; what
+    the loss function returned besides the loss: cross entropy and divergence from a teacher.
+    """
     logits: torch.Tensor | None
     loss: torch.Tensor | None
     hidden: torch.Tensor | None
+    parts: tuple = ()
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -308,12 +313,21 @@ class GPT(nn.Module):
             self.register_buffer('cos', angle.cos(), persistent=False)
             self.register_buffer('sin', angle.sin(), persistent=False)
 
-    def forward(self, idx, targets=None, hidden_at=None, cache=None):
+    def forward(self, idx, targets=None, hidden_at=None, cache=None, loss=head_loss):
         """
         idx (B, T) int64 -> Output. With `targets` (B, T), -100 where nothing is asked: the mean cross entropy in nats, and
         no logits. `hidden_at=k`: the residual stream after layer k too, k from 1 to n_layer. With a `cache` the T positions
-        come after those it holds, and it is filled with them.
+        come after those it holds, and it is filled with them. `loss`: head_loss, or what takes its place (same arguments).
         """
+        x, hidden = self.residual_stream(idx, hidden_at=hidden_at, cache=cache)
+        x = self.norm(x)
+        if targets is None:
+            return Output(F.linear(x, self.head_weight), None, hidden)
+        total, *parts = loss(x, self.head_weight, targets)
+        return Output(None, total, hidden, tuple(parts))
+
+    def residual_stream(self, idx, layers=None, hidden_at=None, cache=None):
+        """(the residual stream (B, T, C) after the first `layers` layers, None: all of them; that after layer `hidden_at`)."""
         start = cache.length if cache is not None else 0
         end = start + idx.shape[1]
         if end > self.config.block_size:
@@ -323,16 +337,13 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[start:end]
         else:
             rope = self.cos[start:end], self.sin[start:end]
-        for i, block in enumerate(self.blocks, 1):
+        for i, block in enumerate(self.blocks[:layers], 1):
             x = block(x, rope, cache)
             if i == hidden_at:
                 hidden = x
         if cache is not None:
             cache.length = end
-        logits = F.linear(self.norm(x), self.head_weight)
-        if targets is None:
-            return Output(logits, None, hidden)
-        return Output(None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), hidden)
+        return x, hidden
 
     @property
     def head_weight(self):

@@ -1,0 +1,88 @@
+"""
+The head and the losses on it, without the logits: (B T, V) float32 numbers are the largest tensor of a training step, and
+nothing needs them all at once. `head_loss` goes through the positions in chunks, and since the loss is a scalar, the gradients
+of hidden states and head are made in the same pass: each chunk's logits are computed once and forgotten.
+
+    loss = CE(targets)                                                             without a teacher
+    loss = alpha CE(targets) + (1 - alpha) T^2 KL(teacher / T || student / T)      with one
+
+`plain_head_loss` computes the same with full logits: for reading, and for the tests to compare with.
+"""
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def chunk_positions(vocab_size, device):
+    """Positions whose logits are there at once: 16 MB of them on a CPU, near its caches; 512 MB on a GPU."""
+    return max(256, 2 ** (22 if device.type == 'cpu' else 27) // vocab_size)
+
+
+def plain_head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0):
+    """head_loss with full logits."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    logits, targets = F.linear(hidden, weight).flatten(0, -2).to(exact), targets.flatten()
+    data = F.cross_entropy(logits, targets)
+    if teacher is None:
+        return data, data.detach(), torch.zeros_like(data)
+    wanted = F.linear(*teacher).detach().flatten(0, -2).to(exact)[:, :len(weight)]
+    wanted, found = (wanted / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)
+    divergence = temperature ** 2 * (wanted.exp() * (wanted - found)).sum(-1)[targets != -100].mean()
+    return alpha * data + (1 - alpha) * divergence, data.detach(), divergence.detach()
+
+
+def head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0):
+    """
+    (loss, cross entropy, divergence), scalars in nats, means over the positions whose target is not -100; the loss alone
+    has a gradient. hidden (..., C), normalised already; weight (V, C); targets (...) int64. teacher: (its hidden states
+    (..., C'), its head (V', C')); of a V' larger than V the rest is padding. Matrix products are in autocast's dtype,
+    everything else at least in float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    theirs = (teacher[0].detach().flatten(0, -2), teacher[1].detach()) if teacher else (None, None)
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), *theirs, alpha, temperature, dtype, learning)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """hidden (n, C), weight (V, C), targets (n,), the teacher's hidden (n, C') and head (V', C') or None, and how."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, their_hidden, their_weight, alpha, temperature, dtype, learning):
+        taught, step = their_hidden is not None, chunk_positions(len(weight), hidden.device)
+        exact = torch.promote_types(dtype, torch.float32)
+        asked = (targets != -100).to(exact)
+        shares, data, divergence = asked / asked.sum(), hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
+        head, their_head = weight.to(dtype), their_weight[:len(weight)].to(dtype) if taught else None
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            h, target, share = hidden[rows].to(dtype), targets[rows].clamp(min=0)[:, None], shares[rows][:, None]
+            logits = (h @ head.T).to(exact)
+            found = logits.log_softmax(-1)
+            data = data - (found.gather(-1, target) * share).sum()
+            if taught:
+                wanted = ((their_hidden[rows].to(dtype) @ their_head.T).to(exact) / temperature).log_softmax(-1)
+                soft = found if temperature == 1 else (logits / temperature).log_softmax(-1)
+                divergence = divergence + temperature ** 2 * (wanted.exp() * (wanted - soft) * share).sum()
+            if not learning:
+                continue
+            # the slope of the cross entropy at each logit: its probability, less 1 at the target
+            slope = found.exp().scatter_add(-1, target, torch.full_like(target, -1, dtype=exact))
+            if taught:
+                slope = alpha * slope + (1 - alpha) * temperature * (soft.exp() - wanted.exp())
+            slope = (slope * share).to(dtype)
+            d_hidden[rows] = slope @ head
+            d_head += slope.T @ h
+        loss = alpha * data + (1 - alpha) * divergence if taught else data.clone()
+        if learning:
+            ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(data, divergence)
+        return loss, data, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope, *_):
+        d_hidden, d_head = ctx.saved_tensors   # scaled in place: they are large, and this is their one use
+        return d_hidden.mul_(slope), d_head.mul_(slope), *(None,) * 7

@@ -1,0 +1,56 @@
+"""The head's loss in chunks: the plain computation's values and gradients, at any chunk size, with and without a teacher."""
+import pytest
+import torch
+
+import head
+from head import head_loss, plain_head_loss
+
+
+def drawn(seed=0, n=(3, 7), width=8, vocab=11, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True) for shape in ((*n, width), (vocab, width)))
+    targets = torch.randint(vocab, n, generator=generator)
+    targets[0, :3] = -100
+    teacher = torch.randn(*n, 5, generator=generator, dtype=dtype), torch.randn(vocab + 3, 5, generator=generator, dtype=dtype)
+    return hidden, weight, targets, teacher
+
+
+@pytest.mark.parametrize('chunk', [1, 4, 100])
+@pytest.mark.parametrize('taught, alpha, temperature', [(False, 0.5, 1.0), (True, 0.5, 1.0), (True, 0.3, 2.5), (True, 0.0, 1.0)])
+def test_values_and_gradients_are_those_of_the_plain_computation(monkeypatch, chunk, taught, alpha, temperature):
+    monkeypatch.setattr(head, 'chunk_positions', lambda vocab_size, device: chunk)
+    hidden, weight, targets, teacher = drawn()
+    results = []
+    for function in (head_loss, plain_head_loss):
+        hidden.grad = weight.grad = None
+        values = function(hidden, weight, targets, teacher if taught else None, alpha, temperature)
+        (3 * values[0]).backward()
+        results.append([*(v.detach().double() for v in values), hidden.grad, weight.grad])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_without_gradients_only_the_values_are_made():
+    hidden, weight, targets, _ = drawn()
+    with torch.no_grad():
+        loss, data, _ = head_loss(hidden, weight, targets)
+    assert not loss.requires_grad and loss == data == head_loss(hidden, weight, targets)[1]
+
+
+def test_bfloat16_keeps_the_loss_in_float32():
+    hidden, weight, targets, teacher = drawn(n=(16, 64), width=32, vocab=300, dtype=torch.float32)
+    exact = head_loss(hidden, weight, targets)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded = head_loss(hidden, weight, targets)[0]
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+    rounded.backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_it_compiles_without_graph_breaks():
+    hidden, weight, targets, _ = drawn(dtype=torch.float32)
+    compiled = torch.compile(lambda h, w: head_loss(2 * h, w, targets)[0], fullgraph=True)
+    compiled(hidden, weight).backward()
+    ours, hidden.grad = hidden.grad, None
+    head_loss(2 * hidden, weight, targets)[0].backward()
+    torch.testing.assert_close(ours, hidden.grad)
