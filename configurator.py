@@ -81,13 +81,28 @@ class Stage:
     parent: 'Result | None' = None               # stage it goes on from: its compute is counted, its data position continued
     data_after: 'Result | None' = None           # stage whose data position is continued without its weights; None: parent
     knobs: dict = field(default_factory=dict)    # general knobs that this stage sets otherwise than the run
-    objective: typing.Callable | None = None     # (model, x, y, progress) -> (loss, dict of scalars); None: next token
+    objective: typing.Callable | None = None     # (model, x, y, Progress) -> (loss, dict of scalars); None: next_token
     baseline_flops: float = 0.0                  # what training every model up to this one from scratch costs
 
     @property
     def inherited_flops(self):
         """FLOPs already spent on the weights this stage starts from, all ancestors counted."""
         return self.parent.total_flops if self.parent else 0.0
+
+
+class Progress(typing.NamedTuple):
+    """How far a stage is: `step` of `steps`, from 0 on."""
+    step: int
+    steps: int
+
+    def after(self, limit):
+        """Share of the way to `limit` (steps, or below 1 a fraction of all steps) that is gone: 0 at the start, at most 1."""
+        return min(1.0, self.step / max(1.0, limit * self.steps if limit < 1 else limit)) if limit else 1.0
+
+
+def next_token(model, x, y, progress):
+    """The default objective: mean cross entropy of the next token, in nats."""
+    return model(x, y).loss, {}
 
 
 @dataclass

@@ -30,6 +30,7 @@ from checkpoint import load_moments
 from configurator import Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from evaluate import table
 from hugging_face import config_from_hugging_face, config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
+from let import let, pair_layers
 from model import GPT, GPTConfig, load
 from operators import DEPTH, WIDTH, Growth
 
@@ -209,6 +210,7 @@ class Progressive:
     depth: str = 'stack'                    # stack, bert2bert, interleave or identity
     noise: float = 0.0                      # zero-sum noise that tells copies apart, relative to the weights; 0: none
     optimizer: str = 'fresh'                # AdamW's state after a growth: fresh, or grown with the model (and no warmup)
+    taught: float = 0.0                     # strength (lambda0) at which the size before teaches a grown one (LET, for 15% of it)
     compare: str = ''                       # independent: also train each size from scratch on its own token budget
     independent_learning_rates: tuple[float, ...] = ()  # maximum learning rates of those; empty: the same as the family's
 
@@ -228,6 +230,10 @@ class Progressive:
             stage = Stage(self.name(i), config, tokens[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i))
             if smaller and self.width != 'random':
                 grow_stage(stage, smaller, configs[i - 1], self.width, self.depth, self.noise, self.optimizer)
+            if smaller and self.taught:
+                theirs, ours = pair_layers('L2E', configs[i - 1].n_layer, config.n_layer)
+                stage.objective = let(smaller.folder, ours, theirs, self.taught, stop=0.15)
+                stage.start += f', taught by {smaller.name}: layer {theirs} to {ours}, {self.taught:g} until 0.15'
             smaller = yield stage
 
         if self.compare == 'independent':
@@ -263,7 +269,7 @@ class Progressive:
 
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        check_ranges(self, noise=(0, None), batch_sizes=(1, None), **{knob: (1e-12, None) for knob in (
+        check_ranges(self, noise=(0, None), taught=(0, None), batch_sizes=(1, None), **{knob: (1e-12, None) for knob in (
             'params', 'scratch_tokens', 'tokens_per_param', 'tokens', 'learning_rates', 'independent_learning_rates')})
         for name in ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
             if len(getattr(self, name)) not in (0, len(self.sizes)):

@@ -29,11 +29,13 @@ from tqdm import tqdm
 import data.prepare
 from checkpoint import (claim, keep_metrics, load_state, record_session, remove_states, save_moments, save_state, saved_states,
                         set_moments)
-from configurator import Result, Stage, UserError, check_ranges, configure, differences, run_as_program, unknown
+from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
+                          run_as_program, unknown)
 from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
+from let import LET
 from machine import STOP, agree, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
@@ -42,7 +44,7 @@ from plan import estimate_memory, print_plan
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # pretrain, progressive, growth or inheritune: whose stages to train
+    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune or let: whose stages to train
     out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
     # data
     data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -149,7 +151,8 @@ class Pretrain:
         yield Stage(name, config, self.tokens or 20 * params, params, start=start, model=model)
 
 
-METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune}
+METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune,
+           'let': LET}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,26 +219,22 @@ def make_optimizer(model, knobs):
                              fused=matrices[0].device.type in ('cuda', 'cpu'))
 
 
-def next_token(model, x, y, progress):
-    """The default objective: mean cross entropy of the next token, in nats."""
-    return model(x, y).loss, {}
-
-
 class Meter:
     """Means of what each step measures, kept on the device: the host waits for the GPU only when they are read."""
 
     def __init__(self):
-        self.sums, self.steps = {}, 0
+        self.sums, self.steps = {}, 0   # {name: (sum, number of values)}, steps
 
     def add(self, scalars):
         """Add one step's scalars, {name: tensor of no dimension}."""
         for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + value.float()
+            total, n = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.float(), n + 1
         self.steps += 1
 
     def read(self, world_size):
-        """{name: mean over the steps since the last call, and over the processes}."""
-        means = torch.stack(list(self.sums.values())) / (self.steps * world_size)
+        """{name: mean over the steps since the last call that had it, and over the processes}."""
+        means = torch.stack([total / (n * world_size) for total, n in self.sums.values()])
         if world_size > 1:
             dist.all_reduce(means)
         means = dict(zip(self.sums, means.tolist()))
@@ -340,7 +339,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
         rate = learning_rate(progress['step'], steps, knobs)
         for group in optimizer.param_groups:
             group['lr'] = rate
-        meter.add(train_step(stage.objective or next_token, progress['step'] / steps, knobs, machine, model, trained,
+        meter.add(train_step(stage.objective or next_token, Progress(progress['step'], steps), knobs, machine, model, trained,
                              optimizer, stream, accumulate))
         progress.update(step=progress['step'] + 1, seconds=time.time() - started)
         done = progress['step']

@@ -1,0 +1,21 @@
+# What the runs of paper 002 share: section 3.1 and Appendix B. 1.4B parameters, 7600 steps of 2048 x 1280 tokens of the Pile,
+# of which the teacher takes part in the first 1500.
+method = 'let'
+size = '1.4b'
+tokens = 20e9
+arms = ('let',)
+strength = 0.1
+stop = 1500
+pairing = 'L2E'                # the teacher's last layer to the third of the target
+
+block_size = 1280
+batch_size = 2048
+learning_rate = 4e-4
+schedule = 'cosine'
+warmup = 0.1
+min_lr_fraction = 0.1
+beta1 = 0.9
+beta2 = 0.999
+weight_decay = 0.01
+grad_clip = 1.0
+eval_interval = 500

@@ -1,0 +1,6 @@
+# Paper 002, Table 1, SALT (Rawat et al., without selecting data): distillation for the first 1500 steps.
+from _let import *
+
+teacher = 'HuggingFaceTB/SmolLM2-135M'
+arms = ('salt',)
+data = 'pile_smollm2'
