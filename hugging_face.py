@@ -81,6 +81,8 @@ BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$
 
 def family_of(config):
     """The model type of the architecture in transformers that computes the same function as ours, or None."""
+    if config.channels:
+        return None
     heads_fill_width = config.n_kv_head == config.n_head and config.n_head * config.head_dim == config.n_embd
     for model_type in ('llama', 'qwen3', 'opt' if config.act == 'relu' and config.bias else 'gpt2', 'gpt2', 'gpt_neox'):
         same = all(getattr(config, field) == value for field, value in FAMILIES[model_type].switches.items())

@@ -119,9 +119,9 @@ def open_teacher(name, device='cpu'):
     """
     device = torch.device(device)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    config = model_folder(name) / 'config.json'
-    known = not config.is_file() or json.loads(config.read_text(encoding='utf-8')).get('model_type') in FAMILIES
-    if known:   # load() has the words for a folder without a model
+    path = model_folder(name) / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    if not config or 'nanofamily' in config or config.get('model_type') in FAMILIES:   # load() says it if there is no model
         return load(name, device).to(dtype).eval().requires_grad_(False)
     try:
         from transformers import AutoModel

@@ -49,6 +49,7 @@ class GPTConfig:
     tied: bool = False                  # the head is the token embedding
     attn_scale_by_layer: bool = False   # attention logits divided by the layer's number, 1 at the bottom (Inheritune)
     init_std: float = 0.0               # 0: sqrt(2 / (5 n_embd)), paper 001
+    channels: int = 0                   # inputs are vectors of so many numbers (a time series) in place of tokens; 0: tokens
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -274,7 +275,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, device = config, torch.get_default_device()
         with torch.device('meta'):   # no memory, and no initialisation by nn.Linear that ours would overwrite
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wte = (nn.Linear(config.channels, config.n_embd, bias=False) if config.channels
+                        else nn.Embedding(config.vocab_size, config.n_embd))
             self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
             self.norm = _norm(config, config.n_embd)
@@ -315,7 +317,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, hidden_at=None, cache=None, loss=head_loss):
         """
-        idx (B, T) int64 -> Output. With `targets` (B, T), -100 where nothing is asked: the mean cross entropy in nats, and
+        idx (B, T) int64, or with `channels` a float (B, T, channels) -> Output. With `targets` (B, T), -100 where nothing is asked: the mean cross entropy in nats, and
         no logits. `hidden_at=k`: the residual stream after layer k too, k from 1 to n_layer. With a `cache` the T positions
         come after those it holds, and it is filled with them. `loss`: head_loss, or what takes its place (same arguments).
         """

@@ -31,7 +31,7 @@ from checkpoint import (claim, keep_metrics, load_state, record_session, remove_
                         set_moments)
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
                           run_as_program, unknown)
-from data.loader import batches, open_corpus, parse_mixture, sequences, validation_batches
+from data.loader import batches, open_corpus, parse_mixture, text_source
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
@@ -39,12 +39,13 @@ from let import LET
 from machine import STOP, agree, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
+from timeseries import TimeSeries
 
 
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune or let: whose stages to train
+    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let or timeseries: whose stages
     out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
     # data
     data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -152,7 +153,7 @@ class Pretrain:
 
 
 METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune,
-           'let': LET}
+           'let': LET, 'timeseries': TimeSeries}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,13 +282,10 @@ def train_stage(stage, run, machine, record):
     if is_main:
         record()
     share = machine.device, machine.rank, machine.world_size
-    corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
-    val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
+    source = (stage.source or text_source)(knobs)
     before = stage.data_after or stage.parent
     origin = before.position // knobs.block_size if before else 0   # sequences drawn by the stages before
-    read = partial(sequences, corpora, list(knobs.corpora.values()), block_size=knobs.block_size, order=knobs.order,
-                   seed=knobs.seed, unique_tokens=knobs.unique_tokens)
-    stream = batches(read, origin + progress['step'] * knobs.batch_size, knobs.batch_size, micro_batch_size, *share)
+    stream = batches(source.read, origin + progress['step'] * knobs.batch_size, knobs.batch_size, micro_batch_size, *share)
 
     def watched(batches_):
         for batch in batches_:
@@ -298,25 +296,24 @@ def train_stage(stage, run, machine, record):
 
     def validate():
         with machine.autocast():
-            return evaluate(trained, watched(validation_batches(val.val, knobs.block_size, micro_batch_size,
-                                                                knobs.eval_tokens, *share)))
+            return evaluate(trained, watched(source.validation(micro_batch_size, *share)))
 
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
                  accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
-    return finish_stage(stage, knobs, machine, folder, model, optimizer, val, validate(), origin,
+    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, validate(), origin,
                         steps * knobs.batch_size, progress)
 
 
-def finish_stage(stage, knobs, machine, folder, model, optimizer, val, loss, origin, drawn, progress):
+def finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, drawn, progress):
     """Save the trained model, then its Result, which makes the stage finished; `drawn` sequences after the first `origin`."""
     result = Result(stage.name, str(folder), model.num_params(), stage.params, tokens=drawn * knobs.block_size,
                     flops=6.0 * stage.params * drawn * knobs.block_size, inherited_flops=stage.inherited_flops,
                     baseline_flops=0.0 if knobs.toy else stage.baseline_flops, val_loss=loss,
-                    bits_per_byte=bits_per_byte(loss, val.bytes_per_token), position=(origin + drawn) * knobs.block_size,
+                    bits_per_byte=bits_per_byte(loss, source.bytes_per_token), position=(origin + drawn) * knobs.block_size,
                     seconds=progress['seconds'])
     if machine.rank == 0:
-        model.save(folder, val.meta['tokenizer'])
+        model.save(folder, source.tokenizer)
         if knobs.keep_optimizer:
             save_moments(folder, model, optimizer)
         result.write()
@@ -442,7 +439,8 @@ def main(argv):
     if machine.rank == 0:
         changed = differences(run) | differences(method)
         print('\n'.join(f'{k} = {v!r}  ({origins.get(k, "derived")})' for k, v in changed.items()))
-        find_corpora(run)
+        if getattr(method, 'reads_corpora', True):
+            find_corpora(run)
     record = cache(partial(record_session, run.out_dir, run, method, origins, argv, machine.device, machine.world_size))
     if machine.world_size > 1:
         dist.barrier()

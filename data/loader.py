@@ -5,9 +5,12 @@ resume and from stage to stage, and evaluation cannot disturb it.
 """
 import itertools
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -159,19 +162,24 @@ def sequences(corpora, weights, positions, block_size, order='epoch', seed=0, un
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
-def to_device(tokens, device):
-    """(n, T+1) numpy -> inputs x and targets y, (n, T) int64, on the device; to a GPU asynchronously, from pinned memory."""
-    tokens = torch.from_numpy(tokens)
+def to_device(examples, device):
+    """
+    Inputs x and targets y on the device; to a GPU asynchronously, from pinned memory. examples: sequences (n, T+1), whose
+    targets are the next tokens, (n, T) int64; or the two arrays (x, y).
+    """
+    arrays = [torch.from_numpy(array) for array in (examples if isinstance(examples, tuple) else (examples,))]
     if torch.device(device).type == 'cuda':
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
+    if len(arrays) == 2:
+        return tuple(arrays)
+    return arrays[0][:, :-1].contiguous(), arrays[0][:, 1:].contiguous()
 
 
 def batches(read, position, batch_size, micro_batch_size, device, rank=0, world_size=1):
     """
     Endlessly yield (x, y) micro-batches from sequence `position` on. A batch is the batch_size sequences behind position,
     dealt to the processes like cards; each process gets batch_size / world_size of them in pieces of micro_batch_size.
-    `read`: positions -> (n, T+1) array. The next micro-batch is read and copied to the GPU while the current one trains.
+    `read`: positions -> what to_device takes. The next micro-batch is read and copied to the GPU while the current one trains.
     """
     per_process = batch_size // world_size
 
@@ -202,3 +210,24 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, device, rank=
         x, y = to_device(tokens[np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)].astype(np.int64), device)
         y[len(chunk):] = -100
         yield x, y, len(chunk) * block_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a stage reads
+
+class Source(NamedTuple):
+    """Training examples by position, and a validation split: what a stage trains on."""
+    read: Callable          # positions, int64 (n,) -> sequences (n, T+1), or inputs and targets (x, y)
+    validation: Callable    # batch_size, device, rank, world_size -> batches of (x, y, number of real targets)
+    bytes_per_token: float  # of the validation split
+    tokenizer: str          # kept with the model
+
+
+def text_source(knobs):
+    """The Source of a run's corpora; knobs: train.Run. Raises UserError for a corpus that is not prepared."""
+    corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
+    val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
+    read = partial(sequences, corpora, list(knobs.corpora.values()), block_size=knobs.block_size, order=knobs.order,
+                   seed=knobs.seed, unique_tokens=knobs.unique_tokens)
+    return Source(read, lambda *share: validation_batches(val.val, knobs.block_size, share[0], knobs.eval_tokens, *share[1:]),
+                  val.bytes_per_token, val.meta['tokenizer'])

@@ -1,0 +1,244 @@
+"""
+How fast a training step is: variants take turns in one process, so that their ratios hold on a noisy machine.
+
+    python bench.py                                                     # this machine's speed: tokens/s, MFU, memory
+    python bench.py --variants=baseline,let,rkd                         # what a teacher costs while it teaches (paper 002, Table 4)
+    python bench.py --variants=baseline,compile,transformers            # against transformers' model of the same shape
+    python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER      # against a copy of nanoGPT in FOLDER
+    python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
+
+A variant is `baseline`, an objective (let, rkd: what SALT is while it lasts), another implementation (transformers, nanogpt), with
+`+compile` behind it for torch.compile; `compile` alone is baseline+compile. Every step is train.py's own train_step: objective,
+backward, clipping, AdamW. FLOPs a token: 6 N for the N weights of layers and head, and for attention 12 L H D T in full, as MFU
+is mostly quoted, or half of it, which is what causal attention needs. The peak is what a large matrix product reaches here.
+"""
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+import train
+from configurator import Progress, UserError, check_ranges, configure, next_token, run_as_program, unknown
+from data.loader import batches, text_source
+from evaluate import count, table
+from let import distil, let, pair_layers
+from machine import find_machine
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Bench:
+    """Time training steps of a shape, variants side by side."""
+    variants: tuple[str, ...] = ('baseline',)   # baseline, let, rkd, transformers, nanogpt; +compile behind any of them
+    size: str = '256x6'          # a named size, or WIDTHxLAYERS
+    head_dim: int = 64           # of a WIDTHxLAYERS size
+    gpt2: bool = False           # the same width and depth as a GPT-2: LayerNorm, GELU, learned positions, tied head
+    vocab_size: int = 8192
+    block_size: int = 256
+    batch_size: int = 8          # sequences a step
+    teacher_size: str = '96x4'   # of let and rkd; the default is ten times smaller than size's
+    data: str = 'synthetic'      # synthetic (random tokens, made beforehand) or real (through the loader)
+    corpus: str = 'pydocs'       # prepared corpus of --data=real
+    data_dir: str = 'data'       # where it is
+    rounds: int = 9              # turns of every variant
+    steps: int = 2               # steps in a turn
+    nanogpt: str = ''            # folder with nanoGPT's model.py
+    device: str = 'auto'         # cuda or cpu
+    dtype: str = 'auto'          # bfloat16 or float32; auto: bfloat16 on a GPU
+
+
+def shape(options, size):
+    """The configuration of a size with the benchmark's vocabulary, context and heads."""
+    config = GPTConfig.named(size, vocab_size=options.vocab_size, block_size=options.block_size)
+    if 'x' in size and config.n_embd % options.head_dim == 0:
+        heads = config.n_embd // options.head_dim
+        config = replace(config, n_head=heads, n_kv_head=heads, head_dim=options.head_dim)
+    if options.gpt2:
+        config = replace(config, n_mlp=4 * config.n_embd, norm='layer', act='gelu_exact', pos='learned', tied=True)
+    return config
+
+
+def flops_per_token(config, causal):
+    """Forward and backward: 6 for every weight of layers and head, and attention, counted in full or causally."""
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
+    return 6 * config.num_params(head=True) + attention / (2 if causal else 1)
+
+
+def matrix_product_rate(device, dtype, n=0):
+    """FLOP/s of the product of two n x n matrices, the best of ten."""
+    n = n or (8192 if device.type == 'cuda' else 1024)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float('inf')
+    for _ in range(10):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def synchronise(device):
+    """Wait for the GPU."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other implementations, called as ours is: model(x, y).loss
+
+def transformers_model(config):
+    """transformers' model of our shape, randomly initialised."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError('the variant transformers needs: pip install -r requirements-extras.txt') from None
+    from hugging_face import config_to_hugging_face
+    fields = {k: v for k, v in config_to_hugging_face(config).items() if k not in ('nanofamily', 'architectures', 'torch_dtype')}
+    theirs = transformers.AutoConfig.for_model(**fields, attn_implementation='sdpa', use_cache=False)
+    model = transformers.AutoModelForCausalLM.from_config(theirs).float()
+
+    class Theirs(torch.nn.Module):
+        """The loss of given targets, which transformers would shift by one."""
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            """Mean cross entropy."""
+            return SimpleNamespace(loss=self.model(input_ids=x, labels=y, shift_labels=y).loss)
+    return Theirs()
+
+
+def nanogpt_model(config, folder):
+    """nanoGPT's model of our shape, from its own file."""
+    path = Path(folder) / 'model.py'
+    if not folder or not path.is_file():
+        raise UserError('the variant nanogpt needs --nanogpt=FOLDER, where a copy of nanoGPT is')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
+    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+                                        n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=config.bias))
+
+    class Theirs(torch.nn.Module):
+        """Its second value as the loss."""
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            """Mean cross entropy."""
+            return SimpleNamespace(loss=self.model(x, y)[1])
+    return Theirs()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timing
+
+def make_variant(name, options, machine, knobs):
+    """(a function that trains one step on what a stream yields, bytes it holds between steps)."""
+    kind, _, how = name.replace('compile', '+compile').strip('+').partition('+')
+    kind, how = ('baseline', 'compile') if kind == 'compile' else (kind, how.strip('+'))
+    if kind not in ('baseline', 'let', 'rkd', 'transformers', 'nanogpt') or how not in ('', 'compile'):
+        raise unknown('variant', name, ('baseline', 'let', 'rkd', 'transformers', 'nanogpt', 'baseline+compile'))
+    torch.manual_seed(0)
+    config = shape(options, options.size)
+    make = dict(transformers=lambda: transformers_model(config), nanogpt=lambda: nanogpt_model(config, options.nanogpt))
+    model, objective, teacher = make.get(kind, lambda: GPT(config))().to(machine.device), next_token, None
+    if kind in ('let', 'rkd'):
+        teacher = GPT(shape(replace(options, gpt2=False), options.teacher_size)).to(machine.device, machine.dtype)
+        teacher = teacher.eval().requires_grad_(False)
+        theirs, ours = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
+        objective = let(teacher, ours, theirs) if kind == 'let' else distil(teacher, 0.5)
+    optimizer = train.make_optimizer(model, knobs)
+    trained = torch.compile(model) if how else model
+    held = sum(p.numel() * p.element_size() for m in (model, teacher) if m is not None for p in m.parameters())
+    held += sum(8 * p.numel() for p in model.parameters())   # AdamW's moments
+    return lambda stream: train.train_step(objective, Progress(0, 1000), knobs, machine, model, trained, optimizer, stream, 1), held
+
+
+def peak_memory(step, stream, device):
+    """Bytes that one step allocates at its height, over what is held between steps."""
+    if device.type == 'cuda':
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(stream)
+        synchronise(device)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(stream)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def measure(options):
+    """{variant: (tokens a second in each round, bytes held, bytes at a step's height)}; and the machine."""
+    knobs = train.Run(device=options.device, dtype=options.dtype, compile='False', block_size=options.block_size,
+                      batch_size=options.batch_size, data=options.corpus, data_dir=options.data_dir)
+    machine = find_machine(knobs)
+    if options.data == 'real':
+        stream = batches(text_source(knobs).read, 0, options.batch_size, options.batch_size, machine.device)
+    else:
+        made = torch.randint(options.vocab_size, (2, options.batch_size, options.block_size), device=machine.device)
+        stream = iter(partial(lambda: (made[0], made[1])), None)
+    variants = {name: make_variant(name, options, machine, knobs) for name in options.variants}
+    for step, _ in tqdm(variants.values(), desc='warming up', leave=False):
+        step(stream)
+        step(stream)
+    heights = {name: peak_memory(step, stream, machine.device) for name, (step, _) in variants.items()}
+    speeds = {name: [] for name in variants}
+    for turn in tqdm(range(options.rounds), desc='measuring', leave=False):
+        names = list(variants) if turn % 2 == 0 else list(variants)[::-1]
+        for name in names:
+            synchronise(machine.device)
+            start = time.perf_counter()
+            for _ in range(options.steps):
+                variants[name][0](stream)
+            synchronise(machine.device)
+            speeds[name].append(options.steps * options.batch_size * options.block_size / (time.perf_counter() - start))
+    return {name: (speeds[name], variants[name][1], heights[name]) for name in variants}, machine
+
+
+def main(argv):
+    """Command line: knobs only."""
+    options, _, _ = configure(argv, Bench, program='bench.py')
+    check_ranges(options, **{k: (1, None) for k in ('vocab_size', 'block_size', 'batch_size', 'rounds', 'steps', 'head_dim')})
+    if options.data not in ('synthetic', 'real'):
+        raise unknown('data', options.data, ('synthetic', 'real'))
+    measured, machine = measure(options)
+    config, dtype = shape(options, options.size), machine.dtype
+    peak = matrix_product_rate(machine.device, dtype)
+    full, causal = (flops_per_token(config, which) for which in (False, True))
+    first = measured[options.variants[0]]
+    rows = [['variant', 'tokens/s', 'ratio', 'GFLOP/s', 'of peak, full', 'of peak, causal', 'memory', 'ratio']]
+    for name, (speeds, held, height) in measured.items():
+        speed = statistics.median(speeds)
+        ratio = statistics.median(a / b for a, b in zip(speeds, first[0]))
+        rows.append([name, f'{speed:,.0f}', f'{ratio:.3f}', f'{speed * full / 1e9:,.0f}', f'{speed * full / peak:.1%}',
+                     f'{speed * causal / peak:.1%}', f'{(held + height) / 1e6:,.1f} MB', f'{(held + height) / sum(first[1:]):.3f}'])
+    where = torch.cuda.get_device_name() if machine.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+    allocator = {k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'PYTORCH_CUDA_ALLOC', 'LD_PRELOAD'))}
+    print(table(rows))
+    print(f'\n{options.size}: N = {count(config.num_params())}, {count(config.num_params(embedding=True, head=True))} with '
+          f'embeddings; {options.batch_size} x {options.block_size} tokens a step, vocabulary {config.vocab_size}; '
+          f'{full / 1e6:.1f} MFLOP a token (attention in full), {causal / 1e6:.1f} (causal)')
+    print(f'{where}, {str(dtype).removeprefix("torch.")}, torch {torch.__version__}, allocator {allocator or "as it comes"}; '
+          f'peak: {peak / 1e9:,.0f} GFLOP/s in a matrix product; medians of {options.rounds} rounds, ratios of each round')
+
+
+if __name__ == '__main__':
+    run_as_program(main)
