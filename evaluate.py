@@ -9,6 +9,7 @@ report (table and picture) of a run of any method.
 import difflib
 import json
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,11 @@ def table(rows):
         return f'| {" | ".join(cells)} |'
     rule = '|' + '|'.join('-' * (w + 2) if i == 0 else '-' * (w + 1) + ':' for i, w in enumerate(widths)) + '|'
     return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def mean_and_spread(values, sign=''):
+    """The mean and the standard deviation of some runs, as two cells of a table; empty where there are none."""
+    return [f'{statistics.mean(values):{sign}.4f}' if values else '', f'{statistics.stdev(values):.4f}' if len(values) > 1 else '']
 
 
 def finished_stages(folder):

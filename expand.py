@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import load_moments
 from configurator import Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
-from evaluate import table
+from evaluate import mean_and_spread, table
 from hugging_face import config_from_hugging_face, config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
 from let import let, pair_layers
 from model import GPT, GPTConfig, load
@@ -340,12 +340,8 @@ class GrowthComparison:
         rows = [['second stage from', 'val loss', 'standard deviation', 'against random', 'standard deviation']]
         for arm, values in sorted(losses.items(), key=lambda item: statistics.mean(item[1])):
             gains = [a - b for a, b in zip(values, losses.get('random', []))]
-            rows.append([arm, *_mean_and_spread(values), *(_mean_and_spread(gains) if gains else ['', ''])])
+            rows.append([arm, *mean_and_spread(values), *mean_and_spread(gains)])
         return table(rows)
-
-
-def _mean_and_spread(values):
-    return [f'{statistics.mean(values):.4f}', f'{statistics.stdev(values):.4f}' if len(values) > 1 else '']
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from configurator import Result, Stage, UserError, check_ranges, next_token, unk
 from data.loader import open_corpus
 from data.prepare import tokenizer_of_model
 from data.translate import check_alignable, same_tokenizer, translate
-from evaluate import human, table
+from evaluate import human, mean_and_spread, table
 from head import head_loss
 from hugging_face import FAMILIES, model_folder
 from model import GPT, load
@@ -343,16 +343,15 @@ class LET:
     def summary(self, results):
         """Losses and their differences from the baseline over the seeds, and how much sooner each arm reaches its last loss."""
         runs = {arm: [r for r in results if r.name.rpartition('-')[0] == arm] for arm in self.arms}
-        rows = [['objective', 'val loss', 'standard deviation', 'against baseline', 'steps to its loss', 'similarity']]
+        rows = [['objective', 'val loss', 'standard deviation', 'against baseline', 'standard deviation', 'steps to its loss',
+                 'similarity']]
+        baseline = runs.get('baseline', [])
         for arm, found in runs.items():
-            losses = [r.val_loss for r in found]
-            gains = [r.val_loss - b.val_loss for r, b in zip(found, runs.get('baseline', []))]
-            ratios = [_steps_to(r, b.val_loss) for r, b in zip(found, runs.get('baseline', []))]
+            gains = [r.val_loss - b.val_loss for r, b in zip(found, baseline)]
+            share = _steps_to(_mean_curve(found), statistics.mean(b.val_loss for b in baseline)) if baseline else None
             similar = [m['similarity'] for m in _metrics(found[0]) if 'similarity' in m]
-            rows.append([arm, f'{statistics.mean(losses):.4f}', f'{statistics.stdev(losses):.4f}' if len(losses) > 1 else '',
-                         f'{statistics.mean(gains):+.4f}' if gains else '',
-                         f'{statistics.mean(ratios):.2f}x' if gains and all(ratios) else 'not reached' * bool(gains),
-                         f'{similar[-1]:.2f}' if similar else ''])
+            rows.append([arm, *mean_and_spread([r.val_loss for r in found]), *mean_and_spread(gains, '+'),
+                         f'{share:.2f}x' if share else 'not reached' * bool(baseline), f'{similar[-1]:.2f}' if similar else ''])
         teacher = [f'teacher: {r.val_loss:.4f} after {human(r.flops)}FLOPs\n\n' for r in results if r.name == 'teacher']
         picture = draw_similarity(results, Path(results[0].folder).parent / 'similarity.png')
         return ''.join(teacher) + table(rows) + ('\n\n![similarity](similarity.png)' if picture else '')
@@ -362,10 +361,16 @@ def _metrics(result):
     return [json.loads(line) for line in (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
 
 
-def _steps_to(result, loss):
-    """Share of its steps after which a stage's validation loss is at most `loss`, between evaluations linear; None: never."""
-    lines = _metrics(result)
-    curve = [(m['step'] / lines[-1]['step'], m['val_loss']) for m in lines if 'val_loss' in m] + [(1.0, result.val_loss)]
+def _mean_curve(results):
+    """[(share of the steps done, validation loss)] of some runs of equal steps, the mean over them."""
+    curves = [[m['val_loss'] for m in _metrics(r) if 'val_loss' in m] + [r.val_loss] for r in results]
+    lines = _metrics(results[0])
+    shares = [m['step'] / lines[-1]['step'] for m in lines if 'val_loss' in m] + [1.0]
+    return [(share, statistics.mean(losses)) for share, losses in zip(shares, zip(*curves))]
+
+
+def _steps_to(curve, loss):
+    """Share of the steps after which a curve is at most `loss`, linear between its points; None: never."""
     for (before, high), (after, low) in zip(curve, curve[1:]):
         if low <= loss:
             return before if high <= loss else before + (after - before) * (high - loss) / (high - low)

@@ -270,10 +270,14 @@ def test_a_resumed_run_goes_on_with_its_weight_of_alignment(compared, data_dir, 
 
 
 def test_share_of_steps_to_a_loss(tmp_path):
-    lines = [dict(step=10, val_loss=3.0), dict(step=15), dict(step=20, val_loss=2.0), dict(step=40)]
-    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-    result = Result('a', str(tmp_path), 0, 0, 0, 0, 0, 0, val_loss=1.0, bits_per_byte=0, position=0, seconds=0)
-    assert [let._steps_to(result, loss) for loss in (2.5, 1.5, 0.5)] == [0.375, 0.75, None]
+    results = []
+    for name, shift in (('a', 0.1), ('b', -0.1)):
+        lines = [dict(step=10, val_loss=3.0 + shift), dict(step=15), dict(step=20, val_loss=2.0 + shift), dict(step=40)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+        results.append(Result(name, str(tmp_path / name), 0, 0, 0, 0, 0, 0, val_loss=1.0 + shift, bits_per_byte=0, position=0, seconds=0))
+    curve = let._mean_curve(results)
+    assert curve == [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)] and [let._steps_to(curve, loss) for loss in (2.5, 1.5, 0.5)] == [0.375, 0.75, None]
 
 
 def test_a_grown_model_can_be_taught_by_the_size_before(data_dir, tmp_path):
