@@ -127,7 +127,8 @@ def draw(results, path):
     axes.set_ylim(min(r.val_loss for r in results) * 0.93, max(r.val_loss for r in results) * 1.4)
     axes.set(xlabel='cumulative training FLOPs of the family', ylabel='loss (nats per token)')
     axes.set_title('training loss (dots: validation loss)')
-    axes.legend(frameon=False, fontsize=8)
+    if len(results) <= 24:
+        axes.legend(frameon=False, fontsize=8 if len(results) <= 12 else 5)
     axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(f'{path}.tmp', format='png', dpi=150)

@@ -17,7 +17,8 @@ def print_plan(run, stages):
     """Print the plan of `run`; stages: (Stage, its knobs, its optimizer steps, its pretended Result) in order of training."""
     rows = [['stage', 'from', 'N', 'all parameters', 'tokens', 'steps', 'batch', 'max LR', 'FLOPs', 'GPU-hours',
              'GPU memory', '+ a sequence', 'disk']]
-    flops = disk = largest = drawn = family = baseline = 0
+    flops = disk = largest = drawn = family = baseline = alone = 0
+    parents = [stage.parent.name for stage, _, _, _ in stages if stage.parent]
 
     def gpu_hours(amount):
         return f'{amount / (run.gpu_tflops * 1e12) / 3600:,.0f}'
@@ -29,6 +30,8 @@ def print_plan(run, stages):
                      gpu_hours(result.flops), human(state) + 'B', human(sequence) + 'B', human(4 * n_params) + 'B'])
         flops, disk, drawn = flops + result.flops, disk + 4 * n_params, max(drawn, result.position)
         largest = max(largest, 12 * n_params)
+        if stage.name not in parents:
+            alone += result.total_flops
         if stage.baseline_flops and (stage.parent or not family):   # along the family, not the models it is compared with
             family, baseline = result.total_flops, stage.baseline_flops
     unique = min(drawn, run.unique_tokens or drawn)
@@ -37,5 +40,8 @@ def print_plan(run, stages):
     if baseline:
         print(f'the family: {human(family)}FLOPs; every size from scratch: {human(baseline)}FLOPs; '
               f'saved: {1 - family / baseline:.1%}')
+    if alone > flops and len(set(parents)) < len(parents):
+        print(f'stages that several others go on from are trained once: each of those alone would make {human(alone)}FLOPs, '
+              f'{1 - flops / alone:.1%} are saved')
     print(f'disk: {human(disk)}B of models, {human(2 * largest)}B for saved states, {human(2 * unique)}B of tokens '
           f'({count(drawn)} drawn, {count(unique)} different, from {run.data})')

@@ -39,13 +39,14 @@ from let import LET
 from machine import STOP, agree, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from plan import estimate_memory, print_plan
+from sweep import Sweep
 from timeseries import TimeSeries
 
 
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let or timeseries: whose stages
+    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let, timeseries or sweep
     out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
     # data
     data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -153,7 +154,7 @@ class Pretrain:
 
 
 METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune,
-           'let': LET, 'timeseries': TimeSeries}
+           'let': LET, 'timeseries': TimeSeries, 'sweep': Sweep}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +219,11 @@ def make_optimizer(model, knobs):
     groups = [dict(params=matrices, weight_decay=knobs.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2), eps=knobs.eps,
                              fused=matrices[0].device.type in ('cuda', 'cpu'))
+
+
+def parameter_norm(model):
+    """The Euclidean norm of all parameters."""
+    return torch.nn.utils.get_total_norm(model.parameters()).item()
 
 
 class Meter:
@@ -352,7 +358,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
         if logging or save:
             tokens = meter.steps * step_tokens
             line = dict(step=done, tokens=done * step_tokens, flops=6.0 * stage.params * done * step_tokens, lr=rate,
-                        **meter.read(machine.world_size))
+                        **meter.read(machine.world_size), param_norm=parameter_norm(model))
             line['tokens_per_second'] = round(tokens / (time.time() - since))
             if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
                 raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, '
@@ -415,9 +421,9 @@ def pretend(stage, run):
                   position=(stage.parent.position if stage.parent else 0) + tokens, seconds=0.0)
 
 
-def find_corpora(run):
+def find_corpora(run, method):
     """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared."""
-    for name in filter(None, [*run.corpora, run.val_data]):
+    for name in filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]):
         if name in data.prepare.OFFLINE and not (Path(run.data_dir) / name).is_dir():
             data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name)))
         open_corpus(name, run.data_dir)
@@ -431,6 +437,8 @@ def main(argv):
     run.out_dir = run.out_dir or f'out/{files[-1] if files else run.method}'
     if run.toy and not all((Path(run.data_dir) / name).is_dir() for name in run.corpora):
         run.data, run.val_data = 'pydocs', ''   # a toy need not wait for a download
+        if getattr(method, 'second_data', ''):
+            method.second_data = 'pycode'
     if run.dry_run:
         planned = stages_of(method, run, partial(pretend, run=run))
         print_plan(run, [(s, knobs, count_steps(knobs, s), r) for s, r in planned for knobs in [stage_knobs(run, s)]])
@@ -440,7 +448,7 @@ def main(argv):
         changed = differences(run) | differences(method)
         print('\n'.join(f'{k} = {v!r}  ({origins.get(k, "derived")})' for k, v in changed.items()))
         if getattr(method, 'reads_corpora', True):
-            find_corpora(run)
+            find_corpora(run, method)
     record = cache(partial(record_session, run.out_dir, run, method, origins, argv, machine.device, machine.world_size))
     if machine.world_size > 1:
         dist.barrier()

@@ -1,0 +1,6 @@
+# Paper 001, Table 1, column CPT (rep): a quarter of the second stage's data is the base's.
+from _scaling import *
+
+reuse = ('cpt+replay',)
+replay = 0.25
+second_data = 'starcoder'

@@ -1,0 +1,4 @@
+# Paper 001, Table 1, column Exp x2: width times the square root of two, function preserving.
+from _scaling import *
+
+reuse = ('exp',)
