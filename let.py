@@ -12,14 +12,14 @@ distillation throughout it is RKD, for the first S_stop steps SALT (Rawat et al.
 import json
 import re
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from configurator import Result, Stage, UserError, check_ranges, next_token, unknown
+from configurator import Stage, UserError, check_ranges, next_token, unknown
 from data.loader import open_corpus
 from data.prepare import tokenizer_of_model
 from data.translate import check_alignable, same_tokenizer, translate

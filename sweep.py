@@ -51,7 +51,7 @@ class Sweep:
         for seed in range(self.seeds):
             for i, size in enumerate(self.sizes):
                 knobs, config = self.knobs_of(i, run, seed), run.model_config(size)
-                name, longest = size + f'-s{seed}' * (self.seeds > 1), self.longest[i if len(self.longest) > 1 else 0]
+                name, longest = size + f'-s{seed}' * (seed > 0), self.longest[i if len(self.longest) > 1 else 0]
                 grid = partial(self.runs, run=run, knobs=knobs)
                 wanted = {f * longest for f in self.first}
                 stable = wanted if any('+stable' in how for how in self.reuse) else set()
