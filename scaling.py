@@ -15,6 +15,7 @@ its losses where that is not the base's: losses on different text cannot be comp
 import csv
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,19 @@ def read_results(path):
     return results
 
 
+def by_size(results):
+    """The results, with a method whose points are of two sizes, too few for a law in N, as one of each: METHOD@N-CORPUS."""
+    split = {}
+    for method, data in results.items():
+        sizes = sorted(set(data['N']))
+        kind, dash, corpus = method.partition('-')
+        for n in sizes if len(sizes) == 2 else [None]:
+            chosen = [i for i, value in enumerate(data['N']) if n in (None, value)]
+            name = method if n is None else f'{kind}@{n:.0f}{dash}{corpus}'
+            split[name] = {column: [values[i] for i in chosen] for column, values in data.items()}
+    return split
+
+
 def laws_for(data):
     """The laws that a method's points can be described by: joint ones where there are several sizes."""
     if max(data['D1']) == 0:
@@ -165,7 +179,7 @@ def unseen(fitted, N, D1, D2):
 
 def factor_of(method):
     """How many times larger than its base a method's model is."""
-    return GROWTH_FACTOR.get(method.partition('+')[0], 1)
+    return GROWTH_FACTOR.get(re.split('[+@]', method)[0], 1)
 
 
 def of_domain(fits, domain):
@@ -181,13 +195,15 @@ def options_for(fits, N, D1, budget):
     found, factors = {}, sorted({1} | {factor_of(method) for method in fits})
     for method, fitted in fits.items():
         factor = factor_of(method)
-        if method == 'scratch':
-            found |= {f'start over, {count(k * N)}': (fitted, k * N, 0.0, budget / (6 * k * N), k * N) for k in factors}
+        if method.startswith('scratch'):
+            choices = {f'start over, {count(k * N)}': (fitted, k * N, 0.0, budget / (6 * k * N), k * N) for k in factors}
             if 'cpt' not in fits:   # the same data go on: the law of one stage, for D1 + D2
-                found[f'continue, {count(N)}'] = fitted, N, 0.0, D1 + budget / (6 * N), N
+                choices[f'continue, {count(N)}'] = fitted, N, 0.0, D1 + budget / (6 * N), N
         else:
             kind = f'grow by {method}' if factor > 1 else f'continue ({method})'
-            found[f'{kind}, {count(factor * N)}'] = fitted, N, D1, budget / (6 * factor * N), factor * N
+            choices = {f'{kind}, {count(factor * N)}': (fitted, N, D1, budget / (6 * factor * N), factor * N)}
+        size, largest = fitted.seen['N']   # a fit at one size says nothing of others
+        found |= {what: how for what, how in choices.items() if size != largest or math.isclose(how[1], size, rel_tol=0.01)}
     return found
 
 
@@ -197,11 +213,8 @@ def advise(fits, N, D1, budget):
     it, continue, or start over? fits: {method: Fit}. Raises UserError when no fit covers a model of this size at all.
     """
     options = options_for(fits, N, D1, budget)
-    single = {m: f for m, f in fits.items() if f.seen['N'][0] == f.seen['N'][1]}   # fitted at one size: says nothing of others
-    options = {k: v for k, v in options.items()
-               if v[0] not in single.values() or math.isclose(v[1], v[0].seen['N'][0], rel_tol=0.01)}
     if not options:
-        sizes = sorted({f'{f.seen["N"][0]:,.0f}' for f in single.values()})
+        sizes = sorted({f'{f.seen["N"][0]:,.0f}' for f in fits.values()})
         raise UserError(f'these fits are for N = {", ".join(sizes)}: they say nothing about {N:,.0f}')
     rows, warnings, losses, samples = [['choice', 'tokens', 'predicted loss', '90% interval']], [], {}, {}
     for what, (fitted, n, d1, d2, _) in options.items():
@@ -215,12 +228,13 @@ def advise(fits, N, D1, budget):
     draws = torch.stack([samples[row[0]][:n_samples] for row in rows[1:]])
     confidence = (draws.argmin(0) == 0).double().mean().item()
     lines = [table(rows), '', f'{best} is best, in {confidence:.0%} of the resampled laws']
-    for method, fitted in fits.items():
-        factor = factor_of(method)
-        if method != 'scratch' and f'start over, {count(factor * N)}' in options:
-            at = crossing(lambda d: loss_of(fitted, N, D1, d), lambda d: loss_of(fits['scratch'], factor * N, 0.0, d))
-            lines.append(f'{method} is ahead of starting over at {count(factor * N)} up to {count(at)} tokens' if at else
-                         f'{method} and starting over at {count(factor * N)} do not cross')
+    for what, (fitted, n, d1, _, trained) in options.items():
+        rival = f'start over, {count(trained)}'
+        if d1 and rival in options:
+            scratch = options[rival][0]
+            at = crossing(lambda d: loss_of(fitted, n, d1, d), lambda d: loss_of(scratch, trained, 0.0, d))
+            until = f'is ahead of starting over up to {count(at)} tokens' if at else 'and starting over do not cross'
+            lines.append(f'{what} {until}')
     if warnings:
         lines += ['', 'outside what the laws were fitted to, so take it as a guess:', *(f'  {w}' for w in warnings)]
     return '\n'.join(lines)
@@ -293,7 +307,7 @@ class Question:
 
 def fit_results(options):
     """Fit every method's laws; writes fit.json and a picture a method, returns the tables. Raises UserError."""
-    results, out = read_results(options.results), Path(options.out or Path(options.results).parent)
+    results, out = by_size(read_results(options.results)), Path(options.out or Path(options.results).parent)
     errors, best, text = [['leave-one-out RMS x 1e-3', *results]], {}, []
     fitted = {method: {} for method in results}
     for method, data in results.items():

@@ -60,7 +60,7 @@ def test_published_losses_are_fitted():
 def test_advice_by_the_published_laws():
     text = advise(of_domain(PAPER, ''), 1e9, 2e12, 1e22)
     rows = [line.split('|')[1].strip() for line in text.splitlines() if line.startswith('| ')][1:]
-    assert rows == ['grow by stk2, 2B', 'continue, 1B', 'start over, 2B', 'start over, 1B'] and 'stk2 is ahead of starting over' in text
+    assert rows == ['grow by stk2, 2B', 'continue, 1B', 'start over, 2B', 'start over, 1B'] and 'grow by stk2, 2B is ahead of starting over up to' in text
     assert 'grow by stk2, 2B is best, in ' in text and 'take it as a guess' in text and 'D1 = 2e+12 (seen: 2.9e+08 to 7.4e+10)' in text
     inside = advise(of_domain(PAPER, ''), 1e8, 1e10, 6e8 * 2e10)
     assert 'guess' not in inside
@@ -100,6 +100,12 @@ def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
     assert len(fits['stk2'].samples) == 20 and fits['stk2'].parameters['alpha1'] == pytest.approx(0.515, rel=0.2)
     scaling.main(['advise', f'--fit={tmp_path / "fit.json"}', '--base_params=98323840', '--base_tokens=4e9', '--budget=1e19'])
     assert 'grow by stk2, 197M is best' in capsys.readouterr().out
+
+
+def test_points_of_two_sizes_are_two_fits():
+    data = {'scratch-code': dict(N=[1e6, 1e6, 2e6], D1=[0, 0, 0], D2=[1, 2, 3]), 'stk2': dict(N=[1e6, 1e6], D1=[1, 1], D2=[1, 2])}
+    split = scaling.by_size(data)
+    assert list(split) == ['scratch@1000000-code', 'scratch@2000000-code', 'stk2'] and split['scratch@2000000-code']['D2'] == [3]
 
 
 def test_laws_that_points_can_carry():
