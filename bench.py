@@ -5,6 +5,7 @@ How fast a training step is: variants take turns in one process, so that their r
     python bench.py --variants=baseline,let,rkd                         # what a teacher costs while it teaches (paper 002, Table 4)
     python bench.py --variants=baseline,compile,transformers            # against transformers' model of the same shape
     python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER      # against a copy of nanoGPT in FOLDER
+    python bench.py --fits=True                                         # the fits of laws.py against a loop over scipy's
     python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
 
 A variant is `baseline`, an objective (let, rkd: what SALT is while it lasts), another implementation (transformers, nanogpt), with
@@ -44,13 +45,14 @@ class Bench:
     vocab_size: int = 8192
     block_size: int = 256
     batch_size: int = 8          # sequences a step
-    teacher_size: str = '96x4'   # of let and rkd; the default is ten times smaller than size's
+    teacher_size: str = '128x2'  # of let and rkd; the default has a twelfth of size's N
     data: str = 'synthetic'      # synthetic (random tokens, made beforehand) or real (through the loader)
     corpus: str = 'pydocs'       # prepared corpus of --data=real
     data_dir: str = 'data'       # where it is
     rounds: int = 9              # turns of every variant
     steps: int = 2               # steps in a turn
     nanogpt: str = ''            # folder with nanoGPT's model.py
+    fits: bool = False           # time the fits of scaling laws instead, against a loop over scipy's BFGS
     device: str = 'auto'         # cuda or cpu
     dtype: str = 'auto'          # bfloat16 or float32; auto: bfloat16 on a GPU
 
@@ -213,10 +215,53 @@ def measure(options):
     return {name: (speeds[name], variants[name][1], heights[name]) for name in variants}, machine
 
 
+def time_fits(problems=60):
+    """
+    Seconds for all starts and leave-one-out folds of Eq. 6 on a 5 x 5 grid with noise: laws.solve, and scipy's BFGS in a loop over
+    every n-th of the same problems, scaled up; with our gradient, and with the finite differences it takes by default.
+    """
+    try:
+        from scipy.optimize import minimize
+    except ImportError:
+        raise UserError('--fits=True compares with scipy: pip install scipy') from None
+    import laws
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokens = [9.2275e9 / 2 ** i for i in range(5)]
+    data = dict(zip(('D1', 'D2'), zip(*((a, b) for a in tokens for b in tokens))), N=[98_323_840] * 25)
+    theta = [[0.515 * 21.4 + (0.35 - 0.017 * 21.4) * 21.4, 0.515, 0.35, 0.017, 0.2]]
+    noise = 1e-3 * torch.randn(25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data['loss'] = (laws.predict('multiplicative', theta, data)[0] * (1 + noise)).tolist()
+    folds = torch.cat([torch.ones(1, 25), 1 - torch.eye(25)]).double()
+    start = time.perf_counter()
+    _, values, _, _ = laws.solve('multiplicative', data, folds)
+    ours, law = time.perf_counter() - start, laws.LAWS['multiplicative']
+    target = torch.tensor(data['loss'], dtype=torch.float64).log()
+    logs, _, _ = laws._centred(law, laws.logarithms(data))
+    starts = laws.starts_of(law, target)
+    total, rows = len(starts) * len(folds), [['all starts and folds', 'seconds', 'ratio'], ['laws.solve', f'{ours:.2f}', '1']]
+    chosen = [(fold, s) for fold in range(len(folds)) for s in range(len(starts))][::total // problems]
+    for gradient in (True, False):
+        start, best = time.perf_counter(), float('inf')
+        for fold, s in tqdm(chosen, desc='scipy', leave=False):
+            weight = folds[fold:fold + 1] / folds[fold].sum()
+
+            def function(x):
+                value, slope = laws.huber(law, torch.from_numpy(x)[None], logs, target, weight)
+                return (value.item(), slope[0].numpy()) if gradient else value.item()
+            found = minimize(function, starts[s].numpy(), jac=gradient, method='BFGS')
+            best = min(best, found.fun / values[fold].item())
+        theirs = (time.perf_counter() - start) / len(chosen) * total
+        rows.append([f'scipy in a loop, {"our gradient" if gradient else "its differences"}', f'{theirs:.0f}', f'{theirs / ours:.0f}'])
+        rows.append(['  its lowest value over ours, of these problems', f'{best:.7f}', ''])
+    print(table(rows) + f'\n\n{total:,} problems; scipy timed on {len(chosen)} of them; {torch.get_num_threads()} CPU threads')
+
+
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
     check_ranges(options, **{k: (1, None) for k in ('vocab_size', 'block_size', 'batch_size', 'rounds', 'steps', 'head_dim')})
+    if options.fits:
+        return time_fits()
     if options.data not in ('synthetic', 'real'):
         raise unknown('data', options.data, ('synthetic', 'real'))
     measured, machine = measure(options)

@@ -175,7 +175,7 @@ def bfgs(function, x, steps=400, tolerance=1e-7, window=25):
     return x, value, brought / value.clamp(min=1e-2)
 
 
-def _line_search(function, rows, here, start, slope, direction, descent, trials=40):
+def _line_search(function, rows, here, start, slope, direction, descent, trials=16):
     """A step along each direction that meets the weak Wolfe conditions: (points, values, gradients)."""
     step, low, high = torch.ones_like(start), torch.zeros_like(start), torch.full_like(start, math.inf)
     new, found, gradient = here.clone(), start.clone(), slope.clone()

@@ -323,7 +323,7 @@ def fit_results(options):
         for name, value in best[method].parameters.items():
             low, high = best[method].intervals[name]
             if name.startswith('log'):
-                name, value, low, high = name[3:], math.exp(value), math.exp(low), math.exp(min(high, 700))
+                name, (value, low, high) = name[3:], (math.exp(min(v, 700)) for v in (value, low, high))
             rows.append([name, f'{value:.4g}', f'{low:.4g} to {high:.4g}'])
         law = best[method].law
         text.append(f'{method}, {len(data["loss"])} points: {law}, L = {LAWS[law].equation}\n\n{table(rows)}')
