@@ -47,9 +47,11 @@ def saved_states(folder):
 
 
 def remove_states(folder):
-    """Remove every state, whole or not, of a finished stage."""
-    for path in Path(folder).glob('state-*'):
+    """Remove every state, whole or not, of a finished stage, and what else only going on with it needed."""
+    for path in [*Path(folder).glob('state-*'), Path(folder) / 'best']:
         shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob('rollout-*'):
+        path.unlink()
 
 
 def save_state(folder, model, optimizer, progress):

@@ -83,6 +83,7 @@ class Stage:
     knobs: dict = field(default_factory=dict)    # general knobs that this stage sets otherwise than the run
     objective: typing.Callable | None = None     # (model, x, y, Progress) -> (loss, dict of scalars); None: next_token
     source: typing.Callable | None = None        # knobs -> data.loader.Source; None: text_source, the run's corpora
+    score: typing.Callable | None = None         # model -> number; the best at an evaluation is kept; None: the last model is
     baseline_flops: float = 0.0                  # what training every model up to this one from scratch costs
 
     @property

@@ -4,7 +4,7 @@ nothing needs them all at once. `head_loss` goes through the positions in chunks
 of hidden states and head are made in the same pass: each chunk's logits are computed once and forgotten.
 
     loss = CE(targets)                                                             without a teacher
-    loss = alpha CE(targets) + (1 - alpha) T^2 KL(teacher / T || student / T)      with one
+    loss = alpha CE(targets) + (1 - alpha) T^2 KL(teacher / T || student / T)      with one; reverse: KL(student || teacher)
 
 `plain_head_loss` computes the same with full logits: for reading, and for the tests to compare with.
 """
@@ -18,7 +18,7 @@ def chunk_positions(vocab_size, device):
     return max(256, 2 ** (22 if device.type == 'cpu' else 27) // vocab_size)
 
 
-def plain_head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0):
+def plain_head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0, reverse=False):
     """head_loss with full logits."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     logits, targets = F.linear(hidden, weight).flatten(0, -2).to(exact), targets.flatten()
@@ -27,11 +27,13 @@ def plain_head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperatur
         return data, data.detach(), torch.zeros_like(data)
     wanted = F.linear(*teacher).detach().flatten(0, -2).to(exact)[:, :len(weight)]
     wanted, found = (wanted / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)
+    if reverse:
+        wanted, found = found, wanted
     divergence = temperature ** 2 * (wanted.exp() * (wanted - found)).sum(-1)[targets != -100].mean()
     return alpha * data + (1 - alpha) * divergence, data.detach(), divergence.detach()
 
 
-def head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0):
+def head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0, reverse=False):
     """
     (loss, cross entropy, divergence), scalars in nats, means over the positions whose target is not -100; the loss alone
     has a gradient. hidden (..., C), normalised already; weight (V, C); targets (...) int64. teacher: (its hidden states
@@ -42,14 +44,15 @@ def head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     theirs = (teacher[0].detach().flatten(0, -2), teacher[1].detach()) if teacher else (None, None)
     learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), *theirs, alpha, temperature, dtype, learning)
+    return _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), *theirs, alpha, temperature, reverse, dtype,
+                           learning)
 
 
 class _HeadLoss(torch.autograd.Function):
     """hidden (n, C), weight (V, C), targets (n,), the teacher's hidden (n, C') and head (V', C') or None, and how."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, their_hidden, their_weight, alpha, temperature, dtype, learning):
+    def forward(ctx, hidden, weight, targets, their_hidden, their_weight, alpha, temperature, reverse, dtype, learning):
         taught, step = their_hidden is not None, chunk_positions(len(weight), hidden.device)
         exact = torch.promote_types(dtype, torch.float32)
         asked = (targets != -100).to(exact)
@@ -65,13 +68,19 @@ class _HeadLoss(torch.autograd.Function):
             if taught:
                 wanted = ((their_hidden[rows].to(dtype) @ their_head.T).to(exact) / temperature).log_softmax(-1)
                 soft = found if temperature == 1 else (logits / temperature).log_softmax(-1)
-                divergence = divergence + temperature ** 2 * (wanted.exp() * (wanted - soft) * share).sum()
+                if reverse:
+                    ratio = soft - wanted
+                    at_each = (soft.exp() * ratio).sum(-1, keepdim=True)
+                    divergence = divergence + temperature ** 2 * (at_each * share).sum()
+                else:
+                    divergence = divergence + temperature ** 2 * (wanted.exp() * (wanted - soft) * share).sum()
             if not learning:
                 continue
             # the slope of the cross entropy at each logit: its probability, less 1 at the target
             slope = found.exp().scatter_add(-1, target, torch.full_like(target, -1, dtype=exact))
             if taught:
-                slope = alpha * slope + (1 - alpha) * temperature * (soft.exp() - wanted.exp())
+                apart = soft.exp() * (ratio - at_each) if reverse else soft.exp() - wanted.exp()
+                slope = alpha * slope + (1 - alpha) * temperature * apart
             slope = (slope * share).to(dtype)
             d_hidden[rows] = slope @ head
             d_head += slope.T @ h
@@ -85,4 +94,4 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope, *_):
         d_hidden, d_head = ctx.saved_tensors   # scaled in place: they are large, and this is their one use
-        return d_hidden.mul_(slope), d_head.mul_(slope), *(None,) * 7
+        return d_hidden.mul_(slope), d_head.mul_(slope), *(None,) * 8

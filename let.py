@@ -202,12 +202,13 @@ def _partner_states(teacher, layer, x, tokenizers):
     return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
 
 
-def distil(teacher, alpha=0.6, temperature=1.0, stop=None):
+def distil(teacher, alpha=0.6, temperature=1.0, stop=None, reverse=False):
     """
     The objective of logit distillation from a model folder or hub name, opened when the first batch comes. alpha is the weight
     of the data, 1 - alpha that of the teacher (paper 003, Appendix D: 0.6 at temperature 1). stop: the step (below 1: of all
-    steps) from which on it is next-token prediction, and the teacher forgotten (SALT's n_KD); None: never (RKD). Both heads
-    are applied chunk by chunk: full logits are never there.
+    steps) from which on it is next-token prediction, and the teacher forgotten (SALT's n_KD); None: never (RKD). reverse:
+    KL(student || teacher) in place of KL(teacher || student) (paper 004, Eq. 1). Both heads are applied chunk by chunk: full
+    logits are never there. Positions whose target is -100, prompts, do not count.
     """
     opened = []
 
@@ -221,7 +222,7 @@ def distil(teacher, alpha=0.6, temperature=1.0, stop=None):
         with torch.no_grad():
             hidden = in_windows(lambda idx: theirs.norm(theirs.residual_stream(idx)[0]), x, longest_context(theirs))
         output = model(x, y, loss=partial(head_loss, teacher=(hidden, theirs.head_weight), alpha=alpha,
-                                          temperature=temperature))
+                                          temperature=temperature, reverse=reverse))
         return output.loss, dict(zip(('data_loss', 'distillation_loss'), output.parts))
     return objective
 

@@ -138,6 +138,8 @@ class Sweep:
         if run.warmup < 1 and not self.warmups:
             raise UserError(f'in a sweep warmup counts steps, the same for every run: {run.warmup:g} is none')
 
+    stand_ins = dict(second_data='pycode')   # in a toy
+
     @property
     def corpora(self):
         """Corpora that the stages read besides the run's."""

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data.prepare
 from checkpoint import (claim, keep_metrics, load_state, record_session, remove_states, save_moments, save_state, saved_states,
                         set_moments)
+from col import ChainOfLearngene
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
                           run_as_program, unknown)
 from data.loader import batches, open_corpus, parse_mixture, text_source
@@ -46,7 +47,7 @@ from timeseries import TimeSeries
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let, timeseries or sweep
+    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let, timeseries, sweep or col
     out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
     # data
     data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -113,7 +114,7 @@ class Run:
             if (Path(self.data_dir) / name / 'meta.json').is_file():
                 sizes[name] = open_corpus(name, self.data_dir).meta['vocab_size']
             else:
-                sizes[name] = 257 if name in data.prepare.OFFLINE else 50257
+                sizes[name] = 257 if name in (*data.prepare.OFFLINE, 'signatures') else 50257
         if len(set(sizes.values())) > 1:
             raise UserError('the corpora have different vocabularies: ' + ', '.join(f'{k} {v}' for k, v in sizes.items()))
         return next(iter(sizes.values()))
@@ -154,7 +155,7 @@ class Pretrain:
 
 
 METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune,
-           'let': LET, 'timeseries': TimeSeries, 'sweep': Sweep}
+           'let': LET, 'timeseries': TimeSeries, 'sweep': Sweep, 'col': ChainOfLearngene}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +271,8 @@ def train_stage(stage, run, machine, record):
     model = (stage.model() if stage.model and fresh else GPT(stage.config)).to(machine.device, torch.float32)
     optimizer, steps = make_optimizer(model, knobs), count_steps(knobs, stage)
     progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
+    if stage.score:
+        progress['best'] = -math.inf
     if stage.moments and fresh:
         set_moments(model, optimizer, stage.moments())
     load_state(folder, model, optimizer, progress)
@@ -307,8 +310,26 @@ def train_stage(stage, run, machine, record):
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
                  accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
+    if stage.score:
+        model.load_state_dict(load(folder / 'best', machine.device).state_dict())
     return finish_stage(stage, knobs, machine, folder, model, optimizer, source, validate(), origin,
                         steps * knobs.batch_size, progress)
+
+
+def keep_best(stage, folder, model, progress, machine):
+    """The model's score by its stage; the best so far is saved in `folder`/best."""
+    model.eval()
+    score = torch.tensor(stage.score(model), device=machine.device)
+    model.train()
+    if machine.world_size > 1:   # one decision for all
+        dist.broadcast(score, 0)
+    if score.item() > progress['best']:
+        if machine.rank == 0:
+            model.save(folder / 'best')
+        progress['best'] = score.item()
+    if machine.world_size > 1:
+        dist.barrier()
+    return score.item()
 
 
 def finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, drawn, progress):
@@ -335,9 +356,14 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
     wrapped. When asked to stop it saves the state, says how to go on and ends the program.
     """
     step_tokens, meter, saved = knobs.batch_size * knobs.block_size, Meter(), time.time()
-    since, started, next_check = saved, saved - progress['seconds'], 0
+    started, next_check = saved - progress['seconds'], 0
     bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
                unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    if knobs.eval_interval and not progress['step']:
+        start = json.dumps(dict(step=0, tokens=0, flops=0.0, val_loss=validate()))
+        if machine.rank == 0:
+            (folder / 'metrics.jsonl').write_text(start + '\n', encoding='utf-8')
+    since = time.time()
     while progress['step'] < steps:
         rate = learning_rate(progress['step'], steps, knobs)
         for group in optimizer.param_groups:
@@ -366,6 +392,8 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
                                 f'a longer --warmup, with another --out_dir or after removing {folder}')
             if evaluating:
                 line['val_loss'] = validate()
+            if stage.score and (evaluating or done == steps):
+                line['score'] = keep_best(stage, folder, model, progress, machine)
             bar.set_postfix_str(', '.join(f'{k} {line[k]:.3f}' for k in ('loss', 'val_loss') if k in line), refresh=False)
             if machine.rank == 0:
                 with open(folder / 'metrics.jsonl', 'a', encoding='utf-8') as metrics:
@@ -424,8 +452,9 @@ def pretend(stage, run):
 def find_corpora(run, method):
     """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared."""
     for name in filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]):
-        if name in data.prepare.OFFLINE and not (Path(run.data_dir) / name).is_dir():
-            data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name)))
+        if name in (*data.prepare.OFFLINE, 'signatures') and not (Path(run.data_dir) / name).is_dir():
+            style = dict(prompt='plain') if name == 'signatures' else {}   # models on bytes have no room for the paper's
+            data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name), **style))
         open_corpus(name, run.data_dir)
 
 
@@ -437,8 +466,10 @@ def main(argv):
     run.out_dir = run.out_dir or f'out/{files[-1] if files else run.method}'
     if run.toy and not all((Path(run.data_dir) / name).is_dir() for name in run.corpora):
         run.data, run.val_data = 'pydocs', ''   # a toy need not wait for a download
-        if getattr(method, 'second_data', ''):
-            method.second_data = 'pycode'
+    for knob, stand_in in getattr(method, 'stand_ins', {}).items() if run.toy else ():
+        names = getattr(method, knob) if isinstance(stand_in, tuple) else (getattr(method, knob),)
+        if any(name and not (Path(run.data_dir) / name).is_dir() for name in names):
+            setattr(method, knob, stand_in)
     if run.dry_run:
         planned = stages_of(method, run, partial(pretend, run=run))
         print_plan(run, [(s, knobs, count_steps(knobs, s), r) for s, r in planned for knobs in [stage_knobs(run, s)]])

@@ -224,7 +224,14 @@ class Source(NamedTuple):
 
 
 def text_source(knobs):
-    """The Source of a run's corpora; knobs: train.Run. Raises UserError for a corpus that is not prepared."""
+    """
+    The Source of a run's corpora, text or instructions; knobs: train.Run. Raises UserError for a corpus that is not prepared.
+    """
+    if 'supervised' in (kinds := {open_corpus(name, knobs.data_dir).meta.get('kind', 'text') for name in knobs.corpora}):
+        if len(knobs.corpora) > 1:
+            raise UserError(f'data={knobs.data}: instructions are not mixed with other corpora ({", ".join(sorted(kinds))})')
+        from data.instruct import supervised_source
+        return supervised_source(knobs)
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     read = partial(sequences, corpora, list(knobs.corpora.values()), block_size=knobs.block_size, order=knobs.order,

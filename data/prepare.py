@@ -55,12 +55,13 @@ OFFLINE = ('pydocs', 'pycode')
 @dataclass
 class Preparation:
     """What to turn into tokens, and how."""
-    corpus: str = 'pydocs'         # pydocs, pycode, a hub corpus, or a glob of .txt, .jsonl or .parquet files
+    corpus: str = 'pydocs'         # pydocs, pycode, signatures, a hub corpus or set, or a glob of .txt, .jsonl or .parquet
     out: str = ''                  # folder of the result; empty: data/CORPUS
     tokenizer: str = ''            # bytes, gpt2, or a folder with tokenizer.json; empty: bytes offline, else gpt2
     text_column: str = ''          # column of .jsonl and .parquet files that holds the text; empty: text
     max_tokens: int = 0            # stop after this many training tokens; 0: the whole corpus
     val_fraction: float = 0.0      # share of documents (offline: of files) held out; 0: 5%, from the hub 0.05%
+    prompt: str = 'paper'          # of instructions: paper (Appendix C of paper 004) or plain
     packages: str = 'project'      # offline corpora: those the project depends on, or all that are installed
     processes: int = 0             # 0: one a core
 
@@ -307,13 +308,16 @@ def prepare(options):
     check_ranges(options, val_fraction=(0, 0.5), max_tokens=(0, None), processes=(0, None))
     if options.packages not in ('project', 'all'):
         raise unknown('choice of packages', options.packages, ('project', 'all'))
-    is_offline = options.corpus in OFFLINE
-    name = options.corpus if is_offline or options.corpus in HUB else Path(options.corpus).stem.strip('*_-.') or 'local'
+    from data.instruct import is_supervised, prepare_supervised
+    supervised, is_offline = is_supervised(options.corpus), options.corpus in (*OFFLINE, 'signatures')
+    name = options.corpus if is_offline or options.corpus in HUB or supervised and '.' not in options.corpus else Path(options.corpus).stem.strip('*_-.') or 'local'
     out = Path(options.out or os.path.relpath(Path(__file__).parent / name))
     options.tokenizer = options.tokenizer or ('bytes' if is_offline else 'gpt2')
     options.val_fraction = options.val_fraction or (0.0005 if options.corpus in HUB else 0.05)
     if out.exists():
         return prepared_before(out, options)
+    if supervised:
+        return prepare_supervised(options, out)
     stream = None if is_offline else open_stream(options)
     _, _, vocab_size, end = load_tokenizer(options.tokenizer)
     unfinished = Path(f'{out}.partial')

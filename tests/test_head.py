@@ -16,14 +16,14 @@ def drawn(seed=0, n=(3, 7), width=8, vocab=11, dtype=torch.float64):
 
 
 @pytest.mark.parametrize('chunk', [1, 4, 100])
-@pytest.mark.parametrize('taught, alpha, temperature', [(False, 0.5, 1.0), (True, 0.5, 1.0), (True, 0.3, 2.5), (True, 0.0, 1.0)])
-def test_values_and_gradients_are_those_of_the_plain_computation(monkeypatch, chunk, taught, alpha, temperature):
+@pytest.mark.parametrize('taught, alpha, temperature, reverse', [(False, 0.5, 1.0, False), (True, 0.5, 1.0, False), (True, 0.3, 2.5, False), (True, 0.0, 1.0, True), (True, 0.3, 2.5, True)])
+def test_values_and_gradients_are_those_of_the_plain_computation(monkeypatch, chunk, taught, alpha, temperature, reverse):
     monkeypatch.setattr(head, 'chunk_positions', lambda vocab_size, device: chunk)
     hidden, weight, targets, teacher = drawn()
     results = []
     for function in (head_loss, plain_head_loss):
         hidden.grad = weight.grad = None
-        values = function(hidden, weight, targets, teacher if taught else None, alpha, temperature)
+        values = function(hidden, weight, targets, teacher if taught else None, alpha, temperature, reverse)
         (3 * values[0]).backward()
         results.append([*(v.detach().double() for v in values), hidden.grad, weight.grad])
     for ours, plain in zip(*results, strict=True):

@@ -1,0 +1,580 @@
+"""
+Chain-of-Learngene: distil a short chain of sizes once, then initialise any size in between in seconds (paper 004).
+
+    python train.py config/col_tiny.py
+    python col.py out/col_tiny out/mine --to=64x3               # a model of any size between two of a finished chain
+
+An ancestor is distilled into the largest checkpoint of a chain, that into the next smaller one, and so on (stepwise, reverse KL,
+Eq. 1). A descendant of a size between two checkpoints starts at
+
+    theta  =  alpha expand(smaller)  +  (1 - alpha) subset(larger)                                 (LInit, section 3.4)
+
+where alpha is the relative distance, 1 at the smaller one. An ancestor of another architecture or vocabulary first writes
+answers, on which a bridge model of the chain's architecture is fine-tuned (Eq. 2).
+"""
+import json
+import re
+import statistics
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from configurator import Result, Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
+from data.instruct import Examples, prompt, supervised_source, write_supervised
+from data.loader import open_corpus, text_source
+from data.prepare import Preparation, load_tokenizer, tokenizer_of_model
+from evaluate import count, table
+from expand import grow
+from hugging_face import config_from_hugging_face, model_folder
+from inheritune import inherit
+from let import distil
+from machine import choose_device
+from minillm import answer, minillm
+from model import GPT, GPTConfig, load
+from operators import Growth
+
+SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')   # what differs between the sizes of a chain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LInit
+
+def default_alpha(small_params, large_params, params):
+    """
+    The weight of the smaller checkpoint: relative distance in parameters, within 0 and 1. (Of several readings of "based on the
+    relative distance" the one that gives the paper's 0.9 at 138M by nominal and by exact counts.)
+    >>> round(default_alpha(117, 345, 138), 1)
+    0.9
+    """
+    return min(1.0, max(0.0, (large_params - params) / (large_params - small_params))) if large_params != small_params else 1.0
+
+
+def rows_of(config, large, name):
+    """Which rows of the larger model's tensor `name` a subset keeps: the first ones; of heads the first queries of each group."""
+    stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
+    if stem == 'attn.q':
+        per_large, per = large.n_head // large.n_kv_head, config.n_head // config.n_kv_head
+        heads = torch.tensor([group * per_large + query for group in range(config.n_kv_head) for query in range(per)])
+        return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
+    sizes = {'attn.k': config.n_kv_head * config.head_dim, 'attn.v': config.n_kv_head * config.head_dim, 'mlp.up': config.n_mlp,
+             'mlp.gate': config.n_mlp, 'wte': None, 'lm_head': None, 'wpe': config.block_size, 'attn.q_norm': None,
+             'attn.k_norm': None}
+    return slice(sizes[stem] if stem in sizes else config.n_embd)
+
+
+def subset_tensor(config, large, name, tensor):
+    """The part of the larger model's tensor `name` that a model of shape `config` keeps, a view or a copy."""
+    rows = tensor[rows_of(config, large, name)]
+    if tensor.ndim == 1:
+        return rows
+    if '.attn.o.' in name:
+        return rows[:, rows_of(config, large, name.replace('.attn.o.', '.attn.q.'))]
+    return rows[:, :config.n_mlp if '.mlp.down.' in name else config.n_embd]
+
+
+def subset(model, config):
+    """A model of shape `config` cut out of a larger one: its first layers, heads and dimensions."""
+    check_shapes(config, model.config, config)
+    state = model.state_dict()
+    return _assemble(config, lambda name: subset_tensor(config, model.config, name, state[name]).clone(), model)
+
+
+def _assemble(config, tensor_of, like):
+    with torch.device('meta'):
+        made = GPT(config)
+    made.load_state_dict({name: tensor_of(name) for name in made.state_dict()}, assign=True)
+    made.build_rope(like.wte.weight.device)
+    return made
+
+
+def check_shapes(small, large, config):
+    """Raise UserError unless `config` lies between two shapes that differ in size alone."""
+    for field in fields(GPTConfig):
+        a, b, c = (getattr(shape, field.name) for shape in (small, large, config))
+        if field.name in SHAPE:
+            if not a <= c <= b:
+                raise UserError(f'{field.name} = {c} is outside the chain: its neighbours have {a} and {b}')
+        elif field.name not in ('init_std', 'block_size') and not a == b == c:
+            raise UserError(f'a chain of mixed architectures: {field.name} is {a!r} and {b!r}, wanted is {c!r}')
+    if config.n_head // config.n_kv_head > large.n_head // large.n_kv_head:
+        raise UserError(f'{config.n_head} heads on {config.n_kv_head} key heads cannot be cut out of {large.n_head} on '
+                        f'{large.n_kv_head}')
+
+
+def linit(small, large, config, alpha=None, depth='bert2bert'):
+    """
+    A model of shape `config` between two neighbours of a chain: alpha expand(small) + (1 - alpha) subset(large), tensor by tensor.
+    alpha None: by relative distance in all parameters, tied ones once. expand: units copied (fpi), the last layers replicated
+    (depth: bert2bert appends them, 0..11 10 11; interleave and the others as in operators.py). Raises UserError for a shape that
+    is not between the two, or architectures that differ. Mixing helps where the larger one has taught the smaller; two models
+    that do not know each other are better not mixed.
+    """
+    config = replace(config, block_size=min(config.block_size, small.config.block_size) if small.wpe is not None else config.block_size)
+    check_shapes(small.config, large.config, config)
+    if alpha is None:
+        alpha = default_alpha(*(m.num_params(embedding=True, head=True) for m in (small, large)),
+                              config.num_params(embedding=True, head=True))
+    if alpha == 0:
+        return subset(large, config)
+    if alpha == 1:
+        return grow(small, config, 'fpi', depth)
+    growth, ours, theirs = Growth(small.config, config, 'fpi', depth), small.state_dict(), large.state_dict()
+
+    def mixed(name):
+        expanded = torch.cat(list(growth.pieces(name, ours.__getitem__)))
+        return expanded.mul_(alpha).add_(subset_tensor(config, large.config, name, theirs[name]), alpha=1 - alpha)
+    return _assemble(config, mixed, small)
+
+
+def neighbours(shapes, config):
+    """The names of the next smaller and next larger checkpoint, {name: GPTConfig}, between which a shape lies. UserError."""
+    def fits(small, large):
+        return all(getattr(small, f) <= getattr(large, f) for f in SHAPE)
+    smaller = [name for name, shape in shapes.items() if fits(shape, config)]
+    larger = [name for name, shape in shapes.items() if fits(config, shape)]
+    if not smaller or not larger:
+        sizes = ', '.join(f'{name} ({s.n_layer} layers, {s.n_head} heads, width {s.n_embd})' for name, s in shapes.items())
+        raise UserError(f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd} lie outside the chain: {sizes}')
+    params = {name: shape.num_params() for name, shape in shapes.items()}
+    return max(smaller, key=params.get), min(larger, key=params.get)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# baselines: earlier learngenes
+
+def learngene_layers(model, batches, k, how):
+    """
+    The k layers, in order, that an earlier learngene method keeps, read off gradients on `batches` of (x, y). van (Wang et al.
+    2022a: high-level layers by gradient signals): of the upper half those with the smallest gradient norms, the settled ones. auto
+    (2022b, a meta-network that weighs layers): those whose weight, a gate on what a layer adds, would be missed most: largest
+    |d loss / d gate| at an open gate. Both are readings for language models of methods for image classifiers.
+    """
+    n, scores = model.config.n_layer, torch.zeros(model.config.n_layer, dtype=torch.float64)
+    for x, y in batches:
+        gradient = dict(zip((name for name, _ in model.named_parameters()),
+                            torch.autograd.grad(model(x, y).loss, list(model.parameters()))))
+        for name, g in gradient.items():
+            if not name.startswith('blocks.'):
+                continue
+            layer = int(name.split('.')[1])
+            if how == 'van':
+                scores[layer] += g.double().square().sum().item()
+            elif name.endswith(('attn.o.weight', 'mlp.down.weight')):   # a gate on these scales what the layer adds
+                scores[layer] += abs((g * model.get_parameter(name)).double().sum().item())
+    candidates = list(range(n // 2, n)) if how == 'van' and k <= n - n // 2 else list(range(n))
+    ordered = sorted(candidates, key=lambda layer: scores[layer].item(), reverse=how == 'auto')
+    return sorted(ordered[:k])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text in, text out: bridges and scores
+
+def text_generator(name, device='cpu', max_new_tokens=256):
+    """prompts -> answers (lists of texts), greedy, of any model that load() or transformers opens, in its own vocabulary."""
+    encode, decode, _, end = load_tokenizer(tokenizer_of_model(name))
+    try:
+        model = load(name, device).eval()
+    except UserError:
+        model = _transformers_model(name, device)
+
+    def ours(prompts):
+        ids = [torch.tensor([int(i) for i in encode(text)] or [end], device=device) for text in prompts]
+        room = max(1, model.config.block_size - max_new_tokens)
+        out, answers, *_ = answer(model, [i[-room:] for i in ids], max_new_tokens, end, temperature=0)
+        return [decode([t for t in row[said].tolist() if t != end]).strip() for row, said in zip(out, answers)]
+
+    @torch.no_grad()
+    def theirs(prompts):
+        ids = [[int(i) for i in encode(text)] or [end] for text in prompts]
+        longest = max(map(len, ids))
+        batch = torch.tensor([[end] * (longest - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+        out = model.generate(batch, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end,
+                             eos_token_id=end)
+        return [decode([t for t in row[longest:].tolist() if t != end]).strip() for row in out]
+    return ours if isinstance(model, GPT) else theirs
+
+
+def _transformers_model(name, device):
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError(f'{name} is of an architecture that needs transformers: pip install -r requirements-extras.txt') from None
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), use_safetensors=True).to(device).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'{name} cannot be opened: {str(error).splitlines()[0]}') from error
+
+
+def write_answers(generate, examples, path, style='paper', batch_size=16):
+    """
+    Let `generate` (prompts -> answers) answer examples, [dict(instruction, input)], and append them to the .jsonl file `path`, a
+    batch at a time; what is there already is kept, so an interrupted run goes on. Returns the path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_text(encoding='utf-8').rpartition('\n')[0] if path.is_file() else ''   # a last line may be cut short
+    done = whole.count('\n') + 1 if whole else 0
+    path.write_text(whole + '\n' * bool(whole), encoding='utf-8')
+    with open(path, 'a', encoding='utf-8') as file:
+        for i in tqdm(range(done, len(examples), batch_size), desc=f'answers for {path.parent.name}', leave=False):
+            chunk = examples[i:i + batch_size]
+            said = generate([prompt(e['instruction'], e['input'], style) for e in chunk])
+            file.writelines(json.dumps(dict(e, output=a), ensure_ascii=False) + '\n' for e, a in zip(chunk, said))
+            file.flush()
+    return path
+
+
+def read_examples(path):
+    """The examples of a .jsonl file, a list of dicts."""
+    return [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
+
+
+def pseudo_answers(ancestor, name, run, out, limit=0):
+    """
+    A supervised set in the folder `out` (made once) with the prompts of the prepared set `name` and the ancestor's answers to them
+    (sequence-level distillation, Eq. 2), in the tokenizer of `name`. limit: answers at most; 0: all.
+    """
+    if (Path(out) / 'meta.json').is_file():
+        return out
+    source = Path(run.data_dir) / name
+    meta = json.loads((source / 'meta.json').read_text(encoding='utf-8'))
+    style, generate = meta['options']['prompt'], text_generator(ancestor, choose_device(run.device), min(256, run.block_size // 2))
+    examples = []
+    for split in ('train', 'val'):
+        wanted = read_examples(source / f'{split}.jsonl')[:max(1, limit // (1 if split == 'train' else 8)) if limit else None]
+        said = read_examples(write_answers(generate, wanted, Path(f'{out}.answers') / f'{split}.jsonl', style))
+        examples += [(e, split == 'val') for e in said if e['output']]
+    options = Preparation(corpus=f'answers of {ancestor}', out=str(out), tokenizer=meta['tokenizer'], prompt=style)
+    return write_supervised(examples, options, Path(out))
+
+
+def rouge_l(text, reference):
+    """Rouge-L of two texts (Eq. 8, beta = 1): the F-measure of their longest common subsequence of lower-case words."""
+    a, b = (re.findall(r'[a-z0-9]+', t.lower()) for t in (text, reference))
+    before = [0] * (len(b) + 1)
+    for word in a:
+        now = [0]
+        for j, other in enumerate(b):
+            now.append(before[j] + 1 if word == other else max(before[j + 1], now[j]))
+        before = now
+    common = before[-1]
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+@torch.no_grad()
+def answer_scores(model, examples, decode, n=64, max_new_tokens=48):
+    """(mean Rouge-L, share of exact answers) of greedy answers to the first n examples (data.instruct.Examples)."""
+    device, n, max_new_tokens = model.wte.weight.device, min(n, len(examples)), min(max_new_tokens, model.config.block_size // 2)
+    room = model.config.block_size - max_new_tokens
+    prompts = [torch.from_numpy(examples.prompt(i, room)).to(device) for i in range(n)]
+    ids, answers, *_ = answer(model, prompts, max_new_tokens, examples.end, temperature=0)
+    said = [decode([t for t in row[mask].tolist() if t != examples.end]) for row, mask in zip(ids, answers)]
+    right = [e['output'] for e in read_examples(examples.folder / 'val.jsonl')[:n]]
+    return statistics.mean(map(rouge_l, said, right)), statistics.mean(a.strip() == b.strip() for a, b in zip(said, right))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the method
+
+BASELINES = ('random', 'single', 'auto-learngene', 'van-learngene', 'kd', 'seqkd', 'minillm', 'hypercloning')
+
+
+@dataclass
+class ChainOfLearngene:
+    """Chain-of-Learngene (paper 004): an ancestor, a chain distilled from it step by step, descendants of sizes in between."""
+    ancestor: str = ''                 # model folder or hub name; empty: train one of ancestor_size first
+    ancestor_size: str = '64x6'        # its size, where it is trained here
+    ancestor_tokens: float = 1.5e6     # training tokens of that
+    bridge: str = ''                   # heterogeneous ancestor, any architecture and vocabulary: it answers, the ancestor learns
+    bridge_answers: int = 0            # how many of sft_data's prompts it answers; 0: all
+    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')   # sizes of the checkpoints, the largest first
+    public: tuple[str, ...] = ()       # their public checkpoints to start from, if start is public
+    start: str = 'subset'              # what students start from: public, subset (of their teacher) or random
+    sft_data: str = ''                 # supervised set on which everyone is fine-tuned first; empty: no fine-tuning
+    sft_epochs: float = 3.0            # passes over it
+    distillation: str = 'reverse'      # reverse (Eq. 1, on the data), minillm (on-policy), forward, seqkd
+    tokens: float = 5e5                # of each distillation; on instructions with padding
+    samples: int = 256                 # minillm: answers in a batch ...
+    inner_epochs: int = 4              # ... and how often each serves
+    direct: bool = False               # also distil the smallest checkpoint from the ancestor directly (Table 3)
+    score_examples: int = 0            # answers by whose Rouge-L the best checkpoint of a distillation is chosen; 0: the last
+    descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')   # sizes in between
+    alpha: float = -1.0                # weight of the smaller neighbour; below 0: by relative distance
+    recovery_tokens: float = 3e5       # training tokens of each descendant, on the run's data
+    baselines: tuple[str, ...] = ('random', 'single')   # random, single, auto-learngene, van-learngene, kd, seqkd, minillm, ...
+    downstream: tuple[str, ...] = ()   # supervised sets on which descendants and baselines are fine-tuned and scored
+    downstream_epochs: float = 10.0    # passes over each
+    downstream_learning_rate: float = 1e-5
+
+    def stages(self, run):
+        """The ancestor and its bridge, the chain, the descendants and what they are compared with, the downstream tasks."""
+        configs, self.data_dir = self.check(run), run.data_dir
+        self.origins = {}   # descendant stage -> (size, kind), for the summary
+        teacher = yield from self.ancestors(run, configs)
+        first, chain = teacher, {'ancestor': (configs['ancestor'], teacher)}
+        for i, size in enumerate(self.chain):
+            student = None
+            if self.start == 'public' and self.sft_data:
+                student = yield self.tune(f'{size}-sft', configs[size], self.public[i], run, self.sft_data)
+            before, teacher = teacher, (yield from self.distilled(size, configs[size], teacher, run, i, student))
+            chain[size] = configs[size], teacher
+            if self.direct and i == len(self.chain) - 1 and before is not first:
+                yield from self.distilled(f'{size}-direct', configs[size], first, run, i, student)
+        if not run.dry_run:
+            write_atomically(Path(run.out_dir) / 'chain.json',
+                             json.dumps({name: Path(r.folder).name for name, (_, r) in chain.items()}, indent=1) + '\n')
+        for size in self.descendants:
+            for kind in ('linit', *self.baselines):
+                stage = self.descendant(size, kind, configs, chain, run)
+                result = yield stage
+                self.origins[result.name] = size, kind
+                for name in self.downstream:
+                    yield self.tune(f'{result.name}-on-{name}', stage.config, result.folder, run, name, self.downstream_epochs,
+                                    dict(learning_rate=self.downstream_learning_rate), parent=result)
+
+    def ancestors(self, run, configs):
+        """Train, open or bridge the ancestor; fine-tune it: its Result."""
+        config, given = configs['ancestor'], bool(self.ancestor) and not (run.toy or run.dry_run)
+        if given:
+            result = given_result(self.ancestor)
+        else:
+            result = yield Stage('ancestor', config, self.ancestor_tokens, config.num_params(head=True))
+        if self.bridge:
+            data = self.bridge_data(run) if not (run.toy or run.dry_run) else self.sft_data
+            result = yield self.tune('bridge', config, result.folder, run, data, 10.0, parent=result)
+        elif self.sft_data:
+            result = yield self.tune('ancestor-sft', config, result.folder, run, self.sft_data, parent=result)
+        return result
+
+    def bridge_data(self, run):
+        """The bridge's supervised set: the heterogeneous ancestor's answers; a folder's path."""
+        return pseudo_answers(self.bridge, self.sft_data, run, Path(run.out_dir) / 'bridge-data', self.bridge_answers)
+
+    def tune(self, name, config, folder, run, data, epochs=0.0, knobs=None, parent=None):
+        """A stage of supervised fine-tuning from a folder: `data` is a prepared set's name, or its folder's path."""
+        knobs = dict(knobs or {}, **set_knobs(data))
+        n = 15_000 if run.dry_run else len(Examples(Path(data).name, knobs.get('data_dir', run.data_dir), 'train'))
+        return Stage(name, config, (epochs or self.sft_epochs) * n * min(run.block_size, config.block_size),
+                     config.num_params(head=True), parent=parent, start=f'weights of {Path(folder).name}, tuned on {Path(data).name}',
+                     model=partial(load, folder), source=partial(supervised_source, name=Path(data).name), knobs=knobs)
+
+    def distilled(self, name, config, teacher, run, i, student):
+        """One step of the chain: a student of shape `config` learns from the Result `teacher`; yields the stage, returns its Result."""
+        if student or self.start == 'public':
+            start, model = 'its public checkpoint', partial(load, student.folder if student else self.public[i])
+        elif self.start == 'subset':
+            start, model = f'a subset of {teacher.name}', lambda: subset(load(teacher.folder), config)
+        else:
+            start, model = 'random initialisation', None
+        return (yield self.lesson(Stage(name, config, self.tokens, config.num_params(head=True), start=start, model=model),
+                                  self.distillation, teacher, run))
+
+    def lesson(self, stage, how, teacher, run):
+        """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
+        stage.start += f', {how} from {teacher.name}'
+        folder = Path(run.out_dir) / stage.name
+        if how == 'seqkd':
+            if run.dry_run:
+                return stage
+            data = pseudo_answers(teacher.folder, self.sft_data, run, Path(run.out_dir) / f'{stage.name}-data', self.bridge_answers)
+            stage.knobs |= set_knobs(data)
+            stage.source = partial(supervised_source, name=Path(data).name)
+        elif how == 'minillm':
+            if not run.dry_run:
+                batch = min(4, run.batch_size) if run.toy else run.batch_size
+                stage.objective = minillm(teacher.folder, Examples(self.sft_data, run.data_dir, 'train'), folder, batch, run.seed,
+                                          min(self.samples, 2 * batch) if run.toy else self.samples, self.inner_epochs)
+        else:
+            stage.objective = distil(teacher.folder, 0.0, 1.0, reverse=how == 'reverse')
+            if self.sft_data:
+                stage.source, stage.knobs = partial(supervised_source, name=self.sft_data), stage.knobs | set_knobs(self.sft_data)
+        if self.score_examples and self.sft_data and not run.dry_run:
+            decode = load_tokenizer(json.loads((Path(run.data_dir) / self.sft_data / 'meta.json').read_text())['tokenizer'])[1]
+            stage.score = lambda model: answer_scores(model, Examples(self.sft_data, run.data_dir, 'val'), decode,
+                                                      self.score_examples, min(48, model.config.block_size // 2))[0]
+        return stage
+
+    def descendant(self, size, kind, configs, chain, run):
+        """The recovery training of one descendant, initialised by LInit or as a baseline."""
+        config, name = configs[size], f'{size}-{kind}'
+        small, large = neighbours({n: c for n, (c, _) in chain.items()}, config)
+        of = {n: r for n, (_, r) in chain.items()}
+        alpha = None if self.alpha < 0 else self.alpha
+        stage = Stage(name, config, self.recovery_tokens, config.num_params(head=True))
+        if kind == 'linit':
+            stage.start = f'between {small} and {large}, alpha {"by distance" if alpha is None else alpha}'
+            stage.parent, stage.model = of[small], lambda: linit(load(of[small].folder), load(of[large].folder), config, alpha)
+        elif kind == 'single':
+            stage.start, stage.parent = f'{small} expanded', of[small]
+            stage.model = lambda: linit(load(of[small].folder), load(of[large].folder), config, 1.0)
+        elif kind in ('kd', 'seqkd', 'minillm'):
+            stage = self.lesson(stage, 'forward' if kind == 'kd' else kind, of['ancestor'], run)
+        elif kind in ('auto-learngene', 'van-learngene'):
+            top, wanted = configs['ancestor'], config.num_params(embedding=True, head=True)
+            k = min(range(1, top.n_layer), key=lambda n: abs(
+                replace(top, n_layer=n).num_params(embedding=True, head=True) - wanted))
+            stage.config = replace(top, n_layer=k)
+            stage.params, stage.parent = stage.config.num_params(head=True), of['ancestor']
+            stage.start = f'{k} layers of the ancestor by {kind}'
+            stage.model = lambda: pick_layers(load(of['ancestor'].folder), k, kind.split('-')[0], run)
+        elif kind == 'hypercloning':
+            c = configs[self.chain[-1]]
+            stage.config = replace(c, **{f: 2 * getattr(c, f) for f in ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')})
+            stage.params, stage.parent = stage.config.num_params(head=True), of[self.chain[-1]]
+            stage.start = f'{self.chain[-1]} cloned to twice its width'
+            stage.model = lambda: grow(load(stage.parent.folder), stage.config, 'clone', 'stack')
+        return stage
+
+    def check(self, run):
+        """The shape of everything by name. Raises UserError for knobs that do not fit together, before anything is trained."""
+        check_ranges(self, **{k: (1e-9, None) for k in ('ancestor_tokens', 'tokens', 'recovery_tokens', 'sft_epochs',
+                                                         'downstream_epochs')}, alpha=(-1, 1), samples=(1, None),
+                     inner_epochs=(1, None), score_examples=(0, None), bridge_answers=(0, None))
+        for knob, legal in dict(start=('public', 'subset', 'random'),
+                                distillation=('reverse', 'minillm', 'forward', 'seqkd')).items():
+            if getattr(self, knob) not in legal:
+                raise unknown(knob, getattr(self, knob), legal)
+        if strange := [name for name in self.baselines if name not in BASELINES]:
+            raise unknown('baseline', strange[0], BASELINES)
+        if run.toy or run.dry_run:
+            self.start = 'subset' if self.start == 'public' else self.start
+        needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
+        if needs and not self.sft_data:
+            raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
+        if self.start == 'public' and len(self.public) != len(self.chain):
+            raise UserError(f'public has {len(self.public)} checkpoints for a chain of {len(self.chain)}')
+        configs = {'ancestor': run.model_config(self.ancestor_size)} | {size: run.model_config(size) for size in self.chain}
+        if not (run.toy or run.dry_run):
+            if self.ancestor:
+                configs['ancestor'] = load(self.ancestor).config
+            for size, folder in zip(self.chain, self.public if self.start == 'public' else ()):
+                configs[size] = load(folder).config
+        top = configs['ancestor']
+        for size in self.descendants:
+            wanted = run.model_config(size)
+            configs[size] = replace(top, **{f: getattr(wanted, f) for f in SHAPE})
+            shapes = {name: configs[name] for name in ('ancestor', *self.chain)}
+            small, large = neighbours(shapes, configs[size])
+            check_shapes(shapes[small], shapes[large], configs[size])
+        for name in self.corpora if not run.dry_run else ():
+            meta = open_corpus(name, run.data_dir).meta
+            if meta['vocab_size'] != run.vocab_size:
+                raise UserError(f'{name} has a vocabulary of {meta["vocab_size"]}, {run.data} one of {run.vocab_size}')
+        return configs
+
+    stand_ins = dict(sft_data='signatures', downstream=('signatures',))   # in a toy
+
+    @property
+    def corpora(self):
+        """Supervised sets that the stages read besides the run's data."""
+        return [name for name in (self.sft_data, *self.downstream) if name]
+
+    def summary(self, results):
+        """For each size: the loss at step 0 and after recovery, and the steps at which random initialisation catches up."""
+        found = {r.name: r for r in results}
+        rows = [['descendant', 'start', 'N', 'loss at step 0', 'after recovery', 'random needs']]
+        for name, (size, kind) in self.origins.items():
+            curve = _curve(found[name])
+            rival = _curve(found[f'{size}-random']) if f'{size}-random' in found else []
+            first = curve[0][1] if curve and curve[0][0] == 0 else None
+            caught = next((step for step, loss in rival if first is not None and loss <= first), None)
+            needs = '' if kind != 'linit' or not rival else f'{caught:,} steps' if caught else f'more than {rival[-1][0]:,} steps'
+            rows.append([size, kind, count(found[name].n_params), f'{first:.4f}' if first is not None else '',
+                         f'{found[name].val_loss:.4f}', needs])
+        text, tuned = table(rows), {r.name: r for r in results if '-on-' in r.name}
+        if tuned:
+            rows = [['fine-tuned', 'loss on answers', 'Rouge-L', 'exact answers']]
+            for name, result in tuned.items():
+                data_dir, data = self.data_dir, name.rpartition('-on-')[2]
+                decode = load_tokenizer(json.loads((Path(data_dir) / data / 'meta.json').read_text())['tokenizer'])[1]
+                rouge, exact = answer_scores(load(result.folder).eval(), Examples(data, data_dir, 'val'), decode)
+                rows.append([name, f'{result.val_loss:.4f}', f'{100 * rouge:.2f}', f'{exact:.1%}'])
+            text += '\n\n' + table(rows)
+        return text
+
+
+def _curve(result):
+    """[(step, validation loss)] of a stage, its end included."""
+    lines = [json.loads(line) for line in (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [(m['step'], m['val_loss']) for m in lines if 'val_loss' in m] + [(lines[-1]['step'], result.val_loss)]
+
+
+def set_knobs(data):
+    """The general knobs with which a stage reads a supervised set: one prepared elsewhere is given as its folder's path."""
+    elsewhere = dict(data_dir=str(Path(data).parent)) if len(Path(data).parts) > 1 else {}
+    return dict(val_data='', **elsewhere)
+
+
+def given_result(name):
+    """The Result of an ancestor that is there already; of a public one the cost is not known."""
+    if (Path(name) / 'result.json').is_file():
+        return Result.of(name)
+    nan = float('nan')
+    return Result('ancestor', str(model_folder(name)), load(name).num_params(), 0.0, 0, 0.0, 0.0, 0.0, nan, nan, 0, 0.0)
+
+
+def pick_layers(ancestor, k, how, run, sequences=32):
+    """The ancestor with the k layers that an earlier learngene method keeps, read off some validation sequences of the run."""
+    source = text_source(replace(run, block_size=min(run.block_size, ancestor.config.block_size)))
+    batches = []
+    for x, y, _ in source.validation(8, 'cpu', 0, 1):
+        batches.append((x, y))
+        if len(batches) * 8 >= sequences:
+            break
+    return inherit(ancestor, k, layers=learngene_layers(ancestor, batches, k, how))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+@dataclass
+class Descendant:
+    """A model of any size between two of a chain: col.py CHAIN_FOLDER DST --to=SIZE"""
+    chain: str = ''        # folder of a run of this method, or of model folders
+    target: str = ''       # folder to be made
+    to: str = ''           # named size, or WIDTHxLAYERS
+    alpha: float = -1.0    # weight of the smaller neighbour; below 0: by relative distance
+    depth: str = 'bert2bert'   # how the smaller one's layers are replicated: bert2bert (the last ones again), interleave, stack
+
+
+def shapes_in(folder):
+    """{name: (folder, GPTConfig)} of a chain. Raises UserError for a folder without models."""
+    listed = Path(folder) / 'chain.json'
+    names = json.loads(listed.read_text(encoding='utf-8')).values() if listed.is_file() else sorted(
+        p.parent.name for p in Path(folder).glob('*/config.json'))
+    found = {}
+    for name in names:
+        config = json.loads((Path(folder) / name / 'config.json').read_text(encoding='utf-8'))
+        found[name] = Path(folder) / name, GPTConfig(**config_from_hugging_face(config))
+    if len(found) < 2:
+        raise UserError(f'{folder} holds no chain: {len(found)} models')
+    return found
+
+
+def main(argv):
+    """Command line: CHAIN_FOLDER DST, then knobs."""
+    named = [f'--{knob}={arg}' for knob, arg in zip(('chain', 'target'), argv) if not arg.startswith('-')]
+    options, _, _ = configure(named + argv[len(named):], Descendant, program='col.py CHAIN_FOLDER DST')
+    check_ranges(options, alpha=(-1e9, 1))
+    if not (options.chain and options.target and options.to):
+        raise UserError('say which chain, where to, and which size: col.py CHAIN_FOLDER DST --to=SIZE')
+    found, named_shape = shapes_in(options.chain), GPTConfig.named(options.to)
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    config = replace(next(iter(shapes.values())), **{f: getattr(named_shape, f) for f in SHAPE})
+    small, large = neighbours(shapes, config)
+    alpha = None if options.alpha < 0 else options.alpha
+    made = linit(load(found[small][0]), load(found[large][0]), config, alpha, options.depth)
+    try:
+        tokenizer = tokenizer_of_model(found[small][0])
+    except UserError:
+        tokenizer = ''
+    made.save(options.target, tokenizer)
+    print(f'{options.target}: {count(made.num_params())} parameters (N), between {small} and {large}')
+
+
+if __name__ == '__main__':
+    run_as_program(main)
