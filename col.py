@@ -296,6 +296,7 @@ class ChainOfLearngene:
     start: str = 'subset'              # what students start from: public, subset (of their teacher) or random
     sft_data: str = ''                 # supervised set on which everyone is fine-tuned first; empty: no fine-tuning
     sft_epochs: float = 3.0            # passes over it
+    sft_learning_rate: float = 0.0     # of fine-tuning and bridge; 0: learning_rate, that of the distillations
     distillation: str = 'reverse'      # reverse (Eq. 1, on the data), minillm (on-policy), forward, seqkd
     tokens: float = 5e5                # of each distillation; on instructions with padding
     samples: int = 256                 # minillm: answers in a batch ...
@@ -305,6 +306,7 @@ class ChainOfLearngene:
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')   # sizes in between
     alpha: float = -1.0                # weight of the smaller neighbour; below 0: by relative distance
     recovery_tokens: float = 3e5       # training tokens of each descendant, on the run's data
+    recovery_learning_rate: float = 0.0    # of that; 0: learning_rate
     baselines: tuple[str, ...] = ('random', 'single')   # random, single, auto-learngene, van-learngene, kd, seqkd, minillm, ...
     downstream: tuple[str, ...] = ()   # supervised sets on which descendants and baselines are fine-tuned and scored
     downstream_epochs: float = 10.0    # passes over each
@@ -356,7 +358,7 @@ class ChainOfLearngene:
 
     def tune(self, name, config, folder, run, data, epochs=0.0, knobs=None, parent=None):
         """A stage of supervised fine-tuning from a folder: `data` is a prepared set's name, or its folder's path."""
-        knobs = dict(knobs or {}, **set_knobs(data))
+        knobs = dict(knobs or (dict(learning_rate=self.sft_learning_rate) if self.sft_learning_rate else {}), **set_knobs(data))
         n = 15_000 if run.dry_run else len(Examples(Path(data).name, knobs.get('data_dir', run.data_dir), 'train'))
         return Stage(name, config, (epochs or self.sft_epochs) * n * min(run.block_size, config.block_size),
                      config.num_params(head=True), parent=parent, start=f'weights of {Path(folder).name}, tuned on {Path(data).name}',
@@ -404,7 +406,8 @@ class ChainOfLearngene:
         small, large = neighbours({n: c for n, (c, _) in chain.items()}, config)
         of = {n: r for n, (_, r) in chain.items()}
         alpha = None if self.alpha < 0 else self.alpha
-        stage = Stage(name, config, self.recovery_tokens, config.num_params(head=True))
+        knobs = dict(learning_rate=self.recovery_learning_rate) if self.recovery_learning_rate else {}
+        stage = Stage(name, config, self.recovery_tokens, config.num_params(head=True), knobs=knobs)
         if kind == 'linit':
             stage.start = f'between {small} and {large}, alpha {"by distance" if alpha is None else alpha}'
             stage.parent, stage.model = of[small], lambda: linit(load(of[small].folder), load(of[large].folder), config, alpha)
@@ -432,7 +435,7 @@ class ChainOfLearngene:
     def check(self, run):
         """The shape of everything by name. Raises UserError for knobs that do not fit together, before anything is trained."""
         check_ranges(self, **{k: (1e-9, None) for k in ('ancestor_tokens', 'tokens', 'recovery_tokens', 'sft_epochs',
-                                                         'downstream_epochs')}, alpha=(-1, 1), samples=(1, None),
+                                                         'downstream_epochs')}, alpha=(-1, 1), sft_learning_rate=(0, None), recovery_learning_rate=(0, None), samples=(1, None),
                      inner_epochs=(1, None), score_examples=(0, None), bridge_answers=(0, None))
         for knob, legal in dict(start=('public', 'subset', 'random'),
                                 distillation=('reverse', 'minillm', 'forward', 'seqkd')).items():
@@ -442,6 +445,8 @@ class ChainOfLearngene:
             raise unknown('baseline', strange[0], BASELINES)
         if run.toy or run.dry_run:
             self.start = 'subset' if self.start == 'public' else self.start
+        if run.toy:
+            self.descendants, self.score_examples = self.descendants[:1], min(4, self.score_examples)
         needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
         if needs and not self.sft_data:
             raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
@@ -453,12 +458,11 @@ class ChainOfLearngene:
                 configs['ancestor'] = load(self.ancestor).config
             for size, folder in zip(self.chain, self.public if self.start == 'public' else ()):
                 configs[size] = load(folder).config
-        top = configs['ancestor']
+        shapes = dict(configs)
         for size in self.descendants:
             wanted = run.model_config(size)
-            configs[size] = replace(top, **{f: getattr(wanted, f) for f in SHAPE})
-            shapes = {name: configs[name] for name in ('ancestor', *self.chain)}
-            small, large = neighbours(shapes, configs[size])
+            small, large = neighbours(shapes, wanted)
+            configs[size] = replace(shapes[small], **{f: getattr(wanted, f) for f in SHAPE})
             check_shapes(shapes[small], shapes[large], configs[size])
         for name in self.corpora if not run.dry_run else ():
             meta = open_corpus(name, run.data_dir).meta

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +70,7 @@ class GPTConfig:
 
     def num_params(self, **which):
         """GPT.num_params of a model of this shape, without allocating it."""
-        with torch.device('meta'):
-            return GPT(self).num_params(**which)
+        return _count_params(astuple(self), **which)
 
     @property
     def rotary_dim(self):
@@ -95,6 +95,12 @@ class GPTConfig:
         return cls(**{**shape, **changes})
 
 
+@cache
+def _count_params(fields, **which):
+    with torch.device('meta'):
+        return GPT(GPTConfig(*fields)).num_params(**which)
+
+
 def _llama(n_embd, n_mlp, n_layer, n_head, **more):
     return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, **more)
 
@@ -102,6 +108,16 @@ def _llama(n_embd, n_mlp, n_layer, n_head, **more):
 def _gpt2(n_embd, n_layer, n_head):
     return dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu', pos='learned', bias=True,
                 tied=True, init_std=0.02)
+
+
+def _pythia(n_embd, n_layer, n_head):
+    return dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu_exact', rotary_fraction=0.25,
+                parallel=True, bias=True, vocab_size=50304, block_size=2048)
+
+
+def _qwen3(n_embd, n_mlp, n_layer, n_head):
+    return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, n_kv_head=8, head_dim=128, qk_norm=True, tied=True,
+                norm_eps=1e-6, rope_theta=1e6, vocab_size=151936, block_size=4096)
 
 
 SIZES = {
@@ -119,9 +135,13 @@ SIZES = {
     # GPT-2; Inheritune (paper 003) trains them without biases and with attn_scale_by_layer
     'gpt2': _gpt2(768, 12, 12), 'gpt2-medium': _gpt2(1024, 24, 16), 'gpt2-large': _gpt2(1280, 36, 20),
     'gpt2-xl': _gpt2(1600, 48, 25), 'gpt2-large-32': _gpt2(1280, 32, 20),
-    # the descendants of Chain-of-Learngene (paper 004, Table 7)
+    # the descendants of Chain-of-Learngene (paper 004, Table 7; 113.63m and 1.09b are of the named sizes) and its chains
     '138m': _gpt2(768, 14, 12), '220m': _gpt2(896, 18, 14), '277m': _gpt2(896, 24, 14), '380m': _gpt2(1024, 26, 16),
     '537m': _gpt2(1152, 30, 18),
+    'pythia-70m': _pythia(512, 6, 8), '113.63m': _pythia(640, 10, 10), 'pythia-160m': _pythia(768, 12, 12),
+    'pythia-410m': _pythia(1024, 24, 16), 'pythia-1b': _pythia(2048, 16, 8), 'pythia-1.4b': _pythia(2048, 24, 16),
+    'qwen3-0.6b': _qwen3(1024, 3072, 28, 16), '1.09b': _qwen3(1536, 4608, 28, 16), 'qwen3-1.7b': _qwen3(2048, 6144, 28, 16),
+    'qwen3-4b': _qwen3(2560, 9728, 36, 32),
 }
 
 

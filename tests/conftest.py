@@ -35,6 +35,12 @@ def data_dir(tmp_path_factory):
     for name, modules in dict(pydocs=[argparse, inspect, typing], pycode=[json.decoder, subprocess]).items():
         text = np.frombuffer(b'\n'.join(Path(module.__file__).read_bytes() for module in modules), np.uint8)
         write_corpus(folder / name, text[4000:], text[:4000])
+    from data.instruct import write_supervised   # and of instructions: names of Python's own functions -> their documentation
+    from data.prepare import Preparation
+    pairs = [(name, inspect.getdoc(function).split('\n')[0]) for module in (argparse, inspect, typing, json, subprocess)
+             for name, function in inspect.getmembers(module, callable) if inspect.getdoc(function)]
+    examples = [(dict(instruction=name, input='', output=line), i % 8 == 0) for i, (name, line) in enumerate(pairs)]
+    write_supervised(examples, Preparation(corpus='signatures', tokenizer='bytes', prompt='plain'), folder / 'signatures')
     return folder
 
 

@@ -130,7 +130,9 @@ def test_two_processes_give_the_same_losses_as_one(whole, data_dir, tmp_path):
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-    for a, b in zip(metrics(whole / '16x2'), metrics(tmp_path / 'run' / '16x2'), strict=True):
+    first, *lines = metrics(tmp_path / 'run' / '16x2')
+    assert first.keys() == {'step', 'tokens', 'flops', 'val_loss'} and first['step'] == 0
+    for a, b in zip(metrics(whole / '16x2'), lines, strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
     one, two = Result.of(whole / '16x2'), Result.of(tmp_path / 'run' / '16x2')
     assert one.val_loss == pytest.approx(two.val_loss, rel=1e-5)

@@ -1,0 +1,10 @@
+# Paper 004, Table 10: the chain Qwen3-4B -> 1.7B -> 0.6B and a DesNet of 1.09B between the last two.
+# Sets and text are prepared with Qwen3's tokenizer: --tokenizer=FOLDER.
+from _col import *
+
+ancestor = 'Qwen/Qwen3-4B'
+ancestor_size = 'qwen3-4b'
+chain = ('qwen3-1.7b', 'qwen3-0.6b')
+public = ('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-0.6B')
+descendants = ('1.09b',)
+downstream = ('boolq', 'arc_easy', 'winogrande')
