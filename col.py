@@ -444,7 +444,7 @@ class ChainOfLearngene:
         if strange := [name for name in self.baselines if name not in BASELINES]:
             raise unknown('baseline', strange[0], BASELINES)
         if run.toy or run.dry_run:
-            self.start = 'subset' if self.start == 'public' else self.start
+            self.start = 'random' if self.start == 'public' else self.start   # nothing is downloaded
         if run.toy:
             self.descendants, self.score_examples = self.descendants[:1], min(4, self.score_examples)
         needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
@@ -466,6 +466,8 @@ class ChainOfLearngene:
             check_shapes(shapes[small], shapes[large], configs[size])
         for name in self.corpora if not run.dry_run else ():
             meta = open_corpus(name, run.data_dir).meta
+            if meta.get('kind') != 'supervised':
+                raise UserError(f'{name} is text, not instructions with answers')
             if meta['vocab_size'] != run.vocab_size:
                 raise UserError(f'{name} has a vocabulary of {meta["vocab_size"]}, {run.data} one of {run.vocab_size}')
         return configs

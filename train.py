@@ -124,7 +124,7 @@ class Run:
         config = GPTConfig.named(size, **{**dict(vocab_size=self.vocab_size, block_size=self.block_size), **changes})
         if not self.toy:
             return config
-        head_dim = 4   # widths stay in proportion, what was deeper stays deeper, an even number of layers even
+        head_dim = 4 if config.rotary_fraction == 1 else 8   # widths stay in proportion, what was deeper stays deeper, even even
         n_layer = 3 + -(-config.n_layer // 4)
         return dataclasses.replace(config, block_size=min(32, config.block_size), head_dim=head_dim,
                                    n_embd=head_dim * config.n_head, n_mlp=max(1, config.n_mlp * head_dim // config.head_dim),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from configurator import UserError, unknown, write_atomically
 from data.loader import Source, _key, open_corpus, permute, to_device
 from data.prepare import checksum, load_tokenizer, source_files, token_dtype
-from hugging_face import reach_hub
+from hugging_face import WAY_OUT, reach_hub
 
 
 def _choices(options, letters='ABCDEFGH'):
@@ -110,7 +110,11 @@ def hub_examples(options):
     import datasets
     repository, configuration, train, validation, words = SETS[options.corpus]
     for split in filter(None, (train, validation)):
-        for row in tqdm(datasets.load_dataset(repository, configuration, split=split), desc=options.corpus, leave=False):
+        try:
+            rows = datasets.load_dataset(repository, configuration, split=split)
+        except OSError as error:
+            raise UserError(f'the data set {options.corpus} ({repository}) cannot be reached ({type(error).__name__}). {WAY_OUT}') from error
+        for row in tqdm(rows, desc=options.corpus, leave=False):
             example = dict(zip(('instruction', 'input', 'output'), words(row)))
             held = split == validation if validation else held_out(example['instruction'], options.val_fraction)
             yield example, held

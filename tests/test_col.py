@@ -22,7 +22,7 @@ FAMILIES = {   # small shapes of the chains' architectures
 def shaped(family, heads, layers, kv=None, seed=0):
     kv = kv or (2 if family == 'qwen3' else heads)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(n_layer=layers, n_head=heads, n_kv_head=kv, n_embd=6 * heads, head_dim=6 if family != 'qwen3' else 8, n_mlp=10 * heads, vocab_size=31, block_size=16, init_std=0.2,
+    model = GPT(GPTConfig(n_layer=layers, n_head=heads, n_kv_head=kv, n_embd=6 * heads, head_dim=8 if family in ('qwen3', 'pythia') else 6, n_mlp=10 * heads, vocab_size=31, block_size=16, init_std=0.2,
                           **FAMILIES[family])).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -166,7 +166,7 @@ def test_everything_is_trained_and_reported(chain):
     assert {'ancestor', 'ancestor-sft', '32x3', '16x2', '16x2-direct', '32x2-linit', '32x2-linit-on-signatures'} <= names
     assert {f'32x2-{kind}' for kind in col.BASELINES} <= names
     report = (chain / 'report.md').read_text()
-    assert '| 32x2       |          linit |' in report.replace('  linit', '  linit') or '| linit |' in report.replace(' ', '') or 'linit' in report
+    assert all(f'|{kind}|' in report.replace(' ', '') for kind in ('linit', *col.BASELINES))
     assert 'loss at step 0' in report and 'Rouge-L' in report
     assert json.loads((chain / 'chain.json').read_text()) == {'ancestor': 'ancestor-sft', '32x3': '32x3', '16x2': '16x2'}
     assert load(chain / '32x2-hypercloning').config.n_embd == 32 and load(chain / '32x2-auto-learngene').config.n_layer < 4
@@ -195,11 +195,11 @@ def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_p
     common = ['--sft_data=signatures', '--sft_epochs=0.2', '--distillation=minillm', '--samples=8', '--inner_epochs=2', '--score_examples=4', '--chain=32x3', '--descendants=', '--baselines=']
     while not (tmp_path / 'run' / '32x3' / 'result.json').exists():
         try:
-            train.main(arguments(data_dir, tmp_path / 'run', *common, f'--max_minutes={1e-9 if (tmp_path / "run" / "ancestor-sft" / "result.json").exists() else 0.05}'))
+            train.main(arguments(data_dir, tmp_path / 'run', *common, '--max_minutes=1e-9'))
         except SystemExit:
             stops += 1
-        assert stops < 60
-    assert stops > 3 and same(load(tmp_path / 'run' / '32x3'), load(chain / '32x3'))
+        assert stops < 90
+    assert stops > 20 and same(load(tmp_path / 'run' / '32x3'), load(chain / '32x3'))
 
 
 @pytest.mark.parametrize('more, word', [

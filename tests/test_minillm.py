@@ -53,7 +53,7 @@ def test_clipping_stops_what_has_moved_far_enough():
     logits = torch.zeros(1, 1, 3, requires_grad=True)
     rollout = dict(ids=torch.tensor([[0, 1]]), answers=torch.tensor([[False, True]]), log_q=torch.tensor([[0.0, -3.0]]), weight=torch.ones(1, 2), advantage=torch.tensor([[0.0, 1.0]]))
     policy_loss(logits, logits.detach(), rollout)[0].backward()   # log q has risen from -3 to -1.1: no further
-    assert not logits.grad.any()
+    assert logits.grad.abs().max() < 1e-6
     rollout['log_q'] = torch.tensor([[0.0, -1.1]])
     policy_loss(logits, logits.detach(), rollout)[0].backward()
     assert logits.grad[0, 0, 1] < 0
@@ -96,7 +96,7 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
     assert files == ['rollout-000000000-0.safetensors', 'rollout-000000004-0.safetensors']
     again = objective()
     assert [again(student, x, x, Progress(step, 100))[0].item() for step in (2, 3, 5)] == [losses[i] for i in (2, 3, 5)]
-    loss, scalars = first(student, x, x, Progress(5, 100))
+    loss, scalars = first(student, x, x, Progress(6, 100))
     assert {'single_step', 'long_range', 'text_loss', 'answer_tokens'} <= scalars.keys()
     assert loss.item() == pytest.approx(sum(scalars[k].item() for k in ('single_step', 'long_range', 'text_loss')), rel=1e-5)
 
