@@ -46,8 +46,7 @@ class Sweep:
         self.check(run)
         self.points = {}   # name of a stage -> method, N, D1, D2, seed
         if run.toy:        # a corner of the grid has all its kinds of stages
-            self.sizes, self.first, self.second, self.scratch = (
-                getattr(self, name)[:2] for name in ('sizes', 'first', 'second', 'scratch'))
+            self.sizes, self.first, self.second, self.scratch = self.sizes[:2], self.first[:1], self.second[:2], self.scratch[:1]
         for seed in range(self.seeds):
             for i, size in enumerate(self.sizes):
                 knobs, config = self.knobs_of(i, run, seed), run.model_config(size)

@@ -75,10 +75,6 @@ def test_sizes_of_the_chains_and_their_descendants():
     shapes = {name: GPTConfig.named(name) for name in ('gpt2-xl', 'gpt2-large', 'gpt2-medium', 'gpt2')}
     found = {size: neighbours(shapes, GPTConfig.named(size)) for size in ('138m', '220m', '277m', '380m', '537m')}
     assert set(map(found.get, ('138m', '220m', '277m'))) == {('gpt2', 'gpt2-medium')} and {found['380m'], found['537m']} == {('gpt2-medium', 'gpt2-large')}
-    total = {name: GPTConfig.named(name).num_params(embedding=True, head=True) for name in ('pythia-70m', 'pythia-160m', 'pythia-410m', 'pythia-1b', 'pythia-1.4b', 'qwen3-0.6b', 'qwen3-1.7b', 'qwen3-4b')}
-    assert total == {'pythia-70m': 70_426_624, 'pythia-160m': 162_322_944, 'pythia-410m': 405_334_016, 'pythia-1b': 1_011_781_632, 'pythia-1.4b': 1_414_647_808,
-                     'qwen3-0.6b': 596_049_920, 'qwen3-1.7b': 1_720_574_976, 'qwen3-4b': 4_022_468_096}
-    assert GPTConfig.named('113.63m').num_params(embedding=True, head=True) == pytest.approx(113.63e6, rel=2e-3) and GPTConfig.named('1.09b').num_params(embedding=True, head=True) == pytest.approx(1.09e9, rel=5e-3)
 
 
 def test_rouge_l_is_that_of_the_package():

@@ -55,6 +55,14 @@ def test_published_losses_are_fitted():
     assert found.rms < 1.2e-3 and found.parameters['alpha1'] > 0 and found.parameters['alpha3'] > 0   # Table 9's own error: 0.0012-0.0016
 
 
+def test_points_that_do_not_determine_a_law_are_said_to():
+    """Table 8 is within its own noise: nothing in it tells the additive law's amplitudes apart."""
+    data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
+    small = [i for i, n in enumerate(data['N']) if n == 14_751_680]
+    with pytest.raises(UserError, match='the fit of additive did not converge: the points do not determine its 5 parameters'):
+        scaling.fit('additive', {k: [v[i] for i in small] for k, v in data.items()}, bootstrap=0)
+
+
 # --------------------------------------------------------------------------------------------------------------------- advice
 
 def test_advice_by_the_published_laws():
