@@ -1,4 +1,4 @@
-"""Chain-of-Learngene: LInit at its ends and in between, bridges between vocabularies, the method, and mistakes in words."""
+"""Chain-of-Learngene: LInit at its ends and in between, the method, and mistakes in words."""
 import json
 from dataclasses import replace
 
@@ -7,9 +7,8 @@ import torch
 
 import col
 import train
-from col import default_alpha, learngene_layers, linit, neighbours, rouge_l, subset, text_generator, write_answers
+from col import default_alpha, learngene_layers, linit, neighbours, subset
 from configurator import Result, UserError
-from data.instruct import Examples
 from expand import grow
 from model import GPT, GPTConfig, load
 from test_train import metrics
@@ -77,12 +76,6 @@ def test_sizes_of_the_chains_and_their_descendants():
     assert set(map(found.get, ('138m', '220m', '277m'))) == {('gpt2', 'gpt2-medium')} and {found['380m'], found['537m']} == {('gpt2-medium', 'gpt2-large')}
 
 
-def test_rouge_l_is_that_of_the_package():
-    scorer = pytest.importorskip('rouge_score.rouge_scorer').RougeScorer(['rougeL'])
-    for a, b in (('the cat sat on the mat', 'The cat lay on a mat.'), ('a b c', 'c b a'), ('same words', 'same words'), ('', 'x'), ('nothing', 'alike'), ('Return 12 items, now!', 'return items 12 now')):
-        assert rouge_l(a, b) == pytest.approx(scorer.score(b, a)['rougeL'].fmeasure)
-
-
 @pytest.mark.parametrize('how', ['van', 'auto'])
 def test_earlier_learngenes_keep_layers_by_their_gradients(how):
     model, x = shaped('llama', 2, 6), torch.randint(31, (4, 12))
@@ -91,53 +84,6 @@ def test_earlier_learngenes_keep_layers_by_their_gradients(how):
     kept = learngene_layers(model, [(x, x.roll(-1, 1))], 3, how)
     assert kept == sorted(set(kept)) and len(kept) == 3
     assert kept == [3, 4, 5] if how == 'van' else 4 not in kept
-
-
-# --------------------------------------------------------------------------------------------------------------------- bridge
-
-def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
-    pytest.importorskip('tokenizers')
-    from test_translate import train as train_tokenizer
-    train_tokenizer('byte-level', tmp_path / 'ancestor', 300)
-    torch.manual_seed(0)
-    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=64)).save(tmp_path / 'ancestor')
-    run = train.Run(data_dir=str(data_dir), block_size=64, device='cpu')
-    folder = col.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, tmp_path / 'bridge-data', limit=24)
-    examples, meta = Examples('bridge-data', tmp_path, 'train'), json.loads((folder / 'meta.json').read_text())
-    assert meta['tokenizer'] == 'bytes' and 0 < len(examples) <= 24
-    said = text_generator(str(tmp_path / 'ancestor'), max_new_tokens=32)
-    first = json.loads((tmp_path / 'bridge-data' / 'train.jsonl').read_text().splitlines()[0])
-    assert said([first['instruction'] + '\n']) == [first['output']]
-    assert col.pseudo_answers('never opened', 'signatures', run, folder) == folder   # made once
-
-
-def test_any_model_of_transformers_can_answer(tmp_path):
-    transformers = pytest.importorskip('transformers')
-    pytest.importorskip('tokenizers')
-    from test_translate import train as train_tokenizer
-    train_tokenizer('byte-level', tmp_path / 'm', 300)
-    config = transformers.MistralConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / 'm')
-    said = text_generator(str(tmp_path / 'm'), max_new_tokens=8)
-    together = said(['The cat', 'A longer prompt than that'])
-    assert together == [said(['The cat'])[0], said(['A longer prompt than that'])[0]]
-
-
-def test_answers_go_on_where_they_were_interrupted(tmp_path):
-    examples, asked = [dict(instruction=f'q{i}', input='', output='') for i in range(10)], []
-
-    def generate(prompts):
-        asked.extend(prompts)
-        if len(asked) > 6:
-            raise KeyboardInterrupt
-        return ['a'] * len(prompts)
-    with pytest.raises(KeyboardInterrupt):
-        write_answers(generate, examples, tmp_path / 'x' / 'a.jsonl', 'plain', batch_size=4)
-    with open(tmp_path / 'x' / 'a.jsonl', 'a') as file:
-        file.write('{"instruction": "q4", "in')   # cut short
-    write_answers(lambda prompts: ['b'] * len(prompts), examples, tmp_path / 'x' / 'a.jsonl', 'plain', batch_size=4)
-    lines = col.read_examples(tmp_path / 'x' / 'a.jsonl')
-    assert [e['instruction'] for e in lines] == [f'q{i}' for i in range(10)] and [e['output'] for e in lines] == ['a'] * 4 + ['b'] * 6
 
 
 # --------------------------------------------------------------------------------------------------------------------- the method
