@@ -5,9 +5,11 @@ paper 004, section 3.2, and sequence-level distillation), and how good answers a
 import json
 import re
 import statistics
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import UserError
@@ -77,7 +79,7 @@ def write_answers(generate, examples, path, style='paper', batch_size=16):
 
 def read_examples(path):
     """The examples of a .jsonl file, a list of dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding='utf-8').split('\n') if line]
 
 
 def pseudo_answers(ancestor, name, run, out, limit=0):
@@ -85,7 +87,15 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
     A supervised set in the folder `out` (made once) with the prompts of the prepared set `name` and the ancestor's answers to them
     (sequence-level distillation, Eq. 2), in the tokenizer of `name`. limit: answers at most; 0: all.
     """
+    what = f'{limit or "all"} answers of {ancestor} to {name}'
     if (Path(out) / 'meta.json').is_file():
+        found = json.loads((Path(out) / 'meta.json').read_text(encoding='utf-8')).get('corpus')
+        if found != what:
+            raise UserError(f'{out} holds {found}, not {what}: remove it and {out}.answers, or choose another --out_dir')
+        return out
+    if dist.is_initialized() and dist.get_rank():   # one process writes, the others wait for it
+        while not (Path(out) / 'meta.json').is_file():
+            time.sleep(1)
         return out
     source = Path(run.data_dir) / name
     meta = json.loads((source / 'meta.json').read_text(encoding='utf-8'))
@@ -95,7 +105,7 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
         wanted = read_examples(source / f'{split}.jsonl')[:max(1, limit // (1 if split == 'train' else 8)) if limit else None]
         said = read_examples(write_answers(generate, wanted, Path(f'{out}.answers') / f'{split}.jsonl', style))
         examples += [(e, split == 'val') for e in said if e['output']]
-    options = Preparation(corpus=f'answers of {ancestor}', out=str(out), tokenizer=meta['tokenizer'], prompt=style)
+    options = Preparation(corpus=what, out=str(out), tokenizer=meta['tokenizer'], prompt=style)
     return write_supervised(examples, options, Path(out))
 
 

@@ -13,6 +13,7 @@ where alpha is the relative distance, 1 at the smaller one. An ancestor of anoth
 answers, on which a bridge model of the chain's architecture is fine-tuned (Eq. 2).
 """
 import json
+import os
 import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -102,6 +103,7 @@ def check_shapes(small, large, config):
                         f'{large.n_kv_head}')
 
 
+@torch.no_grad()
 def linit(small, large, config, alpha=None, depth='bert2bert'):
     """
     A model of shape `config` between two neighbours of a chain: alpha expand(small) + (1 - alpha) subset(large), tensor by tensor.
@@ -110,7 +112,8 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     is not between the two, or architectures that differ. Mixing helps where the larger one has taught the smaller; two models
     that do not know each other are better not mixed.
     """
-    config = replace(config, block_size=min(config.block_size, small.config.block_size) if small.wpe is not None else config.block_size)
+    if small.wpe is not None:
+        config = replace(config, block_size=min(config.block_size, small.config.block_size))
     check_shapes(small.config, large.config, config)
     if alpha is None:
         alpha = default_alpha(*(m.num_params(embedding=True, head=True) for m in (small, large)),
@@ -121,9 +124,16 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
         return grow(small, config, 'fpi', depth)
     growth, ours, theirs = Growth(small.config, config, 'fpi', depth), small.state_dict(), large.state_dict()
 
-    def mixed(name):
-        expanded = torch.cat(list(growth.pieces(name, ours.__getitem__)))
-        return expanded.mul_(alpha).add_(subset_tensor(config, large.config, name, theirs[name]), alpha=1 - alpha)
+    with torch.device('meta'):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+
+    def mixed(name):   # piece by piece, as they are grown: each is mixed while it is in the cache, and written once
+        cut, row = subset_tensor(config, large.config, name, theirs[name]), 0
+        made = small.wte.weight.new_empty(shapes[name])
+        for piece in growth.pieces(name, ours.__getitem__):
+            rows = slice(row, row := row + len(piece))
+            torch.lerp(cut[rows], piece, alpha, out=made[rows])
+        return made
     return _assemble(config, mixed, small)
 
 
@@ -216,9 +226,10 @@ class ChainOfLearngene:
             chain[size] = configs[size], teacher
             if self.direct and i == len(self.chain) - 1 and before is not first:
                 yield from self.distilled(f'{size}-direct', configs[size], first, run, i, student)
-        if not run.dry_run:
-            write_atomically(Path(run.out_dir) / 'chain.json',
-                             json.dumps({name: Path(r.folder).name for name, (_, r) in chain.items()}, indent=1) + '\n')
+        if not run.dry_run and int(os.environ.get('RANK', 0)) == 0:
+            inside = {name: Path(r.folder).name if Path(r.folder).parent == Path(run.out_dir) else str(Path(r.folder).resolve())
+                      for name, (_, r) in chain.items()}
+            write_atomically(Path(run.out_dir) / 'chain.json', json.dumps(inside, indent=1) + '\n')
         for size in self.descendants:
             for kind in ('linit', *self.baselines):
                 stage = self.descendant(size, kind, configs, chain, run)
@@ -267,7 +278,9 @@ class ChainOfLearngene:
 
     def lesson(self, stage, how, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
-        stage.start += f', {how} from {teacher.name}'
+        stage.start += f', {how} from {teacher.name}' + (
+            f' ({self.samples} samples x {self.inner_epochs})' if how == 'minillm' else '') + (
+            f', best of {self.score_examples} answers' if self.score_examples else '')
         folder = Path(run.out_dir) / stage.name
         if how == 'seqkd':
             if run.dry_run:
@@ -277,7 +290,7 @@ class ChainOfLearngene:
             stage.source = partial(supervised_source, name=Path(data).name)
         elif how == 'minillm':
             if not run.dry_run:
-                batch = min(4, run.batch_size) if run.toy else run.batch_size
+                batch = self.batch(run)
                 stage.objective = minillm(teacher.folder, Examples(self.sft_data, run.data_dir, 'train'), folder, batch, run.seed,
                                           min(self.samples, 2 * batch) if run.toy else self.samples, self.inner_epochs)
         else:
@@ -325,7 +338,8 @@ class ChainOfLearngene:
     def check(self, run):
         """The shape of everything by name. Raises UserError for knobs that do not fit together, before anything is trained."""
         check_ranges(self, **{k: (1e-9, None) for k in ('ancestor_tokens', 'tokens', 'recovery_tokens', 'sft_epochs',
-                                                         'downstream_epochs')}, alpha=(-1, 1), sft_learning_rate=(0, None), recovery_learning_rate=(0, None), samples=(1, None),
+                                                         'downstream_epochs')},
+                     alpha=(-1, 1), sft_learning_rate=(0, None), recovery_learning_rate=(0, None), samples=(1, None),
                      inner_epochs=(1, None), score_examples=(0, None), bridge_answers=(0, None))
         for knob, legal in dict(start=('public', 'subset', 'random'),
                                 distillation=('reverse', 'minillm', 'forward', 'seqkd')).items():
@@ -338,6 +352,9 @@ class ChainOfLearngene:
         if run.toy:
             self.descendants, self.score_examples = self.descendants[:1], min(4, self.score_examples)
         needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
+        on_policy = self.distillation == 'minillm' or 'minillm' in self.baselines
+        if on_policy and not run.toy and self.samples % self.batch(run):
+            raise UserError(f'samples={self.samples} must be a multiple of the {self.batch(run)} sequences of a step')
         if needs and not self.sft_data:
             raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
         if self.start == 'public' and len(self.public) != len(self.chain):
@@ -349,6 +366,8 @@ class ChainOfLearngene:
             for size, folder in zip(self.chain, self.public if self.start == 'public' else ()):
                 configs[size] = load(folder).config
         shapes = dict(configs)
+        for above, below in zip(('ancestor', *self.chain), self.chain) if self.start == 'subset' else ():
+            check_shapes(configs[below], configs[above], configs[below])
         for size in self.descendants:
             wanted = run.model_config(size)
             small, large = neighbours(shapes, wanted)
@@ -364,6 +383,12 @@ class ChainOfLearngene:
 
     stand_ins = dict(sft_data='signatures', downstream=('signatures',))   # in a toy
 
+    @staticmethod
+    def batch(run):
+        """Sequences a step, as the loop counts them."""
+        batch = run.batch_tokens // run.block_size if run.batch_tokens else run.batch_size
+        return min(4, batch) if run.toy else max(1, batch)
+
     @property
     def corpora(self):
         """Supervised sets that the stages read besides the run's data."""
@@ -377,10 +402,11 @@ class ChainOfLearngene:
             curve = _curve(found[name])
             rival = _curve(found[f'{size}-random']) if f'{size}-random' in found else []
             first = curve[0][1] if curve and curve[0][0] == 0 else None
+            elsewhere = kind == 'seqkd' or kind == 'kd' and self.sft_data   # its losses are on answers, not on the run's text
             caught = next((step for step, loss in rival if first is not None and loss <= first), None)
             needs = '' if kind != 'linit' or not rival else f'{caught:,} steps' if caught else f'more than {rival[-1][0]:,} steps'
-            rows.append([size, kind, count(found[name].n_params), f'{first:.4f}' if first is not None else '',
-                         f'{found[name].val_loss:.4f}', needs])
+            rows.append([size, kind, count(found[name].n_params), f'{first:.4f}' if first is not None and not elsewhere else '',
+                         '' if elsewhere else f'{found[name].val_loss:.4f}', needs])
         text, tuned = table(rows), {r.name: r for r in results if '-on-' in r.name}
         if tuned:
             rows = [['fine-tuned', 'loss on answers', 'Rouge-L', 'exact answers']]
@@ -445,7 +471,7 @@ def shapes_in(folder):
     found = {}
     for name in names:
         config = json.loads((Path(folder) / name / 'config.json').read_text(encoding='utf-8'))
-        found[name] = Path(folder) / name, GPTConfig(**config_from_hugging_face(config))
+        found[Path(name).name] = Path(folder) / name, GPTConfig(**config_from_hugging_face(config))
     if len(found) < 2:
         raise UserError(f'{folder} holds no chain: {len(found)} models')
     return found
@@ -460,8 +486,8 @@ def main(argv):
         raise UserError('say which chain, where to, and which size: col.py CHAIN_FOLDER DST --to=SIZE')
     found, named_shape = shapes_in(options.chain), GPTConfig.named(options.to)
     shapes = {name: shape for name, (_, shape) in found.items()}
-    config = replace(next(iter(shapes.values())), **{f: getattr(named_shape, f) for f in SHAPE})
-    small, large = neighbours(shapes, config)
+    small, large = neighbours(shapes, named_shape)
+    config = replace(shapes[small], **{f: getattr(named_shape, f) for f in SHAPE})
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(load(found[small][0]), load(found[large][0]), config, alpha, options.depth)
     try:

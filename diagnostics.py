@@ -101,6 +101,7 @@ def training_curves(folder):
     """
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    lines = [m for m in lines if 'loss' in m]   # without the evaluation before the first step
     curves = {name: np.array([m.get(name, math.nan) for m in lines]) for name in ('step', 'loss', 'grad_norm', 'param_norm')}
     stage = json.loads((folder / 'stage.json').read_text(encoding='utf-8'))
     if stage['start'].endswith('and its optimizer'):

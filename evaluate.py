@@ -103,13 +103,13 @@ def result_table(results):
 
 
 def training_curve(result, points=80):
-    """(cumulative family FLOPs, smoothed training loss) of a stage, from its metrics.jsonl: two lists."""
+    """(cumulative family FLOPs, smoothed training loss on the data) of a stage, from its metrics.jsonl: two lists."""
     lines = (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     metrics = [m for m in map(json.loads, lines) if 'loss' in m]
     width = max(1, len(metrics) // points)
     groups = [metrics[i:i + width] for i in range(0, len(metrics), width)]
     start = family_cost(result) - result.flops
-    return [start + g[-1]['flops'] for g in groups], [sum(m['loss'] for m in g) / len(g) for g in groups]
+    return [start + g[-1]['flops'] for g in groups], [sum(m.get('data_loss', m['loss']) for m in g) / len(g) for g in groups]
 
 
 def draw(results, path):

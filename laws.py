@@ -255,6 +255,10 @@ def fit(law, data, bootstrap=200, seed=0):
     n, names = len(data['loss']), LAWS[law].parameters
     if n < len(names) + 2:
         raise UserError(f'{law} has {len(names)} parameters and needs at least {len(names) + 2} points, not {n}')
+    logs, factors = logarithms(data), ' '.join(factor for term in LAWS[law].terms for factor in term.values())
+    for symbol, column in (('d1', 'D1'), ('d2', 'D2'), ('n', 'N'), ('d', 'D1 + D2')):
+        if f'-{symbol}' in factors.split() and len(set(logs[symbol].tolist())) < 2:
+            raise UserError(f'{law} needs points of several {column}, these have one')
     folds = torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).double()
     theta, value, moving, centred = solve(law, data, folds)
     if not theta.isfinite().all() or moving.max() > 1e-2:

@@ -312,7 +312,7 @@ class LET:
 
     def lesson(self, arm, how, folder, pair, tokenizers):
         """The objective of an arm, and its description, which is part of the stage's identity."""
-        start, by = 'random initialisation', f'taught by {Path(folder).name}'
+        start, by = 'random initialisation', f'taught by {folder if folder == self.teacher else Path(folder).name}'
         if how:
             words = f'{by}: layer {pair[0]} to {pair[1]}, {how["kind"]}, {how["strength"]:g} until {self.stop:g}'
             return dict(start=f'{start}, {words}', objective=let(
@@ -334,9 +334,15 @@ class LET:
                 raise
             print(f'{self.teacher} does not say which tokenizer it has; taking it for that of the corpus, {ours}')
             theirs = ours
+        distilling = {'rkd', 'salt'} & set(self.arms)
+        if distilling and not isinstance(model, GPT):
+            raise UserError(f'RKD and SALT need the head of a model that load() opens, which {self.teacher} is not; LET does not')
         if same_tokenizer(ours, theirs):
+            if distilling and model.config.vocab_size < corpus.meta['vocab_size']:
+                raise UserError(f'{self.teacher} has a vocabulary of {model.config.vocab_size}, the corpus one of '
+                                f'{corpus.meta["vocab_size"]}')
             return layers, None
-        if {'rkd', 'salt'} & set(self.arms):
+        if distilling:
             raise UserError(f'RKD and SALT need one vocabulary: the corpus has the tokenizer {ours}, {self.teacher} {theirs}')
         check_alignable(ours, theirs)
         return layers, (ours, theirs)
@@ -349,10 +355,11 @@ class LET:
         baseline = runs.get('baseline', [])
         for arm, found in runs.items():
             gains = [r.val_loss - b.val_loss for r, b in zip(found, baseline)]
-            share = _steps_to(_mean_curve(found), statistics.mean(b.val_loss for b in baseline)) if baseline else None
+            curve = _mean_curve(found)
+            share = _steps_to(curve, statistics.mean(b.val_loss for b in baseline)) if baseline else None
             similar = [m['similarity'] for m in _metrics(found[0]) if 'similarity' in m]
             rows.append([arm, *mean_and_spread([r.val_loss for r in found]), *mean_and_spread(gains, '+'),
-                         f'{share:.2f}x' if share else 'not reached' * bool(baseline), f'{similar[-1]:.2f}' if similar else ''])
+                         f'{share:.2f}x' if share else 'not reached' * (bool(baseline) and len(curve) > 1), f'{similar[-1]:.2f}' if similar else ''])
         teacher = [f'teacher: {r.val_loss:.4f} after {human(r.flops)}FLOPs\n\n' for r in results if r.name == 'teacher']
         picture = draw_similarity(results, Path(results[0].folder).parent / 'similarity.png')
         return ''.join(teacher) + table(rows) + ('\n\n![similarity](similarity.png)' if picture else '')
@@ -364,10 +371,10 @@ def _metrics(result):
 
 def _mean_curve(results):
     """[(share of the steps done, validation loss)] of some runs of equal steps, the mean over them."""
-    curves = [[m['val_loss'] for m in _metrics(r) if 'val_loss' in m] + [r.val_loss] for r in results]
-    lines = _metrics(results[0])
-    shares = [m['step'] / lines[-1]['step'] for m in lines if 'val_loss' in m] + [1.0]
-    return [(share, statistics.mean(losses)) for share, losses in zip(shares, zip(*curves))]
+    curves = [{m['step']: m['val_loss'] for m in _metrics(r) if 'val_loss' in m} for r in results]
+    last = _metrics(results[0])[-1]['step']
+    curves = [curve | {last: r.val_loss} for curve, r in zip(curves, results)]
+    return [(step / last, statistics.mean(curve[step] for curve in curves)) for step in sorted(set.intersection(*map(set, curves)))]
 
 
 def _steps_to(curve, loss):

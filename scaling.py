@@ -63,7 +63,7 @@ def published():
 def read_results(path):
     """{method: {column: list}} of a results.csv. Raises UserError, with the line, for anything that is not a result."""
     try:
-        with open(path, newline='', encoding='utf-8') as file:
+        with open(path, newline='', encoding='utf-8-sig') as file:   # a spreadsheet's mark at the beginning is no part of it
             rows = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is no CSV file ({error})') from None
@@ -92,6 +92,9 @@ def read_results(path):
             columns[name].append(value)
     if not results:
         raise UserError(f'{path} holds no results')
+    for method, data in results.items():
+        if 0 < sum(d1 > 0 for d1 in data['D1']) < len(data['D1']):
+            raise UserError(f'{path}: {method} has points with D1 = 0, from scratch, and points with a base: name them apart')
     return results
 
 
@@ -308,6 +311,7 @@ class Question:
 def fit_results(options):
     """Fit every method's laws; writes fit.json and a picture a method, returns the tables. Raises UserError."""
     results, out = by_size(read_results(options.results)), Path(options.out or Path(options.results).parent)
+    out.mkdir(parents=True, exist_ok=True)
     errors, best, text = [['leave-one-out RMS x 1e-3', *results]], {}, []
     fitted = {method: {} for method in results}
     for method, data in results.items():

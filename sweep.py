@@ -153,7 +153,7 @@ class Sweep:
             for name, point in self.points.items():
                 lines = [json.loads(line) for line in (Path(found[name].folder) / 'metrics.jsonl').read_text().splitlines()]
                 rows.writerow(point | dict(loss=found[name].val_loss, parameter_norm=lines[-1]['param_norm'],
-                                           gradient_norm=statistics.mean(m['grad_norm'] for m in lines)))
+                                           gradient_norm=statistics.mean(m['grad_norm'] for m in lines if 'grad_norm' in m)))
         (out / 'results.csv.tmp').replace(out / 'results.csv')
         try:
             return fit_results(Fitting(results=str(out / 'results.csv')))

@@ -95,12 +95,12 @@ class TimeSeries:
         small, config = (run.model_config(size, **shape) for size in (self.teacher_size, self.size))
         layers = pair_layers(self.pairing, small.n_layer, config.n_layer)
         teacher = yield Stage('teacher', small, self.teacher_epochs * x[..., 0].size, small.num_params(head=True),
-                              source=vowel_source)
+                              source=vowel_source, knobs=dict(block_size=x.shape[1]))
         for seed in range(self.seeds):
             for name in ('baseline', 'let'):
                 taught = f', taught by teacher: layer {layers[0]} to {layers[1]}, {self.strength:g} until {self.stop:g}'
                 yield Stage(f'{name}-{seed}', config, self.epochs * x[..., 0].size, config.num_params(head=True),
-                            start='random initialisation' + taught * (name == 'let'), knobs=dict(seed=run.seed + seed),
+                            start='random initialisation' + taught * (name == 'let'), knobs=dict(seed=run.seed + seed, block_size=x.shape[1]),
                             source=vowel_source, objective=let(teacher.folder, layers[1], layers[0], self.strength, self.stop)
                             if name == 'let' else None)
 

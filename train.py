@@ -298,21 +298,22 @@ def train_stage(stage, run, machine, record):
 
     def watched(batches_):
         for batch in batches_:
-            if STOP and machine.world_size == 1:   # an evaluation may be long
+            if STOP and machine.world_size == 1:   # the last evaluation may be long; after others the loop looks itself
                 save_state(folder, model, optimizer, progress)
                 leave(f'{stage.name} is saved at step {progress["step"]:,} of {steps:,}', machine)
             yield batch
 
-    def validate():
+    def validate(last=False):
         with machine.autocast():
-            return evaluate(trained, watched(source.validation(micro_batch_size, *share)))
+            batches_ = source.validation(micro_batch_size, *share)
+            return evaluate(trained, watched(batches_) if last else batches_)
 
     with contextlib.closing(stream):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
                  accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
     if stage.score:
         model.load_state_dict(load(folder / 'best', machine.device).state_dict())
-    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, validate(), origin,
+    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, validate(last=True), origin,
                         steps * knobs.batch_size, progress)
 
 

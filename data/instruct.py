@@ -91,7 +91,11 @@ def signature_examples(options):
 
 def file_examples(options):
     """The lines of a .jsonl file. Raises UserError, with the line's number, for one that is no example."""
-    for number, line in enumerate(Path(options.corpus).read_text(encoding='utf-8').splitlines(), 1):
+    try:
+        lines = Path(options.corpus).read_text(encoding='utf-8').split('\n')   # not splitlines: a text may hold what it splits at
+    except UnicodeDecodeError as error:
+        raise UserError(f'{options.corpus} is not UTF-8 text ({error.reason} at byte {error.start})') from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -112,8 +116,9 @@ def hub_examples(options):
     for split in filter(None, (train, validation)):
         try:
             rows = datasets.load_dataset(repository, configuration, split=split)
-        except OSError as error:
-            raise UserError(f'the data set {options.corpus} ({repository}) cannot be reached ({type(error).__name__}). {WAY_OUT}') from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f'the data set {options.corpus} ({repository}) cannot be reached ({type(error).__name__}). '
+                            f'{WAY_OUT}') from error
         for row in tqdm(rows, desc=options.corpus, leave=False):
             example = dict(zip(('instruction', 'input', 'output'), words(row)))
             held = split == validation if validation else held_out(example['instruction'], options.val_fraction)

@@ -310,7 +310,8 @@ def prepare(options):
         raise unknown('choice of packages', options.packages, ('project', 'all'))
     from data.instruct import is_supervised, prepare_supervised
     supervised, is_offline = is_supervised(options.corpus), options.corpus in (*OFFLINE, 'signatures')
-    name = options.corpus if is_offline or options.corpus in HUB or supervised and '.' not in options.corpus else Path(options.corpus).stem.strip('*_-.') or 'local'
+    known = is_offline or options.corpus in HUB or supervised and '.' not in options.corpus
+    name = options.corpus if known else Path(options.corpus).stem.strip('*_-.') or 'local'
     out = Path(options.out or os.path.relpath(Path(__file__).parent / name))
     options.tokenizer = options.tokenizer or ('bytes' if is_offline else 'gpt2')
     options.val_fraction = options.val_fraction or (0.0005 if options.corpus in HUB else 0.05)

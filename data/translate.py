@@ -39,11 +39,15 @@ def token_bytes(name):
     description = json.loads((Path(name) / 'tokenizer.json').read_text(encoding='utf-8'))
     vocabulary = description['model']['vocab']
     pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((token, i) for i, (token, _) in enumerate(vocabulary))
-    special = {token['id'] for token in description.get('added_tokens', [])}
+    added = description.get('added_tokens', [])
+    special = {token['id'] for token in added if token['special']}
     spell = _byte_level if 'ByteLevel' in json.dumps(description.get('decoder')) else _sentence_piece
     table = [b''] * vocab_size
     for token, i in pairs:
         table[i] = b'' if i in special else spell(token)
+    for token in added:   # runs of spaces and the like, written as they are
+        if not token['special']:
+            table[token['id']] = token['content'].encode()
     return tuple(table)
 
 
@@ -99,7 +103,8 @@ def translate(ids, student, teacher, max_length):
 def _translate_row(ids, table, end, teacher):
     """One sequence: (the teacher's ids, place of each position's partner, whether it has one). End-of-text counts one byte."""
     encode, _, _, their_end = load_tokenizer(teacher)
-    their_bytes, theirs, ends, start = token_bytes(teacher), [], [], 0
+    their_bytes, theirs, start = token_bytes(teacher), [], 0
+    where, ends = [], []   # tokens that may be partners, and where they end
     lengths = np.array([len(table[i]) if i != end else 1 for i in ids])
     for document in np.split(ids, np.flatnonzero(ids == end) + 1):
         text = b''.join(table[i] for i in document)
@@ -107,15 +112,20 @@ def _translate_row(ids, table, end, teacher):
         spans = np.array([len(their_bytes[i]) for i in found], np.int64)
         if spans.sum() == len(text) + 1 and found and their_bytes[found[0]][:1] == b' ':
             spans[0] -= 1   # SentencePiece writes a space before a text
-        as_expected = spans.sum() == len(text)   # else the tokenizer has changed the text: no partners here
+        if spans.sum() == len(text):   # else the tokenizer has changed the text: no partners here
+            partners = np.flatnonzero(spans)
+            where += list(len(theirs) + partners)
+            ends += list(start + np.cumsum(spans)[partners])
         theirs += found
-        ends += list(start + np.cumsum(spans)) if as_expected else [start] * len(found)
         start += len(text)
         if len(document) and document[-1] == end:
             start += 1
-            theirs.append(their_end)
+            where.append(len(theirs))
             ends.append(start)
+            theirs.append(their_end)
     after = np.cumsum(lengths)
-    place = np.searchsorted(np.array(ends), after, side='right') - 1
-    last = np.array(ends, np.int64)[np.maximum(place, 0)] if ends else np.zeros(len(ids), np.int64)
-    return theirs, np.maximum(place, 0), (place >= 0) & (last > after - lengths)
+    if not where:
+        return theirs or [their_end], np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
+    last = np.searchsorted(np.array(ends), after, side='right') - 1
+    found = (last >= 0) & (np.array(ends)[np.maximum(last, 0)] > after - lengths)
+    return theirs, np.array(where)[np.maximum(last, 0)], found

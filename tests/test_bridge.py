@@ -7,6 +7,7 @@ import torch
 import bridge
 import train
 from bridge import rouge_l, text_generator, write_answers
+from configurator import UserError
 from data.instruct import Examples
 from model import GPT, GPTConfig
 
@@ -30,7 +31,9 @@ def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
     said = text_generator(str(tmp_path / 'ancestor'), max_new_tokens=32)
     first = json.loads((tmp_path / 'bridge-data' / 'train.jsonl').read_text().splitlines()[0])
     assert said([first['instruction'] + '\n']) == [first['output']]
-    assert bridge.pseudo_answers('never opened', 'signatures', run, folder) == folder   # made once
+    assert bridge.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, folder, limit=24) == folder   # made once
+    with pytest.raises(UserError, match='holds 24 answers of .*ancestor to signatures, not all answers of another'):
+        bridge.pseudo_answers('another', 'signatures', run, folder)
 
 
 def test_any_model_of_transformers_can_answer(tmp_path):

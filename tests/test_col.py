@@ -8,7 +8,7 @@ import torch
 import col
 import train
 from col import default_alpha, learngene_layers, linit, neighbours, subset
-from configurator import Result, UserError
+from configurator import UserError
 from expand import grow
 from model import GPT, GPTConfig, load
 from test_train import metrics

@@ -115,5 +115,8 @@ def test_what_cannot_be_fitted_is_said():
     few = {k: v[:6] for k, v in data.items()}
     with pytest.raises(UserError, match='multiplicative has 5 parameters and needs at least 7 points, not 6'):
         fit('multiplicative', few)
+    one = {k: [v for v, d1 in zip(values, data['D1']) if d1 == data['D1'][0]] * 2 for k, values in data.items()}
+    with pytest.raises(UserError, match='multiplicative needs points of several D1, these have one'):
+        fit('multiplicative', one)
     with pytest.raises(UserError, match='no law'):
         fit('multiplicativ', data)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import let
 import train
 from configurator import Progress, Result, UserError, next_token
-from let import LET, alignment_loss, cosine, distil, hidden_states, kd_loss, match_width, open_teacher, pair_layers, reverse_kl
+from let import alignment_loss, cosine, distil, hidden_states, kd_loss, match_width, open_teacher, pair_layers, reverse_kl
 from model import GPT, load
 from test_model import small, tokens
 from test_train import metrics, same
@@ -299,7 +299,7 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
 
 def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_path, capsys):
     train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={compared / "teacher"}'))
-    assert 'taught by teacher' in capsys.readouterr().out and same(tmp_path / 'run' / 'let-0', compared / 'let-0')
+    assert f'taught by {compared / "teacher"}' in capsys.readouterr().out and same(tmp_path / 'run' / 'let-0', compared / 'let-0')
     folder = tmp_path / 'damaged'
     load(compared / 'teacher').save(folder, 'bytes')
     (folder / 'model.safetensors').write_bytes(b'\0' * 100)

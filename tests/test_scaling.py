@@ -127,7 +127,7 @@ def test_laws_that_points_can_carry():
     ('method,N,D1,D2,seed,loss\na,1,1,1,0,-1\n', 'row 2: loss, N and D2 must be positive'), ('method,N,D1,D2,seed,loss\na,1,1,0,0,1\n', 'positive'),
     ('method,N,D1,D2,seed,loss\na,1,1,1,0,nan\n', 'positive numbers'), ('method,N,D1,D2,seed,loss\na,1,x,1,0,1\n', 'does not have a number'),
     ('method,N,D1,D2,seed,loss\na,1,1,1\n', 'does not have a number'), ('method,N,D1,D2,seed,loss\na,1,1,1,0,1\na,1,1,1,0,2\n', 'row 3 repeats row 2'),
-    ('\xff\x00', 'no column|no CSV')])
+    ('method,N,D1,D2,seed,loss\na,1,0,1,0,1\na,1,5,1,0,1\n', 'name them apart'), ('\xff\x00', 'no column|no CSV')])
 def test_files_that_are_no_results(tmp_path, text, word):
     (tmp_path / 'r.csv').write_text(text)
     with pytest.raises(UserError, match=word):

@@ -109,3 +109,17 @@ def test_the_same_tokenizer_under_two_names(folders, tmp_path):
     (tmp_path / 'copy').mkdir()
     (tmp_path / 'copy' / 'tokenizer.json').write_bytes(open(f'{folders["byte-level"]}/tokenizer.json', 'rb').read())
     assert same_tokenizer(folders['byte-level'], str(tmp_path / 'copy')) and not same_tokenizer('bytes', folders['byte-level'])
+
+
+def test_a_document_that_the_tokenizer_changes_lends_no_future_to_the_one_before(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = tokenizers.normalizers.NFC(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(['abc xyz'], tokenizers.trainers.BpeTrainer(special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens(['  '])   # a run of spaces, as GPT-NeoX has them: not special
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    row = np.concatenate([encode('bytes', 'abc'), [256], encode('bytes', 'e\u0301tude'), [256], encode('bytes', 'xyz')])[None]
+    theirs, place, partnered = translate(row, 'bytes', str(tmp_path), 100)
+    end = load_tokenizer(str(tmp_path))[3]
+    assert partnered[0, 3] and theirs[0, place[0, 3]] == end and place[0, 3] == theirs[0].tolist().index(end)
+    assert not partnered[0, 4:11].any() and partnered[0, 11] and partnered[0, -1] and token_bytes(str(tmp_path))[-1] == b'  '
