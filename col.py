@@ -146,8 +146,8 @@ def neighbours(shapes, config):
     if not smaller or not larger:
         sizes = ', '.join(f'{name} ({s.n_layer} layers, {s.n_head} heads, width {s.n_embd})' for name, s in shapes.items())
         raise UserError(f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd} lie outside the chain: {sizes}')
-    params = {name: shape.num_params() for name, shape in shapes.items()}
-    return max(smaller, key=params.get), min(larger, key=params.get)
+    weights = {name: s.n_layer * s.n_embd * (s.n_head * s.head_dim + s.n_mlp) for name, s in shapes.items()}
+    return max(smaller, key=weights.get), min(larger, key=weights.get)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def main(argv):
     small, large = neighbours(shapes, named_shape)
     config = replace(shapes[small], **{f: getattr(named_shape, f) for f in SHAPE})
     alpha = None if options.alpha < 0 else options.alpha
-    made = linit(load(found[small][0]), load(found[large][0]), config, alpha, options.depth)
+    made = linit(*(load(found[name][0], contiguous=False) for name in (small, large)), config, alpha, options.depth)
     try:
         tokenizer = tokenizer_of_model(found[small][0])
     except UserError:

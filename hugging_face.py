@@ -175,8 +175,11 @@ def tensors_to_hugging_face(config, state):
     return tensors
 
 
-def tensors_from_hugging_face(config, tensors, template):
-    """Our tensors, by the names and shapes of `template`, from a folder's. Raises UserError for what does not fit."""
+def tensors_from_hugging_face(config, tensors, template, contiguous=True):
+    """
+    Our tensors, by the names and shapes of `template`, from a folder's; contiguous=False: views of those where they are packed
+    or transposed. Raises UserError for what does not fit.
+    """
     names, shapes, state = find_tensors(config, tensors, template), {n: tuple(t.shape) for n, t in template.items()}, {}
     for theirs, (ours, packed) in layout(config, template).items():
         if ours:
@@ -184,7 +187,7 @@ def tensors_from_hugging_face(config, tensors, template):
             if tuple(tensor.shape) != expected:
                 raise UserError(f'{theirs} has shape {tuple(tensor.shape)}, the configuration says {expected}')
             parts = unpack(tensor, packed, config, [shapes[name][0] for name in ours])
-            state |= {name: part.contiguous() for name, part in zip(ours, parts)}
+            state |= {name: part.contiguous() if contiguous else part for name, part in zip(ours, parts)}
     return state
 
 

@@ -427,9 +427,10 @@ class GPT(nn.Module):
         write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')
 
 
-def load(name, device='cpu'):
+def load(name, device='cpu', contiguous=True):
     """
-    The model in a Hugging Face folder, or of that name on the hub, in the dtype its tensors have; one file or several. Raises
+    The model in a Hugging Face folder, or of that name on the hub, in the dtype its tensors have; one file or several.
+    contiguous=False spares a copy of GPT-2's transposed tensors, for a model that is only read once. Raises
     UserError when there is none, when a file is damaged, or when tensors and configuration do not match.
     """
     folder = model_folder(name)
@@ -449,7 +450,7 @@ def load(name, device='cpu'):
         raise UserError(f'{folder} is damaged: {type(error).__name__} {error}') from error
     with torch.device('meta'):
         model = GPT(config)
-    state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict())
+    state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict(), contiguous=contiguous)
     model.load_state_dict(state, assign=True)
     model.build_rope(device)
     return model
