@@ -122,7 +122,8 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
         return subset(large, config)
     if alpha == 1:
         return grow(small, config, 'fpi', depth)
-    growth, ours, theirs = Growth(small.config, config, 'fpi', depth), small.state_dict(), large.state_dict()
+    growth = Growth(small.config, config, 'fpi', depth, piece=2 ** 18)   # small enough for the allocator to keep
+    ours, theirs = small.state_dict(), large.state_dict()
 
     with torch.device('meta'):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}

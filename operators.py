@@ -171,6 +171,7 @@ class Growth:
     depth: str = 'stack'
     noise: float = 0.0   # root mean square of the zero-sum noise, relative to its row's; 0: none
     seed: int = 0
+    piece: int = PIECE   # elements grown at once; the noise depends on it
 
     def __post_init__(self):
         if self.width not in WIDTH:
@@ -220,7 +221,7 @@ class Growth:
         columns = len(axes[1].source) if len(axes) == 2 and axes[1] else 1
         has_mean = axes[0] and axes[0].fill == 'mean' and axes[0].covered < n_rows
         mean = old[:].mean(0, keepdim=True) if has_mean else None
-        for start in range(0, n_rows, step := max(1, PIECE // columns)):
+        for start in range(0, n_rows, step := max(1, self.piece // columns)):
             stop = min(n_rows, start + step)
             rows = gather_rows(old, donor, mean, axes[0], start, stop)
             generator = torch.Generator().manual_seed(zlib.crc32(f'{self.seed} {name} {start}'.encode()))
