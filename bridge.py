@@ -15,7 +15,7 @@ from tqdm import tqdm
 from configurator import UserError
 from data.instruct import prompt, write_supervised
 from data.prepare import Preparation, load_tokenizer, tokenizer_of_model
-from hugging_face import model_folder
+from let import is_ours, transformers_model
 from machine import choose_device
 from minillm import answer
 from model import GPT, load
@@ -24,10 +24,8 @@ from model import GPT, load
 def text_generator(name, device='cpu', max_new_tokens=256):
     """prompts -> answers (lists of texts), greedy, of any model that load() or transformers opens, in its own vocabulary."""
     encode, decode, _, end = load_tokenizer(tokenizer_of_model(name))
-    try:
-        model = load(name, device).eval()
-    except UserError:
-        model = _transformers_model(name, device)
+    model = load(name, device) if is_ours(name) else transformers_model(name, 'AutoModelForCausalLM').to(device)
+    model.eval()
 
     def ours(prompts):
         ids = [torch.tensor([int(i) for i in encode(text)] or [end], device=device) for text in prompts]
@@ -45,17 +43,6 @@ def text_generator(name, device='cpu', max_new_tokens=256):
                              eos_token_id=end)
         return [decode([t for t in row[longest:].tolist() if t != end]).strip() for row in out]
     return ours if isinstance(model, GPT) else theirs
-
-
-def _transformers_model(name, device):
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise UserError(f'{name} is of an architecture that needs transformers: pip install -r requirements-extras.txt') from None
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_folder(name), use_safetensors=True).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{name} cannot be opened: {str(error).splitlines()[0]}') from error
 
 
 def write_answers(generate, examples, path, style='paper', batch_size=16):
@@ -123,8 +110,9 @@ def rouge_l(text, reference):
 
 
 @torch.no_grad()
-def answer_scores(model, examples, decode, n=64, max_new_tokens=48):
+def answer_scores(model, examples, n=64, max_new_tokens=48):
     """(mean Rouge-L, share of exact answers) of greedy answers to the first n examples (data.instruct.Examples)."""
+    decode = load_tokenizer(examples.tokenizer)[1]
     device, n, max_new_tokens = model.wte.weight.device, min(n, len(examples)), min(max_new_tokens, model.config.block_size // 2)
     room = model.config.block_size - max_new_tokens
     prompts = [torch.from_numpy(examples.prompt(i, room)).to(device) for i in range(n)]

@@ -25,8 +25,8 @@ from bridge import answer_scores, pseudo_answers
 from configurator import Result, Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from data.instruct import Examples, supervised_source
 from data.loader import open_corpus, text_source
-from data.prepare import load_tokenizer, tokenizer_of_model
-from evaluate import count, table
+from data.prepare import tokenizer_of_model
+from evaluate import count, read_metrics, table
 from expand import grow
 from hugging_face import config_from_hugging_face, model_folder
 from inheritune import inherit
@@ -78,13 +78,13 @@ def subset(model, config):
     """A model of shape `config` cut out of a larger one: its first layers, heads and dimensions."""
     check_shapes(config, model.config, config)
     state = model.state_dict()
-    return _assemble(config, lambda name: subset_tensor(config, model.config, name, state[name]).clone(), model)
+    return _assemble(config, lambda name, _: subset_tensor(config, model.config, name, state[name]).clone(), model)
 
 
 def _assemble(config, tensor_of, like):
     with torch.device('meta'):
         made = GPT(config)
-    made.load_state_dict({name: tensor_of(name) for name in made.state_dict()}, assign=True)
+    made.load_state_dict({name: tensor_of(name, empty.shape) for name, empty in made.state_dict().items()}, assign=True)
     made.build_rope(like.wte.weight.device)
     return made
 
@@ -125,12 +125,9 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     growth = Growth(small.config, config, 'fpi', depth, piece=2 ** 18)   # small enough for the allocator to keep
     ours, theirs = small.state_dict(), large.state_dict()
 
-    with torch.device('meta'):
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-
-    def mixed(name):   # piece by piece, as they are grown: each is mixed while it is in the cache, and written once
+    def mixed(name, shape):   # piece by piece, as they are grown: each is mixed while it is in the cache, and written once
         cut, row = subset_tensor(config, large.config, name, theirs[name]), 0
-        made = small.wte.weight.new_empty(shapes[name])
+        made = small.wte.weight.new_empty(shape)
         for piece in growth.pieces(name, ours.__getitem__):
             rows = slice(row, row := row + len(piece))
             torch.lerp(cut[rows], piece, alpha, out=made[rows])
@@ -299,9 +296,8 @@ class ChainOfLearngene:
             if self.sft_data:
                 stage.source, stage.knobs = partial(supervised_source, name=self.sft_data), stage.knobs | set_knobs(self.sft_data)
         if self.score_examples and self.sft_data and not run.dry_run:
-            decode = load_tokenizer(json.loads((Path(run.data_dir) / self.sft_data / 'meta.json').read_text())['tokenizer'])[1]
-            stage.score = lambda model: answer_scores(model, Examples(self.sft_data, run.data_dir, 'val'), decode,
-                                                      self.score_examples, min(48, model.config.block_size // 2))[0]
+            examples = Examples(self.sft_data, run.data_dir, 'val')
+            stage.score = lambda model: answer_scores(model, examples, self.score_examples)[0]
         return stage
 
     def descendant(self, size, kind, configs, chain, run):
@@ -375,9 +371,8 @@ class ChainOfLearngene:
             configs[size] = replace(shapes[small], **{f: getattr(wanted, f) for f in SHAPE})
             check_shapes(shapes[small], shapes[large], configs[size])
         for name in self.corpora if not run.dry_run else ():
+            Examples(name, run.data_dir, 'train')   # it says so if these are none
             meta = open_corpus(name, run.data_dir).meta
-            if meta.get('kind') != 'supervised':
-                raise UserError(f'{name} is text, not instructions with answers')
             if meta['vocab_size'] != run.vocab_size:
                 raise UserError(f'{name} has a vocabulary of {meta["vocab_size"]}, {run.data} one of {run.vocab_size}')
         return configs
@@ -412,9 +407,8 @@ class ChainOfLearngene:
         if tuned:
             rows = [['fine-tuned', 'loss on answers', 'Rouge-L', 'exact answers']]
             for name, result in tuned.items():
-                data_dir, data = self.data_dir, name.rpartition('-on-')[2]
-                decode = load_tokenizer(json.loads((Path(data_dir) / data / 'meta.json').read_text())['tokenizer'])[1]
-                rouge, exact = answer_scores(load(result.folder).eval(), Examples(data, data_dir, 'val'), decode)
+                examples = Examples(name.rpartition('-on-')[2], self.data_dir, 'val')
+                rouge, exact = answer_scores(load(result.folder).eval(), examples)
                 rows.append([name, f'{result.val_loss:.4f}', f'{100 * rouge:.2f}', f'{exact:.1%}'])
             text += '\n\n' + table(rows)
         return text
@@ -422,7 +416,7 @@ class ChainOfLearngene:
 
 def _curve(result):
     """[(step, validation loss)] of a stage, its end included."""
-    lines = [json.loads(line) for line in (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    lines = read_metrics(result.folder)
     return [(m['step'], m['val_loss']) for m in lines if 'val_loss' in m] + [(lines[-1]['step'], result.val_loss)]
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import UserError, check_ranges, configure
 from data.loader import open_corpus, validation_batches
-from evaluate import table
+from evaluate import pyplot, read_metrics, table
 from machine import choose_device
 from model import load
 
@@ -100,8 +100,7 @@ def training_curves(folder):
     optimizer is one run with it (sweep.py's decay branches and stable phases).
     """
     folder = Path(folder)
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-    lines = [m for m in lines if 'loss' in m]   # without the evaluation before the first step
+    lines = [m for m in read_metrics(folder) if 'loss' in m]   # without the evaluation before the first step
     curves = {name: np.array([m.get(name, math.nan) for m in lines]) for name in ('step', 'loss', 'grad_norm', 'param_norm')}
     stage = json.loads((folder / 'stage.json').read_text(encoding='utf-8'))
     if stage['start'].endswith('and its optimizer'):
@@ -113,9 +112,7 @@ def training_curves(folder):
 
 def draw_norms(curves, path):
     """Gradient and parameter norms over the steps, a line a run (Figures 4, 12 and 13)."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for name, curve in curves.items():
         width = max(1, len(curve['step']) // 40)   # of a moving average: single steps are noise

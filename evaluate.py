@@ -102,10 +102,22 @@ def result_table(results):
     return table(rows)
 
 
+def read_metrics(folder):
+    """The lines of a stage's metrics.jsonl, dicts in the order of the steps."""
+    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+def pyplot():
+    """matplotlib's pyplot, for files: no window is opened."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def training_curve(result, points=80):
     """(cumulative family FLOPs, smoothed training loss on the data) of a stage, from its metrics.jsonl: two lists."""
-    lines = (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
-    metrics = [m for m in map(json.loads, lines) if 'loss' in m]
+    metrics = [m for m in read_metrics(result.folder) if 'loss' in m]
     width = max(1, len(metrics) // points)
     groups = [metrics[i:i + width] for i in range(0, len(metrics), width)]
     start = family_cost(result) - result.flops
@@ -114,9 +126,7 @@ def training_curve(result, points=80):
 
 def draw(results, path):
     """The picture of a run: training loss against cumulative FLOPs, one line a stage, a dot at its validation loss."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5))
     sizes = list(dict.fromkeys(r.name.removeprefix('independent-') for r in results))
     for r in results:   # a size has one colour, dashed where it was trained from scratch to compare

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import Result, Stage, UserError, check_ranges, configure, run_as_program, unknown
 from data.loader import open_corpus, validation_batches
-from evaluate import count, evaluate, human, table
+from evaluate import count, evaluate, human, pyplot, table
 from expand import deepen
 from let import distil
 from machine import choose_device
@@ -301,9 +301,7 @@ class Attention:
 
 def draw_attention(rank, mass, maps, folder):
     """attention.png: rank and mass against depth (Figure 1); attention_maps.png: the mean map of some layers (Figure 2)."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     layers = np.arange(1, len(rank) + 1)
     for ax, values, title in zip(axes, (rank, mass), ('rank k*, maximum over heads', 'mass m*, maximum over heads')):

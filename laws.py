@@ -221,7 +221,8 @@ def starts_of(law, target):
 def solve(law, data, weight, starts=None):
     """
     The best parameters of a law (its name) on columns N, D1, D2, loss, for each row of weight (F, n), every fold from every
-    start: (theta (F, P), values (F,), largest gradient component (F,)). starts: (S, P) in centred logarithms; None: the grid.
+    start: (theta (F, P), values (F,), how far each still moved, relative (F,), theta in centred logarithms (F, P)). starts: (S, P)
+    in centred logarithms; None: the grid.
     """
     shape, target = LAWS[law], torch.as_tensor(data['loss'], dtype=torch.float64).log()
     logs, back, shift = _centred(shape, logarithms(data))

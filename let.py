@@ -23,7 +23,7 @@ from configurator import Stage, UserError, check_ranges, next_token, unknown
 from data.loader import open_corpus
 from data.prepare import tokenizer_of_model
 from data.translate import check_alignable, same_tokenizer, translate
-from evaluate import human, mean_and_spread, table
+from evaluate import human, mean_and_spread, pyplot, read_metrics, table
 from head import head_loss
 from hugging_face import FAMILIES, model_folder
 from model import GPT, load
@@ -112,6 +112,13 @@ def reverse_kl(student_logits, teacher_logits):
 # ---------------------------------------------------------------------------------------------------------------------
 # teachers
 
+def is_ours(name):
+    """Whether load() knows the architecture of a folder or hub name; it also has the words for a folder without a model."""
+    path = model_folder(name) / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    return not config or 'nanofamily' in config or config.get('model_type') in FAMILIES
+
+
 def open_teacher(name, device='cpu'):
     """
     The frozen model in a folder or of that name on the hub, in bfloat16 where that is what is computed in: ours, if load()
@@ -119,19 +126,21 @@ def open_teacher(name, device='cpu'):
     """
     device = torch.device(device)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    path = model_folder(name) / 'config.json'
-    config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    if not config or 'nanofamily' in config or config.get('model_type') in FAMILIES:   # load() says it if there is no model
+    if is_ours(name):
         return load(name, device).to(dtype).eval().requires_grad_(False)
+    return transformers_model(name, 'AutoModel', dtype).to(device).eval().requires_grad_(False)
+
+
+def transformers_model(name, kind, dtype=torch.float32):
+    """A model of an architecture that only transformers knows, by its class `kind` (AutoModel: no head). Raises UserError."""
     try:
-        from transformers import AutoModel
+        import transformers
     except ImportError:
         raise UserError(f'{name} is of an architecture that needs transformers: pip install -r requirements-extras.txt') from None
     try:
-        model = AutoModel.from_pretrained(model_folder(name), use_safetensors=True, dtype=dtype)
+        return getattr(transformers, kind).from_pretrained(model_folder(name), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'{name} cannot be opened by transformers: {str(error).splitlines()[0]}') from error
-    return model.to(device).eval().requires_grad_(False)
 
 
 def hidden_states(teacher, layer=0):
@@ -357,7 +366,7 @@ class LET:
             gains = [r.val_loss - b.val_loss for r, b in zip(found, baseline)]
             curve = _mean_curve(found)
             share = _steps_to(curve, statistics.mean(b.val_loss for b in baseline)) if baseline else None
-            similar = [m['similarity'] for m in _metrics(found[0]) if 'similarity' in m]
+            similar = [m['similarity'] for m in read_metrics(found[0].folder) if 'similarity' in m]
             rows.append([arm, *mean_and_spread([r.val_loss for r in found]), *mean_and_spread(gains, '+'),
                          f'{share:.2f}x' if share else 'not reached' * (bool(baseline) and len(curve) > 1), f'{similar[-1]:.2f}' if similar else ''])
         teacher = [f'teacher: {r.val_loss:.4f} after {human(r.flops)}FLOPs\n\n' for r in results if r.name == 'teacher']
@@ -365,14 +374,10 @@ class LET:
         return ''.join(teacher) + table(rows) + ('\n\n![similarity](similarity.png)' if picture else '')
 
 
-def _metrics(result):
-    return [json.loads(line) for line in (Path(result.folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-
-
 def _mean_curve(results):
     """[(share of the steps done, validation loss)] of some runs of equal steps, the mean over them."""
-    curves = [{m['step']: m['val_loss'] for m in _metrics(r) if 'val_loss' in m} for r in results]
-    last = _metrics(results[0])[-1]['step']
+    curves = [{m['step']: m['val_loss'] for m in read_metrics(r.folder) if 'val_loss' in m} for r in results]
+    last = read_metrics(results[0].folder)[-1]['step']
     curves = [curve | {last: r.val_loss} for curve, r in zip(curves, results)]
     return [(step / last, statistics.mean(curve[step] for curve in curves)) for step in sorted(set.intersection(*map(set, curves)))]
 
@@ -387,12 +392,10 @@ def _steps_to(curve, loss):
 
 def draw_similarity(results, path):
     """Figure 6: cosine similarity to the teacher over training, a line an arm; returns whether there was something to draw."""
-    curves = {r.name: [(m['step'], m['similarity']) for m in _metrics(r) if 'similarity' in m] for r in results}
+    curves = {r.name: [(m['step'], m['similarity']) for m in read_metrics(r.folder) if 'similarity' in m] for r in results}
     curves = {name: curve for name, curve in curves.items() if curve}
     if curves:
-        import matplotlib
-        matplotlib.use('Agg')
-        import matplotlib.pyplot as plt
+        plt = pyplot()
         figure, axes = plt.subplots(figsize=(7, 3.5))
         for name, curve in curves.items():
             axes.plot(*zip(*curve), label=name, linewidth=1.4)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoint import saved_states
+from data.instruct import shuffled
 from let import open_teacher
 
 
@@ -92,15 +93,14 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
     batch_size: of a step, over all processes; every batch of samples serves `epochs` times; length: tokens of prompt and answer;
     text: weight of the cross entropy on the loop's own batches.
     """
-    from data.instruct import shuffled
-    state = {}
+    state, batches = {}, max(1, samples // batch_size)
+    steps = batches * epochs   # that a batch of samples serves
 
     def objective(model, x, y, progress):
         if 'teacher' not in state:
             state['teacher'] = open_teacher(teacher, x.device)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        batches = max(1, samples // batch_size)
-        first = progress.step // (batches * epochs) * (batches * epochs)
+        first = progress.step // steps * steps
         if state.get('first') != first:
             bare = getattr(model, 'module', model)
             path = Path(folder) / f'rollout-{first:09d}-{rank}.safetensors'
@@ -129,9 +129,8 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
                 pass   # cut short by a crash: drawn again, to the same
         for old in Path(folder).glob(f'rollout-*-{rank}.safetensors'):   # an older state may still need the newer ones
             states = saved_states(folder)
-            if states and int(old.name.split('-')[1]) + max(1, samples // batch_size) * epochs <= int(states[-1].name[6:]):
+            if states and int(old.name.split('-')[1]) + steps <= int(states[-1].name[6:]):
                 old.unlink(missing_ok=True)
-        steps = max(1, samples // batch_size) * epochs
         positions = torch.arange(samples)[rank::world].numpy() + first // steps * samples
         indices, room = shuffled(positions, len(examples), seed), min(length, student.config.block_size)
         prompts = [torch.from_numpy(examples.prompt(i, room // 2)).to(device) for i in indices]
@@ -143,4 +142,3 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
         Path(f'{path}.tmp').replace(path)
         return rollout
     return objective
-

@@ -24,7 +24,7 @@ import torch
 
 import diagnostics
 from configurator import UserError, check_ranges, configure, nearest, run_as_program, unknown, write_atomically
-from evaluate import count, human, table
+from evaluate import count, human, pyplot, table
 from laws import LAWS, Fit, fit, leave_one_out, logarithms, predict   # noqa: F401   (scaling.fit and so on, for others)
 
 COLUMNS = ('method', 'N', 'D1', 'D2', 'seed', 'loss')
@@ -248,9 +248,7 @@ def advise(fits, N, D1, budget):
 
 def draw_fit(method, data, fits, folder):
     """FOLDER/METHOD.png: loss over D2, exponents over D1, factors over D1 (Figure 1), and all laws side by side (Figure 3)."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(17, 4))
     firsts, p = sorted(set(data['D1'])), fits['multiplicative'].parameters
     points = {d1: sorted((d2, loss) for a, d2, loss in zip(data['D1'], data['D2'], data['loss']) if a == d1) for d1 in firsts}

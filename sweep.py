@@ -9,7 +9,6 @@ Every run has a warmup, a stable phase and a decay (WSD), and nothing is trained
 run needs, and each D is a short decay branch from it (Haegele et al.). The points go to results.csv, and scaling.py fits them.
 """
 import csv
-import json
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from checkpoint import load_moments
 from configurator import Stage, UserError, check_ranges, unknown
-from evaluate import human
+from evaluate import human, read_metrics
 from expand import SECOND_STAGES, grow_stage
 from model import load
 from scaling import COLUMNS, Fitting, fit_results
@@ -151,7 +150,7 @@ class Sweep:
             rows = csv.DictWriter(file, (*COLUMNS, 'gradient_norm', 'parameter_norm'))
             rows.writeheader()
             for name, point in self.points.items():
-                lines = [json.loads(line) for line in (Path(found[name].folder) / 'metrics.jsonl').read_text().splitlines()]
+                lines = read_metrics(found[name].folder)
                 rows.writerow(point | dict(loss=found[name].val_loss, parameter_norm=lines[-1]['param_norm'],
                                            gradient_norm=statistics.mean(m['grad_norm'] for m in lines if 'grad_norm' in m)))
         (out / 'results.csv.tmp').replace(out / 'results.csv')

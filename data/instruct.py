@@ -191,6 +191,7 @@ class Examples:
         if corpus.meta.get('kind') != 'supervised':
             raise UserError(f'{folder} is text, not instructions with answers')
         self.tokens, self.end, self.folder = getattr(corpus, split), corpus.meta['end_of_text'], folder
+        self.tokenizer = corpus.meta['tokenizer']
         try:
             self.spans = np.load(folder / f'{split}.spans.npy')
             assert self.spans.shape[1:] == (3,) and self.spans[:, 1:].sum() == len(self.tokens)
