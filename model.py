@@ -24,6 +24,7 @@ from configurator import UserError, unknown, write_atomically
 from head import head_loss
 from hugging_face import (config_from_hugging_face, config_to_hugging_face, model_folder, tensors_from_hugging_face,
                           tensors_to_hugging_face)
+from sizes import SIZES, llama
 
 
 @dataclass
@@ -87,7 +88,7 @@ class GPTConfig:
             width, layers = map(int, match.groups())
             if width % 16 or not width:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
-            shape = _llama(width, 8 * round(width / 3), layers, width // 16)   # an MLP of 8/3 the width, in eights
+            shape = llama(width, 8 * round(width / 3), layers, width // 16)   # an MLP of 8/3 the width, in eights
         elif name in SIZES:
             shape = SIZES[name]
         else:
@@ -99,50 +100,6 @@ class GPTConfig:
 def _count_params(fields, **which):
     with torch.device('meta'):
         return GPT(GPTConfig(*fields)).num_params(**which)
-
-
-def _llama(n_embd, n_mlp, n_layer, n_head, **more):
-    return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, **more)
-
-
-def _gpt2(n_embd, n_layer, n_head):
-    return dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu', pos='learned', bias=True,
-                tied=True, init_std=0.02)
-
-
-def _pythia(n_embd, n_layer, n_head):
-    return dict(n_embd=n_embd, n_layer=n_layer, n_head=n_head, norm='layer', act='gelu_exact', rotary_fraction=0.25,
-                parallel=True, bias=True, vocab_size=50304, block_size=2048)
-
-
-def _qwen3(n_embd, n_mlp, n_layer, n_head):
-    return dict(n_embd=n_embd, n_mlp=n_mlp, n_layer=n_layer, n_head=n_head, n_kv_head=8, head_dim=128, qk_norm=True, tied=True,
-                norm_eps=1e-6, rope_theta=1e6, vocab_size=151936, block_size=4096)
-
-
-SIZES = {
-    # progressive training (paper 000, Table 6)
-    '1b': _llama(2048, 7168, 18, 16), '2b': _llama(2560, 8960, 22, 20),
-    '4b': _llama(3200, 11200, 27, 25), '8b': _llama(4096, 14336, 33, 32),
-    # scaling laws of model reuse (paper 001, Table 4)
-    **{name: _llama(d, 4 * d, layers, heads, vocab_size=32000) for name, d, layers, heads in [
-        ('15m', 320, 9, 4), ('44m', 480, 12, 8), ('0.1b', 640, 15, 8), ('0.2b', 832, 21, 8), ('0.5b', 1120, 26, 16),
-        ('1b-reuse', 1504, 30, 16)]},
-    # Late-to-Early Training (paper 002, Table 2): target models
-    '1.4b': _llama(2048, 5461, 24, 32, vocab_size=32000, block_size=1280),
-    '7b': _llama(4096, 11008, 32, 32, vocab_size=32000, block_size=1280),
-    'openllama-3b': _llama(3200, 8640, 26, 32, vocab_size=32000, block_size=2048, norm_eps=1e-6),   # reference of paper 003
-    # GPT-2; Inheritune (paper 003) trains them without biases and with attn_scale_by_layer
-    'gpt2': _gpt2(768, 12, 12), 'gpt2-medium': _gpt2(1024, 24, 16), 'gpt2-large': _gpt2(1280, 36, 20),
-    'gpt2-xl': _gpt2(1600, 48, 25), 'gpt2-large-32': _gpt2(1280, 32, 20),
-    # the descendants of Chain-of-Learngene (paper 004, Table 7; 113.63m and 1.09b are of the named sizes) and its chains
-    '138m': _gpt2(768, 14, 12), '220m': _gpt2(896, 18, 14), '277m': _gpt2(896, 24, 14), '380m': _gpt2(1024, 26, 16),
-    '537m': _gpt2(1152, 30, 18),
-    'pythia-70m': _pythia(512, 6, 8), '113.63m': _pythia(640, 10, 10), 'pythia-160m': _pythia(768, 12, 12),
-    'pythia-410m': _pythia(1024, 24, 16), 'pythia-1b': _pythia(2048, 16, 8), 'pythia-1.4b': _pythia(2048, 24, 16),
-    'qwen3-0.6b': _qwen3(1024, 3072, 28, 16), '1.09b': _qwen3(1536, 4608, 28, 16), 'qwen3-1.7b': _qwen3(2048, 6144, 28, 16),
-    'qwen3-4b': _qwen3(2560, 9728, 36, 32),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
