@@ -174,7 +174,7 @@ class ChainOfLearngene:
             stage.source = partial(supervised_source, name=Path(data).name)
         elif how == 'minillm':
             if not run.dry_run:
-                batch = self.batch(run)
+                batch = run.sequences
                 stage.objective = minillm(teacher.folder, Examples(self.sft_data, run.data_dir, 'train'), folder, batch, run.seed,
                                           min(self.samples, 2 * batch) if run.toy else self.samples, self.inner_epochs)
         else:
@@ -236,8 +236,8 @@ class ChainOfLearngene:
             self.descendants, self.score_examples = self.descendants[:1], min(4, self.score_examples)
         needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
         on_policy = self.distillation == 'minillm' or 'minillm' in self.baselines
-        if on_policy and not run.toy and self.samples % self.batch(run):
-            raise UserError(f'samples={self.samples} must be a multiple of the {self.batch(run)} sequences of a step')
+        if on_policy and not run.toy and self.samples % run.sequences:
+            raise UserError(f'samples={self.samples} must be a multiple of the {run.sequences} sequences of a step')
         if needs and not self.sft_data:
             raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
         if self.start == 'public' and len(self.public) != len(self.chain):
@@ -264,12 +264,6 @@ class ChainOfLearngene:
         return configs
 
     stand_ins = dict(sft_data='signatures', downstream=('signatures',))   # in a toy
-
-    @staticmethod
-    def batch(run):
-        """Sequences a step, as the loop counts them."""
-        batch = run.batch_tokens // run.block_size if run.batch_tokens else run.batch_size
-        return min(4, batch) if run.toy else max(1, batch)
 
     @property
     def corpora(self):

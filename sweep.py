@@ -114,8 +114,8 @@ class Sweep:
 
     def knobs_of(self, i, run, seed):
         """The general knobs that size i sets for itself."""
-        batch_size = run.batch_tokens // run.block_size if run.batch_tokens else run.batch_size
-        knobs = dict(seed=run.seed + seed, batch_size=self.batch_sizes[i] if self.batch_sizes else batch_size, batch_tokens=0)
+        batch_size = self.batch_sizes[i] if self.batch_sizes else run.sequences
+        knobs = dict(seed=run.seed + seed, batch_size=batch_size, batch_tokens=0)
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]
         return knobs | dict(warmup=float(self.warmups[i] if self.warmups else run.warmup))

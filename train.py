@@ -107,6 +107,12 @@ class Run:
         return parse_mixture(self.data)
 
     @property
+    def sequences(self):
+        """Sequences in a step, whether the batch is given in sequences or in tokens; a toy's at most 4."""
+        sequences = max(1, self.batch_tokens // self.block_size) if self.batch_tokens else self.batch_size
+        return min(4, sequences) if self.toy else sequences
+
+    @property
     def vocab_size(self):
         """Of the corpora's tokenizer, which must be one; of a corpus not prepared yet, its default tokenizer's."""
         sizes = {}
@@ -165,10 +171,9 @@ def stage_knobs(run, stage, world_size=1):
     """The general knobs as they hold for a stage: its own in place of the run's, batches in sequences, toy sizes applied."""
     knobs = dataclasses.replace(run, **stage.knobs)
     knobs.block_size = min(knobs.block_size, stage.config.block_size)
-    if knobs.batch_tokens:
-        knobs.batch_size = max(1, knobs.batch_tokens // knobs.block_size)
+    knobs.batch_size = knobs.sequences
     if knobs.toy:
-        knobs.batch_size, knobs.eval_tokens, knobs.warmup = min(4, knobs.batch_size), 2048, 1
+        knobs.eval_tokens, knobs.warmup = 2048, 1
     if knobs.batch_size % world_size:
         raise UserError(f'{stage.name}: a batch of {knobs.batch_size} sequences cannot be dealt to {world_size} processes')
     return knobs
@@ -253,6 +258,21 @@ class Meter:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
+def begin(stage, knobs, folder, machine):
+    """(model, optimizer, progress) with which a stage begins, or goes on from the newest state in its folder."""
+    torch.manual_seed(knobs.seed)
+    fresh = not saved_states(folder)   # else weights and moments are read below: no need to make them
+    model = (stage.model() if stage.model and fresh else GPT(stage.config)).to(machine.device, torch.float32)
+    optimizer = make_optimizer(model, knobs)
+    progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
+    if stage.score:
+        progress['best'] = -math.inf
+    if stage.moments and fresh:
+        set_moments(model, optimizer, stage.moments())
+    load_state(folder, model, optimizer, progress)
+    return model, optimizer, progress
+
+
 def train_stage(stage, run, machine, record):
     """
     Train one stage, or go on with it, or do nothing where it is finished: returns its Result. `record` is called once the
@@ -266,16 +286,8 @@ def train_stage(stage, run, machine, record):
             remove_states(folder)
         return Result.of(folder)
 
-    torch.manual_seed(knobs.seed)
-    fresh = not saved_states(folder)   # else weights and moments are read below: no need to make them
-    model = (stage.model() if stage.model and fresh else GPT(stage.config)).to(machine.device, torch.float32)
-    optimizer, steps = make_optimizer(model, knobs), count_steps(knobs, stage)
-    progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
-    if stage.score:
-        progress['best'] = -math.inf
-    if stage.moments and fresh:
-        set_moments(model, optimizer, stage.moments())
-    load_state(folder, model, optimizer, progress)
+    model, optimizer, progress = begin(stage, knobs, folder, machine)
+    steps = count_steps(knobs, stage)
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
         print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x '
