@@ -5,30 +5,41 @@ How fast a training step is: variants take turns in one process, so that their r
     python bench.py --variants=baseline,let,rkd                         # what a teacher costs while it teaches (paper 002, Table 4)
     python bench.py --variants=baseline,compile,transformers            # against transformers' model of the same shape
     python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER      # against a copy of nanoGPT in FOLDER
-    python bench.py --fits=True                                         # the fits of laws.py against a loop over scipy's
     python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
+    python bench.py --what=loader                                       # batches a second against what the model takes
+    python bench.py --what=preparation --tokenizer=gpt2                 # data/prepare.py against the bare tokenizer
+    python bench.py --what=fits                                         # the fits of laws.py against a loop over scipy's
 
 A variant is `baseline`, an objective (let, rkd: what SALT is while it lasts), another implementation (transformers, nanogpt), with
 `+compile` behind it for torch.compile; `compile` alone is baseline+compile. Every step is train.py's own train_step: objective,
 backward, clipping, AdamW. FLOPs a token: 6 N for the N weights of layers and head, and for attention 12 L H D T in full, as MFU
-is mostly quoted, or half of it, which is what causal attention needs. The peak is what a large matrix product reaches here.
+is mostly quoted, or half of it, which is what causal attention needs. The peak is what a large matrix product reaches here,
+measured in every round as the variants are, or what the device's data sheet says (peak_tflops).
 """
+import contextlib
 import importlib.util
+import json
 import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import tiktoken
 import torch
 from tqdm import tqdm
 
 import train
 from configurator import Progress, UserError, check_ranges, configure, next_token, run_as_program, unknown
-from data.loader import batches, text_source
+from data.loader import batches, open_corpus, text_source
+from data.prepare import load_tokenizer
 from evaluate import count, table
 from let import distil, let, pair_layers
 from machine import find_machine
@@ -38,6 +49,7 @@ from model import GPT, GPTConfig
 @dataclass
 class Bench:
     """Time training steps of a shape, variants side by side."""
+    what: str = 'steps'          # steps, loader, preparation or fits
     variants: tuple[str, ...] = ('baseline',)   # baseline, let, rkd, transformers, nanogpt; +compile behind any of them
     size: str = '256x6'          # a named size, or WIDTHxLAYERS
     head_dim: int = 64           # of a WIDTHxLAYERS size
@@ -52,7 +64,9 @@ class Bench:
     rounds: int = 9              # turns of every variant
     steps: int = 2               # steps in a turn
     nanogpt: str = ''            # folder with nanoGPT's model.py
-    fits: bool = False           # time the fits of scaling laws instead, against a loop over scipy's BFGS
+    peak_tflops: float = 0.0     # TFLOP/s of which the percentages are; 0: what a matrix product reaches in each round
+    tokenizer: str = 'gpt2'      # of --what=preparation: gpt2, another of tiktoken's, or bytes
+    megabytes: float = 50.0      # of --what=preparation: so much text, the corpus over and over
     device: str = 'auto'         # cuda or cpu
     dtype: str = 'auto'          # bfloat16 or float32; auto: bfloat16 on a GPU
 
@@ -75,11 +89,11 @@ def flops_per_token(config, causal):
 
 
 def matrix_product_rate(device, dtype, n=0):
-    """FLOP/s of the product of two n x n matrices, the best of ten."""
+    """FLOP/s of the product of two n x n matrices, the best of three."""
     n = n or (8192 if device.type == 'cuda' else 1024)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float('inf')
-    for _ in range(10):
+    for _ in range(4):   # the first may have to choose a kernel
         synchronise(device)
         start = time.perf_counter()
         a @ b
@@ -188,7 +202,10 @@ def peak_memory(step, stream, device):
 
 
 def measure(options):
-    """{variant: (tokens a second in each round, bytes held, bytes at a step's height)}; and the machine."""
+    """
+    {variant: (tokens a second in each round, bytes held, bytes at a step's height)}; FLOP/s of a matrix product in each round; the
+    machine.
+    """
     knobs = train.Run(device=options.device, dtype=options.dtype, compile='False', block_size=options.block_size,
                       batch_size=options.batch_size, data=options.corpus, data_dir=options.data_dir)
     machine = find_machine(knobs)
@@ -202,8 +219,9 @@ def measure(options):
         step(stream)
         step(stream)
     heights = {name: peak_memory(step, stream, machine.device) for name, (step, _) in variants.items()}
-    speeds = {name: [] for name in variants}
+    speeds, peaks = {name: [] for name in variants}, []
     for turn in tqdm(range(options.rounds), desc='measuring', leave=False):
+        peaks.append(matrix_product_rate(machine.device, machine.dtype))
         names = list(variants) if turn % 2 == 0 else list(variants)[::-1]
         for name in names:
             synchronise(machine.device)
@@ -212,10 +230,68 @@ def measure(options):
                 variants[name][0](stream)
             synchronise(machine.device)
             speeds[name].append(options.steps * options.batch_size * options.block_size / (time.perf_counter() - start))
-    return {name: (speeds[name], variants[name][1], heights[name]) for name in variants}, machine
+    return {name: (speeds[name], variants[name][1], heights[name]) for name in variants}, peaks, machine
 
 
-def time_fits(problems=60):
+def time_loader(options):
+    """Print what the loader gives in tokens a second, read and copied to the device but not trained on, and what the model takes."""
+    measured, _, machine = measure(replace(options, variants=options.variants[:1], data='real'))
+    taken = statistics.median(next(iter(measured.values()))[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = [['order', 'loader, tokens/s', 'over the model']]
+    for order in ('epoch', 'random'):
+        knobs = train.Run(block_size=options.block_size, batch_size=options.batch_size, data=options.corpus, data_dir=options.data_dir,
+                          order=order)
+        stream = batches(text_source(knobs).read, 0, options.batch_size, options.batch_size, machine.device)
+        given, start = [], time.perf_counter()
+        while len(given) < options.rounds * 100:
+            given.append(next(stream)[0].numel())
+        synchronise(machine.device)
+        rate = sum(given) / (time.perf_counter() - start)
+        rows.append([order, f'{rate:,.0f}', f'{rate / taken:,.0f} x'])
+    torch.set_num_threads(threads)
+    print(table(rows) + f'\n\n{options.size} takes {taken:,.0f} tokens/s; {options.batch_size} x {options.block_size} tokens of {options.corpus}')
+
+
+def time_preparation(options):
+    """Print how fast data/prepare.py is, whole and as a command, and how fast the bare tokenizer is on the same texts."""
+    corpus = open_corpus(options.corpus, options.data_dir)
+    if corpus.meta['tokenizer'] != 'bytes':
+        raise UserError(f'{options.corpus} is in tokens of {corpus.meta["tokenizer"]}: its text is needed, a corpus in bytes')
+    ends = np.flatnonzero(corpus.train == 256)
+    texts = [piece[:-1].astype(np.uint8).tobytes().decode('utf-8', 'replace') for piece in np.split(corpus.train, ends + 1)[:-1]]
+    size = sum(len(text.encode()) for text in texts)
+    texts *= max(1, round(options.megabytes * 1e6 / size))
+    size, processes = sum(len(text.encode()) for text in texts), os.cpu_count() or 1
+    encode, _, _, _ = load_tokenizer(options.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / 'texts.jsonl'
+        lines.write_text(''.join(json.dumps(dict(text=text)) + '\n' for text in texts), encoding='utf-8')
+        start = time.perf_counter()
+        if options.tokenizer == 'bytes':
+            for text in texts:
+                encode(text)
+        else:
+            tiktoken.get_encoding(options.tokenizer).encode_ordinary_batch(texts, num_threads=processes)
+        bare, start = time.perf_counter() - start, time.perf_counter()
+        command = [sys.executable, Path(__file__).parent / 'data' / 'prepare.py', lines, f'--out={folder}/tokens',
+                   f'--tokenizer={options.tokenizer}']
+        process, height = subprocess.Popen(command, stdout=subprocess.DEVNULL), 'unknown'
+        while process.poll() is None:
+            with contextlib.suppress(OSError, IndexError):   # Linux says how high its memory went
+                height = re.findall(r'VmHWM:\s*(.*)', Path(f'/proc/{process.pid}/status').read_text())[0]
+            time.sleep(0.02)
+        whole = time.perf_counter() - start
+        if process.returncode:
+            raise UserError('data/prepare.py failed: see above')
+    print(table([['', 'seconds', 'MB/s', 'ratio'], ['bare tokenizer', f'{bare:.1f}', f'{size / bare / 1e6:.1f}', '1'],
+                 ['data/prepare.py', f'{whole:.1f}', f'{size / whole / 1e6:.1f}', f'{bare / whole:.2f}']]))
+    print(f'\n{size / 1e6:,.0f} MB of {options.corpus} as .jsonl, tokenizer {options.tokenizer}, {processes} threads or processes; '
+          f'memory of data/prepare.py, without its workers: {height}')
+
+
+def time_fits(options, problems=60):
     """
     Seconds for all starts and leave-one-out folds of Eq. 6 on a 5 x 5 grid with noise: laws.solve, and scipy's BFGS in a loop over
     every n-th of the same problems, scaled up; with our gradient, and with the finite differences it takes by default.
@@ -223,7 +299,7 @@ def time_fits(problems=60):
     try:
         from scipy.optimize import minimize
     except ImportError:
-        raise UserError('--fits=True compares with scipy: pip install scipy') from None
+        raise UserError('--what=fits compares with scipy: pip install scipy') from None
     import laws
     torch.set_num_threads(os.cpu_count() or 1)
     tokens = [9.2275e9 / 2 ** i for i in range(5)]
@@ -256,33 +332,43 @@ def time_fits(problems=60):
     print(table(rows) + f'\n\n{total:,} problems; scipy timed on {len(chosen)} of them; {torch.get_num_threads()} CPU threads')
 
 
-def main(argv):
-    """Command line: knobs only."""
-    options, _, _ = configure(argv, Bench, program='bench.py')
-    check_ranges(options, **{k: (1, None) for k in ('vocab_size', 'block_size', 'batch_size', 'rounds', 'steps', 'head_dim')})
-    if options.fits:
-        return time_fits()
-    if options.data not in ('synthetic', 'real'):
-        raise unknown('data', options.data, ('synthetic', 'real'))
-    measured, machine = measure(options)
+def print_steps(options, measured, peaks, machine):
+    """Print the table of the variants, and what they were measured on."""
     config, dtype = shape(options, options.size), machine.dtype
-    peak = matrix_product_rate(machine.device, dtype)
+    if options.peak_tflops:
+        peaks = [options.peak_tflops * 1e12] * len(peaks)
     full, causal = (flops_per_token(config, which) for which in (False, True))
     first = measured[options.variants[0]]
     rows = [['variant', 'tokens/s', 'ratio', 'GFLOP/s', 'of peak, full', 'of peak, causal', 'memory', 'ratio']]
     for name, (speeds, held, height) in measured.items():
         speed = statistics.median(speeds)
         ratio = statistics.median(a / b for a, b in zip(speeds, first[0]))
-        rows.append([name, f'{speed:,.0f}', f'{ratio:.3f}', f'{speed * full / 1e9:,.0f}', f'{speed * full / peak:.1%}',
-                     f'{speed * causal / peak:.1%}', f'{(held + height) / 1e6:,.1f} MB', f'{(held + height) / sum(first[1:]):.3f}'])
+        share = statistics.median(a / b for a, b in zip(speeds, peaks))
+        rows.append([name, f'{speed:,.0f}', f'{ratio:.3f}', f'{speed * full / 1e9:,.0f}', f'{share * full:.1%}',
+                     f'{share * causal:.1%}', f'{(held + height) / 1e6:,.1f} MB', f'{(held + height) / sum(first[1:]):.3f}'])
     where = torch.cuda.get_device_name() if machine.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     allocator = {k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'PYTORCH_CUDA_ALLOC', 'LD_PRELOAD'))}
+    source = 'of the data sheet' if options.peak_tflops else 'in a matrix product'
     print(table(rows))
     print(f'\n{options.size}: N = {count(config.num_params())}, {count(config.num_params(embedding=True, head=True))} with '
           f'embeddings; {options.batch_size} x {options.block_size} tokens a step, vocabulary {config.vocab_size}; '
           f'{full / 1e6:.1f} MFLOP a token (attention in full), {causal / 1e6:.1f} (causal)')
     print(f'{where}, {str(dtype).removeprefix("torch.")}, torch {torch.__version__}, allocator {allocator or "as it comes"}; '
-          f'peak: {peak / 1e9:,.0f} GFLOP/s in a matrix product; medians of {options.rounds} rounds, ratios of each round')
+          f'peak: {statistics.median(peaks) / 1e9:,.0f} GFLOP/s {source}; medians of {options.rounds} rounds, ratios of each round')
+
+
+def main(argv):
+    """Command line: knobs only."""
+    options, _, _ = configure(argv, Bench, program='bench.py')
+    check_ranges(options, **{k: (1, None) for k in ('vocab_size', 'block_size', 'batch_size', 'rounds', 'steps', 'head_dim')})
+    others = dict(loader=time_loader, preparation=time_preparation, fits=time_fits)
+    if options.what not in ('steps', *others):
+        raise unknown('measurement', options.what, ('steps', *others))
+    if options.data not in ('synthetic', 'real'):
+        raise unknown('data', options.data, ('synthetic', 'real'))
+    if options.what in others:
+        return others[options.what](options)
+    print_steps(options, *measure(options))
 
 
 if __name__ == '__main__':

@@ -48,43 +48,74 @@ def head_loss(hidden, weight, targets, teacher=None, alpha=0.5, temperature=1.0,
                            learning)
 
 
+def aligned(weight, dtype):
+    """
+    The (V, C) head in `dtype`; where that takes a copy anyway, with rows of zeros up to a multiple of 64: GPUs multiply matrices
+    of odd sizes slower (GPT-2's 50257 tokens become 50304). Here alone: no model, no file and no loss knows of the padding.
+    """
+    if weight.dtype == dtype:
+        return weight
+    padded = weight.new_zeros(-(-len(weight) // 64) * 64, weight.shape[1], dtype=dtype)
+    padded[:len(weight)] = weight
+    return padded
+
+
+def forward_divergence(found, wanted):
+    """(slope at each logit, KL(wanted || found)) of log-probabilities (n, V); `found` is used up."""
+    p = wanted.exp()
+    value = (p * (wanted - found)).sum(-1, keepdim=True)
+    return found.exp_().sub_(p), value
+
+
+def reverse_divergence(found, wanted):
+    """(slope at each logit, KL(found || wanted)) of log-probabilities (n, V); `found` is used up."""
+    apart = found - wanted
+    p = found.exp_()
+    value = (p * apart).sum(-1, keepdim=True)
+    return apart.sub_(value).mul_(p), value
+
+
 class _HeadLoss(torch.autograd.Function):
     """hidden (n, C), weight (V, C), targets (n,), the teacher's hidden (n, C') and head (V', C') or None, and how."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, their_hidden, their_weight, alpha, temperature, reverse, dtype, learning):
         taught, step = their_hidden is not None, chunk_positions(len(weight), hidden.device)
-        exact = torch.promote_types(dtype, torch.float32)
+        exact, alpha = torch.promote_types(dtype, torch.float32), alpha if taught else 1.0
         asked = (targets != -100).to(exact)
-        shares, data, divergence = asked / asked.sum(), hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
-        head, their_head = weight.to(dtype), their_weight[:len(weight)].to(dtype) if taught else None
+        shares, data, divergence = asked / asked.sum().clamp(min=1), hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
+        head, their_head = aligned(weight, dtype), their_weight[:len(weight)].to(dtype) if taught else None
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             h, target, share = hidden[rows].to(dtype), targets[rows].clamp(min=0)[:, None], shares[rows][:, None]
             logits = (h @ head.T).to(exact)
-            found = logits.log_softmax(-1)
-            data = data - (found.gather(-1, target) * share).sum()
+            if len(head) > len(weight):
+                logits[:, len(weight):] = -torch.inf
+            at_target = logits.gather(-1, target)
             if taught:
                 wanted = ((their_hidden[rows].to(dtype) @ their_head.T).to(exact) / temperature).log_softmax(-1)
-                soft = found if temperature == 1 else (logits / temperature).log_softmax(-1)
-                if reverse:
-                    ratio = soft - wanted
-                    at_each = (soft.exp() * ratio).sum(-1, keepdim=True)
-                    divergence = divergence + temperature ** 2 * (at_each * share).sum()
-                else:
-                    divergence = divergence + temperature ** 2 * (wanted.exp() * (wanted - soft) * share).sum()
+                found = (logits[:, :len(weight)] / temperature).log_softmax(-1)
+                apart, value = reverse_divergence(found, wanted) if reverse else forward_divergence(found, wanted)
+                divergence = divergence + temperature ** 2 * (value * share).sum()
+            # from here on in place: what follows goes over the largest tensor of the step, and memory is what it waits for
+            highest = logits.amax(-1, keepdim=True)
+            p = logits.sub_(highest).exp_()
+            total = p.sum(-1, keepdim=True)
+            data = data + ((total.log() + highest - at_target) * share).sum()
             if not learning:
                 continue
             # the slope of the cross entropy at each logit: its probability, less 1 at the target
-            slope = found.exp().scatter_add(-1, target, torch.full_like(target, -1, dtype=exact))
+            slope = p.mul_(alpha * share / total).scatter_add_(-1, target, -alpha * share)
             if taught:
-                apart = soft.exp() * (ratio - at_each) if reverse else soft.exp() - wanted.exp()
-                slope = alpha * slope + (1 - alpha) * temperature * apart
-            slope = (slope * share).to(dtype)
+                slope[:, :len(weight)] += apart.mul_((1 - alpha) * temperature * share)
+            slope = slope.to(dtype)
             d_hidden[rows] = slope @ head
-            d_head += slope.T @ h
-        loss = alpha * data + (1 - alpha) * divergence if taught else data.clone()
+            if exact == dtype:
+                d_head.addmm_(slope.T, h)
+            else:
+                d_head += (slope.T @ h)[:len(weight)]
+        loss = alpha * data + (1 - alpha) * divergence
         if learning:
             ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(data, divergence)

@@ -122,11 +122,11 @@ def stretch(frequency, factor, low, high, original):
 
 
 def rotate(x, cos, sin):
-    """Turn 2n dimensions of each head by position, in Llama's pairs (i, i+n): x (B, heads, T, D), cos and sin (T, 2n)."""
-    n = cos.shape[-1] // 2
+    """Turn 2n dimensions of each head by position, in Llama's pairs (i, i+n): x (B, heads, T, D), cos and sin (T, n)."""
+    n = cos.shape[-1]
     first, second, rest = x[..., :n], x[..., n:2 * n], x[..., 2 * n:]
-    turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned.to(x.dtype), rest), -1) if rest.shape[-1] else turned.to(x.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 class Attention(nn.Module):
@@ -281,14 +281,14 @@ class GPT(nn.Module):
         self.build_rope(self.wte.weight.device)
 
     def build_rope(self, device):
-        """Tables cos, sin (block_size, rotary_dim), computed in float32 as everyone does, not saved."""
+        """Tables cos, sin (block_size, rotary_dim / 2), computed in float32 as everyone does, not saved."""
         if self.config.pos == 'rope':
             pair = torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim
             position = torch.arange(self.config.block_size, device=device).float()
             frequency = 1 / self.config.rope_theta ** pair
             if self.config.rope_scaling:
                 frequency = stretch(frequency, *self.config.rope_scaling)
-            angle = torch.outer(position, frequency).repeat(1, 2)
+            angle = torch.outer(position, frequency)
             self.register_buffer('cos', angle.cos(), persistent=False)
             self.register_buffer('sin', angle.sin(), persistent=False)
 

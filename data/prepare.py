@@ -12,6 +12,7 @@ end-of-text token) and meta.json (tokenizer, dtype, counts, source, checksums). 
 renamed when it is whole; an interrupted preparation goes on where it stopped (hub and files) or starts again (offline).
 """
 import ast
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -123,13 +124,35 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2 ** 16 else np.uint32
 
 
-def tokenize(work):
-    """(tokenizer name, [(text, is_validation), ...]) -> [(ids with end-of-text last, bytes of text, is_validation), ...]."""
-    name, documents = work
+def tokenize(name, documents):
+    """[(text, is_validation), ...] -> {split: (ids, 1-d, every text ending with end-of-text; bytes of text; documents)}."""
     encode, _, vocab_size, end = load_tokenizer(name)
-    dtype = token_dtype(vocab_size)
-    return [(np.append(np.asarray(encode(text), dtype), dtype(end)), len(text.encode('utf-8')), is_val)
-            for text, is_val in documents]
+    dtype, ids, sizes = token_dtype(vocab_size), dict(train=[], val=[]), dict(train=[0, 0], val=[0, 0])
+    ending = np.array([end], dtype)
+    for text, is_val in documents:
+        split = 'val' if is_val else 'train'
+        ids[split] += [np.asarray(encode(text), dtype), ending]
+        sizes[split][0] += len(text) if text.isascii() else len(text.encode('utf-8'))
+        sizes[split][1] += 1
+    return {split: (np.concatenate(pieces), *sizes[split]) for split, pieces in ids.items() if pieces}
+
+
+def in_parallel(pool, tokenizer, batches):
+    """
+    Yield (what tokenize makes of it, state) for (documents, state) in batches, in their order. Reads a few batches ahead of what
+    is asked for, and no more: a corpus may be larger than memory. Bytes need no workers: handing them over would take longer.
+    """
+    pending = deque()
+    for documents, state in batches:
+        if tokenizer == 'bytes':
+            yield tokenize(tokenizer, documents), state
+            continue
+        pending.append((pool.apply_async(tokenize, (tokenizer, documents)), state))
+        if len(pending) > 4 * pool._processes:
+            done, state = pending.popleft()
+            yield done.get(), state
+    for done, state in pending:
+        yield done.get(), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +280,7 @@ def open_stream(options):
         reach_hub(options.corpus)
     import datasets   # takes a second, and the offline corpora do not need it
     try:
-        stream = datasets.load_dataset(**source, streaming=True)
+        stream = datasets.load_dataset(**source, streaming=True).with_format('arrow')   # rows as Python objects take ten times as long
     except OSError as error:
         raise UserError(f'{options.corpus} cannot be reached ({type(error).__name__}); {WAY_OUT}') from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -265,10 +288,10 @@ def open_stream(options):
     return stream, column
 
 
-def readable(stream, name):
-    """The rows of a stream. Raises UserError when they cannot be read to the end."""
+def readable(stream, name, rows):
+    """Tables of so many rows of a stream. Raises UserError when they cannot be read to the end."""
     try:
-        yield from stream
+        yield from stream.iter(rows)
     except UserError:
         raise
     except (ValueError, OSError, RuntimeError) as error:   # bad JSON or UTF-8, an empty file, a network that went away
@@ -276,22 +299,16 @@ def readable(stream, name):
                         'the same command goes on from what is prepared') from error
 
 
-def stream_batches(stream, column, options, of_documents=256):
+def stream_batches(stream, column, options, rows=256):
     """Yield ([(text, is_validation), ...], state of the stream behind it); the split is decided by a hash of the text."""
-    batch = []
-    for row in readable(stream, options.corpus):
-        if column in row and not (row[column] or '').strip():   # empty: nothing to learn, and all would fall into one split
-            continue
-        if column not in row or not isinstance(row[column], str):
-            raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(row)}: '
+    for found in readable(stream, options.corpus, rows):
+        texts = found[column].to_pylist() if column in found.column_names else [None]
+        if not all(isinstance(text, str) for text in texts if text is not None) or column not in found.column_names:
+            raise UserError(f'{options.corpus} has no text in a column {column!r}; it has {", ".join(found.column_names)}: '
                             'choose with --text_column=')
-        is_val = zlib.crc32(row[column].encode('utf-8')) < options.val_fraction * 2 ** 32
-        batch.append((row[column], is_val))
-        if len(batch) == of_documents:
-            yield batch, stream.state_dict()
-            batch = []
-    if batch:
-        yield batch, stream.state_dict()
+        texts = [text for text in texts if (text or '').strip()]   # empty: nothing to learn, and all would fall into one split
+        held_out = options.val_fraction * 2 ** 32
+        yield [(text, zlib.crc32(text.encode('utf-8')) < held_out) for text in texts], stream.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +346,9 @@ def prepare(options):
         counts = {split: dict(tokens=0, bytes=0, documents=0) for split in ('train', 'val')}
         state = dict(options=vars(options), files=sorted(glob.glob(options.corpus, recursive=True)), stream=None, counts=counts)
     # spawn, not fork: the caller may have threads; workers leave Ctrl-C to this process
-    with get_context('spawn').Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts) as pool:
+    alone = options.tokenizer == 'bytes' and not is_offline
+    with contextlib.nullcontext() if alone else get_context('spawn').Pool(
+            options.processes or os.cpu_count(), initializer=ignore_interrupts) as pool:
         if is_offline:
             documents = list(offline_documents(options, pool))
             batches = ((documents[i:i + 256], None) for i in range(0, len(documents), 256))
@@ -391,12 +410,7 @@ def read_progress(unfinished, options):
 
 def write_tokens(unfinished, batches, state, options, pool, save_every=64):
     """Tokenize in parallel and append to {train,val}.bin; every few batches progress.json says how much of them is good."""
-    counts, states = state['counts'], deque()
-
-    def work():
-        for batch, stream_state in batches:
-            states.append(stream_state)   # the pool reads ahead, so the state behind each batch waits for its turn
-            yield options.tokenizer, batch
+    counts = state['counts']
     bytes_per_token = np.dtype(token_dtype(load_tokenizer(options.tokenizer)[2])).itemsize
     files = {split: open(unfinished / f'{split}.bin', 'ab') for split in counts}
     try:
@@ -404,14 +418,12 @@ def write_tokens(unfinished, batches, state, options, pool, save_every=64):
             file.truncate(counts[split]['tokens'] * bytes_per_token)
         bar = tqdm(desc=f'writing {options.corpus}', unit='tok', unit_scale=True, initial=counts['train']['tokens'],
                    total=options.max_tokens or None)
-        for i, documents in enumerate(pool.imap(tokenize, work()), 1):
-            for ids, n_bytes, is_val in documents:
-                split = 'val' if is_val else 'train'
+        for i, (pieces, state['stream']) in enumerate(in_parallel(pool, options.tokenizer, batches), 1):
+            for split, (ids, n_bytes, documents) in pieces.items():
                 files[split].write(ids.tobytes())
-                for key, more in dict(tokens=len(ids), bytes=n_bytes, documents=1).items():
+                for key, more in dict(tokens=len(ids), bytes=n_bytes, documents=documents).items():
                     counts[split][key] += more
-                bar.update(0 if is_val else len(ids))
-            state['stream'] = states.popleft()
+                bar.update(len(ids) if split == 'train' else 0)
             if state['stream'] and i % save_every == 0:
                 for file in files.values():
                     file.flush()

@@ -26,7 +26,7 @@ def test_transformers_model_is_of_our_shape():
 
 
 def test_real_data_go_through_the_loader(data_dir):
-    measured, _ = measure(Bench(**{**TINY, 'vocab_size': 257}, data='real', data_dir=str(data_dir)))
+    measured, _, _ = measure(Bench(**{**TINY, 'vocab_size': 257}, data='real', data_dir=str(data_dir)))
     (speeds, held, height), = measured.values()
     assert len(speeds) == 2 and min(speeds) > 0
     config = shape(Bench(**{**TINY, 'vocab_size': 257}), '64x2')

@@ -170,9 +170,9 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, mon
     class Power(Exception):
         pass
 
-    def update(bar, n=1):   # the progress bar sees every document, so the plug is pulled there
+    def update(bar, n=1):   # the progress bar sees every batch, so the plug is pulled there
         tokenized.append(n)
-        if len(tokenized) == 150:
+        if len(tokenized) == 11:
             raise Power
     with monkeypatch.context() as patch:
         patch.setattr(prepare.tqdm, 'update', update)
