@@ -44,6 +44,7 @@ from evaluate import count, table
 from let import distil, let, pair_layers
 from machine import find_machine
 from model import GPT, GPTConfig
+from optimizer import make_optimizer
 
 
 @dataclass
@@ -175,7 +176,7 @@ def make_variant(name, options, machine, knobs):
         teacher = teacher.eval().requires_grad_(False)
         theirs, ours = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
         objective = let(teacher, ours, theirs) if kind == 'let' else distil(teacher, 0.5)
-    optimizer = train.make_optimizer(model, knobs)
+    optimizer = make_optimizer(model, knobs)
     trained = torch.compile(model) if how else model
     held = sum(p.numel() * p.element_size() for m in (model, teacher) if m is not None for p in m.parameters())
     held += sum(8 * p.numel() for p in model.parameters())   # AdamW's moments

@@ -13,6 +13,7 @@ A method (progressive training, Inheritune, ...) is a dataclass of knobs with on
 """
 import ast
 import difflib
+import errno
 import json
 import math
 import os
@@ -30,6 +31,9 @@ class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: printed as one line, exit code 2, no traceback."""
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)   # of a write to an open file, which names no file
+
+
 def run_as_program(main):
     """Call `main(argv)` as a command: UserErrors and unusable files are one line and exit code 2, Ctrl-C is exit code 130."""
     try:
@@ -38,20 +42,27 @@ def run_as_program(main):
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        print(f'error: {error.strerror}: {error.filename}', file=sys.stderr)
+        print(f'error: {error.strerror}' + (f': {error.filename}' if error.filename else ''), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\ninterrupted', file=sys.stderr)
         sys.exit(130)
 
 
+def move_into_place(temporary, path):
+    """Give a file that is complete its name, once its content is on the disk: not even a power cut leaves a part under it."""
+    with open(temporary, 'rb') as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_atomically(path, text):
     """Write a text file so that a reader sees the old content or the new, never a part of it."""
     temporary = Path(f'{path}.tmp')
     temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    move_into_place(temporary, path)
 
 
 def nearest(name, known):
@@ -128,9 +139,13 @@ class Result:
         """Compute in this model: this stage's and its ancestors'."""
         return self.flops + self.inherited_flops
 
+    def text(self):
+        """The content of result.json."""
+        return json.dumps(asdict(self), indent=1) + '\n'
+
     def write(self):
         """Save as result.json in the stage's folder."""
-        write_atomically(Path(self.folder) / 'result.json', json.dumps(asdict(self), indent=1) + '\n')
+        write_atomically(Path(self.folder) / 'result.json', self.text())
 
     @classmethod
     def of(cls, folder):

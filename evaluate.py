@@ -31,10 +31,13 @@ def evaluate(model, batches):
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)   # (loss x targets, targets)
+    losses, counts = [], []   # the losses stay on the device: nothing waits for them before the end
     for x, y, count in batches:
-        total += torch.tensor([model(x, y).loss.item() * count, count], dtype=torch.float64)
+        losses.append(model(x, y).loss)
+        counts.append(count)
     model.train(was_training)
+    counts = torch.tensor(counts, dtype=torch.float64)
+    total = torch.stack([torch.stack(losses).cpu().double() @ counts, counts.sum()])   # (loss x targets, targets)
     if torch.distributed.is_initialized():
         gathered = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, total.tolist())

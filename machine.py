@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import UserError
 
@@ -22,10 +23,31 @@ class Machine(NamedTuple):
     rank: int
     world_size: int
     deadline: float   # seconds since 1970, when max_minutes are over
+    memory: float     # bytes of the device that a plan may fill; infinite for a CPU
 
-    def autocast(self):
-        """Context of the forward pass: bfloat16 matrix products where dtype says so."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def forward(self):
+        """Context of the forward pass: bfloat16 matrix products where dtype says so, the card's fastest attention kernel."""
+        low = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+        with low, attention_kernels(self.device):
+            yield
+
+
+def attention_kernels(device):
+    """Context in which attention tries cuDNN's kernel before flash attention: faster on Hopper, slower on other cards."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def attention_kernel(config, machine):
+    """The name of the attention kernel that torch will use for a model of this shape."""
+    q = torch.empty(1, config.n_head, config.block_size, config.head_dim, device=machine.device, dtype=machine.dtype)
+    k = q[:, :config.n_kv_head]
+    with machine.forward():
+        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=config.n_kv_head < config.n_head)
+    return SDPBackend(choice).name.lower()
 
 
 def choose_device(name):
@@ -55,7 +77,8 @@ def find_machine(run):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     compiled = device.type == 'cuda' if run.compile == 'auto' else run.compile == 'True'
     deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
-    return Machine(device, torch.bfloat16 if bf16 else torch.float32, compiled, rank, world_size, deadline)
+    memory = 0.85 * torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else math.inf
+    return Machine(device, torch.bfloat16 if bf16 else torch.float32, compiled, rank, world_size, deadline, memory)
 
 
 def share_work(device, config, tokens):

@@ -127,9 +127,9 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
                 return load_file(path, device=str(device))
             except (SafetensorError, OSError):
                 pass   # cut short by a crash: drawn again, to the same
-        for old in Path(folder).glob(f'rollout-*-{rank}.safetensors'):   # an older state may still need the newer ones
+        for old in Path(folder).glob(f'rollout-*-{rank}.safetensors'):   # the oldest state may still need the newer ones
             states = saved_states(folder)
-            if states and int(old.name.split('-')[1]) + steps <= int(states[-1].name[6:]):
+            if states and int(old.name.split('-')[1]) + steps <= int(states[0].name.partition('-')[2]):
                 old.unlink(missing_ok=True)
         positions = torch.arange(samples)[rank::world].numpy() + first // steps * samples
         indices, room = shuffled(positions, len(examples), seed), min(length, student.config.block_size)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configurator import UserError, unknown, write_atomically
+from configurator import UserError, move_into_place, unknown, write_atomically
 from head import head_loss
 from hugging_face import (config_from_hugging_face, config_to_hugging_face, model_folder, tensors_from_hugging_face,
                           tensors_to_hugging_face)
@@ -258,6 +258,7 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
             self.norm = _norm(config, config.n_embd)
             self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.recompute = None   # stands in for the call of a block while training, to keep less for the backward pass
         self.to_empty(device=device)
         self.initialise()
 
@@ -317,7 +318,8 @@ class GPT(nn.Module):
         else:
             rope = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.blocks[:layers], 1):
-            x = block(x, rope, cache)
+            again = self.recompute if torch.is_grad_enabled() else None
+            x = again(block, x, rope, cache) if again else block(x, rope, cache)
             if i == hidden_at:
                 hidden = x
         if cache is not None:
@@ -369,16 +371,17 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return Cache(self.config, batch, self.config.block_size, device, dtype)
 
-    def save(self, folder, tokenizer=''):
+    def save(self, folder, tokenizer='', state=None):
         """
         Write config.json and model.safetensors as the Hugging Face architecture that the configuration equals. `tokenizer`:
-        the name of the one it was trained with, kept for sample.py.
+        the name of the one it was trained with, kept for sample.py. state: the whole tensors, where this model has shards of them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = tensors_to_hugging_face(self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
+        state = self.state_dict() if state is None else state
+        tensors = tensors_to_hugging_face(self.config, {name: tensor.detach() for name, tensor in state.items()})
         save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+        move_into_place(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
         dtype = str(self.wte.weight.dtype).removeprefix('torch.')
         hf_config = config_to_hugging_face(self.config, dtype) | (dict(nanofamily_tokenizer=tokenizer) if tokenizer else {})
         write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')

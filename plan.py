@@ -2,15 +2,22 @@
 from evaluate import count, human, table
 
 
-def estimate_memory(config, micro_batch_size, n_params):
+def estimate_memory(config, knobs, micro_batch_size, shards=1):
     """
-    (bytes of the training state, bytes of the activations) on one GPU: float32 weights, gradients and AdamW moments;
-    what a compiled bfloat16 step keeps for its backward pass, logits included. An estimate, for planning.
+    (bytes of the training state, bytes of the activations) on one GPU: float32 weights and gradients, AdamW's moments, each cut
+    into `shards`; what a compiled bfloat16 step keeps for its backward pass, and the logits of a chunk. An estimate, for planning.
     """
     attention = 2 * (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
     per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
-    per_token = config.n_layer * per_layer + 8 * config.vocab_size
-    return 16 * n_params, micro_batch_size * config.block_size * per_token
+    if knobs.recompute != 'none':   # the residual stream, and half of what the matrix products give
+        per_layer = 4 * config.n_embd + (per_layer - 10 * config.n_embd) // 2 * (knobs.recompute == 'selective')
+    n_params = config.num_params(embedding=True, head=True)
+    state = (12 if knobs.optimizer_dtype == 'bfloat16' else 16) * n_params / shards
+    if shards > 1:   # the block at work and the one that is fetched, whole
+        state += 2 * 2 * config.num_params() / config.n_layer + 4 * (n_params - config.num_params())
+    tokens = micro_batch_size * config.block_size
+    head = 10 * min(tokens * config.vocab_size, 2 ** 27) + (4 + 2 + 4) * config.vocab_size * config.n_embd
+    return state, tokens * config.n_layer * per_layer + head
 
 
 def print_plan(run, stages):
@@ -24,7 +31,7 @@ def print_plan(run, stages):
         return f'{amount / (run.gpu_tflops * 1e12) / 3600:,.0f}'
     for stage, knobs, steps, result in stages:
         n_params = stage.config.num_params(embedding=True, head=True)
-        state, sequence = estimate_memory(stage.config, 1, n_params)
+        state, sequence = estimate_memory(stage.config, knobs, 1)
         rows.append([stage.name, stage.start, f'{stage.config.num_params():,}', f'{n_params:,}', count(stage.tokens),
                      f'{steps:,}', str(knobs.batch_size), f'{knobs.learning_rate:g}', human(result.flops),
                      gpu_hours(result.flops), human(state) + 'B', human(sequence) + 'B', human(4 * n_params) + 'B'])

@@ -13,6 +13,7 @@ any interruption the same command continues the run.
 """
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -23,12 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from safetensors import SafetensorError
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data.prepare
-from checkpoint import (claim, keep_metrics, load_state, record_session, remove_states, save_moments, save_state, saved_states,
-                        set_moments)
+from checkpoint import (claim, keep_metrics, load_state, owner_of, record_session, remove_states, save_moments, save_state,
+                        saved_states, set_moments)
+from checksums import find_damage, measure, seal
 from col import ChainOfLearngene
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
                           run_as_program, unknown)
@@ -37,9 +40,12 @@ from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
 from let import LET
-from machine import STOP, agree, catch_signals, find_machine, leave, share_work
+from machine import STOP, agree, attention_kernel, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
-from plan import estimate_memory, print_plan
+from optimizer import learning_rate, make_optimizer, stable_steps
+from parallel import (Meter, barrier, choose_micro_batch, choose_parallel, exchanging, load_whole, place, whole, whole_state,
+                      wrap)
+from plan import print_plan
 from sweep import Sweep
 from timeseries import TimeSeries
 
@@ -74,13 +80,18 @@ class Run:
     weight_decay: float = 0.1         # of matrices and embeddings; norms and biases have none
     grad_clip: float = 1.0            # largest norm of the gradient; 0: no clipping
     seed: int = 1337                  # of initialisation and data order
+    optimizer_dtype: str = 'float32'  # of AdamW's two moments: float32 or bfloat16, half the bytes
     keep_optimizer: bool = False      # save AdamW's state with the finished model: twice its size, for growth to carry on
     # machine
     device: str = 'auto'              # cuda, mps or cpu
     dtype: str = 'auto'               # bfloat16 (autocast) or float32; auto: bfloat16 on a GPU that has it
     compile: str = 'auto'             # torch.compile: True or False; auto: on a GPU
+    parallel: str = 'auto'            # ddp (a replica on every GPU) or fsdp (shards); auto: fsdp when a replica does not fit
+    recompute: str = 'none'           # activations made again in the backward pass: none, selective (half of them) or full (all)
     log_interval: int = 10            # steps between lines of metrics.jsonl; also how often the host waits for the GPU
     save_minutes: float = 10.0        # between saved states, from which an interrupted stage goes on
+    keep_states: int = 2              # how many of them are kept: should the newest be damaged, the one before it is there
+    accept_changes: bool = False      # go on with a stage although knobs have changed since it began
     max_minutes: float = 0.0          # save and stop after so long, to be continued; 0: no limit
     # planning
     dry_run: bool = False             # print the plan and train nothing
@@ -90,10 +101,12 @@ class Run:
     def check(self):
         """Raise UserError for a knob that is out of its range, before anything is done."""
         for knob, legal in dict(dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'True', 'False'),
-                                order=('epoch', 'random'), schedule=('cosine', 'wsd', 'constant')).items():
+                                order=('epoch', 'random'), schedule=('cosine', 'wsd', 'constant'),
+                                parallel=('auto', 'ddp', 'fsdp'), recompute=('none', 'selective', 'full'),
+                                optimizer_dtype=('float32', 'bfloat16')).items():
             if getattr(self, knob) not in legal:
                 raise unknown(knob, getattr(self, knob), legal)
-        check_ranges(self, **{knob: (1, None) for knob in ('block_size', 'batch_size', 'log_interval')},
+        check_ranges(self, **{knob: (1, None) for knob in ('block_size', 'batch_size', 'log_interval', 'keep_states')},
                      **{knob: (0, None) for knob in (
                          'unique_tokens', 'eval_tokens', 'eval_interval', 'batch_tokens', 'micro_batch_size', 'warmup', 'eps',
                          'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'save_minutes', 'max_minutes')},
@@ -184,93 +197,45 @@ def count_steps(knobs, stage):
     return 4 if knobs.toy else max(1, math.ceil(stage.tokens / (knobs.batch_size * knobs.block_size) - 1e-9))
 
 
-def choose_micro_batch(knobs, config, machine):
-    """Sequences a process trains at once: the knob, or the largest divisor of its share that fits."""
-    share = knobs.batch_size // machine.world_size
-    if knobs.micro_batch_size:
-        if share % knobs.micro_batch_size:
-            raise UserError(f'micro_batch_size {knobs.micro_batch_size} does not divide the {share} sequences of a process')
-        return knobs.micro_batch_size
-    limit, memory = 2 ** 13, math.inf   # tokens: beyond this a CPU's caches overflow, and a GPU gains nothing
-    if machine.device.type == 'cuda':
-        limit, memory = 2 ** 17, 0.85 * torch.cuda.get_device_properties(machine.device).total_memory
-    n_params = config.num_params(embedding=True, head=True)
-    if estimate_memory(config, 1, n_params)[0] > memory:
-        raise UserError(f'{n_params:,} parameters need {estimate_memory(config, 1, n_params)[0] / 1e9:.0f} GB of training state, '
-                        f'this GPU has {memory / 0.85e9:.0f}; sharding over GPUs (FSDP) is not there yet')
-    for size in range(share, 1, -1):
-        if share % size == 0 and size * config.block_size <= limit and sum(estimate_memory(config, size, n_params)) < memory:
-            return size
-    return 1
-
-
-def learning_rate(step, steps, knobs):
-    """Learning rate of `step` (0 .. steps - 1): linear warmup, then the schedule, down to min_lr_fraction of the maximum."""
-    warmup = knobs.warmup * steps if knobs.warmup < 1 else knobs.warmup
-    if step < warmup:
-        return knobs.learning_rate * min(1.0, (step + 1) / warmup)
-    height = 1.0
-    if knobs.schedule == 'cosine':
-        height = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    elif knobs.schedule == 'wsd':
-        height = min(1.0, (steps - step) / max(1, knobs.decay_fraction * steps))
-    return knobs.learning_rate * (knobs.min_lr_fraction + (1 - knobs.min_lr_fraction) * height)
-
-
-def make_optimizer(model, knobs):
-    """AdamW in one fused kernel; weight decay on matrices and embeddings only. Every parameter is in exactly one group."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    assert len(matrices) + len(vectors) == len(list(model.parameters()))
-    groups = [dict(params=matrices, weight_decay=knobs.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2), eps=knobs.eps,
-                             fused=matrices[0].device.type in ('cuda', 'cpu'))
-
-
-def parameter_norm(model):
-    """The Euclidean norm of all parameters."""
-    return torch.nn.utils.get_total_norm(model.parameters()).item()
-
-
-class Meter:
-    """Means of what each step measures, kept on the device: the host waits for the GPU only when they are read."""
-
-    def __init__(self):
-        self.sums, self.steps = {}, 0   # {name: (sum, number of values)}, steps
-
-    def add(self, scalars):
-        """Add one step's scalars, {name: tensor of no dimension}."""
-        for name, value in scalars.items():
-            total, n = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.float(), n + 1
-        self.steps += 1
-
-    def read(self, world_size):
-        """{name: mean over the steps since the last call that had it, and over the processes}."""
-        means = torch.stack([total / (n * world_size) for total, n in self.sums.values()])
-        if world_size > 1:
-            dist.all_reduce(means)
-        means = dict(zip(self.sums, means.tolist()))
-        self.sums, self.steps = {}, 0
-        return means
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
-def begin(stage, knobs, folder, machine):
+def begin(stage, knobs, folder, how, machine):
     """(model, optimizer, progress) with which a stage begins, or goes on from the newest state in its folder."""
     torch.manual_seed(knobs.seed)
     fresh = not saved_states(folder)   # else weights and moments are read below: no need to make them
-    model = (stage.model() if stage.model and fresh else GPT(stage.config)).to(machine.device, torch.float32)
+    model = place(stage.model() if stage.model and fresh else GPT(stage.config), how, machine)
     optimizer = make_optimizer(model, knobs)
     progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
     if stage.score:
         progress['best'] = -math.inf
     if stage.moments and fresh:
-        set_moments(model, optimizer, stage.moments())
+        set_moments(model, optimizer, stage.moments(), getattr(torch, knobs.optimizer_dtype))
     load_state(folder, model, optimizer, progress)
     return model, optimizer, progress
+
+
+def finished_before(stage, folder, changes, is_main):
+    """
+    The Result of a stage that was trained already, or None. A stage that was asked for more tokens goes on from the end of its
+    stable phase. Raises UserError for one whose files are damaged.
+    """
+    if not (folder / 'result.json').is_file():
+        return None
+    damage = find_damage(folder, owner_of(folder)) if (folder / 'checksums.json').is_file() else ''
+    if damage:
+        raise UserError(f'{damage}. Remove {folder / "result.json"} to train the stage again, from its last state if it has one')
+    result = Result.of(folder)
+    if any(change.startswith('tokens was') for change in changes) and stage.tokens > result.tokens and saved_states(folder):
+        barrier()   # everyone has seen the result
+        if is_main:
+            (folder / 'result.json').unlink()
+        barrier()
+        return None
+    if is_main:
+        print(f'{stage.name}: finished before' + f', with other settings ({"; ".join(changes)})' * bool(changes))
+        remove_states(folder)
+    return result
 
 
 def train_stage(stage, run, machine, record):
@@ -279,26 +244,26 @@ def train_stage(stage, run, machine, record):
     folder is known to be this stage's.
     """
     knobs, folder, is_main = stage_knobs(run, stage, machine.world_size), Path(run.out_dir) / stage.name, machine.rank == 0
-    claim(folder, stage, knobs, write=is_main)
-    if (folder / 'result.json').is_file():
-        if is_main:
-            print(f'{stage.name}: finished before')
-            remove_states(folder)
-        return Result.of(folder)
-
-    model, optimizer, progress = begin(stage, knobs, folder, machine)
-    steps = count_steps(knobs, stage)
+    corpora = [] if stage.source else [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
+    texts = {corpus.name: corpus.meta['splits']['train'].get('sha256') for corpus in corpora}
+    changes = claim(folder, stage, knobs, texts, write=is_main)
+    result = finished_before(stage, folder, changes, is_main)
+    if result:
+        return result
+    if changes:
+        claim(folder, stage, knobs, texts, write=is_main)   # it goes on: from now on this is what it is
+    barrier()   # stage.json is there
+    how = choose_parallel(knobs, stage.config, machine)
+    model, optimizer, progress = begin(stage, knobs, folder, how, machine)
+    steps, micro_batch_size = count_steps(knobs, stage), choose_micro_batch(knobs, stage.config, machine)
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
-        print(f'{stage.name}: {stage.start}, N = {model.num_params():,}, {steps:,} steps of {knobs.batch_size} x '
-              f'{knobs.block_size} tokens' + f', from step {progress["step"]:,} on' * (progress['step'] > 0), flush=True)
-    if machine.compile:   # what was compiled for the stages before counts towards a limit after which torch gives up compiling
-        torch.compiler.reset()
-    trained = torch.compile(model) if machine.compile else model
-    if machine.world_size > 1:
-        trained = DistributedDataParallel(trained, broadcast_buffers=False)
-
-    micro_batch_size = choose_micro_batch(knobs, stage.config, machine)
+        print('\n'.join(f'{stage.name}: {change}' for change in changes) + f'{stage.name}: {stage.start}, '
+              f'N = {stage.config.num_params():,}, {steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens'
+              + f', from step {progress["step"]:,} on' * (progress['step'] > 0)
+              + f' ({how} on {machine.world_size} processes)' * (machine.world_size > 1)
+              + f' (attention: {attention_kernel(stage.config, machine)})' * (machine.device.type == 'cuda'), flush=True)
+    trained = wrap(model, how, knobs, machine)
     share_work(machine.device, stage.config, micro_batch_size * knobs.block_size)
     if is_main:
         record()
@@ -311,12 +276,12 @@ def train_stage(stage, run, machine, record):
     def watched(batches_):
         for batch in batches_:
             if STOP and machine.world_size == 1:   # the last evaluation may be long; after others the loop looks itself
-                save_state(folder, model, optimizer, progress)
+                save_state(folder, model, optimizer, progress, knobs.keep_states)
                 leave(f'{stage.name} is saved at step {progress["step"]:,} of {steps:,}', machine)
             yield batch
 
     def validate(last=False):
-        with machine.autocast():
+        with machine.forward():
             batches_ = source.validation(micro_batch_size, *share)
             return evaluate(trained, watched(batches_) if last else batches_)
 
@@ -324,9 +289,9 @@ def train_stage(stage, run, machine, record):
         optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
                  accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
     if stage.score:
-        model.load_state_dict(load(folder / 'best', machine.device).state_dict())
-    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, validate(last=True), origin,
-                        steps * knobs.batch_size, progress)
+        load_whole(model, load(folder / 'best', machine.device).state_dict())
+    loss = validate(last=True)
+    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, steps * knobs.batch_size, progress)
 
 
 def keep_best(stage, folder, model, progress, machine):
@@ -337,29 +302,38 @@ def keep_best(stage, folder, model, progress, machine):
     if machine.world_size > 1:   # one decision for all
         dist.broadcast(score, 0)
     if score.item() > progress['best']:
+        state = whole_state(model)
         if machine.rank == 0:
-            model.save(folder / 'best')
+            model.save(folder / 'best', state=state)
         progress['best'] = score.item()
-    if machine.world_size > 1:
-        dist.barrier()
+    barrier()
     return score.item()
 
 
 def finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, drawn, progress):
-    """Save the trained model, then its Result, which makes the stage finished; `drawn` sequences after the first `origin`."""
-    result = Result(stage.name, str(folder), model.num_params(), stage.params, tokens=drawn * knobs.block_size,
+    """
+    Save the trained model and what it is sealed with, then its Result, which makes the stage finished; `drawn` sequences after
+    the first `origin`.
+    """
+    result = Result(stage.name, str(folder), stage.config.num_params(), stage.params, tokens=drawn * knobs.block_size,
                     flops=6.0 * stage.params * drawn * knobs.block_size, inherited_flops=stage.inherited_flops,
                     baseline_flops=0.0 if knobs.toy else stage.baseline_flops, val_loss=loss,
                     bits_per_byte=bits_per_byte(loss, source.bytes_per_token), position=(origin + drawn) * knobs.block_size,
                     seconds=progress['seconds'])
-    if machine.rank == 0:
-        model.save(folder, source.tokenizer)
+    state = whole_state(model)
+    try:
         if knobs.keep_optimizer:
             save_moments(folder, model, optimizer)
-        result.write()
-        remove_states(folder)
-    if machine.world_size > 1:
-        dist.barrier()
+        if machine.rank == 0:
+            model.save(folder, source.tokenizer, state)
+            saved = [folder / name for name in ('config.json', 'model.safetensors', 'optimizer.safetensors')]
+            seal(folder, measure(filter(Path.is_file, saved)), owner_of(folder), texts={'result.json': result.text()})
+            result.write()
+            remove_states(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{folder}: the trained model could not be saved ({error}); its last state is kept: when there is room '
+                        'on the disk, the same command goes on') from error
+    barrier()
     return result
 
 
@@ -368,7 +342,9 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
     The hot loop, from progress['step'] to `steps`. `model` is the bare module, `trained` the same one compiled and
     wrapped. When asked to stop it saves the state, says how to go on and ends the program.
     """
-    step_tokens, meter, saved = knobs.batch_size * knobs.block_size, Meter(), time.time()
+    step_tokens, meter, saved, stable = knobs.batch_size * knobs.block_size, Meter(), time.time(), stable_steps(steps, knobs)
+    gc.collect()
+    gc.freeze()   # what is there now stays until the end: looking for garbage in it would make a step wait
     started, next_check = saved - progress['seconds'], 0
     bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
                unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
@@ -394,10 +370,11 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
         if machine.world_size == 1 or done >= next_check:
             stop, save, pause = agree(machine, saved, knobs, step_seconds=(time.time() - since) / max(1, meter.steps))
             next_check = done + pause
+        save = save or done == stable
         if logging or save:
             tokens = meter.steps * step_tokens
             line = dict(step=done, tokens=done * step_tokens, flops=6.0 * stage.params * done * step_tokens, lr=rate,
-                        **meter.read(machine.world_size), param_norm=parameter_norm(model))
+                        **meter.read(machine.world_size), param_norm=whole(get_total_norm(model.parameters())).item())
             line['tokens_per_second'] = round(tokens / (time.time() - since))
             if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
                 raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, '
@@ -413,7 +390,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
                     metrics.write(json.dumps(line) + '\n')
             since = time.time()
         if save:
-            save_state(folder, model, optimizer, progress)
+            save_state(folder, model, optimizer, progress, knobs.keep_states, stable=done == stable)
             saved = since = time.time()
         if stop:
             bar.close()
@@ -426,15 +403,13 @@ def train_step(objective, progress, knobs, machine, model, trained, optimizer, s
     scalars = {}
     for micro in range(accumulate):
         x, y = next(stream)
-        # processes exchange gradients once, in the last backward pass of the step
-        alone = machine.world_size > 1 and micro < accumulate - 1
-        with trained.no_sync() if alone else contextlib.nullcontext():
-            with machine.autocast():
+        with exchanging(trained, last=micro == accumulate - 1):
+            with machine.forward():
                 loss, more = objective(trained, x, y, progress)
             (loss / accumulate).backward()
         for name, value in dict(more, loss=loss).items():
             scalars[name] = scalars.get(name, 0) + value.detach() / accumulate
-    scalars['grad_norm'] = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf)
+    scalars['grad_norm'] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return scalars

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from checksums import checksum
 from configurator import UserError, unknown, write_atomically
 from data.loader import Source, _key, open_corpus, permute, to_device
-from data.prepare import checksum, load_tokenizer, source_files, token_dtype
+from data.prepare import load_tokenizer, source_files, token_dtype
 from hugging_face import WAY_OUT, reach_hub
 
 
@@ -239,7 +240,7 @@ def supervised_source(knobs, name=''):
 
     def validation(batch_size, device, rank, world_size):
         mine = wanted[rank::world_size]
-        for i in range(0, len(mine), batch_size):
+        for i in range(0, -(-len(wanted) // world_size), batch_size):   # as many batches on every process
             chunk = mine[i:i + batch_size]
             x, y = val.rows(np.resize(chunk, batch_size), knobs.block_size)
             y[len(chunk):] = -100

@@ -198,14 +198,15 @@ def batches(read, position, batch_size, micro_batch_size, device, rank=0, world_
 def validation_batches(tokens, block_size, batch_size, max_tokens, device, rank=0, world_size=1):
     """
     Yield (x, y, number of real targets) over fixed, evenly spaced windows of a validation split, at most max_tokens in
-    all (0: every window). The last batch is filled up with targets of -100, so that all have the same shape.
+    all (0: every window). The last batch is filled up with targets of -100, so that all have the same shape, and every process
+    has as many.
     """
     windows = (len(tokens) - 1) // block_size
     if windows < 1:
         raise UserError(f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size} and one more')
     wanted = min(windows, max(1, max_tokens // block_size)) if max_tokens else windows
     starts = (np.arange(wanted) * windows // wanted * block_size)[rank::world_size]
-    for i in range(0, len(starts), batch_size):
+    for i in range(0, -(-wanted // world_size), batch_size):
         chunk = starts[i:i + batch_size]
         x, y = to_device(tokens[np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)].astype(np.int64), device)
         y[len(chunk):] = -100

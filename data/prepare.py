@@ -14,7 +14,6 @@ renamed when it is whole; an interrupted preparation goes on where it stopped (h
 import ast
 import contextlib
 import glob
-import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -38,6 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
+from checksums import checksum   # noqa: E402
 from configurator import UserError, check_ranges, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
 from hugging_face import WAY_OUT, model_folder, reach_hub, within   # noqa: E402
 
@@ -313,12 +313,6 @@ def stream_batches(stream, column, options, rows=256):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
-
-def checksum(path):
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
 
 def prepare(options):
     """Make the corpus that `options` describe, unless it is there; returns its folder."""

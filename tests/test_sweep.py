@@ -8,7 +8,8 @@ import train
 from configurator import Result, UserError
 from model import load
 from test_train import planned
-from train import learning_rate, Run
+from optimizer import learning_rate
+from train import Run
 
 TINY = ['--method=sweep', '--sizes=16x1', '--longest=1280', '--first=0.5,1', '--second=0.25,0.5', '--block_size=16', '--batch_size=4', '--eval_tokens=256', '--learning_rate=0.01', '--warmup=2',
         '--decay_fraction=0.2', '--log_interval=1', '--device=cpu']

@@ -17,7 +17,8 @@ import train
 from configurator import Result, Stage, UserError
 from conftest import ROOT, run_command
 from model import GPT, load
-from train import METHODS, Run, count_steps, learning_rate, make_optimizer, stage_knobs, stages_of
+from optimizer import learning_rate, make_optimizer
+from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
 TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=1280', '--eval_tokens=512', '--log_interval=2', '--learning_rate=0.01', '--device=cpu']   # 20 steps
 
@@ -93,7 +94,7 @@ def test_a_run_learns_and_its_folder_explains_it(whole):
     run = json.loads((whole / 'run.json').read_text())
     session, = run['sessions']
     assert run['knobs']['block_size'] == 16 and session['differences']['block_size'] == 16 and session['torch'] == torch.__version__
-    assert {p.name for p in (whole / '16x2').iterdir()} == {'config.json', 'model.safetensors', 'metrics.jsonl', 'result.json', 'stage.json'}
+    assert {p.name for p in (whole / '16x2').iterdir()} == {'checksums.json', 'config.json', 'model.safetensors', 'metrics.jsonl', 'result.json', 'stage.json'}
     assert '16x2' in (whole / 'report.md').read_text() and (whole / 'report.png').stat().st_size > 5000
 
 
@@ -162,8 +163,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data_dir, tm
     monkeypatch.setattr(train, 'next_token', explode)
     with pytest.raises(UserError, match='16x2: loss inf .* at step 1[1-9]'):
         train.main(arguments(data_dir, tmp_path / 'run', '--save_minutes=1e-9'))
-    state, = (tmp_path / 'run' / '16x2').glob('state-*')
-    assert state.name == 'state-000000011' and not (tmp_path / 'run' / '16x2' / 'model.safetensors').exists()
+    states = sorted(path.name for path in (tmp_path / 'run' / '16x2').glob('state-*'))
+    assert states == ['state-000000010', 'state-000000011'] and not (tmp_path / 'run' / '16x2' / 'model.safetensors').exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------- interruptions
