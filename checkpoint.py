@@ -175,9 +175,10 @@ def save_moments(folder, model, optimizer):
     Write AdamW's state by parameter names to optimizer.safetensors: for a stage that grows from this one. Called by every
     process.
     """
-    states = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))['state']
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if processes()[0]:
         return
+    states = whole['state']
     tensors = {f'{key}.{name}': state[key].contiguous()
                for name, state in states.items() for key in ('exp_avg', 'exp_avg_sq')}
     step = int(max(state['step'] for state in states.values()))

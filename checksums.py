@@ -18,6 +18,7 @@ def checksum(path):
 
 def measure(paths):
     """{name: [bytes, SHA-256]} of files, written through to the disk first."""
+    paths = list(paths)
     for path in paths:
         with open(path, 'rb') as file:
             os.fsync(file.fileno())

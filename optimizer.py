@@ -52,6 +52,12 @@ class CompactAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
         self.update = torch.compile(update) if compiled else update
 
+    def load_state_dict(self, state_dict):
+        """As every optimizer, which gives the moments the dtype of the parameters; here they go back to theirs."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state.update({key: state[key].to(torch.bfloat16) for key in ('exp_avg', 'exp_avg_sq')})
+
     @torch.no_grad()
     def step(self, closure=None):
         """One step of every parameter that has a gradient. `closure` is for torch's interface and is not called."""

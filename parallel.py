@@ -3,6 +3,7 @@ How one model trains on several processes, and in less memory: replicas (DDP) wh
 does not; torch.compile; activations that are computed again in the backward pass.
 """
 import contextlib
+import warnings
 from functools import partial
 
 import torch
@@ -73,7 +74,11 @@ def wrap(model, how, knobs, machine):
             block.compile()
         return model
     trained = torch.compile(model) if machine.compile else model
-    return DistributedDataParallel(trained, broadcast_buffers=False) if machine.world_size > 1 else trained
+    if machine.world_size == 1:
+        return trained
+    with warnings.catch_warnings():   # torch 2.13 has a new name for this, which older ones do not know
+        warnings.simplefilter('ignore', FutureWarning)
+        return DistributedDataParallel(trained, broadcast_buffers=False)   # RoPE's tables: the same everywhere
 
 
 def keep_half():

@@ -50,5 +50,9 @@ def print_plan(run, stages):
     if alone > flops and len(set(parents)) < len(parents):
         print(f'stages that several others go on from are trained once: each of those alone would make {human(alone)}FLOPs, '
               f'{1 - flops / alone:.1%} are saved')
-    print(f'disk: {human(disk)}B of models, {human(2 * largest)}B for saved states, {human(2 * unique)}B of tokens '
+    config, knobs = max(((stage.config, knobs) for stage, knobs, _, _ in stages), key=lambda pair: pair[0].num_params())
+    print(f'memory of a GPU for the largest, before activations: {human(estimate_memory(config, knobs, 1)[0])}B for a replica (ddp), '
+          f'{human(estimate_memory(config, knobs, 1, shards=8)[0])}B for a shard on each of 8 GPUs (fsdp): chosen when a replica does '
+          'not fit')
+    print(f'disk: {human(disk)}B of models, {human((1 + run.keep_states) * largest)}B for saved states, {human(2 * unique)}B of tokens '
           f'({count(drawn)} drawn, {count(unique)} different, from {run.data})')

@@ -35,7 +35,7 @@ from checksums import find_damage, measure, seal
 from col import ChainOfLearngene
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
                           run_as_program, unknown)
-from data.loader import batches, open_corpus, parse_mixture, text_source
+from data.loader import batches, open_corpus, parse_mixture, text_source, verify_corpus
 from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
@@ -438,12 +438,12 @@ def pretend(stage, run):
 
 
 def find_corpora(run, method):
-    """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared."""
+    """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared or damaged."""
     for name in filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]):
         if name in (*data.prepare.OFFLINE, 'signatures') and not (Path(run.data_dir) / name).is_dir():
             style = dict(prompt='plain') if name == 'signatures' else {}   # models on bytes have no room for the paper's
             data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name), **style))
-        open_corpus(name, run.data_dir)
+        verify_corpus(name, run.data_dir)
 
 
 def main(argv):

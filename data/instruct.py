@@ -174,7 +174,8 @@ def write_supervised(examples, options, out):
         np.save(unfinished / f'{split}.spans.npy', np.array(spans[split], np.int64))
     meta = dict(corpus=options.corpus, kind='supervised', tokenizer=options.tokenizer, vocab_size=vocab_size, end_of_text=end,
                 dtype=np.dtype(token_dtype(vocab_size)).name, options=vars(options),
-                splits={s: counts[s] | dict(sha256=checksum(unfinished / f'{s}.bin')) for s in spans})
+                splits={s: counts[s] | dict(sha256=checksum(unfinished / f'{s}.bin')) for s in spans},
+                checksums={f'{s}.spans.npy': checksum(unfinished / f'{s}.spans.npy') for s in spans})
     write_atomically(unfinished / 'meta.json', json.dumps(meta, indent=1) + '\n')
     os.replace(unfinished, out)
     print(f'{out}: {len(spans["train"]):,} examples to train on, {len(spans["val"]):,} to validate with ({options.tokenizer})')

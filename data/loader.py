@@ -3,6 +3,7 @@ Tokens -> batches. Which tokens stand at which place is a function of (seed, pos
 sequences drawn so far: nothing about the order is ever saved, it is the same at any number of processes, after any
 resume and from stage to stage, and evaluation cannot disturb it.
 """
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from configurator import UserError
+from checksums import checksum
+from configurator import UserError, write_atomically
 
 
 @dataclass
@@ -51,6 +54,27 @@ def open_corpus(name, data_dir='data'):
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f'{folder}/meta.json is damaged ({error!r}): delete {folder} and prepare it again') from None
     return Corpus(name, meta, *(np.memmap(folder / f'{split}.bin', dtype, mode='r') for split in ('train', 'val')))
+
+
+def verify_corpus(name, data_dir='data'):
+    """
+    Raise UserError when the content of a corpus is not what was prepared. Reads all of it, but only once: what was whole is
+    remembered in verified.json, until a file changes.
+    """
+    folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
+    wanted = {f'{split}.bin': counts['sha256'] for split, counts in meta['splits'].items() if 'sha256' in counts}
+    wanted |= meta.get('checksums', {})
+    now = {file: [path.stat().st_size, path.stat().st_mtime_ns] for file in wanted if (path := folder / file).is_file()}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / 'verified.json').read_text(encoding='utf-8')) == now:
+            return
+    small = sum(size for size, _ in now.values()) < 1e9
+    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False, disable=small):
+        if file not in now or checksum(folder / file) != wanted[file]:
+            raise UserError(f'{folder / file} is damaged: its checksum is not the one in meta.json; delete {folder} and prepare it '
+                            'again')
+    with contextlib.suppress(OSError):   # a folder that cannot be written to is verified every time
+        write_atomically(folder / 'verified.json', json.dumps(now) + '\n')
 
 
 def parse_mixture(text):
@@ -209,7 +233,7 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, device, rank=
     for i in range(0, -(-wanted // world_size), batch_size):
         chunk = starts[i:i + batch_size]
         x, y = to_device(tokens[np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)].astype(np.int64), device)
-        y[len(chunk):] = -100
+        y = torch.where(torch.arange(batch_size, device=y.device)[:, None] < len(chunk), y, -100)   # x may share y's memory
         yield x, y, len(chunk) * block_size
 
 

@@ -3,6 +3,7 @@ import argparse
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
 import typing
@@ -48,3 +49,20 @@ def run_command(*arguments, timeout=120, **environment):
     """Run `python ARGUMENTS` in the project's folder; returns the finished process with its output as text."""
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+
+
+def run_processes(number, *arguments, timeout=120, **environment):
+    """Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None of them may fail."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(number), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, **environment}
+    started = [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env={**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(number)]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), '\n'.join(outputs)
+    return outputs

@@ -1,0 +1,228 @@
+"""States: whole or not there, sealed, kept as many as asked for; what is damaged is named, and what is good is offered."""
+import json
+import pickle
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+import train
+from checkpoint import _IndexUnpickler, load_state, saved_states
+from checksums import find_damage, measure, seal
+from configurator import Result, UserError
+from conftest import run_command
+from model import GPT, load
+from optimizer import make_optimizer
+
+TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=640', '--eval_tokens=512', '--log_interval=1', '--learning_rate=0.01',
+        '--device=cpu']   # 10 steps
+
+
+def arguments(data_dir, out, *more):
+    return [f'--data_dir={data_dir}', f'--out_dir={out}', *TINY, *more]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(load(one).state_dict().values(), load(other).state_dict().values(), strict=True))
+
+
+def stopped(data_dir, out, steps, *more):
+    """A run that was stopped after each of its first steps, with a state of each."""
+    for _ in range(steps):
+        with pytest.raises(SystemExit):
+            train.main(arguments(data_dir, out, '--max_minutes=1e-9', *more))
+    return out / '16x2'
+
+
+@pytest.fixture(scope='module')
+def whole(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole')
+    train.main(arguments(data_dir, out))
+    return out / '16x2'
+
+
+@pytest.fixture(scope='module')
+def half(data_dir, tmp_path_factory):
+    """A run with states at steps 2 and 3; to be copied."""
+    return stopped(data_dir, tmp_path_factory.mktemp('half'), 3)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+DAMAGES = [truncate, flip_a_bit, empty, lambda path: path.unlink()]
+
+
+# --------------------------------------------------------------------------------------------------------------------- states
+
+def test_the_last_states_are_kept_and_none_of_a_finished_stage(data_dir, tmp_path, half, whole):
+    assert [path.name for path in saved_states(half)] == ['state-000000002', 'state-000000003']
+    folder = stopped(data_dir, tmp_path, 4, '--keep_states=3')
+    assert [path.name[-1] for path in saved_states(folder)] == ['2', '3', '4']
+    train.main(arguments(data_dir, tmp_path))
+    assert not saved_states(folder) and same(folder, whole)
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('name', ['__0_0.distcp', '.metadata', 'checksums.json'])
+def test_a_damaged_state_is_named_and_the_one_before_it_offered(data_dir, tmp_path, half, whole, name, damage):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    folder = tmp_path / 'run' / '16x2'
+    damage(folder / 'state-000000003' / name)
+    if name == 'checksums.json' and damage is flip_a_bit:
+        (folder / 'state-000000003' / name).write_text('{"owner": 3')   # a bit of a text that nobody reads might not matter
+    with pytest.raises(UserError) as error:
+        train.main(arguments(data_dir, tmp_path / 'run'))
+    path = re.search(r'Remove (\S+), and the same command goes on from state-000000002, which is whole', str(error.value))[1]
+    assert f'state-000000003/{name}' in str(error.value)
+    shutil.rmtree(path)
+    train.main(arguments(data_dir, tmp_path / 'run'))
+    assert same(folder, whole)
+
+
+def test_a_state_of_another_run_is_refused_and_the_beginning_offered(data_dir, tmp_path, half):
+    folder = stopped(data_dir, tmp_path, 1, '--seed=3')
+    shutil.rmtree(folder / 'state-000000001')
+    shutil.copytree(half / 'state-000000003', folder / 'state-000000003')
+    with pytest.raises(UserError, match='state-000000003 belongs to another run. Remove .* goes on from the beginning of the stage'):
+        train.main(arguments(data_dir, tmp_path, '--seed=3'))
+
+
+def test_a_state_runs_nothing_that_its_files_say(tmp_path, half):
+    class Evil:
+        def __reduce__(self):
+            return print, ('pickles run what their maker wrote into them',)
+    with open(tmp_path / 'evil', 'wb') as file:
+        pickle.dump(Evil(), file)
+    with pytest.raises(pickle.UnpicklingError, match='builtins.print has no place in a state'):
+        _IndexUnpickler(open(tmp_path / 'evil', 'rb')).load()
+    shutil.copytree(half, tmp_path / '16x2')   # sealed by somebody, and yet with a pickle of his own
+    state = tmp_path / '16x2' / 'state-000000003'
+    shutil.copy(tmp_path / 'evil', state / '.metadata')
+    sealed = json.loads((state / 'checksums.json').read_text())
+    seal(state, measure([state / name for name in sealed['files']]), sealed['owner'], progress=sealed['progress'])
+    model = GPT(load_config(half))
+    with pytest.raises(UserError, match='cannot be read .*no place in a state'):
+        load_state(tmp_path / '16x2', model, make_optimizer(model, train.Run()), {})
+
+
+def load_config(folder):
+    from model import GPTConfig
+    stage = json.loads((folder / 'stage.json').read_text())
+    fields = {key[6:]: value for key, value in stage.items() if key.startswith('model.')}
+    return GPTConfig(**fields | dict(rope_scaling=tuple(fields['rope_scaling'])))
+
+
+FULL_DISK = '''
+import resource, sys, train
+from configurator import run_as_program
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)   # as a full disk does, a write fails in the middle
+run_as_program(train.main)
+'''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limits on file sizes')
+@pytest.mark.parametrize('limit, word', [(20_000, 'state-000000004 could not be saved'), (50_000, 'the trained model could not be saved')])
+def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(data_dir, tmp_path, half, whole, limit, word):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    folder = tmp_path / 'run' / '16x2'
+    process = run_command('-c', FULL_DISK, limit, *arguments(data_dir, tmp_path / 'run', *['--save_minutes=1e-9'] * (limit < 50_000)))
+    assert process.returncode == 2 and word in process.stderr and 'the same command goes on' in process.stderr and 'Traceback' not in process.stderr
+    assert [path.name for path in saved_states(folder)] == ['state-000000002', 'state-000000003']
+    assert not find_damage(folder / 'state-000000003', None) and not list(folder.glob('*.tmp/*')) and not (folder / 'result.json').exists()
+    train.main(arguments(data_dir, tmp_path / 'run'))
+    assert same(folder, whole)
+
+
+# --------------------------------------------------------------------------------------------------------------------- finished stages
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'result.json', 'checksums.json'])
+@pytest.mark.parametrize('damage', DAMAGES[:3])
+def test_a_damaged_model_of_a_finished_stage_is_named(data_dir, tmp_path, whole, name, damage):
+    shutil.copytree(whole.parent, tmp_path / 'run')
+    damage(tmp_path / 'run' / '16x2' / name)
+    if name == 'checksums.json' and damage is flip_a_bit:
+        (tmp_path / 'run' / '16x2' / name).write_text('[]')
+    with pytest.raises(UserError, match=f'{name} is damaged'):
+        train.main(arguments(data_dir, tmp_path / 'run'))
+
+
+def test_a_model_of_another_run_is_refused(data_dir, tmp_path, whole):
+    train.main(arguments(data_dir, tmp_path, '--seed=3'))
+    for name in ('model.safetensors', 'result.json', 'checksums.json'):
+        shutil.copy(whole / name, tmp_path / '16x2' / name)
+    with pytest.raises(UserError, match='belongs to another run'):
+        train.main(arguments(data_dir, tmp_path, '--seed=3'))
+
+
+# --------------------------------------------------------------------------------------------------------------------- changed knobs
+
+def test_changed_knobs_are_shown_refused_and_on_request_accepted(data_dir, tmp_path, half, capsys):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    changed = ['--learning_rate=0.02', '--weight_decay=0']
+    with pytest.raises(UserError, match='weight_decay was 0.1, now 0.0.*--accept_changes=True goes on') as error:
+        train.main(arguments(data_dir, tmp_path / 'run', *changed))
+    assert 'learning_rate was 0.01, now 0.02' in str(error.value)
+    train.main(arguments(data_dir, tmp_path / 'run', *changed, '--accept_changes=True'))
+    assert 'learning_rate was 0.01, now 0.02' in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / 'run' / '16x2' / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == list(range(1, 11)) and lines[3]['lr'] > 1.5 * lines[2]['lr']
+    train.main(arguments(data_dir, tmp_path / 'run', *changed))   # from now on that is what the stage is
+    assert json.loads((tmp_path / 'run' / '16x2' / 'stage.json').read_text())['learning_rate'] == 0.02
+
+
+@pytest.mark.parametrize('changed', ['--batch_size=8', '--block_size=8', '--optimizer_dtype=bfloat16', '--size=16x3'])
+def test_changes_that_make_nonsense_of_the_steps_done_are_never_accepted(data_dir, tmp_path, half, changed):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    if changed == '--size=16x3':
+        (tmp_path / 'run' / '16x2').rename(tmp_path / 'run' / '16x3')
+    with pytest.raises(UserError, match=r'other settings .*delete that folder$'):
+        train.main(arguments(data_dir, tmp_path / 'run', changed, '--accept_changes=True'))
+
+
+def test_a_longer_run_goes_on_from_the_end_of_the_stable_phase(data_dir, tmp_path):
+    wsd = ['--schedule=wsd', '--decay_fraction=0.2', '--warmup=2']
+    train.main(arguments(data_dir, tmp_path / 'run', *wsd))
+    folder = tmp_path / 'run' / '16x2'
+    assert [path.name for path in saved_states(folder)] == ['stable-000000008']
+    with pytest.raises(UserError, match='tokens was 640.0, now 1280.0'):
+        train.main(arguments(data_dir, tmp_path / 'run', *wsd, '--tokens=1280'))
+    train.main(arguments(data_dir, tmp_path / 'run', *wsd, '--tokens=1280', '--accept_changes=True'))
+    train.main(arguments(data_dir, tmp_path / 'once', *wsd, '--tokens=1280'))
+    assert Result.of(folder).tokens == 1280 and same(folder, tmp_path / 'once' / '16x2')
+    assert [path.name for path in saved_states(folder)] == ['stable-000000008', 'stable-000000016']
+
+
+# --------------------------------------------------------------------------------------------------------------------- the text
+
+def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
+    from conftest import write_corpus
+    write_corpus(tmp_path / 'data' / 'mine', range(60), range(40), vocab_size=61)
+    meta = json.loads((tmp_path / 'data' / 'mine' / 'meta.json').read_text())
+
+    def prepare(first):
+        (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([first, 0] * 60))
+        for split in ('train', 'val'):
+            meta['splits'][split]['sha256'] = measure([tmp_path / 'data' / 'mine' / f'{split}.bin'])[f'{split}.bin'][1]
+        (tmp_path / 'data' / 'mine' / 'meta.json').write_text(json.dumps(meta))
+    prepare(1)
+    stopped(tmp_path / 'data', tmp_path / 'run', 1, '--data=mine')
+    prepare(2)
+    with pytest.raises(UserError, match='text of mine was'):
+        train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--data=mine'))
+    (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([3, 0] * 60))   # of the right length
+    with pytest.raises(UserError, match='train.bin is damaged: its checksum'):
+        train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--data=mine'))
