@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, read_json
 from data.instruct import prompt, write_supervised
 from data.prepare import Preparation, load_tokenizer, tokenizer_of_model
 from let import is_ours, transformers_model
@@ -65,8 +65,13 @@ def write_answers(generate, examples, path, style='paper', batch_size=16):
 
 
 def read_examples(path):
-    """The examples of a .jsonl file, a list of dicts."""
-    return [json.loads(line) for line in Path(path).read_text(encoding='utf-8').split('\n') if line]
+    """The examples of a .jsonl file, a list of dicts. Raises UserError for a damaged one."""
+    try:
+        examples = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').split('\n') if line]
+        assert all(isinstance(example[key], str) for example in examples for key in ('instruction', 'input', 'output'))
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
+    return examples
 
 
 def pseudo_answers(ancestor, name, run, out, limit=0):
@@ -76,7 +81,7 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
     """
     what = f'{limit or "all"} answers of {ancestor} to {name}'
     if (Path(out) / 'meta.json').is_file():
-        found = json.loads((Path(out) / 'meta.json').read_text(encoding='utf-8')).get('corpus')
+        found = read_json(Path(out) / 'meta.json').get('corpus')
         if found != what:
             raise UserError(f'{out} holds {found}, not {what}: remove it and {out}.answers, or choose another --out_dir')
         return out
@@ -85,7 +90,7 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
             time.sleep(1)
         return out
     source = Path(run.data_dir) / name
-    meta = json.loads((source / 'meta.json').read_text(encoding='utf-8'))
+    meta = read_json(source / 'meta.json', options=dict, tokenizer=str)
     style, generate = meta['options']['prompt'], text_generator(ancestor, choose_device(run.device), min(256, run.block_size // 2))
     examples = []
     for split in ('train', 'val'):

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checksums import find_damage, measure, read_seal, seal
-from configurator import UserError, differences, move_into_place, write_atomically
+from configurator import UserError, differences, move_into_place, read_json, write_atomically
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled, unavailable or uninitialized')   # one process
 
@@ -217,10 +217,10 @@ def set_moments(model, optimizer, moments, dtype=None):
 def keep_metrics(path, step):
     """Drop from metrics.jsonl what was logged after `step`: it is trained, and logged, again."""
     if Path(path).is_file():
-        lines = Path(path).read_text(encoding='utf-8').splitlines(keepends=True)
+        lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
         kept = []
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):   # a killed process may leave half a line
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):   # a killed process may leave half a line
                 if json.loads(line)['step'] <= step and line.endswith('\n'):
                     kept.append(line)
         write_atomically(path, ''.join(kept))
@@ -239,9 +239,9 @@ def read_stage(folder):
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError):
-        raise UserError(f'{path} is damaged; delete {folder} to train this stage anew') from None
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f'{error}; delete {folder} to train this stage anew') from None
 
 
 def owner_of(folder):
@@ -291,8 +291,8 @@ def record_session(out_dir, run, method, origins, argv, device, processes):
                    processes=processes, threads=torch.get_num_threads(),
                    differences=differences(run) | differences(method), set_by=origins)
     try:
-        sessions = json.loads(path.read_text(encoding='utf-8'))['sessions']
-    except (OSError, ValueError, KeyError, TypeError):
+        sessions = read_json(path, sessions=list)['sessions']
+    except (OSError, UserError):
         sessions = []
     path.parent.mkdir(parents=True, exist_ok=True)
     content = dict(knobs=asdict(run) | asdict(method), sessions=[*sessions, session])

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from configurator import write_atomically
+from configurator import UserError, read_json, write_atomically
 
 
 def checksum(path):
@@ -37,15 +37,14 @@ def seal(folder, files, owner, texts=None, **more):
 
 
 def read_seal(folder):
-    """The content of checksums.json; ValueError says why it cannot be read."""
+    """The content of checksums.json. Raises UserError that says why it cannot be read."""
     path = Path(folder) / 'checksums.json'
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-        dict(found['files']), str(found['owner'])
-    except FileNotFoundError:
-        raise ValueError(f'{path} is missing') from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({type(error).__name__})') from None
+        found = read_json(path, owner=str, files=dict)
+    except OSError:
+        raise UserError(f'{path} is missing') from None
+    if not all(isinstance(entry, list) and [*map(type, entry)] == [int, str] for entry in found['files'].values()):
+        raise UserError(f'{path} is damaged')
     return found
 
 
@@ -56,7 +55,7 @@ def find_damage(folder, owner, rank=0, world_size=1):
     """
     try:
         found = read_seal(folder)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     if owner is not None and found['owner'] != owner:
         return f'{folder} belongs to another run'

@@ -21,18 +21,19 @@ from pathlib import Path
 import torch
 
 from bridge import answer_scores, pseudo_answers
-from configurator import Result, Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
+from configurator import (Result, Stage, UserError, check_ranges, configure, read_json, run_as_program, unknown,
+                          write_atomically)
 from data.instruct import Examples, supervised_source
 from data.loader import open_corpus, text_source
 from data.prepare import tokenizer_of_model
 from evaluate import count, read_metrics, table
 from expand import grow
-from hugging_face import config_from_hugging_face, model_folder
+from hugging_face import model_folder
 from inheritune import inherit
 from let import distil
 from linit import SHAPE, check_shapes, default_alpha, linit, neighbours, subset   # noqa: F401   (col.linit, for others)
 from minillm import minillm
-from model import GPTConfig, load
+from model import GPTConfig, load, shape_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # baselines: earlier learngenes
@@ -341,12 +342,11 @@ class Descendant:
 def shapes_in(folder):
     """{name: (folder, GPTConfig)} of a chain. Raises UserError for a folder without models."""
     listed = Path(folder) / 'chain.json'
-    names = json.loads(listed.read_text(encoding='utf-8')).values() if listed.is_file() else sorted(
+    names = map(str, read_json(listed).values()) if listed.is_file() else sorted(
         p.parent.name for p in Path(folder).glob('*/config.json'))
     found = {}
     for name in names:
-        config = json.loads((Path(folder) / name / 'config.json').read_text(encoding='utf-8'))
-        found[Path(name).name] = Path(folder) / name, GPTConfig(**config_from_hugging_face(config))
+        found[Path(name).name] = Path(folder) / name, shape_of(Path(folder) / name)
     if len(found) < 2:
         raise UserError(f'{folder} holds no chain: {len(found)} models')
     return found

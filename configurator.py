@@ -65,6 +65,23 @@ def write_atomically(path, text):
     move_into_place(temporary, path)
 
 
+def read_json(path, **kinds):
+    """
+    The object in a JSON file, a dict. kinds: {key: type of the value, or types} of what it must have. Raises UserError that names
+    the file, FileNotFoundError where there is none.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise TypeError('no object')
+        for key, kind in kinds.items():
+            if not isinstance(found[key], kind) or isinstance(found[key], bool):
+                raise TypeError(f'{key} is {found[key]!r}')
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__}: {str(error)[:80]})') from None
+    return found
+
+
 def nearest(name, known):
     """' (did you mean ...?)' for the known name most like `name`, or '' when none is."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -153,11 +170,13 @@ class Result:
         path = Path(folder) / 'result.json'
         if not path.is_file():
             raise UserError(f'{folder} holds no finished stage (there is no result.json)')
+        kinds = {f.name: (float, int) if f.type is float else f.type for f in fields(cls)}
         try:
-            # the folder may have been moved since it was written, so where it stands now is what counts
-            return cls(**{**json.loads(path.read_text(encoding='utf-8')), 'folder': str(folder)})
-        except (ValueError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f'{path} is damaged ({error}); delete it to train this stage again')
+            found = read_json(path, **kinds)
+        except UserError as error:
+            raise UserError(f'{error}; delete it to train this stage again') from None
+        # the folder may have been moved since it was written, so where it stands now is what counts
+        return cls(**{name: found[name] for name in kinds} | dict(folder=str(folder)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

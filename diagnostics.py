@@ -8,7 +8,6 @@ weight space say about how hard its second stage will be, and a toy model in whi
 The paper finds that gradient norms in the second stage grow with D1; parameter norms, the variance of the loss curve and the
 largest eigenvalue of the Hessian show no clear trend.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from configurator import UserError, check_ranges, configure
+from configurator import UserError, check_ranges, configure, read_json
 from data.loader import open_corpus, validation_batches
 from evaluate import pyplot, read_metrics, table
 from machine import choose_device
@@ -102,7 +101,7 @@ def training_curves(folder):
     folder = Path(folder)
     lines = [m for m in read_metrics(folder) if 'loss' in m]   # without the evaluation before the first step
     curves = {name: np.array([m.get(name, math.nan) for m in lines]) for name in ('step', 'loss', 'grad_norm', 'param_norm')}
-    stage = json.loads((folder / 'stage.json').read_text(encoding='utf-8'))
+    stage = read_json(folder / 'stage.json', start=str)
     if stage['start'].endswith('and its optimizer'):
         before = training_curves(folder.parent / stage['parent'])
         curves['step'] = curves['step'] + before['step'][-1]

@@ -106,8 +106,14 @@ def result_table(results):
 
 
 def read_metrics(folder):
-    """The lines of a stage's metrics.jsonl, dicts in the order of the steps."""
-    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    """The lines of a stage's metrics.jsonl, dicts in the order of the steps. Raises UserError for a damaged one."""
+    path = Path(folder) / 'metrics.jsonl'
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+        assert all(isinstance(line['step'], int) for line in lines)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
+    return lines
 
 
 def pyplot():

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from checkpoint import load_moments
 from configurator import Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from evaluate import mean_and_spread, table
-from hugging_face import config_from_hugging_face, config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
+from hugging_face import config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
 from let import let, pair_layers
-from model import GPT, GPTConfig, load
+from model import GPT, GPTConfig, load, shape_of
 from operators import DEPTH, WIDTH, Growth
 
 
@@ -100,12 +100,10 @@ def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, se
     if target.exists():
         raise UserError(f'{target} is there already: choose another folder, or remove it')
     with ExitStack() as stack:
+        small = shape_of(source)
         try:
-            small = GPTConfig(**config_from_hugging_face(json.loads((source / 'config.json').read_text(encoding='utf-8'))))
             files = [stack.enter_context(safe_open(path, 'pt')) for path in sorted(source.glob('model*.safetensors'))]
-        except FileNotFoundError:
-            raise UserError(f'{source} is not a model folder (it has no config.json)') from None
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f'{source} cannot be read: {error}') from error
         holder = {name: file for file in files for name in file.keys()}
         large = shape(small)

@@ -9,7 +9,6 @@ Training (Zhao et al., paper 002), in which the teacher may be ten times smaller
 The teacher's late layers guide the target's early layers in the early steps: from step S_stop on the teacher is gone. With
 distillation throughout it is RKD, for the first S_stop steps SALT (Rawat et al.).
 """
-import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from configurator import Stage, UserError, check_ranges, next_token, unknown
+from configurator import Stage, UserError, check_ranges, next_token, read_json, unknown
 from data.loader import open_corpus
 from data.prepare import tokenizer_of_model
 from data.translate import check_alignable, same_tokenizer, translate
@@ -115,7 +114,7 @@ def reverse_kl(student_logits, teacher_logits):
 def is_ours(name):
     """Whether load() knows the architecture of a folder or hub name; it also has the words for a folder without a model."""
     path = model_folder(name) / 'config.json'
-    config = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     return not config or 'nanofamily' in config or config.get('model_type') in FAMILIES
 
 

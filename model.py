@@ -7,9 +7,8 @@ equals, so transformers opens what we save.
 """
 import json
 import math
-import os
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configurator import UserError, move_into_place, unknown, write_atomically
+from configurator import UserError, move_into_place, read_json, unknown, write_atomically
 from head import head_loss
 from hugging_face import (config_from_hugging_face, config_to_hugging_face, model_folder, tensors_from_hugging_face,
                           tensors_to_hugging_face)
@@ -54,12 +53,19 @@ class GPTConfig:
     channels: int = 0                   # inputs are vectors of so many numbers (a time series) in place of tokens; 0: tokens
 
     def __post_init__(self):
+        for field in fields(self):   # it may come from a file
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
+        numbers = self.rope_scaling
+        if numbers and (len(numbers) != 4 or not all(isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers)):
+            raise UserError(f'rope_scaling is four positive numbers or none, not {str(numbers)[:80]}')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_mlp = self.n_mlp or 4 * self.n_embd
         for name in ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_mlp', 'vocab_size', 'block_size'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be at least 1, not {getattr(self, name)}')
+            if not 1 <= getattr(self, name) < 2 ** 31:
+                raise UserError(f'{name} must be at least 1 and below 2^31, not {getattr(self, name)}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.pos == 'rope' and self.rotary_dim % 2:
@@ -387,6 +393,18 @@ class GPT(nn.Module):
         write_atomically(folder / 'config.json', json.dumps(hf_config, indent=1) + '\n')
 
 
+def shape_of(folder):
+    """The GPTConfig of the model in a folder, by its config.json. Raises UserError for none, a damaged or a strange one."""
+    try:
+        return GPTConfig(**config_from_hugging_face(read_json(Path(folder) / 'config.json')))
+    except FileNotFoundError:
+        raise UserError(f'{folder} is not a model folder (it has no config.json)') from None
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f'{folder} is damaged: {type(error).__name__} {error} in its config.json') from None
+
+
 def load(name, device='cpu', contiguous=True):
     """
     The model in a Hugging Face folder, or of that name on the hub, in the dtype its tensors have; one file or several.
@@ -394,23 +412,22 @@ def load(name, device='cpu', contiguous=True):
     UserError when there is none, when a file is damaged, or when tensors and configuration do not match.
     """
     folder = model_folder(name)
-    if not (folder / 'config.json').is_file():
-        raise UserError(f'{folder} is not a model folder (it has no config.json)')
+    config = shape_of(folder)
     files = sorted(folder.glob('model*.safetensors'))
     if not files:
         pickled = [path.name for path in (*folder.glob('*.bin'), *folder.glob('*.pt'), *folder.glob('*.pth'))]
         reason = f': {pickled[0]} is a pickle, and unpickling runs what its maker wrote into it' if pickled else ''
         raise UserError(f'{folder} has no weights in safetensors' + reason)
     try:
-        config = GPTConfig(**config_from_hugging_face(json.loads((folder / 'config.json').read_text(encoding='utf-8'))))
         tensors = {name: tensor for file in files for name, tensor in load_file(file, device=str(device)).items()}
-    except UserError as error:
-        raise UserError(f'{folder}: {error}') from None
     except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
         raise UserError(f'{folder} is damaged: {type(error).__name__} {error}') from error
     with torch.device('meta'):
         model = GPT(config)
-    state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict(), contiguous=contiguous)
+    try:
+        state = tensors_from_hugging_face(model.config, tensors, template=model.state_dict(), contiguous=contiguous)
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from None
     model.load_state_dict(state, assign=True)
     model.build_rope(device)
     return model

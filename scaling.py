@@ -346,7 +346,8 @@ def read_fits(path):
         content = json.loads(Path(path).read_text(encoding='utf-8'))
         fits = {method: Fit(**fields) for method, fields in content.items()}
         assert all(f.law in LAWS and list(f.parameters) == LAWS[f.law].parameters for f in fits.values())
-    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        assert all(math.isfinite(number) for f in fits.values() for number in f.parameters.values())
+    except (ValueError, TypeError, AttributeError, AssertionError, KeyError, RecursionError) as error:
         raise UserError(f'{path} is not a fit.json of scaling.py fit ({type(error).__name__})') from None
     return fits
 

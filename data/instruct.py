@@ -103,7 +103,7 @@ def file_examples(options):
             row = json.loads(line)
             example = dict(instruction=row['instruction'], input=row.get('input', ''), output=row['output'])
             assert all(isinstance(text, str) for text in example.values()) and example['instruction'] and example['output']
-        except (ValueError, KeyError, AttributeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
             raise UserError(f'{options.corpus}, line {number}: not {{"instruction": ..., "input": ..., "output": ...}} '
                             'with texts') from None
         yield example, held_out(example['instruction'] + example['input'], options.val_fraction)
@@ -192,12 +192,15 @@ class Examples:
         corpus, folder = open_corpus(name, data_dir), Path(data_dir) / name
         if corpus.meta.get('kind') != 'supervised':
             raise UserError(f'{folder} is text, not instructions with answers')
-        self.tokens, self.end, self.folder = getattr(corpus, split), corpus.meta['end_of_text'], folder
+        self.tokens, self.end, self.folder = getattr(corpus, split), corpus.meta.get('end_of_text'), folder
+        if type(self.end) is not int or not 0 <= self.end < corpus.meta['vocab_size']:
+            raise UserError(f'{folder}/meta.json is damaged: delete {folder} and prepare it again')
         self.tokenizer = corpus.meta['tokenizer']
         try:
             self.spans = np.load(folder / f'{split}.spans.npy')
-            assert self.spans.shape[1:] == (3,) and self.spans[:, 1:].sum() == len(self.tokens)
-        except (OSError, ValueError, AssertionError) as error:
+            assert self.spans.shape[1:] == (3,) and self.spans[:, 1:].sum() == len(self.tokens) and self.spans.dtype == np.int64
+            assert self.spans.min() >= 0 and self.spans.sum(1).max() <= len(self.tokens)
+        except Exception as error:   # numpy's reader has many ways to stumble
             raise UserError(f'{folder}/{split}.spans.npy is damaged: delete {folder} and prepare it again') from error
 
     def __len__(self):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checksums import checksum
-from configurator import UserError, write_atomically
+from configurator import UserError, read_json, write_atomically
 
 
 @dataclass
@@ -39,9 +39,10 @@ def open_corpus(name, data_dir='data'):
     """The corpus in data_dir/name. Raises UserError when it is not prepared or a file's size is not what meta.json says."""
     folder = Path(data_dir) / name
     try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        sizes = {split: meta['splits'][split]['tokens'] for split in ('train', 'val')}
-        dtype = np.dtype(meta['dtype'])
+        meta = read_json(folder / 'meta.json', splits=dict, dtype=str, tokenizer=str, vocab_size=int)
+        sizes = {split: int(meta['splits'][split]['tokens']) for split in ('train', 'val')}
+        meta['checksums'] = dict(meta.get('checksums', {}))   # of what else is in the folder
+        dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
         for split, tokens in sizes.items():
             if not (folder / f'{split}.bin').is_file():
                 raise UserError(f'{folder} has lost its {split}.bin: delete {folder} and prepare it again')
@@ -51,7 +52,9 @@ def open_corpus(name, data_dir='data'):
                                 f'delete {folder} and prepare it again')
     except FileNotFoundError:
         raise UserError(f'{folder} is not prepared: run  python data/prepare.py {name}') from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError as error:
+        raise UserError(f'{error}: delete {folder} and prepare it again' if 'meta.json' in str(error) else str(error)) from None
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{folder}/meta.json is damaged ({error!r}): delete {folder} and prepare it again') from None
     return Corpus(name, meta, *(np.memmap(folder / f'{split}.bin', dtype, mode='r') for split in ('train', 'val')))
 
@@ -63,10 +66,10 @@ def verify_corpus(name, data_dir='data'):
     """
     folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
     wanted = {f'{split}.bin': counts['sha256'] for split, counts in meta['splits'].items() if 'sha256' in counts}
-    wanted |= meta.get('checksums', {})
+    wanted |= meta['checksums']
     now = {file: [path.stat().st_size, path.stat().st_mtime_ns] for file in wanted if (path := folder / file).is_file()}
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / 'verified.json').read_text(encoding='utf-8')) == now:
+    with contextlib.suppress(OSError, UserError):
+        if read_json(folder / 'verified.json') == now:
             return
     small = sum(size for size, _ in now.values()) < 1e9
     for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False, disable=small):

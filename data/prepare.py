@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == '__main__':   # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(ROOT))
 from checksums import checksum   # noqa: E402
-from configurator import UserError, check_ranges, configure, nearest, run_as_program, unknown, write_atomically   # noqa: E402
+from configurator import (UserError, check_ranges, configure, nearest, read_json, run_as_program, unknown,   # noqa: E402
+                          write_atomically)
 from hugging_face import WAY_OUT, model_folder, reach_hub, within   # noqa: E402
 
 HUB = {   # name: (repository, configuration, split, column with the text)
@@ -111,8 +112,8 @@ def tokenizer_of_model(name):
     """The tokenizer that a model's folder names or holds, for load_tokenizer. Raises UserError when there is none."""
     folder = model_folder(name)
     try:
-        named = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('nanofamily_tokenizer')
-    except (OSError, ValueError):
+        named = read_json(folder / 'config.json').get('nanofamily_tokenizer')
+    except (OSError, UserError):
         named = None
     if not named and not (folder / 'tokenizer.json').is_file():
         raise UserError(f'{name} does not say which tokenizer it was trained with: choose with --tokenizer=')
@@ -372,8 +373,8 @@ def prepare(options):
 def prepared_before(out, options):
     """The folder `out`, which is there already, if it is the corpus that the options ask for. Raises UserError if not."""
     try:
-        found = json.loads((out / 'meta.json').read_text(encoding='utf-8'))['options']
-    except (OSError, ValueError, KeyError):
+        found = read_json(out / 'meta.json', options=dict)['options']
+    except (OSError, UserError):
         raise UserError(f'{out} is there already and is no prepared corpus: remove it, or choose another --out') from None
     changed = [f'{k} was {found[k]!r}, now {v!r}' for k, v in vars(options).items()
                if k not in ('out', 'processes') and k in found and found[k] != v]
@@ -392,12 +393,14 @@ def ignore_interrupts():
 def read_progress(unfinished, options):
     """What an interrupted preparation with the same options and files had written, or None: then it starts anew."""
     try:
-        state = json.loads((unfinished / 'progress.json').read_text(encoding='utf-8'))
+        state = read_json(unfinished / 'progress.json', options=dict, counts=dict, files=list, stream=dict)
         same = dict(state['options'], processes=0) == dict(vars(options), processes=0)
-        if same and state['files'] == sorted(glob.glob(options.corpus, recursive=True)):
+        size = np.dtype(token_dtype(load_tokenizer(options.tokenizer)[2])).itemsize
+        there = all((unfinished / f'{s}.bin').stat().st_size >= state['counts'][s]['tokens'] * size for s in ('train', 'val'))
+        if same and there and state['files'] == sorted(glob.glob(options.corpus, recursive=True)):
             return state
-        print(f'{unfinished} was begun with other options or files: starting anew')
-    except (OSError, ValueError, KeyError):
+        print(f'{unfinished} was begun with other options or files, or is damaged: starting anew')
+    except (OSError, UserError, KeyError, TypeError):
         pass
     return None
 

@@ -1,0 +1,116 @@
+"""
+kill -9 at random moments, and the same command again: what comes out is bit for bit what an undisturbed run gives.
+
+    KILLS=200 python -m pytest tests/test_crash.py -s      # the long form; 8 kills of each kind by default
+"""
+import contextlib
+import json
+import os
+import random
+import time
+import traceback
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import saved_states
+from configurator import Result
+from data import prepare
+from model import load
+
+KILLS = int(os.environ.get('KILLS', 8))
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked from one that has imported torch')
+
+
+def call(log, function, *arguments):
+    """In a process of its own: call a function, say nothing, write what goes wrong to a file."""
+    torch.set_num_threads(1)
+    with open(log, 'a') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            file.flush()
+            os._exit(1)
+
+
+def prepare_in_small_pieces(options):
+    prepare.stream_batches.__defaults__, prepare.write_tokens.__defaults__ = (4,), (2,)
+    prepare.prepare(prepare.Preparation(**options))
+
+
+@pytest.fixture(scope='module')
+def processes():
+    """Makes processes that need not import torch again: they are forked from one that has."""
+    context = get_context('forkserver')
+    context.set_forkserver_preload(['train', 'datasets', 'test_crash'])
+    return context
+
+
+def disturb(processes, log, out, seconds, chance, function, *arguments):
+    """
+    Kill the function after a random part of `seconds`, again and again, until it has come through; returns the number of kills,
+    and how many of them left a file half written below `out`. It may never fail by itself.
+    """
+    kills = halves = 0
+    while True:
+        process = processes.Process(target=call, args=(log, function, *arguments))
+        process.start()
+        process.join(chance.uniform(0, seconds))
+        alive = process.is_alive()
+        if alive:
+            process.kill()
+        process.join()
+        if not alive:
+            assert process.exitcode == 0, Path(log).read_text()[-3000:]
+            return kills, halves
+        kills += 1
+        halves += any(out.parent.glob(f'{out.name}/**/*.tmp'))
+
+
+def timed(processes, log, function, *arguments):
+    """Seconds that the function takes when nobody disturbs it."""
+    start = time.time()
+    process = processes.Process(target=call, args=(log, function, *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, Path(log).read_text()[-3000:]
+    return time.time() - start
+
+
+def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
+    family = ['--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=1280,2560', '--optimizer=grown', '--block_size=16', '--batch_size=4',
+              '--eval_tokens=512', '--eval_interval=7', '--schedule=wsd', '--device=cpu', '--save_minutes=1e-9', f'--data_dir={data_dir}']
+    timed(processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "first"}'])   # imports, and compiles bytecode
+    whole = timed(processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "whole"}'])
+    chance, kills, runs, halves = random.Random(1), 0, 0, 0
+    while kills < KILLS:
+        runs += 1
+        out = tmp_path / f'run{runs}'
+        more, torn = disturb(processes, tmp_path / 'log', out, whole / 2, chance, train.main, [*family, f'--out_dir={out}'])
+        kills, halves = kills + more, halves + torn
+        for name in ('16x2', '32x2'):
+            ours, theirs = (load(folder / name).state_dict().values() for folder in (out, tmp_path / 'whole'))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert Result.of(out / name).val_loss == Result.of(tmp_path / 'whole' / name).val_loss
+            steps = [json.loads(line)['step'] for line in (out / name / 'metrics.jsonl').read_text().splitlines()]
+            assert steps == sorted(set(steps)) and not list((out / name).glob('state-*')) and len(saved_states(out / name)) == 1
+    print(f'\n{kills} kills in {runs} runs of {whole:.1f} s, {halves} of them while something was being written')
+
+
+def test_preparation_survives_kills_anywhere(processes, tmp_path):
+    from test_data import write_texts
+    options = dict(corpus=write_texts(tmp_path / 'texts', 'jsonl'), tokenizer='bytes', processes=1)
+    timed(processes, tmp_path / 'log', prepare_in_small_pieces, options | dict(out=str(tmp_path / 'first')))
+    whole = timed(processes, tmp_path / 'log', prepare_in_small_pieces, options | dict(out=str(tmp_path / 'whole')))
+    chance, kills, runs = random.Random(2), 0, 0
+    while kills < KILLS:
+        runs += 1
+        out = tmp_path / f'run{runs}'
+        kills += disturb(processes, tmp_path / 'log', out, whole, chance, prepare_in_small_pieces, options | dict(out=str(out)))[0]
+        for split in ('train', 'val'):
+            assert (out / f'{split}.bin').read_bytes() == (tmp_path / 'whole' / f'{split}.bin').read_bytes()
+    print(f'\n{kills} kills in {runs} preparations of {whole:.1f} s')
