@@ -11,10 +11,11 @@ How fast a training step is: variants take turns in one process, so that their r
     python bench.py --what=fits                                         # the fits of laws.py against a loop over scipy's
 
 A variant is `baseline`, an objective (let, rkd: what SALT is while it lasts), another implementation (transformers, nanogpt), with
-`+compile` behind it for torch.compile; `compile` alone is baseline+compile. Every step is train.py's own train_step: objective,
-backward, clipping, AdamW. FLOPs a token: 6 N for the N weights of layers and head, and for attention 12 L H D T in full, as MFU
-is mostly quoted, or half of it, which is what causal attention needs. The peak is what a large matrix product reaches here,
-measured in every round as the variants are, or what the device's data sheet says (peak_tflops).
+`+compile` behind it for torch.compile (`compile` alone is baseline+compile), `+selective` or `+full` for recomputed activations,
+`+compact` for moments in bfloat16. Every step is train.py's own train_step: objective, backward, clipping, AdamW. FLOPs a token:
+6 N for the N weights of layers and head, and for attention 12 L H D T in full, as MFU is mostly quoted, or half of it, which is
+what causal attention needs. The peak is what a large matrix product reaches here, measured in every round as the variants are,
+or what the device's data sheet says (peak_tflops).
 """
 import contextlib
 import importlib.util
@@ -45,13 +46,17 @@ from let import distil, let, pair_layers
 from machine import find_machine
 from model import GPT, GPTConfig
 from optimizer import make_optimizer
+from parallel import wrap
+
+
+HOW = ('compile', 'selective', 'full', 'compact')   # what may stand behind a variant: the knobs compile, recompute, optimizer_dtype
 
 
 @dataclass
 class Bench:
     """Time training steps of a shape, variants side by side."""
     what: str = 'steps'          # steps, loader, preparation or fits
-    variants: tuple[str, ...] = ('baseline',)   # baseline, let, rkd, transformers, nanogpt; +compile behind any of them
+    variants: tuple[str, ...] = ('baseline',)   # baseline, let, rkd, transformers, nanogpt; + how
     size: str = '256x6'          # a named size, or WIDTHxLAYERS
     head_dim: int = 64           # of a WIDTHxLAYERS size
     gpt2: bool = False           # the same width and depth as a GPT-2: LayerNorm, GELU, learned positions, tied head
@@ -163,10 +168,11 @@ def nanogpt_model(config, folder):
 
 def make_variant(name, options, machine, knobs):
     """(a function that trains one step on what a stream yields, bytes it holds between steps)."""
-    kind, _, how = name.replace('compile', '+compile').strip('+').partition('+')
-    kind, how = ('baseline', 'compile') if kind == 'compile' else (kind, how.strip('+'))
-    if kind not in ('baseline', 'let', 'rkd', 'transformers', 'nanogpt') or how not in ('', 'compile'):
-        raise unknown('variant', name, ('baseline', 'let', 'rkd', 'transformers', 'nanogpt', 'baseline+compile'))
+    kind, *how = name.split('+') if name.split('+')[0] not in HOW else ['baseline', *name.split('+')]
+    if kind not in ('baseline', 'let', 'rkd', 'transformers', 'nanogpt') or not set(how) <= set(HOW):
+        raise unknown('variant', name, ('baseline', 'let', 'rkd', 'transformers', 'nanogpt', *(f'baseline+{h}' for h in HOW)))
+    knobs = replace(knobs, recompute=next((h for h in how if h in ('selective', 'full')), 'none'),
+                    optimizer_dtype='bfloat16' if 'compact' in how else 'float32')
     torch.manual_seed(0)
     config = shape(options, options.size)
     make = dict(transformers=lambda: transformers_model(config), nanogpt=lambda: nanogpt_model(config, options.nanogpt))
@@ -177,9 +183,9 @@ def make_variant(name, options, machine, knobs):
         theirs, ours = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
         objective = let(teacher, ours, theirs) if kind == 'let' else distil(teacher, 0.5)
     optimizer = make_optimizer(model, knobs)
-    trained = torch.compile(model) if how else model
+    trained = wrap(model, 'ddp', knobs, machine._replace(compile='compile' in how, world_size=1))
     held = sum(p.numel() * p.element_size() for m in (model, teacher) if m is not None for p in m.parameters())
-    held += sum(8 * p.numel() for p in model.parameters())   # AdamW's moments
+    held += sum((4 if 'compact' in how else 8) * p.numel() for p in model.parameters())   # AdamW's moments
     return lambda stream: train.train_step(objective, Progress(0, 1000), knobs, machine, model, trained, optimizer, stream, 1), held
 
 

@@ -131,9 +131,12 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    allowed = re.compile(r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|MetadataIndex|StorageMeta|'
+                         r'TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|_MEM_FORMAT_ENCODING))|torch\.(Size|bool|'
+                         r'[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.\w*Path')   # tensors only: dcp unpickles all else
+
     def find_class(self, module, name):
-        if re.fullmatch(r'torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.(Size|[a-z]+\d+(_\w+)?|bool)'
-                        r'|torch\.serialization\._get_layout|pathlib\.\w*Path', f'{module}.{name}'):
+        if self.allowed.fullmatch(f'{module}.{name}'):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f'{module}.{name} has no place in a state')
 

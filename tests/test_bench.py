@@ -1,10 +1,15 @@
 """The benchmark: every variant trains, FLOPs and memory are what they should be, mistakes are one line."""
+import re
+
+import numpy as np
 import pytest
 import torch
 
 import bench
 from bench import Bench, flops_per_token, measure, peak_memory, shape
 from configurator import UserError
+from conftest import write_corpus
+from data.loader import open_corpus
 from model import GPT
 
 TINY = dict(size='64x2', vocab_size=64, block_size=32, batch_size=2, teacher_size='16x1', head_dim=16, rounds=2, steps=1, device='cpu')
@@ -47,7 +52,21 @@ def test_peak_memory_sees_what_is_there_at_once():
     assert peak_memory(step, None, torch.device('cpu')) == pytest.approx(2 * 2 ** 22, rel=0.01)
 
 
-@pytest.mark.parametrize('more, word', [(['--variants=fast'], "no variant 'fast'"), (['--variants=nanogpt'], '--nanogpt=FOLDER'), (['--data=random'], "no data 'random'"), (['--rounds=0'], 'rounds')])
+def test_the_loader_outruns_the_model(data_dir, capsys):
+    bench.main([f'--{k}={v}' for k, v in {**TINY, 'vocab_size': 257, 'size': '64x4'}.items()] + ['--what=loader', f'--data_dir={data_dir}'])
+    out = capsys.readouterr().out
+    assert all(f'| {order} ' in out for order in ('epoch', 'random')) and re.search(r'64x4 takes [\d,]+ tokens/s', out)
+
+
+def test_preparation_beside_the_bare_tokenizer(data_dir, tmp_path, capsys):
+    text = np.array(open_corpus('pydocs', data_dir).train)
+    text[::500] = 256   # documents
+    write_corpus(tmp_path / 'documents', text, text[:600])
+    bench.main(['--what=preparation', '--tokenizer=bytes', '--megabytes=1', f'--data_dir={tmp_path}', '--corpus=documents'])
+    assert '| data/prepare.py |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('more, word', [(['--variants=fast'], "no variant 'fast'"), (['--variants=nanogpt'], '--nanogpt=FOLDER'), (['--data=random'], "no data 'random'"), (['--rounds=0'], 'rounds'), (['--what=speed'], "no measurement 'speed'")])
 def test_mistakes(more, word):
     with pytest.raises(UserError, match=word):
         bench.main([f'--{k}={v}' for k, v in TINY.items()] + more)

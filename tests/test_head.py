@@ -54,3 +54,21 @@ def test_it_compiles_without_graph_breaks():
     ours, hidden.grad = hidden.grad, None
     head_loss(2 * hidden, weight, targets)[0].backward()
     torch.testing.assert_close(ours, hidden.grad)
+
+
+@pytest.mark.parametrize('taught', [False, True])
+def test_a_vocabulary_of_an_odd_size_is_padded_where_nobody_sees_it(monkeypatch, taught):
+    hidden, weight, targets, teacher = drawn(n=(4, 16), width=16, vocab=61, dtype=torch.float32)
+    padded = head.aligned(weight.detach(), torch.bfloat16)
+    assert padded.shape == (64, 16) and not padded[61:].any() and head.aligned(weight, torch.float32) is weight
+    results = []
+    for align in (head.aligned, lambda weight, dtype: weight.to(dtype)):
+        monkeypatch.setattr(head, 'aligned', align)
+        hidden.grad = weight.grad = None
+        with torch.autocast('cpu', torch.bfloat16):
+            values = head_loss(hidden, weight, targets, teacher if taught else None)
+        values[0].backward()
+        results.append([*(v.detach() for v in values), hidden.grad, weight.grad])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.shape == plain.shape
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-2)
