@@ -60,19 +60,26 @@ def aligned(weight, dtype):
     return padded
 
 
+def softmax_(logits):
+    """Turn logits (n, V) into probabilities where they are; returns their logsumexp (n, 1)."""
+    highest = logits.amax(-1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    logits.div_(total)
+    return total.log() + highest
+
+
 def forward_divergence(found, wanted):
-    """(slope at each logit, KL(wanted || found)) of log-probabilities (n, V); `found` is used up."""
-    p = wanted.exp()
-    value = (p * (wanted - found)).sum(-1, keepdim=True)
-    return found.exp_().sub_(p), value
+    """(slope at each logit, KL(wanted || found) (n, 1)) of logits (n, V), which are used up."""
+    gap, normaliser = wanted - found, softmax_(found) - softmax_(wanted)
+    return found.sub_(wanted), torch.linalg.vecdot(wanted, gap)[:, None] + normaliser
 
 
 def reverse_divergence(found, wanted):
-    """(slope at each logit, KL(found || wanted)) of log-probabilities (n, V); `found` is used up."""
-    apart = found - wanted
-    p = found.exp_()
-    value = (p * apart).sum(-1, keepdim=True)
-    return apart.sub_(value).mul_(p), value
+    """(slope at each logit, KL(found || wanted) (n, 1)) of logits (n, V), which are used up."""
+    gap = found - wanted
+    gap += softmax_(wanted) - softmax_(found)
+    value = torch.linalg.vecdot(found, gap)[:, None]
+    return gap.sub_(value).mul_(found), value
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -94,8 +101,8 @@ class _HeadLoss(torch.autograd.Function):
                 logits[:, len(weight):] = -torch.inf
             at_target = logits.gather(-1, target)
             if taught:
-                wanted = ((their_hidden[rows].to(dtype) @ their_head.T).to(exact) / temperature).log_softmax(-1)
-                found = (logits[:, :len(weight)] / temperature).log_softmax(-1)
+                wanted = (their_hidden[rows].to(dtype) @ their_head.T).to(exact).div_(temperature)
+                found = logits[:, :len(weight)] / temperature
                 apart, value = reverse_divergence(found, wanted) if reverse else forward_divergence(found, wanted)
                 divergence = divergence + temperature ** 2 * (value * share).sum()
             # from here on in place: what follows goes over the largest tensor of the step, and memory is what it waits for
