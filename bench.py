@@ -2,7 +2,7 @@
 How fast a training step is: variants take turns in one process, so that their ratios hold on a noisy machine.
 
     python bench.py                                                     # this machine's speed: tokens/s, MFU, memory
-    python bench.py --variants=baseline,let,rkd                         # what a teacher costs while it teaches (paper 002, Table 4)
+    python bench.py --variants=baseline,let,rkd                         # what a teacher costs while it teaches (paper 002)
     python bench.py --variants=baseline,compile,transformers            # against transformers' model of the same shape
     python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER      # against a copy of nanoGPT in FOLDER
     python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
@@ -49,7 +49,7 @@ from optimizer import make_optimizer
 from parallel import wrap
 
 
-HOW = ('compile', 'selective', 'full', 'compact')   # what may stand behind a variant: the knobs compile, recompute, optimizer_dtype
+HOW = ('compile', 'selective', 'full', 'compact')   # behind a variant: the knobs compile, recompute, optimizer_dtype
 
 
 @dataclass
@@ -186,7 +186,8 @@ def make_variant(name, options, machine, knobs):
     trained = wrap(model, 'ddp', knobs, machine._replace(compile='compile' in how, world_size=1))
     held = sum(p.numel() * p.element_size() for m in (model, teacher) if m is not None for p in m.parameters())
     held += sum((4 if 'compact' in how else 8) * p.numel() for p in model.parameters())   # AdamW's moments
-    return lambda stream: train.train_step(objective, Progress(0, 1000), knobs, machine, model, trained, optimizer, stream, 1), held
+    step = partial(train.train_step, objective, Progress(0, 1000), knobs, machine, model, trained, optimizer, accumulate=1)
+    return step, held
 
 
 def peak_memory(step, stream, device):
@@ -241,15 +242,15 @@ def measure(options):
 
 
 def time_loader(options):
-    """Print what the loader gives in tokens a second, read and copied to the device but not trained on, and what the model takes."""
+    """Print what the loader gives in tokens a second, and what the model takes."""
     measured, _, machine = measure(replace(options, variants=options.variants[:1], data='real'))
     taken = statistics.median(next(iter(measured.values()))[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = [['order', 'loader, tokens/s', 'over the model']]
     for order in ('epoch', 'random'):
-        knobs = train.Run(block_size=options.block_size, batch_size=options.batch_size, data=options.corpus, data_dir=options.data_dir,
-                          order=order)
+        knobs = train.Run(block_size=options.block_size, batch_size=options.batch_size, data=options.corpus,
+                          data_dir=options.data_dir, order=order)
         stream = batches(text_source(knobs).read, 0, options.batch_size, options.batch_size, machine.device)
         given, start = [], time.perf_counter()
         while len(given) < options.rounds * 100:
@@ -258,7 +259,8 @@ def time_loader(options):
         rate = sum(given) / (time.perf_counter() - start)
         rows.append([order, f'{rate:,.0f}', f'{rate / taken:,.0f} x'])
     torch.set_num_threads(threads)
-    print(table(rows) + f'\n\n{options.size} takes {taken:,.0f} tokens/s; {options.batch_size} x {options.block_size} tokens of {options.corpus}')
+    print(table(rows) + f'\n\n{options.size} takes {taken:,.0f} tokens/s; {options.batch_size} x {options.block_size} tokens of '
+          f'{options.corpus}')
 
 
 def time_preparation(options):
@@ -294,8 +296,8 @@ def time_preparation(options):
             raise UserError('data/prepare.py failed: see above')
     print(table([['', 'seconds', 'MB/s', 'ratio'], ['bare tokenizer', f'{bare:.1f}', f'{size / bare / 1e6:.1f}', '1'],
                  ['data/prepare.py', f'{whole:.1f}', f'{size / whole / 1e6:.1f}', f'{bare / whole:.2f}']]))
-    print(f'\n{size / 1e6:,.0f} MB of {options.corpus} as .jsonl, tokenizer {options.tokenizer}, {processes} threads or processes; '
-          f'memory of data/prepare.py, without its workers: {height}')
+    print(f'\n{size / 1e6:,.0f} MB of {options.corpus} as .jsonl, tokenizer {options.tokenizer}, {processes} threads or processes'
+          f'; memory of data/prepare.py, without its workers: {height}')
 
 
 def time_fits(options, problems=60):
@@ -334,7 +336,8 @@ def time_fits(options, problems=60):
             found = minimize(function, starts[s].numpy(), jac=gradient, method='BFGS')
             best = min(best, found.fun / values[fold].item())
         theirs = (time.perf_counter() - start) / len(chosen) * total
-        rows.append([f'scipy in a loop, {"our gradient" if gradient else "its differences"}', f'{theirs:.0f}', f'{theirs / ours:.0f}'])
+        how = 'our gradient' if gradient else 'its differences'
+        rows.append([f'scipy in a loop, {how}', f'{theirs:.0f}', f'{theirs / ours:.0f}'])
         rows.append(['  its lowest value over ours, of these problems', f'{best:.7f}', ''])
     print(table(rows) + f'\n\n{total:,} problems; scipy timed on {len(chosen)} of them; {torch.get_num_threads()} CPU threads')
 
@@ -361,7 +364,8 @@ def print_steps(options, measured, peaks, machine):
           f'embeddings; {options.batch_size} x {options.block_size} tokens a step, vocabulary {config.vocab_size}; '
           f'{full / 1e6:.1f} MFLOP a token (attention in full), {causal / 1e6:.1f} (causal)')
     print(f'{where}, {str(dtype).removeprefix("torch.")}, torch {torch.__version__}, allocator {allocator or "as it comes"}; '
-          f'peak: {statistics.median(peaks) / 1e9:,.0f} GFLOP/s {source}; medians of {options.rounds} rounds, ratios of each round')
+          f'peak: {statistics.median(peaks) / 1e9:,.0f} GFLOP/s {source}; medians of {options.rounds} rounds and of '
+          'their ratios')
 
 
 def main(argv):

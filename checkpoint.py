@@ -131,9 +131,9 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    allowed = re.compile(r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|MetadataIndex|StorageMeta|'
-                         r'TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|_MEM_FORMAT_ENCODING))|torch\.(Size|bool|'
-                         r'[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.\w*Path')   # tensors only: dcp unpickles all else
+    allowed = re.compile(r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|MetadataIndex|'
+                         r'StorageMeta|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|_MEM_FORMAT_ENCODING))|'
+                         r'torch\.(Size|bool|[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.\w*Path')   # tensors only: dcp unpickles all else
 
     def find_class(self, module, name):
         if self.allowed.fullmatch(f'{module}.{name}'):

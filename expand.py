@@ -94,7 +94,8 @@ def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, se
     """
     Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time: neither model is ever in
     memory (what transformers packs, q, k and v of GPT-2 and GPT-NeoX, is held whole, one tensor at a time). shape: GPTConfig
-    of the model -> GPTConfig of the larger one. The result is built beside `target` and moved there when it is whole. Raises UserError for what is missing, damaged or in the way.
+    of the model -> GPTConfig of the larger one. The result is built beside `target` and moved there when it is whole. Raises
+    UserError for what is missing, damaged or in the way.
     """
     source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
     if target.exists():

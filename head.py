@@ -90,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
         taught, step = their_hidden is not None, chunk_positions(len(weight), hidden.device)
         exact, alpha = torch.promote_types(dtype, torch.float32), alpha if taught else 1.0
         asked = (targets != -100).to(exact)
-        shares, data, divergence = asked / asked.sum().clamp(min=1), hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
+        shares, data, divergence = asked / asked.sum().clamp(min=1), asked.new_zeros(()), asked.new_zeros(())
         head, their_head = aligned(weight, dtype), their_weight[:len(weight)].to(dtype) if taught else None
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
         for start in range(0, len(hidden), step):

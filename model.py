@@ -302,8 +302,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, hidden_at=None, cache=None, loss=head_loss):
         """
         idx (B, T) int64, or with `channels` a float (B, T, channels) -> Output. With `targets` (B, T), -100 where nothing is
-        asked: the mean cross entropy in nats, and no logits. `hidden_at=k`: the residual stream after layer k too, k from 1 to n_layer. With a `cache` the T positions
-        come after those it holds, and it is filled with them. `loss`: head_loss, or what takes its place (same arguments).
+        asked: the mean cross entropy in nats, and no logits. `hidden_at=k`: the residual stream after layer k too, k from 1 to
+        n_layer. With a `cache` the T positions come after those it holds, and it is filled with them. `loss`: head_loss, or what
+        takes its place (same arguments).
         """
         x, hidden = self.residual_stream(idx, hidden_at=hidden_at, cache=cache)
         x = self.norm(x)

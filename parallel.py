@@ -78,7 +78,7 @@ def wrap(model, how, knobs, machine):
         return trained
     with warnings.catch_warnings():   # torch 2.13 has a new name for this, which older ones do not know
         warnings.simplefilter('ignore', FutureWarning)
-        return DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)   # RoPE's tables never change
+        return DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)   # RoPE's tables
 
 
 def keep_half():

@@ -74,8 +74,8 @@ def verify_corpus(name, data_dir='data'):
     small = sum(size for size, _ in now.values()) < 1e9
     for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False, disable=small):
         if file not in now or checksum(folder / file) != wanted[file]:
-            raise UserError(f'{folder / file} is damaged: its checksum is not the one in meta.json; delete {folder} and prepare it '
-                            'again')
+            raise UserError(f'{folder / file} is damaged: its checksum is not the one in meta.json; delete {folder} and prepare '
+                            'it again')
     with contextlib.suppress(OSError):   # a folder that cannot be written to is verified every time
         write_atomically(folder / 'verified.json', json.dumps(now) + '\n')
 

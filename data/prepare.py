@@ -281,7 +281,7 @@ def open_stream(options):
         reach_hub(options.corpus)
     import datasets   # takes a second, and the offline corpora do not need it
     try:
-        stream = datasets.load_dataset(**source, streaming=True).with_format('arrow')   # rows as Python objects take ten times as long
+        stream = datasets.load_dataset(**source, streaming=True).with_format('arrow')   # Python objects take ten times as long
     except OSError as error:
         raise UserError(f'{options.corpus} cannot be reached ({type(error).__name__}); {WAY_OUT}') from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
