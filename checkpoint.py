@@ -197,7 +197,8 @@ def load_moments(folder):
             moments = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
             for name in file.keys():
                 key, _, parameter = name.partition('.')
-                moments[key][parameter] = file.get_tensor(name)
+                tensor = file.get_tensor(name)
+                moments[key][parameter] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))   # to be grown in
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
     return moments

@@ -29,8 +29,8 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data.prepare
-from checkpoint import (claim, keep_metrics, load_state, owner_of, record_session, remove_states, save_moments, save_state,
-                        saved_states, set_moments)
+from checkpoint import (claim, gather, keep_metrics, load_state, owner_of, processes, record_session, remove_states,
+                        save_moments, save_state, saved_states, set_moments)
 from checksums import find_damage, measure, seal
 from col import ChainOfLearngene
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
@@ -222,7 +222,9 @@ def finished_before(stage, folder, changes, is_main):
     """
     if not (folder / 'result.json').is_file():
         return None
-    damage = find_damage(folder, owner_of(folder)) if (folder / 'checksums.json').is_file() else ''
+    damage = ''
+    if (folder / 'checksums.json').is_file():
+        damage = next(filter(None, gather(find_damage(folder, owner_of(folder), *processes()))), '')
     if damage:
         raise UserError(f'{damage}. Remove {folder / "result.json"} to train the stage again, from its last state if it has one')
     result = Result.of(folder)
@@ -236,6 +238,18 @@ def finished_before(stage, folder, changes, is_main):
         print(f'{stage.name}: finished before' + f', with other settings ({"; ".join(changes)})' * bool(changes))
         remove_states(folder)
     return result
+
+
+def announce(stage, knobs, changes, how, machine, progress, steps):
+    """Print what is about to be trained, and how."""
+    details = [stage.start, f'N = {stage.config.num_params():,}', f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens']
+    if progress['step']:
+        details.append(f'from step {progress["step"]:,} on')
+    if machine.world_size > 1:
+        details.append(f'{how} on {machine.world_size} processes')
+    if machine.device.type == 'cuda':
+        details.append(f'attention by {attention_kernel(stage.config, machine)}')
+    print('\n'.join([*(f'{stage.name}: {change}' for change in changes), f'{stage.name}: {", ".join(details)}']), flush=True)
 
 
 def train_stage(stage, run, machine, record):
@@ -256,17 +270,14 @@ def train_stage(stage, run, machine, record):
     how = choose_parallel(knobs, stage.config, machine)
     model, optimizer, progress = begin(stage, knobs, folder, how, machine)
     steps, micro_batch_size = count_steps(knobs, stage), choose_micro_batch(knobs, stage.config, machine)
+    if progress['step'] > steps:
+        raise UserError(f'{stage.name} is at step {progress["step"]:,} already, beyond the {steps:,} that it is asked for')
     if is_main:
         keep_metrics(folder / 'metrics.jsonl', progress['step'])
-        print('\n'.join(f'{stage.name}: {change}' for change in changes) + f'{stage.name}: {stage.start}, '
-              f'N = {stage.config.num_params():,}, {steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens'
-              + f', from step {progress["step"]:,} on' * (progress['step'] > 0)
-              + f' ({how} on {machine.world_size} processes)' * (machine.world_size > 1)
-              + f' (attention: {attention_kernel(stage.config, machine)})' * (machine.device.type == 'cuda'), flush=True)
+        announce(stage, knobs, changes, how, machine, progress, steps)
+        record()
     trained = wrap(model, how, knobs, machine)
     share_work(machine.device, stage.config, micro_batch_size * knobs.block_size)
-    if is_main:
-        record()
     share = machine.device, machine.rank, machine.world_size
     source = (stage.source or text_source)(knobs)
     before = stage.data_after or stage.parent

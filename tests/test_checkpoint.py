@@ -184,6 +184,12 @@ def test_changed_knobs_are_shown_refused_and_on_request_accepted(data_dir, tmp_p
     assert json.loads((tmp_path / 'run' / '16x2' / 'stage.json').read_text())['learning_rate'] == 0.02
 
 
+def test_fewer_steps_than_are_done_already_are_refused(data_dir, tmp_path, half):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    with pytest.raises(UserError, match='16x2 is at step 3 already, beyond the 2 that it is asked for'):
+        train.main(arguments(data_dir, tmp_path / 'run', '--tokens=128', '--accept_changes=True'))
+
+
 @pytest.mark.parametrize('changed', ['--batch_size=8', '--block_size=8', '--optimizer_dtype=bfloat16', '--size=16x3'])
 def test_changes_that_make_nonsense_of_the_steps_done_are_never_accepted(data_dir, tmp_path, half, changed):
     shutil.copytree(half.parent, tmp_path / 'run')

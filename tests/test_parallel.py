@@ -14,7 +14,7 @@ import train
 from bench import peak_memory
 from configurator import Progress, Result, UserError, next_token
 from conftest import run_command, run_processes
-from machine import attention_kernel, find_machine
+from machine import attention_kernel, attention_kernels, find_machine
 from model import GPT, GPTConfig, load
 from optimizer import make_optimizer
 from parallel import Meter, choose_micro_batch, choose_parallel, keep_half, wrap
@@ -52,7 +52,7 @@ def whole(data_dir, tmp_path_factory):
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
 def test_two_processes_train_what_one_does(whole, data_dir, tmp_path, how):
     outputs = run_processes(2, 'train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', f'--parallel={how}', '--micro_batch_size=1', *TINY)
-    assert f'({how} on 2 processes)' in outputs[0]
+    assert f', {how} on 2 processes' in outputs[0]
     same_curves(whole, tmp_path)
 
 
@@ -157,6 +157,16 @@ def test_a_step_is_one_graph_compiled_once(recompute):
     for _ in range(3):
         step()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('capability, first', [((9, 0), 'CUDNN_ATTENTION'), ((8, 0), None), ((10, 0), None)])
+def test_hopper_tries_cudnn_before_flash_attention(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    with attention_kernels(torch.device('cuda')):
+        order = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    assert order[0].name == first if first else order == before
+    assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
 
 
 def test_the_attention_kernel_is_known_by_its_name():
