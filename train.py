@@ -354,9 +354,10 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
     wrapped. When asked to stop it saves the state, says how to go on and ends the program.
     """
     step_tokens, meter, saved, stable = knobs.batch_size * knobs.block_size, Meter(), time.time(), stable_steps(steps, knobs)
-    gc.unfreeze()   # the stage before
-    gc.collect()
-    gc.freeze()   # what is there now stays until the end of the stage: looking for garbage in it would make a step wait
+    if machine.device.type == 'cuda':   # what is there now stays to the end: looking for garbage in it would make a step wait
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
     started, next_check = saved - progress['seconds'], 0
     bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
                unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
