@@ -242,7 +242,8 @@ def finished_before(stage, folder, changes, is_main):
 
 def announce(stage, knobs, changes, how, machine, progress, steps):
     """Print what is about to be trained, and how."""
-    details = [stage.start, f'N = {stage.config.num_params():,}', f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens']
+    details = [stage.start, f'N = {stage.config.num_params():,}',
+               f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens']
     if progress['step']:
         details.append(f'from step {progress["step"]:,} on')
     if machine.world_size > 1:

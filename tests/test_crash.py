@@ -1,7 +1,7 @@
 """
 kill -9 at random moments, and the same command again: what comes out is bit for bit what an undisturbed run gives.
 
-    KILLS=200 python -m pytest tests/test_crash.py -s      # the long form; 8 kills of each kind by default
+    KILLS=200 python -m pytest tests/test_crash.py -s      # the long form; 4 kills of each kind by default
 """
 import contextlib
 import json
@@ -21,7 +21,7 @@ from configurator import Result
 from data import prepare
 from model import load
 
-KILLS = int(os.environ.get('KILLS', 8))
+KILLS = int(os.environ.get('KILLS', 4))
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked from one that has imported torch')
 
 
