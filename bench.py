@@ -172,7 +172,7 @@ def make_variant(name, options, machine, knobs):
     if kind not in ('baseline', 'let', 'rkd', 'transformers', 'nanogpt') or not set(how) <= set(HOW):
         raise unknown('variant', name, ('baseline', 'let', 'rkd', 'transformers', 'nanogpt', *(f'baseline+{h}' for h in HOW)))
     knobs = replace(knobs, recompute=next((h for h in how if h in ('selective', 'full')), 'none'),
-                    optimizer_dtype='bfloat16' if 'compact' in how else 'float32')
+                    optimizer_dtype='bfloat16' if 'compact' in how else 'float32', compile=str('compile' in how))
     torch.manual_seed(0)
     config = shape(options, options.size)
     make = dict(transformers=lambda: transformers_model(config), nanogpt=lambda: nanogpt_model(config, options.nanogpt))

@@ -89,24 +89,34 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
     target = Path(folder) / f'{"stable" if stable else "state"}-{progress["step"]:09d}'
     unfinished = Path(f'{target}.tmp')
     if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for path in Path(folder).glob('sta*-*.tmp'):   # what a crash left
+            shutil.rmtree(path, ignore_errors=True)
     gather(None)   # nobody writes before that is done
+    files, failed = {}, ''
     try:
         dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
-        files = {}
-        for measured in gather(measure(sorted(unfinished.iterdir())[rank::world_size])):
-            files |= measured
-        if rank == 0:
-            seal(unfinished, files, owner_of(folder), progress=progress)
-            shutil.rmtree(target, ignore_errors=True)   # saved twice at one step
+        files = measure(sorted(unfinished.iterdir())[rank::world_size])
+    except (Exception, CheckpointException) as error:
+        failed = _cause(error)
+    parts = gather((files, failed))
+    failed = next(filter(None, (failure for _, failure in parts)), '')
+    if rank == 0 and not failed:
+        try:
+            seal(unfinished, {name: entry for part, _ in parts for name, entry in part.items()}, owner_of(folder), progress=progress)
+            if target.exists():   # saved twice at one step
+                os.replace(target, f'{target}.old.tmp')
             os.replace(unfinished, target)
-    except (Exception, CheckpointException) as error:   # on every process alike
+        except OSError as error:
+            failed = _cause(error)
+    failed = gather(failed)[0] or failed
+    if failed:   # on every process
         shutil.rmtree(unfinished, ignore_errors=True)
         free, before = shutil.disk_usage(folder).free, saved_states(folder)
-        raise UserError(f'{target} could not be saved ({_cause(error)}; {free / 1e9:.1f} GB are free on that disk). '
+        raise UserError(f'{target} could not be saved ({failed}; {free / 1e9:.1f} GB are free on that disk). '
                         + (f'{before[-1]} is whole: when there is room, ' if before else 'When there is room, ')
-                        + 'the same command goes on') from error
+                        + 'the same command goes on')
     if rank == 0:
+        shutil.rmtree(f'{target}.old.tmp', ignore_errors=True)
         for path in [p for p in saved_states(folder) if p.name.startswith('state')][:-keep]:
             shutil.rmtree(path, ignore_errors=True)
     gather(None)
@@ -133,7 +143,7 @@ class _Reader(dcp.FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     allowed = re.compile(r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|MetadataIndex|'
                          r'StorageMeta|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|_MEM_FORMAT_ENCODING))|'
-                         r'torch\.(Size|bool|[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.\w*Path')   # tensors only: dcp unpickles all else
+                         r'torch\.(Size|bool|[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.(_local\.)?\w*Path')   # tensors only: dcp unpickles all else
 
     def find_class(self, module, name):
         if self.allowed.fullmatch(f'{module}.{name}'):
@@ -151,17 +161,18 @@ def load_state(folder, model, optimizer, progress):
         return
     newest, owner = states[-1], owner_of(folder)
     damage = next(filter(None, gather(find_damage(newest, owner, rank, world_size))), '')
-    if not damage:
-        try:
-            state, settings = training_state(model, optimizer)
-            dcp.load(state, storage_reader=_Reader(newest))
-            found = read_seal(newest)['progress']
-        except (Exception, CheckpointException) as error:   # sealed, and yet not what this version of the code saves
-            damage = f'{newest} cannot be read ({_cause(error)})'
     if damage:
         good = next((path for path in states[-2::-1] if not find_damage(path, owner)), None) if len(states) > 1 else None
         raise UserError(f'{damage}. Remove {newest}, and the same command goes on from '
                         + (f'{good.name}, which is whole' if good else 'the beginning of the stage'))
+    try:
+        state, settings = training_state(model, optimizer)
+        if 'random.cuda' not in _Reader(newest).read_metadata().state_dict_metadata:   # saved where there was no GPU
+            state['random'].pop('cuda', None)
+        dcp.load(state, storage_reader=_Reader(newest))
+        found = read_seal(newest)['progress']
+    except (Exception, CheckpointException) as error:   # whole, and yet not what this version of the code saves
+        raise UserError(f'{newest} cannot be read ({_cause(error)}): was it saved by other versions of torch or of this code?') from error
     set_state_dict(model, optimizer, model_state_dict=state['model'],
                    optim_state_dict=dict(state=state['optimizer'], param_groups=settings))
     torch.set_rng_state(state['random']['cpu'].cpu())
@@ -211,7 +222,7 @@ def set_moments(model, optimizer, moments, dtype=None):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = dict(
-            step=torch.tensor(float(moments['step']), device=parameter.device),
+            step=torch.tensor(float(moments['step']), device=parameter.device if optimizer.defaults.get('fused') else 'cpu'),
             **{key: like(moments[key][name], parameter) for key in ('exp_avg', 'exp_avg_sq')})
 
 
@@ -234,7 +245,7 @@ def keep_metrics(path, step):
 MACHINE_KNOBS = {'out_dir', 'data_dir', 'eval_interval', 'micro_batch_size', 'device', 'dtype', 'compile', 'log_interval',
                  'save_minutes', 'max_minutes', 'dry_run', 'gpu_tflops', 'keep_states', 'accept_changes', 'parallel', 'recompute'}
 # what the steps already done mean depends on these: they cannot change even where changes are accepted
-FIXED = re.compile(r'start|parent|params|toy|block_size|batch_size|batch_tokens|optimizer_dtype|model\..*')
+FIXED = re.compile(r'start|parent.*|params|toy|block_size|batch_size|batch_tokens|optimizer_dtype|model\..*')
 
 
 def read_stage(folder):
@@ -259,7 +270,9 @@ def claim(folder, stage, knobs, data=None, write=True):
     another stage; with accept_changes, only for differences that would make nonsense of the steps already done. Returns the
     differences accepted.
     """
-    identity = dict(start=stage.start, parent=stage.parent.name if stage.parent else None, tokens=stage.tokens,
+    parent = stage.parent
+    identity = dict(start=stage.start, parent=parent.name if parent else None, tokens=stage.tokens,
+                    **{'parent.position': parent.position, 'parent.val_loss': parent.val_loss} if parent else {},
                     params=stage.params, **{k: v for k, v in asdict(knobs).items() if k not in MACHINE_KNOBS},
                     **{f'model.{k}': v for k, v in asdict(stage.config).items()},
                     **{f'text of {name}': digest for name, digest in (data or {}).items()})

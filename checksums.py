@@ -33,7 +33,12 @@ def seal(folder, files, owner, texts=None, **more):
     texts = {name: text.encode('utf-8') for name, text in (texts or {}).items()}
     files = files | {name: [len(text), hashlib.sha256(text).hexdigest()] for name, text in texts.items()}
     content = dict(owner=owner, files=files, **more)
+    content['checksum'] = _digest(content)
     write_atomically(Path(folder) / 'checksums.json', json.dumps(content, indent=1) + '\n')
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps({k: v for k, v in content.items() if k != 'checksum'}, sort_keys=True).encode()).hexdigest()
 
 
 def read_seal(folder):
@@ -43,7 +48,7 @@ def read_seal(folder):
         found = read_json(path, owner=str, files=dict)
     except OSError:
         raise UserError(f'{path} is missing') from None
-    if not all(isinstance(entry, list) and [*map(type, entry)] == [int, str] for entry in found['files'].values()):
+    if found.get('checksum') != _digest(found) or any([*map(type, entry)] != [int, str] for entry in found['files'].values()):
         raise UserError(f'{path} is damaged')
     return found
 

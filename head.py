@@ -53,7 +53,7 @@ def aligned(weight, dtype):
     The (V, C) head in `dtype`; where that takes a copy anyway, with rows of zeros up to a multiple of 64: GPUs multiply matrices
     of odd sizes slower (GPT-2's 50257 tokens become 50304). Here alone: no model, no file and no loss knows of the padding.
     """
-    if weight.dtype == dtype:
+    if weight.dtype == dtype and (dtype.itemsize > 2 or len(weight) % 64 == 0):
         return weight
     padded = weight.new_zeros(-(-len(weight) // 64) * 64, weight.shape[1], dtype=dtype)
     padded[:len(weight)] = weight

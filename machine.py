@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ def find_machine(run):
         torch.set_float32_matmul_precision('high')
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # hours: one process may have a terabyte to verify or to write while the others wait
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=4))
     bf16 = run.dtype == 'bfloat16'
     if run.dtype == 'auto' and device.type == 'cuda':
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoint import saved_states
+from configurator import UserError
 from data.instruct import shuffled
 from let import open_teacher
 
@@ -97,13 +98,15 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
     steps = batches * epochs   # that a batch of samples serves
 
     def objective(model, x, y, progress):
+        if hasattr(model, 'set_requires_gradient_sync'):   # every pass is a collective, and answers end when they end
+            raise UserError('a sharded model cannot answer on each process by itself: minillm needs --parallel=ddp')
         if 'teacher' not in state:
             state['teacher'] = open_teacher(teacher, x.device)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = progress.step // steps * steps
         if state.get('first') != first:
             bare = getattr(model, 'module', model)
-            path = Path(folder) / f'rollout-{first:09d}-{rank}.safetensors'
+            path = Path(folder) / f'rollout-{first:09d}-{rank}of{world}.safetensors'
             state.update(first=first, rollout=_rollout(path, getattr(bare, '_orig_mod', bare), state['teacher'], first, rank, world))
         if state.get('step') != progress.step:
             state.update(step=progress.step, used=0)
@@ -127,7 +130,7 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
                 return load_file(path, device=str(device))
             except (SafetensorError, OSError):
                 pass   # cut short by a crash: drawn again, to the same
-        for old in Path(folder).glob(f'rollout-*-{rank}.safetensors'):   # the oldest state may still need the newer ones
+        for old in Path(folder).glob(f'rollout-*-{rank}of{world}.safetensors'):   # the oldest state may still need the newer ones
             states = saved_states(folder)
             if states and int(old.name.split('-')[1]) + steps <= int(states[0].name.partition('-')[2]):
                 old.unlink(missing_ok=True)

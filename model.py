@@ -194,8 +194,15 @@ class Block(nn.Module):
         self.norm1, self.attn = _norm(config, config.n_embd), Attention(config, layer)
         self.norm2, self.mlp = _norm(config, config.n_embd), MLP(config)
         self.parallel = config.parallel
+        self.recompute = None   # stands in for the call while training, to keep less for the backward pass (parallel.py)
 
     def forward(self, x, rope, cache):
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self.compute, x, rope, cache)
+        return self.compute(x, rope, cache)
+
+    def compute(self, x, rope, cache):
+        """What the layer computes."""
         if self.parallel:
             return x + self.attn(self.norm1(x), rope, cache) + self.mlp(self.norm2(x))
         x = x + self.attn(self.norm1(x), rope, cache)
@@ -264,7 +271,6 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
             self.norm = _norm(config, config.n_embd)
             self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.recompute = None   # stands in for the call of a block while training, to keep less for the backward pass
         self.to_empty(device=device)
         self.initialise()
 
@@ -325,8 +331,7 @@ class GPT(nn.Module):
         else:
             rope = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.blocks[:layers], 1):
-            again = self.recompute if torch.is_grad_enabled() else None
-            x = again(block, x, rope, cache) if again else block(x, rope, cache)
+            x = block(x, rope, cache)
             if i == hidden_at:
                 hidden = x
         if cache is not None:

@@ -50,7 +50,7 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups, lr, betas, eps, compiled=False):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-        self.update = torch.compile(update) if compiled else update
+        self.update = torch.compile(update, dynamic=True) if compiled else update   # one kernel for all shapes and rates
 
     def load_state_dict(self, state_dict):
         """As every optimizer, which gives the moments the dtype of the parameters; here they go back to theirs."""
@@ -73,7 +73,8 @@ class CompactAdamW(torch.optim.Optimizer):
                                  exp_avg_sq=torch.zeros_like(p, dtype=torch.bfloat16))
                 state['step'] += 1
                 step = int(state['step'])
-                local = [t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad, state['exp_avg'], state['exp_avg_sq'])]
+                local = [(t.to_local() if isinstance(t, DTensor) else t).detach().view(-1)
+                         for t in (p, p.grad, state['exp_avg'], state['exp_avg_sq'])]
                 generator = torch.Generator(local[0].device).manual_seed(step * 1_000_003 + index)
                 bits = torch.randint(2 ** 16, local[0].shape, dtype=torch.int32, device=local[0].device, generator=generator)
                 (beta1, beta2), rate = group['betas'], group['lr']

@@ -56,7 +56,7 @@ def place(model, how, machine):
         return model.to(machine.device)
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
     low = None if machine.dtype == torch.float32 else machine.dtype   # what is computed in; gradients are summed in float32
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)   # RoPE's tables: float32
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy).to(machine.device)
@@ -65,8 +65,7 @@ def place(model, how, machine):
 def wrap(model, how, knobs, machine):
     """What the loop calls in place of the placed model: recomputing, compiled, exchanging gradients as the knobs say."""
     if knobs.recompute != 'none':
-        contexts = dict(context_fn=keep_half) if knobs.recompute == 'selective' else {}
-        model.recompute = partial(checkpoint, use_reentrant=False, **contexts)
+        recompute(model, knobs.recompute)
     if machine.compile:   # what was compiled for the stages before counts towards a limit after which torch gives up compiling
         torch.compiler.reset()
     if how == 'fsdp':
@@ -79,6 +78,13 @@ def wrap(model, how, knobs, machine):
     with warnings.catch_warnings():   # torch 2.13 has a new name for this, which older ones do not know
         warnings.simplefilter('ignore', FutureWarning)
         return DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)   # RoPE's tables
+
+
+def recompute(model, how):
+    """Let the blocks of a model make their activations again in the backward pass: all of them ('full') or half ('selective')."""
+    contexts = dict(context_fn=keep_half) if how == 'selective' else {}
+    for block in model.blocks:
+        block.recompute = partial(checkpoint, use_reentrant=False, **contexts)
 
 
 def keep_half():
@@ -101,12 +107,10 @@ def keep_half():
 
 
 def exchanging(trained, last):
-    """Context of one micro-batch: the processes exchange gradients once, in the `last` backward pass of a step."""
+    """Context of one micro-batch: replicas exchange gradients once, in the `last` backward pass of a step."""
     if isinstance(trained, DistributedDataParallel):
         return contextlib.nullcontext() if last else trained.no_sync()
-    if hasattr(trained, 'set_requires_gradient_sync'):
-        trained.set_requires_gradient_sync(last)
-    return contextlib.nullcontext()
+    return contextlib.nullcontext()   # of shards each keeps its own after every backward pass: whole gradients would not fit
 
 
 def whole_state(model):
@@ -121,6 +125,7 @@ def load_whole(model, state):
     if not hasattr(model, 'set_requires_gradient_sync'):
         model.load_state_dict(state)
     else:
+        model.reshard()   # after an evaluation it is whole
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 
 

@@ -1,5 +1,6 @@
 """The dry run: what a run would train, and what it would cost in compute, memory and disk."""
 from evaluate import count, human, table
+from optimizer import stable_steps
 
 
 def estimate_memory(config, knobs, micro_batch_size, shards=1):
@@ -8,16 +9,17 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     into `shards`; what a compiled bfloat16 step keeps for its backward pass, and the logits of a chunk. An estimate, for planning.
     """
     attention = 2 * (2 * config.n_head + 2 * config.n_kv_head) * config.head_dim
-    per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
+    per_layer, again = 10 * config.n_embd + attention + 6 * config.n_mlp, 0
     if knobs.recompute != 'none':   # the residual stream, and half of what the matrix products give
+        again = per_layer   # of the layer at work
         per_layer = 4 * config.n_embd + (per_layer - 10 * config.n_embd) // 2 * (knobs.recompute == 'selective')
     n_params = config.num_params(embedding=True, head=True)
     state = (12 if knobs.optimizer_dtype == 'bfloat16' else 16) * n_params / shards
-    if shards > 1:   # the block at work and the one that is fetched, whole
-        state += 2 * 2 * config.num_params() / config.n_layer + 4 * (n_params - config.num_params())
+    if shards > 1:   # the block at work and the one that is fetched, embeddings and head: whole, with their gradients
+        state += 2 * 8 * config.num_params() / config.n_layer + 8 * (n_params - config.num_params())
     tokens = micro_batch_size * config.block_size
     head = 10 * min(tokens * config.vocab_size, 2 ** 27) + (4 + 2 + 4) * config.vocab_size * config.n_embd
-    return state, tokens * config.n_layer * per_layer + head
+    return state, tokens * (config.n_layer * per_layer + again) + head
 
 
 def print_plan(run, stages):
@@ -35,8 +37,10 @@ def print_plan(run, stages):
         rows.append([stage.name, stage.start, f'{stage.config.num_params():,}', f'{n_params:,}', count(stage.tokens),
                      f'{steps:,}', str(knobs.batch_size), f'{knobs.learning_rate:g}', human(result.flops),
                      gpu_hours(result.flops), human(state) + 'B', human(sequence) + 'B', human(4 * n_params) + 'B'])
+        held = 8 if knobs.optimizer_dtype == 'bfloat16' else 12   # bytes a parameter in a state
         flops, disk, drawn = flops + result.flops, disk + 4 * n_params, max(drawn, result.position)
-        largest = max(largest, 12 * n_params)
+        disk += held * n_params * (stable_steps(steps, knobs) > 0)   # the state at the end of a stable phase stays
+        largest = max(largest, held * n_params)
         if stage.name not in parents:
             alone += result.total_flops
         if stage.baseline_flops and (stage.parent or not family):   # along the family, not the models it is compared with

@@ -40,7 +40,7 @@ from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
 from let import LET
-from machine import STOP, agree, attention_kernel, catch_signals, find_machine, leave, share_work
+from machine import STOP, agree, attention_kernel, attention_kernels, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from optimizer import learning_rate, make_optimizer, stable_steps
 from parallel import (Meter, barrier, choose_micro_batch, choose_parallel, exchanging, load_whole, place, whole, whole_state,
@@ -228,9 +228,11 @@ def finished_before(stage, folder, changes, is_main):
     if damage:
         raise UserError(f'{damage}. Remove {folder / "result.json"} to train the stage again, from its last state if it has one')
     result = Result.of(folder)
-    if any(change.startswith('tokens was') for change in changes) and stage.tokens > result.tokens and saved_states(folder):
+    stable = any(path.name.startswith('stable') for path in saved_states(folder))
+    if any(change.startswith('tokens was') for change in changes) and stage.tokens > result.tokens and stable:
         barrier()   # everyone has seen the result
         if is_main:
+            remove_states(folder)   # but the stable ones, if a crash left some
             (folder / 'result.json').unlink()
         barrier()
         return None
@@ -309,7 +311,8 @@ def train_stage(stage, run, machine, record):
 def keep_best(stage, folder, model, progress, machine):
     """The model's score by its stage; the best so far is saved in `folder`/best."""
     model.eval()
-    score = torch.tensor(stage.score(model), device=machine.device)
+    with machine.forward():
+        score = torch.tensor(stage.score(model), device=machine.device)
     model.train()
     if machine.world_size > 1:   # one decision for all
         dist.broadcast(score, 0)
@@ -420,7 +423,8 @@ def train_step(objective, progress, knobs, machine, model, trained, optimizer, s
         with exchanging(trained, last=micro == accumulate - 1):
             with machine.forward():
                 loss, more = objective(trained, x, y, progress)
-            (loss / accumulate).backward()
+            with attention_kernels(machine.device):   # recomputed attention must be the forward pass's
+                (loss / accumulate).backward()
         for name, value in dict(more, loss=loss).items():
             scalars[name] = scalars.get(name, 0) + value.detach() / accumulate
     scalars['grad_norm'] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf))

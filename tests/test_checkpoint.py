@@ -93,6 +93,29 @@ def test_a_damaged_state_is_named_and_the_one_before_it_offered(data_dir, tmp_pa
     assert same(folder, whole)
 
 
+def test_a_bit_of_the_checksums_themselves_is_missed_by_nobody(tmp_path, half):
+    content = (half / 'state-000000003' / 'checksums.json').read_text()
+    shutil.copytree(half / 'state-000000003', tmp_path / 'state')
+    (tmp_path / 'state' / 'checksums.json').write_text(content.replace('"step": 3', '"step": 7'))
+    assert '"step": 3' in content and 'checksums.json is damaged' in find_damage(tmp_path / 'state', None)
+
+
+def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, half):
+    shutil.copytree(half.parent, tmp_path / 'run')
+    (tmp_path / 'run' / '16x2' / 'state-000000009.tmp').mkdir()
+    folder = stopped(data_dir, tmp_path / 'run', 1)
+    assert not list(folder.glob('*.tmp')) and [path.name[-1] for path in saved_states(folder)] == ['3', '4']
+
+
+def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):
+    family = ['--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=640,1280', '--block_size=16', '--eval_tokens=512', '--device=cpu',
+              f'--data_dir={data_dir}', f'--out_dir={tmp_path}']
+    train.main(family)
+    shutil.rmtree(tmp_path / '16x2')
+    with pytest.raises(UserError, match='32x2 holds a stage with other settings .parent.val_loss was'):
+        train.main([*family, '--learning_rates=0.003,0.001'])
+
+
 def test_a_state_of_another_run_is_refused_and_the_beginning_offered(data_dir, tmp_path, half):
     folder = stopped(data_dir, tmp_path, 1, '--seed=3')
     shutil.rmtree(folder / 'state-000000001')

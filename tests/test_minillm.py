@@ -93,7 +93,7 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
     first = objective()
     losses = [first(student, x, x, Progress(step, 100))[0].item() for step in range(6)]   # 4 steps a batch of samples
     files = sorted(p.name for p in tmp_path.glob('rollout-*'))
-    assert files == ['rollout-000000000-0.safetensors', 'rollout-000000004-0.safetensors']
+    assert files == ['rollout-000000000-0of1.safetensors', 'rollout-000000004-0of1.safetensors']
     again = objective()
     assert [again(student, x, x, Progress(step, 100))[0].item() for step in (2, 3, 5)] == [losses[i] for i in (2, 3, 5)]
     loss, scalars = first(student, x, x, Progress(6, 100))

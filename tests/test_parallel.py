@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import train
 from bench import peak_memory
@@ -17,7 +16,7 @@ from conftest import run_command, run_processes
 from machine import attention_kernel, attention_kernels, find_machine
 from model import GPT, GPTConfig, load
 from optimizer import make_optimizer
-from parallel import Meter, choose_micro_batch, choose_parallel, keep_half, wrap
+from parallel import Meter, choose_micro_batch, choose_parallel, recompute, wrap
 from plan import estimate_memory
 from train import Run
 
@@ -54,6 +53,13 @@ def test_two_processes_train_what_one_does(whole, data_dir, tmp_path, how):
     outputs = run_processes(2, 'train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', f'--parallel={how}', '--micro_batch_size=1', *TINY)
     assert f', {how} on 2 processes' in outputs[0]
     same_curves(whole, tmp_path)
+
+
+def test_shards_in_bfloat16_with_recomputed_activations_train_alike(whole, data_dir, tmp_path):
+    run_processes(2, 'train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--parallel=fsdp', '--dtype=bfloat16', '--recompute=selective',
+                  '--micro_batch_size=1', *TINY)
+    for a, b in zip(metrics(whole)[1:], metrics(tmp_path)[1:], strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=0.02)
 
 
 @pytest.mark.parametrize('first, then', [(['ddp', 2], ['fsdp', 1]), (['fsdp', 2], ['ddp', 1]), (['auto', 1], ['fsdp', 2])])
@@ -94,24 +100,24 @@ def test_shards_are_chosen_when_a_replica_does_not_fit():
 
 # --------------------------------------------------------------------------------------------------------------------- memory
 
-@pytest.mark.parametrize('contexts', [{}, dict(context_fn=keep_half)], ids=['full', 'selective'])
-def test_recomputed_activations_give_the_same_gradients_in_less_memory(contexts):
+@pytest.mark.parametrize('how', ['full', 'selective'])
+def test_recomputed_activations_give_the_same_gradients_in_less_memory(how):
     torch.manual_seed(0)
     model = GPT(GPTConfig.named('64x8', vocab_size=61, block_size=64)).double()
     x = torch.randint(61, (8, 64))
 
-    def gradients(again):
-        model.recompute = again
+    def gradients():
         model.zero_grad()
         model(x, x).loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
     def forward(_):
         return model(x, x).loss   # what is held for the backward pass
-    plain, held = gradients(None), peak_memory(forward, None, torch.device('cpu'))
-    again = gradients(partial(checkpoint, use_reentrant=False, **contexts))
+    plain, held = gradients(), peak_memory(forward, None, torch.device('cpu'))
+    recompute(model, how)
+    again = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
-    assert peak_memory(forward, None, torch.device('cpu')) < (0.8 if contexts else 0.5) * held
+    assert peak_memory(forward, None, torch.device('cpu')) < (0.8 if how == 'selective' else 0.5) * held
     with torch.no_grad():   # nothing is kept, so nothing is recomputed
         assert torch.equal(model(x).logits, model(x).logits)
 
