@@ -389,14 +389,7 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
             next_check = done + pause
         save = save or done == stable
         if logging or save:
-            tokens = meter.steps * step_tokens
-            line = dict(step=done, tokens=done * step_tokens, flops=6.0 * stage.params * done * step_tokens, lr=rate,
-                        **meter.read(machine.world_size), param_norm=whole(get_total_norm(model.parameters())).item())
-            line['tokens_per_second'] = round(tokens / (time.time() - since))
-            if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
-                raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {done}, '
-                                f'learning rate {rate:.2g}; the last good state is kept. Try a smaller --learning_rate or '
-                                f'a longer --warmup, with another --out_dir or after removing {folder}')
+            line = line_of(stage, machine, folder, model, meter, done, step_tokens, rate, since)
             if evaluating:
                 line['val_loss'] = validate()
             if stage.score and (evaluating or done == steps):
@@ -413,6 +406,19 @@ def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, v
             bar.close()
             leave(f'{stage.name} is saved at step {done:,} of {steps:,}', machine)
     bar.close()
+
+
+def line_of(stage, machine, folder, model, meter, step, step_tokens, rate, since):
+    """A line of metrics.jsonl: means of what was measured since the last one. Raises UserError when they are not finite."""
+    speed = meter.steps * step_tokens / (time.time() - since)
+    line = dict(step=step, tokens=step * step_tokens, flops=6.0 * stage.params * step * step_tokens, lr=rate,
+                **meter.read(machine.world_size), param_norm=whole(get_total_norm(model.parameters())).item())
+    line['tokens_per_second'] = round(speed)
+    if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
+        raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {step}, learning rate '
+                        f'{rate:.2g}; the last good state is kept. Try a smaller --learning_rate or a longer --warmup, with '
+                        f'another --out_dir or after removing {folder}')
+    return line
 
 
 def train_step(objective, progress, knobs, machine, model, trained, optimizer, stream, accumulate):
