@@ -56,7 +56,7 @@ def print_plan(run, stages):
               f'{1 - flops / alone:.1%} are saved')
     config, knobs = max(((stage.config, knobs) for stage, knobs, _, _ in stages), key=lambda pair: pair[0].num_params())
     replica, shard = (estimate_memory(config, knobs, 1, shards)[0] for shards in (1, 8))
-    print(f'memory of a GPU for the largest, before activations: {human(replica)}B for a replica (ddp), {human(shard)}B for a shard '
-          'on each of 8 GPUs (fsdp): chosen when a replica does not fit')
+    print(f'memory of a GPU for the largest, before activations: {human(replica)}B for a replica (ddp), {human(shard)}B for a '
+          'shard on each of 8 GPUs (fsdp): chosen when a replica does not fit')
     print(f'disk: {human(disk)}B to keep (models, states of stable phases), {human((1 + run.keep_states) * largest)}B for saved '
           f'states, {human(2 * unique)}B of tokens ({count(drawn)} drawn, {count(unique)} different, from {run.data})')
