@@ -143,7 +143,15 @@ def in_parallel(pool, tokenizer, batches):
     Yield (what tokenize makes of it, state) for (documents, state) in batches, in their order. Reads a few batches ahead of what
     is asked for, and no more: a corpus may be larger than memory. Bytes need no workers: handing them over would take longer.
     """
-    pending = deque()
+    pending, workers = deque(), {process.pid for process in pool._pool} if pool else set()
+
+    def outcome(done):
+        while not done.ready():   # for the result of a worker that was killed one would wait for ever
+            done.wait(1)
+            if {process.pid for process in pool._pool} != workers:
+                raise UserError('a worker process was killed, perhaps for want of memory: --processes=1 needs less of it, and the '
+                                'same command goes on')
+        return done.get()
     for documents, state in batches:
         if tokenizer == 'bytes':
             yield tokenize(tokenizer, documents), state
@@ -151,9 +159,9 @@ def in_parallel(pool, tokenizer, batches):
         pending.append((pool.apply_async(tokenize, (tokenizer, documents)), state))
         if len(pending) > 4 * pool._processes:
             done, state = pending.popleft()
-            yield done.get(), state
+            yield outcome(done), state
     for done, state in pending:
-        yield done.get(), state
+        yield outcome(done), state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import socket
 import threading
 import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -186,6 +187,15 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, mon
     run('broken')
     for split in ('train', 'val'):
         assert (tmp_path / 'broken' / f'{split}.bin').read_bytes() == (tmp_path / 'whole' / f'{split}.bin').read_bytes()
+
+
+def test_a_worker_that_is_killed_is_missed():
+    with get_context('spawn').Pool(1) as pool:
+        def batches():
+            pool._pool[0].kill()
+            yield [('a text', False)], None
+        with pytest.raises(UserError, match='a worker process was killed'):
+            list(prepare.in_parallel(pool, 'gpt2', batches()))
 
 
 def test_max_tokens_ends_a_preparation(tmp_path, monkeypatch):
