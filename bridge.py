@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import UserError, read_json
 from data.instruct import prompt, write_supervised
 from data.prepare import Preparation, load_tokenizer, tokenizer_of_model
 from let import is_ours, transformers_model
-from machine import choose_device
+from machine import choose_device, processes
 from minillm import answer
 from model import GPT, load
 
@@ -85,7 +84,7 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
         if found != what:
             raise UserError(f'{out} holds {found}, not {what}: remove it and {out}.answers, or choose another --out_dir')
         return out
-    if dist.is_initialized() and dist.get_rank():   # one process writes, the others wait for it
+    if processes()[0]:   # one process writes, the others wait for it
         while not (Path(out) / 'meta.json').is_file():
             time.sleep(1)
         return out

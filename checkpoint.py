@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,22 +35,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checksums import find_damage, measure, read_seal, seal
 from configurator import UserError, differences, move_into_place, read_json, write_atomically
+from machine import barrier, gather, processes
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled, unavailable or uninitialized')   # one process
-
-
-def processes():
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value):
-    """[value of every process]."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +77,7 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
     if rank == 0:
         for path in Path(folder).glob('sta*-*.tmp'):   # what a crash left
             shutil.rmtree(path, ignore_errors=True)
-    gather(None)   # nobody writes before that is done
+    barrier()   # nobody writes before that is done
     files, failed = {}, ''
     try:
         dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
@@ -119,7 +105,7 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
         shutil.rmtree(f'{target}.old.tmp', ignore_errors=True)
         for path in [p for p in saved_states(folder) if p.name.startswith('state')][:-keep]:
             shutil.rmtree(path, ignore_errors=True)
-    gather(None)
+    barrier()
 
 
 def _cause(error):
@@ -141,9 +127,10 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    # tensors and how they are stored: what else an index may name, dcp would unpickle in turn
     allowed = re.compile(r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|MetadataIndex|'
                          r'StorageMeta|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|_MEM_FORMAT_ENCODING))|'
-                         r'torch\.(Size|bool|[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.(_local\.)?\w*Path')   # tensors only: dcp unpickles all else
+                         r'torch\.(Size|bool|[a-z]+\d+)|torch\.serialization\._get_layout|pathlib\.(_local\.)?\w*Path')
 
     def find_class(self, module, name):
         if self.allowed.fullmatch(f'{module}.{name}'):
@@ -151,18 +138,23 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'{module}.{name} has no place in a state')
 
 
+def damage_in(folder, owner):
+    """find_damage by all processes together: each looks at its share of the files, and all get the same answer."""
+    return next(filter(None, gather(find_damage(folder, owner, *processes()))), '')
+
+
 def load_state(folder, model, optimizer, progress):
     """
     Go on from the newest saved state in the folder, if there is one: fills model, optimizer, random states, `progress`. Raises
     UserError that names what is damaged, and the state before it, if that is whole.
     """
-    states, (rank, world_size) = saved_states(folder), processes()
+    states = saved_states(folder)
     if not states:
         return
     newest, owner = states[-1], owner_of(folder)
-    damage = next(filter(None, gather(find_damage(newest, owner, rank, world_size))), '')
+    damage = damage_in(newest, owner)
     if damage:
-        good = next((path for path in states[-2::-1] if not find_damage(path, owner)), None) if len(states) > 1 else None
+        good = next((path for path in states[-2::-1] if not find_damage(path, owner)), None)
         raise UserError(f'{damage}. Remove {newest}, and the same command goes on from '
                         + (f'{good.name}, which is whole' if good else 'the beginning of the stage'))
     try:

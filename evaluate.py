@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from configurator import Result, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
 from hugging_face import reach_hub
-from machine import choose_device, share_work
+from machine import choose_device, gather, share_work
 from model import load
 
 
@@ -37,12 +37,9 @@ def evaluate(model, batches):
         counts.append(count)
     model.train(was_training)
     counts = torch.tensor(counts, dtype=torch.float64)
-    total = torch.stack([torch.stack(losses).cpu().double() @ counts, counts.sum()])   # (loss x targets, targets)
-    if torch.distributed.is_initialized():
-        gathered = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, total.tolist())
-        total = torch.tensor(gathered, dtype=torch.float64).sum(0)
-    return (total[0] / total[1]).item()
+    sums = [(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()]   # loss x targets, targets
+    loss, targets = torch.tensor(gather(sums), dtype=torch.float64).sum(0).tolist()
+    return loss / targets
 
 
 def bits_per_byte(loss, bytes_per_token):

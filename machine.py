@@ -16,6 +16,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import UserError
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+def processes():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """[value of every process]."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the machine
+
 class Machine(NamedTuple):
     """Where this process runs, and until when."""
     device: torch.device

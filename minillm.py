@@ -13,14 +13,15 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 from checkpoint import saved_states
 from configurator import UserError
 from data.instruct import shuffled
 from let import open_teacher
+from machine import processes
 
 
 @torch.no_grad()
@@ -98,11 +99,11 @@ def minillm(teacher, examples, folder, batch_size, seed, samples=256, epochs=4, 
     steps = batches * epochs   # that a batch of samples serves
 
     def objective(model, x, y, progress):
-        if hasattr(model, 'set_requires_gradient_sync'):   # every pass is a collective, and answers end when they end
+        if isinstance(model, FSDPModule):   # every pass is a collective, and answers end when they end
             raise UserError('a sharded model cannot answer on each process by itself: minillm needs --parallel=ddp')
         if 'teacher' not in state:
             state['teacher'] = open_teacher(teacher, x.device)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = processes()
         first = progress.step // steps * steps
         if state.get('first') != first:
             bare = getattr(model, 'module', model)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -115,14 +115,14 @@ def exchanging(trained, last):
 
 def whole_state(model):
     """{name: tensor} of all parameters: of a sharded model on the CPU of process 0, and empty on the others. For every process."""
-    if not hasattr(model, 'set_requires_gradient_sync'):
+    if not isinstance(model, FSDPModule):
         return model.state_dict()
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def load_whole(model, state):
     """Fill the model, sharded or not, with whole tensors."""
-    if not hasattr(model, 'set_requires_gradient_sync'):
+    if not isinstance(model, FSDPModule):
         model.load_state_dict(state)
     else:
         model.reshard()   # after an evaluation it is whole
@@ -132,12 +132,6 @@ def load_whole(model, state):
 def whole(tensor):
     """A tensor of which each process may hold a part, as all of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def barrier():
-    """Wait for the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 class Meter:

@@ -29,9 +29,9 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data.prepare
-from checkpoint import (claim, gather, keep_metrics, load_state, owner_of, processes, record_session, remove_states,
-                        save_moments, save_state, saved_states, set_moments)
-from checksums import find_damage, measure, seal
+from checkpoint import (claim, damage_in, keep_metrics, load_state, owner_of, record_session, remove_states, save_moments,
+                        save_state, saved_states, set_moments)
+from checksums import measure, seal
 from col import ChainOfLearngene
 from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
                           run_as_program, unknown)
@@ -40,10 +40,10 @@ from evaluate import bits_per_byte, evaluate, report
 from expand import GrowthComparison, Progressive
 from inheritune import Inheritune
 from let import LET
-from machine import STOP, agree, attention_kernel, attention_kernels, catch_signals, find_machine, leave, share_work
+from machine import STOP, agree, attention_kernel, attention_kernels, barrier, catch_signals, find_machine, leave, share_work
 from model import GPT, GPTConfig, load
 from optimizer import learning_rate, make_optimizer, stable_steps
-from parallel import (Meter, barrier, choose_micro_batch, choose_parallel, exchanging, load_whole, place, whole, whole_state,
+from parallel import (Meter, choose_micro_batch, choose_parallel, exchanging, load_whole, place, whole, whole_state,
                       wrap)
 from plan import print_plan
 from sweep import Sweep
@@ -222,9 +222,7 @@ def finished_before(stage, folder, changes, is_main):
     """
     if not (folder / 'result.json').is_file():
         return None
-    damage = ''
-    if (folder / 'checksums.json').is_file():
-        damage = next(filter(None, gather(find_damage(folder, owner_of(folder), *processes()))), '')
+    damage = damage_in(folder, owner_of(folder)) if (folder / 'checksums.json').is_file() else ''
     if damage:
         raise UserError(f'{damage}. Remove {folder / "result.json"} to train the stage again, from its last state if it has one')
     result = Result.of(folder)
@@ -493,8 +491,7 @@ def main(argv):
         if getattr(method, 'reads_corpora', True):
             find_corpora(run, method)
     record = cache(partial(record_session, run.out_dir, run, method, origins, argv, machine.device, machine.world_size))
-    if machine.world_size > 1:
-        dist.barrier()
+    barrier()
     STOP.clear()
     catch_signals()
     results = [result for _, result in stages_of(method, run, partial(train_stage, run=run, machine=machine, record=record))]
