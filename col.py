@@ -1,270 +1,491 @@
 """
-Chain-of-Learngene: distil a short chain of sizes once, then initialise any size in between in seconds (paper 004).
+Chain-of-Learngene: distil a short chain of sizes once, then initialise any size in between in
+seconds.
 
     python train.py config/col_tiny.py
-    python col.py out/col_tiny out/mine --to=64x3               # a model of any size between two of a finished chain
+    python col.py out/col_tiny out/mine --to=64x3     # a size between two of a finished chain
 
-An ancestor is distilled into the largest checkpoint of a chain, that into the next smaller one, and so on (stepwise, reverse KL,
-Eq. 1). A descendant of a size between two checkpoints starts at
+An ancestor (AnsNet) is distilled into the largest checkpoint of a chain, that into the next
+smaller one, and so on (stepwise, reverse KL, Eq. 1). A descendant (DesNet) of a size between two
+checkpoints starts at
 
-    theta  =  alpha expand(smaller)  +  (1 - alpha) subset(larger)                                 (LInit: linit.py)
+    theta  =  alpha expand(smaller)  +  (1 - alpha) subset(larger)          (LInit, section 3.4)
 
-where alpha is the relative distance, 1 at the smaller one. An ancestor of another architecture or vocabulary first writes
-answers, on which a bridge model of the chain's architecture is fine-tuned (Eq. 2).
+where alpha is the relative distance, 1 at the smaller one. An ancestor of another architecture or
+vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
-import json
-import os
-from dataclasses import dataclass, replace
+
+import re
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 
-from bridge import answer_scores, pseudo_answers
-from configurator import (Result, Stage, UserError, check_ranges, configure, read_json, run_as_program, unknown,
-                          write_atomically)
+from configurator import Count, Natural, NonNegative, Positive, Range, configure, with_positionals
 from data.instruct import Examples, supervised_source
-from data.loader import open_corpus, text_source
-from data.prepare import tokenizer_of_model
-from evaluate import count, read_metrics, table
-from expand import grow
-from hugging_face import model_folder
+from data.loader import Share, check_vocabulary, open_corpus, text_source
+from data.vocabulary import tokenizer_of_model
+from engine.device import processes
+from engine.errors import UserError, run_as_program
+from engine.files import read_json, write_json
+from engine.hub import model_folder
+from engine.report import by_label, format_count, validation_curve
+from engine.stage import Origin, Result, Stage
+from expand import Growth, Operators, grow
+from extras.bridge import answer_scores, pseudo_answers
+from extras.minillm import MiniLLM, minillm
 from inheritune import inherit
 from let import distil
-from linit import SHAPE, check_shapes, default_alpha, linit, neighbours, subset   # noqa: F401   (col.linit, for others)
-from minillm import minillm
-from model import GPTConfig, load, shape_of
+from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
 
-# ---------------------------------------------------------------------------------------------------------------------
-# baselines: earlier learngenes
+# ----------------------------------------------------------------------------------------------
+# LInit
 
-def learngene_layers(model, batches, k, how):
+
+def default_alpha(small_params, large_params, params):
     """
-    The k layers, in order, that an earlier learngene method keeps, read off gradients on `batches` of (x, y). van (Wang et al.
-    2022a: high-level layers by gradient signals): of the upper half those with the smallest gradient norms, the settled ones. auto
-    (2022b, a meta-network that weighs layers): those whose weight, a gate on what a layer adds, would be missed most: largest
-    |d loss / d gate| at an open gate. Both are readings for language models of methods for image classifiers.
+    The weight of the smaller checkpoint: relative distance in parameters, within 0 and 1. (Of the
+    readings of "based on the relative distance" the one that gives the paper's 0.9 at 138M.)
+    >>> round(default_alpha(117, 345, 138), 1)
+    0.9
     """
-    n, scores = model.config.n_layer, torch.zeros(model.config.n_layer, dtype=torch.float64)
+    if large_params == small_params:
+        return 1.0
+    return min(1.0, max(0.0, (large_params - params) / (large_params - small_params)))
+
+
+def expand(small, config, depth='bert2bert'):
+    """The smaller checkpoint as `config`: units copied (fpi), its last layers replicated."""
+    return grow(small, config, 'fpi', depth)
+
+
+def kept_queries(config, large):
+    """Rows of the larger model's queries that a subset keeps: the first ones of each group."""
+    per_group = config.n_head // config.n_kv_head
+    groups = torch.arange(config.n_kv_head)[:, None] * (large.n_head // large.n_kv_head)
+    heads = (groups + torch.arange(per_group)).flatten()
+    return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
+
+
+def subset_tensor(config, large, name, tensor):
+    """The first rows and columns of the larger model's tensor, as a view or a copy."""
+    C, F, kv = config.n_embd, config.n_mlp, config.n_kv_head * config.head_dim
+    stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
+    all_rows = len(tensor)  # of the vocabulary, and of what does not grow
+    rows = {'attn.k': kv, 'attn.v': kv, 'mlp.up': F, 'mlp.gate': F, 'wpe': config.block_size}
+    rows |= dict.fromkeys(['wte', 'lm_head', 'attn.q_norm', 'attn.k_norm'], all_rows)
+    queries = kept_queries(config, large)
+    kept = tensor[queries] if stem == 'attn.q' else tensor[: rows.get(stem, C)]
+    if tensor.ndim == 1:
+        return kept
+    if stem == 'attn.o':
+        return kept[:, queries]
+    return kept[:, : F if stem == 'mlp.down' else C]
+
+
+def subset(large, config):
+    """A model of shape `config` cut out of a larger one: its first layers, heads and units."""
+    check_between(config, large.config, config)
+    old, state = large.state_dict(), {}
+    for name in GPT.on_meta(config).state_dict():
+        state[name] = subset_tensor(config, large.config, name, old[name]).clone()
+    return GPT.from_state(config, state, large.wte.weight.device)
+
+
+def check_between(small, large, config):
+    """Raise UserError unless `config` lies between two shapes that differ in size alone."""
+    for f in fields(GPTConfig):
+        low, high, wanted = (getattr(shape, f.name) for shape in (small, large, config))
+        if f.name in SIZE_FIELDS:
+            if not low <= wanted <= high:
+                raise UserError(f'{f.name} = {wanted} is outside the chain: {low} to {high}')
+        elif f.name not in ('init_std', 'block_size') and not low == wanted == high:
+            found = f'{f.name} is {low!r} and {high!r}, wanted is {wanted!r}'
+            raise UserError(f'a chain of mixed architectures: {found}')
+    if config.n_head // config.n_kv_head > large.n_head // large.n_kv_head:
+        wanted = f'{config.n_head} heads on {config.n_kv_head} key heads'
+        found = f'{large.n_head} on {large.n_kv_head}'
+        raise UserError(f'{wanted} cannot be cut out of {found}')
+
+
+@torch.no_grad()
+def linit(small, large, config, alpha=None, depth='bert2bert'):
+    """
+    alpha expand(small) + (1 - alpha) subset(large), of shape `config` between two neighbours of a
+    chain. alpha None: by relative distance in all parameters, tied ones once. depth: how the
+    smaller one's layers are replicated, as in expand.py. Raises UserError for a shape that does
+    not lie between them. Mixing helps where the larger one has taught the smaller.
+    """
+    if small.wpe is not None:
+        config = replace(config, block_size=min(config.block_size, small.config.block_size))
+    check_between(small.config, large.config, config)
+    if alpha is None:
+        sizes = [c.num_params(embedding=True, head=True) for c in (small, large, config)]
+        alpha = default_alpha(*sizes)
+    if alpha == 0:
+        return subset(large, config)
+    if alpha == 1:
+        return expand(small, config, depth)
+    growth = Growth(small.config, config, Operators('fpi', depth), piece=2**18)
+    ours, theirs, state = small.state_dict(), large.state_dict(), {}
+    for name, empty in GPT.on_meta(config).state_dict().items():
+        state[name] = small.wte.weight.new_empty(empty.shape)
+        cut, row = subset_tensor(config, large.config, name, theirs[name]), 0
+        for piece in growth.pieces(name, ours.__getitem__):  # mixed while it is in the cache
+            rows = slice(row, row := row + len(piece))
+            torch.lerp(cut[rows], piece, alpha, out=state[name][rows])
+    return GPT.from_state(config, state, small.wte.weight.device)
+
+
+def neighbours(shapes, config):
+    """The names of the next smaller and larger of {name: GPTConfig} around a shape. UserError."""
+
+    def fits(small, large):
+        return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
+
+    def weight(name):
+        shape = shapes[name]
+        return shape.n_layer * shape.n_embd * (shape.n_head * shape.head_dim + shape.n_mlp)
+
+    smaller = [name for name, shape in shapes.items() if fits(shape, config)]
+    larger = [name for name, shape in shapes.items() if fits(config, shape)]
+    if not smaller or not larger:
+        wanted = f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}'
+        known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
+        raise UserError(f'{wanted} lie outside the chain: {", ".join(known)}')
+    return max(smaller, key=weight), min(larger, key=weight)
+
+
+# ----------------------------------------------------------------------------------------------
+# earlier learngenes
+
+
+def learngene_layers(model, batches, k, which):
+    """
+    The k layers, in order, that an earlier learngene method keeps, by gradients on `batches` of
+    (x, y). van (Wang et al. 2022a): of the upper half those with the smallest gradient norms.
+    auto (2022b): those with the largest |d loss / d gate|, for a gate on what a layer adds. Both
+    are readings for language models of methods for image classifiers.
+    """
+    n = model.config.n_layer
+    scores = torch.zeros(n, dtype=torch.float64)
     for x, y in batches:
-        gradient = dict(zip((name for name, _ in model.named_parameters()),
-                            torch.autograd.grad(model(x, y).loss, list(model.parameters()))))
-        for name, g in gradient.items():
+        gradients = torch.autograd.grad(model(x, y).loss, list(model.parameters()))
+        for (name, p), gradient in zip(model.named_parameters(), gradients):
             if not name.startswith('blocks.'):
                 continue
             layer = int(name.split('.')[1])
-            if how == 'van':
-                scores[layer] += g.double().square().sum().item()
-            elif name.endswith(('attn.o.weight', 'mlp.down.weight')):   # a gate on these scales what the layer adds
-                scores[layer] += abs((g * model.get_parameter(name)).double().sum().item())
-    candidates = list(range(n // 2, n)) if how == 'van' and k <= n - n // 2 else list(range(n))
-    ordered = sorted(candidates, key=lambda layer: scores[layer].item(), reverse=how == 'auto')
+            if which == 'van':
+                scores[layer] += gradient.double().square().sum().item()
+            elif name.endswith(('attn.o.weight', 'mlp.down.weight')):
+                scores[layer] -= abs((gradient * p).double().sum().item())
+    candidates = range(n // 2, n) if which == 'van' and k <= n - n // 2 else range(n)
+    ordered = sorted(candidates, key=lambda layer: scores[layer].item())
     return sorted(ordered[:k])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the method
+def keep_learngene(ancestor, k, which, run, n_batches=4):
+    """The ancestor with the k layers that an earlier method keeps, by the run's validation text."""
+    block_size = min(run.block_size, ancestor.config.block_size)
+    source = text_source(replace(run, block_size=block_size))
+    found = zip(range(n_batches), source.validation(8, Share()))
+    layers = learngene_layers(ancestor, [batch[:2] for _, batch in found], k, which)
+    return inherit(ancestor, k, layers=layers)
 
-BASELINES = ('random', 'single', 'auto-learngene', 'van-learngene', 'kd', 'seqkd', 'minillm', 'hypercloning')
+
+# ----------------------------------------------------------------------------------------------
+# descendants: how each of them starts
+
+
+@dataclass
+class Descendant:
+    """A size between two checkpoints, and what it may start from."""
+
+    method: Any  # ChainOfLearngene
+    run: Any
+    size: str
+    configs: dict  # {name: GPTConfig}, of ancestor, chain and descendants
+    chain: dict  # {name: Result}, of the ancestor and the chain
+
+    def __post_init__(self):
+        shapes = {name: self.configs[name] for name in self.chain}
+        self.config = self.configs[self.size]
+        self.small, self.large = neighbours(shapes, self.config)
+
+    def stage(self, start, config=None):
+        """A Stage of the recovery training, from random initialisation."""
+        shape, method = config or self.config, self.method
+        X = shape.num_params(head=True)
+        stage = Stage(f'{self.size}-{start}', shape, method.recovery_tokens, X)
+        stage.labels = dict(size=self.size, start=start)
+        if method.recovery_learning_rate:
+            stage.knobs = dict(learning_rate=method.recovery_learning_rate)
+        return stage
+
+    def between(self, start, alpha):
+        """A Stage that starts from LInit with this alpha."""
+        stage, config = self.stage(start), self.config
+        small, large = self.chain[self.small], self.chain[self.large]
+        shown = 'by distance' if alpha is None else alpha
+        stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
+        stage.parent = small
+        stage.model = lambda: linit(load(small.folder), load(large.folder), config, alpha)
+        return stage
+
+
+def from_linit(d):
+    """LInit between the two neighbours."""
+    return d.between('linit', None if d.method.alpha < 0 else d.method.alpha)
+
+
+def single(d):
+    """The smaller neighbour alone, expanded."""
+    return d.between('single', 1.0)
+
+
+def learngene(d, which):
+    """As many of the ancestor's layers as come closest in size, kept by an earlier method."""
+    top = d.configs['ancestor']
+    wanted = d.config.num_params(embedding=True, head=True)
+
+    def distance(k):
+        return abs(replace(top, n_layer=k).num_params(embedding=True, head=True) - wanted)
+
+    k = min(range(1, top.n_layer), key=distance)
+    stage = d.stage(f'{which}-learngene', replace(top, n_layer=k))
+    ancestor = stage.parent = d.chain['ancestor']
+    stage.origin = Origin('layers', ('ancestor',), dict(number=k, chosen_by=which))
+    stage.model = lambda: keep_learngene(load(ancestor.folder), k, which, d.run)
+    return stage
+
+
+def taught(d, start, distillation):
+    """From random initialisation, taught by the ancestor."""
+    stage = d.stage(start)
+    d.method.teach(stage, distillation, d.chain['ancestor'], d.run)
+    return stage
+
+
+def hypercloning(d):
+    """The smallest checkpoint, cloned to twice its width."""
+    name = d.method.chain[-1]
+    small, parent = d.configs[name], d.chain[name]
+    widths = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
+    stage = d.stage('hypercloning', replace(small, **{f: 2 * getattr(small, f) for f in widths}))
+    stage.parent, stage.origin = parent, Origin('growth', (name,), dict(width='clone'))
+    stage.model = lambda: grow(load(parent.folder), stage.config, 'clone')
+    return stage
+
+
+STARTS = {
+    'linit': from_linit,
+    'random': lambda d: d.stage('random'),
+    'single': single,
+    'auto-learngene': partial(learngene, which='auto'),
+    'van-learngene': partial(learngene, which='van'),
+    'kd': partial(taught, start='kd', distillation='forward'),
+    'seqkd': partial(taught, start='seqkd', distillation='seqkd'),
+    'minillm': partial(taught, start='minillm', distillation='minillm'),
+    'hypercloning': hypercloning,
+}
+
+
+# ----------------------------------------------------------------------------------------------
+# the method
 
 
 @dataclass
 class ChainOfLearngene:
-    """Chain-of-Learngene (paper 004): an ancestor, a chain distilled from it step by step, descendants of sizes in between."""
-    ancestor: str = ''                 # model folder or hub name; empty: train one of ancestor_size first
-    ancestor_size: str = '64x6'        # its size, where it is trained here
-    ancestor_tokens: float = 1.5e6     # training tokens of that
-    bridge: str = ''                   # heterogeneous ancestor, any architecture and vocabulary: it answers, the ancestor learns
-    bridge_answers: int = 0            # how many of sft_data's prompts it answers; 0: all
-    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')   # sizes of the checkpoints, the largest first
-    public: tuple[str, ...] = ()       # their public checkpoints to start from, if start is public
-    start: str = 'subset'              # what students start from: public, subset (of their teacher) or random
-    sft_data: str = ''                 # supervised set on which everyone is fine-tuned first; empty: no fine-tuning
-    sft_epochs: float = 3.0            # passes over it
-    sft_learning_rate: float = 0.0     # of fine-tuning and bridge; 0: learning_rate, that of the distillations
-    distillation: str = 'reverse'      # reverse (Eq. 1, on the data), minillm (on-policy), forward, seqkd
-    tokens: float = 5e5                # of each distillation; on instructions with padding
-    samples: int = 256                 # minillm: answers in a batch ...
-    inner_epochs: int = 4              # ... and how often each serves
-    direct: bool = False               # also distil the smallest checkpoint from the ancestor directly (Table 3)
-    score_examples: int = 0            # answers by whose Rouge-L the best checkpoint of a distillation is chosen; 0: the last
-    descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')   # sizes in between
-    alpha: float = -1.0                # weight of the smaller neighbour; below 0: by relative distance
-    recovery_tokens: float = 3e5       # training tokens of each descendant, on the run's data
-    recovery_learning_rate: float = 0.0    # of that; 0: learning_rate
-    baselines: tuple[str, ...] = ('random', 'single')   # random, single, auto-learngene, van-learngene, kd, seqkd, minillm, ...
-    downstream: tuple[str, ...] = ()   # supervised sets on which descendants and baselines are fine-tuned and scored
-    downstream_epochs: float = 10.0    # passes over each
-    downstream_learning_rate: float = 1e-5
+    """Chain-of-Learngene: an ancestor, a chain distilled step by step, descendants in between."""
+
+    ancestor: str = ''  # model folder or hub name; empty: train one of ancestor_size first
+    ancestor_size: str = '64x6'  # its size, if it is trained here
+    ancestor_tokens: Positive = 1.5e6  # training tokens of that
+    bridge: str = ''  # ancestor of any architecture and vocabulary: it answers, `ancestor` learns
+    bridge_answers: Natural = 0  # how many of sft_data's prompts it answers; 0: all
+    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # sizes of the checkpoints, largest first
+    public: tuple[str, ...] = ()  # their public checkpoints, if start is public
+    start: Literal['public', 'subset', 'random'] = 'subset'  # what students start from
+    sft_data: str = ''  # supervised set on which everyone is fine-tuned first; empty: none
+    sft_epochs: Positive = 3.0  # passes over it
+    sft_learning_rate: NonNegative = 0.0  # of fine-tuning and bridge; 0: learning_rate
+    distillation: Literal['reverse', 'minillm', 'forward', 'seqkd'] = 'reverse'  # Eq. 1: reverse
+    tokens: Positive = 5e5  # of each distillation; on instructions with padding
+    samples: Count = 256  # minillm: answers in a batch ...
+    inner_epochs: Count = 4  # ... and how often each is used
+    direct: bool = False  # also distil the smallest from the ancestor directly (Table 3)
+    score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
+    descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
+    alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
+    recovery_tokens: Positive = 3e5  # training tokens of each descendant, on the run's data
+    recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
+    baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')
+    downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored
+    downstream_epochs: Positive = 10.0  # passes over each
+    downstream_learning_rate: NonNegative = 1e-5
 
     def stages(self, run):
-        """The ancestor and its bridge, the chain, the descendants and what they are compared with, the downstream tasks."""
-        configs, self.data_dir = self.check(run), run.data_dir
-        self.origins = {}   # descendant stage -> (size, kind), for the summary
-        teacher = yield from self.ancestors(run, configs)
-        first, chain = teacher, {'ancestor': (configs['ancestor'], teacher)}
+        """Ancestor and bridge, the chain, the descendants, and their downstream tasks."""
+        self.data_dir = run.data_dir
+        configs = self.configs(run)
+        teacher = yield from self.ancestors(run, configs['ancestor'])
+        chain = {'ancestor': teacher}
         for i, size in enumerate(self.chain):
             student = None
             if self.start == 'public' and self.sft_data:
-                student = yield self.tune(f'{size}-sft', configs[size], self.public[i], run, self.sft_data)
-            before, teacher = teacher, (yield from self.distilled(size, configs[size], teacher, run, i, student))
-            chain[size] = configs[size], teacher
-            if self.direct and i == len(self.chain) - 1 and before is not first:
-                yield from self.distilled(f'{size}-direct', configs[size], first, run, i, student)
-        if not run.dry_run and int(os.environ.get('RANK', 0)) == 0:
-            inside = {name: Path(r.folder).name if Path(r.folder).parent == Path(run.out_dir) else str(Path(r.folder).resolve())
-                      for name, (_, r) in chain.items()}
-            write_atomically(Path(run.out_dir) / 'chain.json', json.dumps(inside, indent=1) + '\n')
-        for size in self.descendants:
-            for kind in ('linit', *self.baselines):
-                stage = self.descendant(size, kind, configs, chain, run)
+                public = Result.given(self.public[i], self.public[i])
+                student = yield self.tune(f'{size}-sft', configs[size], public, self.sft_data, run)
+            student = self.student(size, configs[size], i, student)
+            teachers = [teacher]
+            if self.direct and size == self.chain[-1] and i:
+                teachers.append(chain['ancestor'])
+            for t in teachers:
+                name = size if t is teacher else f'{size}-direct'
+                stage = student(name, t)
+                self.teach(stage, self.distillation, t, run)
                 result = yield stage
-                self.origins[result.name] = size, kind
-                for name in self.downstream:
-                    yield self.tune(f'{result.name}-on-{name}', stage.config, result.folder, run, name, self.downstream_epochs,
-                                    dict(learning_rate=self.downstream_learning_rate), parent=result)
+                chain.setdefault(size, result)
+            teacher = chain[size]
+        if not run.dry_run and processes()[0] == 0:
+            write_chain(run.out_dir, chain)
+        for size in self.descendants:
+            descendant = Descendant(self, run, size, configs, chain)
+            for start in ('linit', *self.baselines):
+                stage = STARTS[start](descendant)
+                result = yield stage
+                for data in self.downstream:
+                    name = f'{result.name}-on-{data}'
+                    tuned = self.tune(name, stage.config, result, data, run, self.downstream_epochs)
+                    tuned.knobs |= dict(learning_rate=self.downstream_learning_rate)
+                    tuned.parent, tuned.labels = result, dict(tuned_on=data)
+                    yield tuned
 
-    def ancestors(self, run, configs):
-        """Train, open or bridge the ancestor; fine-tune it: its Result."""
-        config, given = configs['ancestor'], bool(self.ancestor) and not (run.toy or run.dry_run)
-        if given:
-            result = given_result(self.ancestor)
+    def ancestors(self, run, config):
+        """Train, open or bridge the ancestor, and fine-tune it: its Result."""
+        if self.ancestor and not (run.toy or run.dry_run):
+            result = given_ancestor(self.ancestor)
         else:
-            result = yield Stage('ancestor', config, self.ancestor_tokens, config.num_params(head=True))
+            X = config.num_params(head=True)
+            result = yield Stage('ancestor', config, self.ancestor_tokens, X)
+        name, data, epochs = 'ancestor-sft', self.sft_data, 0
         if self.bridge:
-            data = self.bridge_data(run) if not (run.toy or run.dry_run) else self.sft_data
-            result = yield self.tune('bridge', config, result.folder, run, data, 10.0, parent=result)
-        elif self.sft_data:
-            result = yield self.tune('ancestor-sft', config, result.folder, run, self.sft_data, parent=result)
+            name, epochs = 'bridge', 10.0
+            if not (run.toy or run.dry_run):
+                out = Path(run.out_dir) / 'bridge-data'
+                data = pseudo_answers(self.bridge, data, run, out, self.bridge_answers)
+        if data:
+            stage = self.tune(name, config, result, data, run, epochs)
+            stage.parent = result
+            result = yield stage
         return result
 
-    def bridge_data(self, run):
-        """The bridge's supervised set: the heterogeneous ancestor's answers; a folder's path."""
-        return pseudo_answers(self.bridge, self.sft_data, run, Path(run.out_dir) / 'bridge-data', self.bridge_answers)
+    def tune(self, name, config, start, data, run, epochs=0.0):
+        """Supervised fine-tuning of the Result `start`; data: a prepared set, or its folder."""
+        knobs = {}
+        if self.sft_learning_rate:
+            knobs['learning_rate'] = self.sft_learning_rate
+        stage = Stage(name, config, 0.0, config.num_params(head=True), knobs=knobs)
+        use_set(stage, data)
+        n = 15_000  # examples, for a plan
+        if not run.dry_run:
+            data_dir = stage.knobs.get('data_dir', run.data_dir)
+            n = len(Examples(Path(data).name, data_dir, 'train'))
+        length = min(run.block_size, config.block_size)
+        stage.tokens = (epochs or self.sft_epochs) * n * length
+        stage.origin = Origin('weights', (start.name,), dict(tuned_on=Path(data).name))
+        stage.model = partial(load, start.folder)
+        return stage
 
-    def tune(self, name, config, folder, run, data, epochs=0.0, knobs=None, parent=None):
-        """A stage of supervised fine-tuning from a folder: `data` is a prepared set's name, or its folder's path."""
-        knobs = dict(knobs or (dict(learning_rate=self.sft_learning_rate) if self.sft_learning_rate else {}), **set_knobs(data))
-        n = 15_000 if run.dry_run else len(Examples(Path(data).name, knobs.get('data_dir', run.data_dir), 'train'))
-        return Stage(name, config, (epochs or self.sft_epochs) * n * min(run.block_size, config.block_size),
-                     config.num_params(head=True), parent=parent, start=f'weights of {Path(folder).name}, tuned on {Path(data).name}',
-                     model=partial(load, folder), source=partial(supervised_source, name=Path(data).name), knobs=knobs)
+    def student(self, size, config, i, tuned):
+        """(stage name, teacher's Result) -> Stage of a student, before it is taught."""
 
-    def distilled(self, name, config, teacher, run, i, student):
-        """One step of the chain: a student of shape `config` learns from the Result `teacher`; yields the stage, returns its Result."""
-        if student or self.start == 'public':
-            start, model = 'its public checkpoint', partial(load, student.folder if student else self.public[i])
-        elif self.start == 'subset':
-            start, model = f'a subset of {teacher.name}', lambda: subset(load(teacher.folder), config)
-        else:
-            start, model = 'random initialisation', None
-        return (yield self.lesson(Stage(name, config, self.tokens, config.num_params(head=True), start=start, model=model),
-                                  self.distillation, teacher, run))
+        def make(name, teacher):
+            stage = Stage(name, config, self.tokens, config.num_params(head=True))
+            if tuned or self.start == 'public':
+                folder = tuned.folder if tuned else self.public[i]
+                stage.origin = Origin('weights', (tuned.name if tuned else folder,))
+                stage.model = partial(load, folder)
+            elif self.start == 'subset':
+                stage.origin = Origin('subset', (teacher.name,))
+                stage.model = lambda: subset(load(teacher.folder), config)
+            return stage
 
-    def lesson(self, stage, how, teacher, run):
+        return make
+
+    def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
-        stage.start += f', {how} from {teacher.name}' + (
-            f' ({self.samples} samples x {self.inner_epochs})' if how == 'minillm' else '') + (
-            f', best of {self.score_examples} answers' if self.score_examples else '')
-        folder = Path(run.out_dir) / stage.name
-        if how == 'seqkd':
-            if run.dry_run:
-                return stage
-            data = pseudo_answers(teacher.folder, self.sft_data, run, Path(run.out_dir) / f'{stage.name}-data', self.bridge_answers)
-            stage.knobs |= set_knobs(data)
-            stage.source = partial(supervised_source, name=Path(data).name)
-        elif how == 'minillm':
+        stage.teaching = dict(objective=distillation, teacher=teacher.name)
+        out = Path(run.out_dir)
+        if distillation == 'seqkd':
             if not run.dry_run:
-                batch = run.sequences
-                stage.objective = minillm(teacher.folder, Examples(self.sft_data, run.data_dir, 'train'), folder, batch, run.seed,
-                                          min(self.samples, 2 * batch) if run.toy else self.samples, self.inner_epochs)
+                name = out / f'{stage.name}-data'
+                how = (run, name, self.bridge_answers)
+                use_set(stage, pseudo_answers(teacher.folder, self.sft_data, *how))
+        elif distillation == 'minillm':
+            stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
+            if not run.dry_run:
+                examples = Examples(self.sft_data, run.data_dir, 'train')
+                samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples
+                settings = MiniLLM(run.sequences, run.seed, samples, self.inner_epochs)
+                folder = out / stage.name
+                stage.objective = minillm(teacher.folder, examples, folder, settings)
         else:
-            stage.objective = distil(teacher.folder, 0.0, 1.0, reverse=how == 'reverse')
+            stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
             if self.sft_data:
-                stage.source, stage.knobs = partial(supervised_source, name=self.sft_data), stage.knobs | set_knobs(self.sft_data)
-        if self.score_examples and self.sft_data and not run.dry_run:
-            examples = Examples(self.sft_data, run.data_dir, 'val')
-            stage.score = lambda model: answer_scores(model, examples, self.score_examples)[0]
-        return stage
+                use_set(stage, self.sft_data)
+        if self.score_examples and self.sft_data:
+            stage.teaching['best_of'] = self.score_examples
+            if not run.dry_run:
+                examples, n = Examples(self.sft_data, run.data_dir, 'val'), self.score_examples
+                stage.score = lambda model: answer_scores(model, examples, n)[0]
 
-    def descendant(self, size, kind, configs, chain, run):
-        """The recovery training of one descendant, initialised by LInit or as a baseline."""
-        config, name = configs[size], f'{size}-{kind}'
-        small, large = neighbours({n: c for n, (c, _) in chain.items()}, config)
-        of = {n: r for n, (_, r) in chain.items()}
-        alpha = None if self.alpha < 0 else self.alpha
-        knobs = dict(learning_rate=self.recovery_learning_rate) if self.recovery_learning_rate else {}
-        stage = Stage(name, config, self.recovery_tokens, config.num_params(head=True), knobs=knobs)
-        if kind == 'linit':
-            stage.start = f'between {small} and {large}, alpha {"by distance" if alpha is None else alpha}'
-            stage.parent, stage.model = of[small], lambda: linit(load(of[small].folder), load(of[large].folder), config, alpha)
-        elif kind == 'single':
-            stage.start, stage.parent = f'{small} expanded', of[small]
-            stage.model = lambda: linit(load(of[small].folder), load(of[large].folder), config, 1.0)
-        elif kind in ('kd', 'seqkd', 'minillm'):
-            stage = self.lesson(stage, 'forward' if kind == 'kd' else kind, of['ancestor'], run)
-        elif kind in ('auto-learngene', 'van-learngene'):
-            top, wanted = configs['ancestor'], config.num_params(embedding=True, head=True)
-            k = min(range(1, top.n_layer), key=lambda n: abs(
-                replace(top, n_layer=n).num_params(embedding=True, head=True) - wanted))
-            stage.config = replace(top, n_layer=k)
-            stage.params, stage.parent = stage.config.num_params(head=True), of['ancestor']
-            stage.start = f'{k} layers of the ancestor by {kind}'
-            stage.model = lambda: pick_layers(load(of['ancestor'].folder), k, kind.split('-')[0], run)
-        elif kind == 'hypercloning':
-            c = configs[self.chain[-1]]
-            stage.config = replace(c, **{f: 2 * getattr(c, f) for f in ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')})
-            stage.params, stage.parent = stage.config.num_params(head=True), of[self.chain[-1]]
-            stage.start = f'{self.chain[-1]} cloned to twice its width'
-            stage.model = lambda: grow(load(stage.parent.folder), stage.config, 'clone', 'stack')
-        return stage
-
-    def check(self, run):
-        """The shape of everything by name. Raises UserError for knobs that do not fit together, before anything is trained."""
-        check_ranges(self, **{k: (1e-9, None) for k in ('ancestor_tokens', 'tokens', 'recovery_tokens', 'sft_epochs',
-                                                         'downstream_epochs')},
-                     alpha=(-1, 1), sft_learning_rate=(0, None), recovery_learning_rate=(0, None), samples=(1, None),
-                     inner_epochs=(1, None), score_examples=(0, None), bridge_answers=(0, None))
-        for knob, legal in dict(start=('public', 'subset', 'random'),
-                                distillation=('reverse', 'minillm', 'forward', 'seqkd')).items():
-            if getattr(self, knob) not in legal:
-                raise unknown(knob, getattr(self, knob), legal)
-        if strange := [name for name in self.baselines if name not in BASELINES]:
-            raise unknown('baseline', strange[0], BASELINES)
-        if run.toy or run.dry_run:
-            self.start = 'random' if self.start == 'public' else self.start   # nothing is downloaded
-        if run.toy:
-            self.descendants, self.score_examples = self.descendants[:1], min(4, self.score_examples)
-        needs = self.bridge or self.distillation in ('minillm', 'seqkd') or {'seqkd', 'minillm'} & set(self.baselines)
-        on_policy = self.distillation == 'minillm' or 'minillm' in self.baselines
-        if on_policy and not run.toy and self.samples % run.sequences:
-            raise UserError(f'samples={self.samples} must be a multiple of the {run.sequences} sequences of a step')
-        if needs and not self.sft_data:
-            raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
-        if self.start == 'public' and len(self.public) != len(self.chain):
-            raise UserError(f'public has {len(self.public)} checkpoints for a chain of {len(self.chain)}')
-        configs = {'ancestor': run.model_config(self.ancestor_size)} | {size: run.model_config(size) for size in self.chain}
+    def configs(self, run):
+        """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
+        self.check(run)
+        configs = {'ancestor': run.model_config(self.ancestor_size)}
+        configs |= {size: run.model_config(size) for size in self.chain}
         if not (run.toy or run.dry_run):
             if self.ancestor:
                 configs['ancestor'] = load(self.ancestor).config
-            for size, folder in zip(self.chain, self.public if self.start == 'public' else ()):
-                configs[size] = load(folder).config
+            if self.start == 'public':
+                for size, folder in zip(self.chain, self.public):
+                    configs[size] = load(folder).config
+        if self.start == 'subset':
+            for above, below in zip(('ancestor', *self.chain), self.chain):
+                check_between(configs[below], configs[above], configs[below])
         shapes = dict(configs)
-        for above, below in zip(('ancestor', *self.chain), self.chain) if self.start == 'subset' else ():
-            check_shapes(configs[below], configs[above], configs[below])
         for size in self.descendants:
             wanted = run.model_config(size)
             small, large = neighbours(shapes, wanted)
-            configs[size] = replace(shapes[small], **{f: getattr(wanted, f) for f in SHAPE})
-            check_shapes(shapes[small], shapes[large], configs[size])
-        for name in self.corpora if not run.dry_run else ():
-            Examples(name, run.data_dir, 'train')   # it says so if these are none
-            meta = open_corpus(name, run.data_dir).meta
-            if meta['vocab_size'] != run.vocab_size:
-                raise UserError(f'{name} has a vocabulary of {meta["vocab_size"]}, {run.data} one of {run.vocab_size}')
+            sizes = {f: getattr(wanted, f) for f in SIZE_FIELDS}
+            configs[size] = replace(shapes[small], **sizes)
+            check_between(shapes[small], shapes[large], configs[size])
+        if not run.dry_run:
+            for name in self.corpora:
+                Examples(name, run.data_dir, 'train')  # it complains if these are none
+                check_vocabulary(open_corpus(name, run.data_dir), configs['ancestor'], 'ancestor')
         return configs
 
-    stand_ins = dict(sft_data='signatures', downstream=('signatures',))   # in a toy
+    def check(self, run):
+        """Raise UserError for knobs that do not fit together, before anything is trained."""
+        if run.toy or run.dry_run:
+            self.start = 'random' if self.start == 'public' else self.start  # no downloads
+        if run.toy:
+            self.descendants = self.descendants[:1]
+            self.score_examples = min(4, self.score_examples)
+        methods = {self.distillation, *self.baselines}
+        if 'minillm' in methods and not run.toy and self.samples % run.sequences:
+            step = f'the {run.sequences} sequences of a step'
+            raise UserError(f'samples={self.samples} must be a multiple of {step}')
+        if (self.bridge or methods & {'minillm', 'seqkd'}) and not self.sft_data:
+            raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
+        if self.start == 'public' and len(self.public) != len(self.chain):
+            n = f'{len(self.public)} checkpoints for a chain of {len(self.chain)}'
+            raise UserError(f'public has {n}')
+
+    toy_corpora = dict(sft_data='signatures', downstream=('signatures',))
 
     @property
     def corpora(self):
@@ -272,105 +493,109 @@ class ChainOfLearngene:
         return [name for name in (self.sft_data, *self.downstream) if name]
 
     def summary(self, results):
-        """For each size: the loss at step 0 and after recovery, and the steps at which random initialisation catches up."""
-        found = {r.name: r for r in results}
-        rows = [['descendant', 'start', 'N', 'loss at step 0', 'after recovery', 'random needs']]
-        for name, (size, kind) in self.origins.items():
-            curve = _curve(found[name])
-            rival = _curve(found[f'{size}-random']) if f'{size}-random' in found else []
-            first = curve[0][1] if curve and curve[0][0] == 0 else None
-            elsewhere = kind == 'seqkd' or kind == 'kd' and self.sft_data   # its losses are on answers, not on the run's text
-            caught = next((step for step, loss in rival if first is not None and loss <= first), None)
-            needs = '' if kind != 'linit' or not rival else f'{caught:,} steps' if caught else f'more than {rival[-1][0]:,} steps'
-            rows.append([size, kind, count(found[name].n_params), f'{first:.4f}' if first is not None and not elsewhere else '',
-                         '' if elsewhere else f'{found[name].val_loss:.4f}', needs])
-        text, tuned = table(rows), {r.name: r for r in results if '-on-' in r.name}
-        if tuned:
-            rows = [['fine-tuned', 'loss on answers', 'Rouge-L', 'exact answers']]
-            for name, result in tuned.items():
-                examples = Examples(name.rpartition('-on-')[2], self.data_dir, 'val')
-                rouge, exact = answer_scores(load(result.folder).eval(), examples)
-                rows.append([name, f'{result.val_loss:.4f}', f'{100 * rouge:.2f}', f'{exact:.1%}'])
-            text += '\n\n' + table(rows)
-        return text
+        """Each descendant's loss at step 0 and after recovery; each tuned one's scores."""
+        records, tuned = [], []
+        for size, runs in by_label(results, 'size').items():
+            curves = {r.labels['start']: validation_curve(r) for r in runs}
+            for r in runs:
+                start, curve = r.labels['start'], curves[r.labels['start']]
+                record = {'descendant': size, 'start': start, 'N': r.n_params}
+                if start != 'seqkd' and not (start == 'kd' and self.sft_data):  # those see answers
+                    record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
+                    record['after recovery'] = r.val_loss
+                if start == 'linit' and 'random' in curves:
+                    needs = steps_to(curves['random'], curve[0][1])
+                    last = f'more than {curve[-1][0]:,}'
+                    record['steps random needs'] = f'{needs:,}' if needs is not None else last
+                records.append(record)
+        for data, runs in by_label(results, 'tuned_on').items():
+            examples = Examples(data, self.data_dir, 'val')
+            for r in runs:
+                rouge, exact = answer_scores(load(r.folder).eval(), examples)
+                record = {'fine-tuned': r.name, 'loss on answers': r.val_loss}
+                tuned.append(record | {'Rouge-L': 100 * rouge, 'exact answers': exact})
+        return [records, tuned]
 
 
-def _curve(result):
-    """[(step, validation loss)] of a stage, its end included."""
-    lines = read_metrics(result.folder)
-    return [(m['step'], m['val_loss']) for m in lines if 'val_loss' in m] + [(lines[-1]['step'], result.val_loss)]
+def steps_to(curve, loss):
+    """The first step of a curve, [(step, loss)], at which it is at most `loss`, or None."""
+    return next((step for step, value in curve if value <= loss), None)
 
 
-def set_knobs(data):
-    """The general knobs with which a stage reads a supervised set: one prepared elsewhere is given as its folder's path."""
-    elsewhere = dict(data_dir=str(Path(data).parent)) if len(Path(data).parts) > 1 else {}
-    return dict(val_data='', **elsewhere)
+def use_set(stage, data):
+    """Let a stage read a supervised set: a prepared one's name, or its folder elsewhere."""
+    path = Path(data)
+    stage.source = partial(supervised_source, name=path.name)
+    stage.knobs |= dict(val_data='')
+    if len(path.parts) > 1:
+        stage.knobs |= dict(data_dir=str(path.parent))
 
 
-def given_result(name):
-    """The Result of an ancestor that is there already; of a public one the cost is not known."""
+def given_ancestor(name):
+    """The Result of an ancestor that exists; a public one's cost is not known."""
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
-    nan = float('nan')
-    return Result('ancestor', str(model_folder(name)), load(name).num_params(), 0.0, 0, 0.0, 0.0, 0.0, nan, nan, 0, 0.0)
+    return Result.given('ancestor', model_folder(name), load(name).num_params())
 
 
-def pick_layers(ancestor, k, how, run, sequences=32):
-    """The ancestor with the k layers that an earlier learngene method keeps, read off some validation sequences of the run."""
-    source = text_source(replace(run, block_size=min(run.block_size, ancestor.config.block_size)))
-    batches = []
-    for x, y, _ in source.validation(8, 'cpu', 0, 1):
-        batches.append((x, y))
-        if len(batches) * 8 >= sequences:
-            break
-    return inherit(ancestor, k, layers=learngene_layers(ancestor, batches, k, how))
+def write_chain(out_dir, chain):
+    """Record where the checkpoints are, in chain.json: their folders, or paths outside the run."""
+    folders = {}
+    for name, result in chain.items():
+        folder = Path(result.folder)
+        inside = folder.parent == Path(out_dir)
+        folders[name] = folder.name if inside else str(folder.resolve())
+    write_json(Path(out_dir) / 'chain.json', folders)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the command line
 
+
 @dataclass
-class Descendant:
-    """A model of any size between two of a chain: col.py CHAIN_FOLDER DST --to=SIZE"""
-    chain: str = ''        # folder of a run of this method, or of model folders
-    target: str = ''       # folder to be made
-    to: str = ''           # named size, or WIDTHxLAYERS
-    alpha: float = -1.0    # weight of the smaller neighbour; below 0: by relative distance
-    depth: str = 'bert2bert'   # how the smaller one's layers are replicated: bert2bert (the last ones again), interleave, stack
+class Interpolation:
+    """A model of any size between two of a chain: col.py CHAIN_FOLDER TARGET --to=SIZE."""
+
+    chain: str = ''  # folder of a run of this method, or of model folders
+    target: str = ''  # folder to be made
+    to: str = ''  # named size, or WIDTHxLAYERS
+    alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
+    depth: Literal['bert2bert', 'interleave', 'stack', 'identity'] = 'bert2bert'  # of its layers
 
 
-def shapes_in(folder):
-    """{name: (folder, GPTConfig)} of a chain. Raises UserError for a folder without models."""
+def chain_folders(folder):
+    """{name: folder} of the models of a chain. Raises UserError for fewer than two."""
     listed = Path(folder) / 'chain.json'
-    names = map(str, read_json(listed).values()) if listed.is_file() else sorted(
-        p.parent.name for p in Path(folder).glob('*/config.json'))
-    found = {}
-    for name in names:
-        found[Path(name).name] = Path(folder) / name, shape_of(Path(folder) / name)
-    if len(found) < 2:
-        raise UserError(f'{folder} holds no chain: {len(found)} models')
-    return found
+    if listed.is_file():
+        names = [str(name) for name in read_json(listed).values()]
+    else:
+        names = sorted(path.parent.name for path in Path(folder).glob('*/config.json'))
+    if len(names) < 2:
+        raise UserError(f'{folder} holds no chain: {len(names)} models')
+    return {Path(name).name: Path(folder) / name for name in names}
 
 
 def main(argv):
-    """Command line: CHAIN_FOLDER DST, then knobs."""
-    named = [f'--{knob}={arg}' for knob, arg in zip(('chain', 'target'), argv) if not arg.startswith('-')]
-    options, _, _ = configure(named + argv[len(named):], Descendant, program='col.py CHAIN_FOLDER DST')
-    check_ranges(options, alpha=(-1e9, 1))
+    """Command line: CHAIN_FOLDER TARGET, then knobs."""
+    argv = with_positionals(argv, 'chain', 'target')
+    options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
     if not (options.chain and options.target and options.to):
-        raise UserError('say which chain, where to, and which size: col.py CHAIN_FOLDER DST --to=SIZE')
-    found, named_shape = shapes_in(options.chain), GPTConfig.named(options.to)
-    shapes = {name: shape for name, (_, shape) in found.items()}
-    small, large = neighbours(shapes, named_shape)
-    config = replace(shapes[small], **{f: getattr(named_shape, f) for f in SHAPE})
+        raise UserError('say which chain, where to, which size: col.py CHAIN TARGET --to=SIZE')
+    wanted = GPTConfig.named(options.to)
+    folders = chain_folders(options.chain)
+    shapes = {name: read_config(folder) for name, folder in folders.items()}
+    small, large = neighbours(shapes, wanted)
+    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
+    models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
-    made = linit(*(load(found[name][0], contiguous=False) for name in (small, large)), config, alpha, options.depth)
+    made = linit(*models, config, alpha, options.depth)
     try:
-        tokenizer = tokenizer_of_model(found[small][0])
+        tokenizer = tokenizer_of_model(folders[small])
     except UserError:
         tokenizer = ''
     made.save(options.target, tokenizer)
-    print(f'{options.target}: {count(made.num_params())} parameters (N), between {small} and {large}')
+    n = format_count(made.num_params())
+    print(f'{options.target}: {n} parameters (N), between {small} and {large}')
 
 
 if __name__ == '__main__':

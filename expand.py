@@ -1,58 +1,338 @@
 """
-Growing trained models, and progressive training: a whole model family for the price of its largest member.
+Growing trained models, and progressive training: a model family for the price of its largest
+member.
 
-Paper: Yano et al., Efficient Construction of Model Family through Progressive Training Using Model Expansion (000).
+Paper: Yano et al., Efficient Construction of Model Family through Progressive Training Using
+Model Expansion.
 
     python train.py config/progressive_tiny.py         # minutes on a CPU
     python train.py config/progressive_8b.py           # the paper's family
-    python expand.py out/family/4b grown/8b --to=8b --width=lossless --depth=identity      # grow a folder, tensor by tensor
+    python expand.py out/family/4b grown/8b --to=8b --width=lossless --depth=identity
 
-Train the smallest model, expand it, train on, expand again. Each size is given the tokens that make the whole family cost
-what its largest member costs from scratch (Eq. 4):
+Train the smallest model, expand it, train on, expand again. Each size gets the tokens that make
+the whole family cost what its largest member costs from scratch (Eq. 4):
 
-    FLOPs(X_i, T_i) = FLOPs(X_i, T_scratch_i) - sum over j < i of FLOPs(X_j, T_j),      FLOPs(X, T) = 6 X T
+    FLOPs(X_i, T_i) = FLOPs(X_i, T_scratch_i) - sum_{j<i} FLOPs(X_j, T_j),   FLOPs(X, T) = 6 X T
 
-The growth operators themselves are in operators.py.
+Growing in width. An axis of the model (residual stream, heads, MLP neurons) grows by copying its
+units. What writes a unit's c copies is multiplied by w, what reads them by r; the function is
+kept if over the copies of each unit  sum w r = 1. The residual stream is read through norms,
+whose gains are multiplied by 1 / w. Copies of a unit that are read alike get the same gradient
+and stay copies for ever; `noise` that sums to zero over them tells them apart and changes no
+output. Growing in depth repeats layers, or adds layers that compute nothing yet.
 """
-import json
+
 import os
+import re
 import shutil
-import statistics
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-from checkpoint import load_moments
-from configurator import Stage, UserError, check_ranges, configure, run_as_program, unknown, write_atomically
-from evaluate import mean_and_spread, table
-from hugging_face import config_to_hugging_face, find_tensors, layout, pack, stored_shape, unpack
-from let import let, pair_layers
-from model import GPT, GPTConfig, load, shape_of
-from operators import DEPTH, WIDTH, Growth
+from configurator import Count, Natural, NonNegative, Positive, configure, with_positionals
+from engine.checkpoint import load_optimizer_state
+from engine.errors import UserError, run_as_program, unknown
+from engine.files import write_json
+from engine.growth import PIECE, Axis, by_head, copy_of, grow_tensor, round_robin
+from engine.hugging_face import config_to_hugging_face
+from engine.report import compare_variants
+from engine.rows import FolderReader, write_model
+from engine.stage import Origin, Stage
+from let import Alignment, pair_layers, teach
+from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
+
+WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
+
+# ----------------------------------------------------------------------------------------------
+# growing in width: how the residual stream is copied
+
+
+class Widening(NamedTuple):
+    """A width operator for two shapes: the residual stream's Axis, with the factors w."""
+
+    residual: Axis
+    from_above: bool = False  # new rows are copied from the layer above
+
+
+def fpi(small, large):
+    """
+    Function-preserving initialisation (bert2BERT): w = 1, r = 1 / c. Exact where every unit has
+    the same number of copies; elsewhere the norms weigh units by their copies.
+    """
+    return Widening(round_robin(small.n_embd, large.n_embd))
+
+
+def clone(small, large):
+    """HyperCloning: fpi for whole multiples, where it is exact; UserError for anything else."""
+    for field in WIDTH_FIELDS:
+        before, after = getattr(small, field), getattr(large, field)
+        if after % before:
+            raise UserError(f'clone needs whole multiples, not {field} {before} -> {after}')
+    return fpi(small, large)
+
+
+def aki(small, large):
+    """
+    Advanced knowledge initialisation (bert2BERT; progressive training's operator): fpi, but the
+    rows of new units come from the layer above. Not exact.
+    """
+    return fpi(small, large)._replace(from_above=True)
+
+
+def lossless(small, large):
+    """
+    Exact for any D > d. RMSNorm sees the mean square: with w = sqrt(D / (d c)) it is the same over
+    D units as over d, eps and all. LayerNorm also subtracts the mean: whole copies are multiplied
+    by w = sqrt(D / (k d)), k = floor(D / d), and the rest stands at the mean, which the norm turns
+    to zero.
+    """
+    d, D = small.n_embd, large.n_embd
+    if small.norm == 'rms':
+        axis = round_robin(d, D)
+        return Widening(axis.scaled((D / (d * axis.copies)).sqrt()))
+    whole = D // d * d
+    return Widening(round_robin(d, D, covered=whole).scaled((D / whole) ** 0.5, fill='mean'))
+
+
+WIDTH = {'fpi': fpi, 'aki': aki, 'lossless': lossless, 'clone': clone}
+
+
+# ----------------------------------------------------------------------------------------------
+# growing in depth: where each new layer comes from
+
+
+class Layer(NamedTuple):
+    """A new layer: the old one it copies, and whether its outputs are zero at first."""
+
+    source: int
+    adds_nothing: bool = False
+
+
+def stack(old, new):
+    """The whole stack again and again: layer l copies l mod L."""
+    return [Layer(layer % old) for layer in range(new)]
+
+
+def bert2bert(old, new):
+    """Whole stacks, then the remainder from the top layers (bert2BERT)."""
+    rest = new % old
+    return stack(old, new - rest) + [Layer(layer) for layer in range(old - rest, old)]
+
+
+def interleave(old, new):
+    """Each layer beside its copies: layer l copies floor((l + 1/2) L / L')."""
+    return [Layer((2 * layer + 1) * old // (2 * new)) for layer in range(new)]
+
+
+def identity(old, new):
+    """
+    New layers spread evenly, each a copy of the one below it whose attn.o and mlp.down are zero
+    (LLaMA-Pro): they add nothing at first, and the function is kept bit for bit.
+    """
+    layers = []
+    for layer in range(old):
+        extra = (layer + 1) * (new - old) // old - layer * (new - old) // old
+        layers += [Layer(layer)] + [Layer(layer, adds_nothing=True)] * extra
+    return layers
+
+
+DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'identity': identity}
+
+
+# ----------------------------------------------------------------------------------------------
+# from operators to tensors
+
+
+@dataclass
+class Operators:
+    """How a model grows."""
+
+    width: str = 'aki'
+    depth: str = 'stack'
+    noise: float = 0.0  # zero-sum noise on readers of copies, relative to their rows; 0: none
+    seed: int = 0  # of the noise
+
+
+def query_heads(small, large, kv):
+    """
+    The axis of query heads. A new key/value group copies the old group kv.source of it, and its
+    queries take that group's queries in turn, continuing where an earlier copy of the group
+    stopped. Raises UserError if an old query would be lost.
+    """
+    per_old, per_new = small.n_head // small.n_kv_head, large.n_head // large.n_kv_head
+    earlier = torch.arange(large.n_kv_head) // small.n_kv_head  # copies of this group before it
+    within = (earlier[:, None] * per_new + torch.arange(per_new)) % per_old
+    source = (kv.source[:, None] * per_old + within).flatten()
+    if len(source.unique()) < small.n_head:
+        raise UserError(
+            f'cannot grow: n_head {small.n_head} -> {large.n_head} with n_kv_head '
+            f'{small.n_kv_head} -> {large.n_kv_head} would lose query heads'
+        )
+    return copy_of(small.n_head, source)
+
+
+def axes_between(small, large, residual):
+    """{role of a tensor's dimension: Axis} for two shapes; residual: a width operator's Axis."""
+    kv_heads = round_robin(small.n_kv_head, large.n_kv_head)
+    query = by_head(query_heads(small, large, kv_heads), small.head_dim)
+    mlp = round_robin(small.n_mlp, large.n_mlp)
+    vocab = round_robin(small.vocab_size, large.vocab_size, covered=small.vocab_size)
+    w, c = residual.factor, residual.copies
+    axes = {
+        # rows of linear layers, and the columns that read them
+        'vocab': vocab._replace(fill='mean').scaled(1),
+        'query': query,
+        'kv': by_head(kv_heads, small.head_dim),
+        'mlp': mlp,
+        'from query': query.scaled(1 / query.copies, reads=True),
+        'from mlp': mlp.scaled(1 / mlp.copies, reads=True),
+        # the residual stream: its writers, its readers behind a norm, and the norms
+        'write': residual,
+        'read': residual.scaled(1 / c, fill='random', reads=True),
+        'gain': residual.scaled(1 / w, fill='one'),
+        'shift': residual.scaled(1, fill='zero'),
+        # a tied head reads embeddings that were copied as writers, so the last norm divides
+        'tied gain': residual.scaled(1 / (c * w * w), fill='one'),
+        'tied shift': residual.scaled(1 / (c * w), fill='zero'),
+    }
+    return axes
+
+
+# the roles of each weight's rows and columns; None does not grow. A bias has its weight's rows.
+ROLES = {
+    'wte': ('vocab', 'write'),
+    'wpe': (None, 'write'),
+    'lm_head': ('vocab', 'read'),
+    'norm1': ('gain',),
+    'norm2': ('gain',),
+    'attn.q': ('query', 'read'),
+    'attn.k': ('kv', 'read'),
+    'attn.v': ('kv', 'read'),
+    'attn.o': ('write', 'from query'),
+    'attn.q_norm': (None,),
+    'attn.k_norm': (None,),
+    'mlp.up': ('mlp', 'read'),
+    'mlp.gate': ('mlp', 'read'),
+    'mlp.down': ('write', 'from mlp'),
+}
+
+
+def check_growth(small, large):
+    """Raise UserError, with the field and both values, unless `large` can be grown from `small`."""
+    growing = [*SIZE_FIELDS, 'vocab_size']
+    if small.pos == 'rope':
+        growing.append('block_size')
+    for field, before in vars(small).items():
+        after = getattr(large, field)
+        if field in growing and after < before:
+            raise UserError(f'cannot grow: {field} {before} -> {after} is smaller')
+        if field not in (*growing, 'init_std') and after != before:
+            raise UserError(f'cannot grow: {field} {before} -> {after} differs')
+
+
+class Growth:
+    """A growth between two shapes: what each tensor of the larger model is, piece by piece."""
+
+    def __init__(self, small, large, operators, piece=PIECE):
+        """piece: elements grown at once; the noise depends on it. Raises UserError."""
+        for what, name, known in (
+            ('width operator', operators.width, WIDTH),
+            ('depth operator', operators.depth, DEPTH),
+        ):
+            if name not in known:
+                raise unknown(what, name, known)
+        check_growth(small, large)
+        self.small, self.large, self.operators, self.piece = small, large, operators, piece
+        widening = WIDTH[operators.width](small, large)
+        self.from_above = widening.from_above
+        self.axes = axes_between(small, large, widening.residual)
+        self.layers = DEPTH[operators.depth](small.n_layer, large.n_layer)
+
+    def roles(self, name):
+        """The Axis, or None, of each dimension of a tensor."""
+        stem, kind = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)
+        if stem in ('norm', 'norm1', 'norm2'):
+            role = 'gain' if kind == 'weight' else 'shift'
+            if stem == 'norm' and self.small.tied:
+                role = f'tied {role}'
+            return [self.axes[role]]
+        axes = [role and self.axes[role] for role in ROLES[stem]]
+        return axes[:1] if kind == 'bias' else axes
+
+    def pieces(self, name, fetch, moment=0):
+        """
+        Yield the new tensor `name` in pieces of rows. fetch: old name -> a tensor, or what gives
+        rows by slicing and has a shape. moment: 0 for weights; 1 and 2 for AdamW's exp_avg and
+        exp_avg_sq, which follow the gradient. The pieces, and so the noise, do not depend on
+        where and in which order tensors are grown.
+        """
+        match = re.match(r'blocks\.(\d+)\.(.+)', name)
+        layer = self.layers[int(match[1])] if match else None
+        old, donor = fetch(self.name_in(layer, match, 0, name)), None
+        if self.from_above and match and 'norm' not in name:
+            if layer.source + 1 < self.small.n_layer:
+                donor = fetch(self.name_in(layer, match, 1, name))
+        axes, noise = self.roles(name), self.operators.noise
+        if moment:  # units without an origin: no momentum, but a mean second moment, else they leap
+            fill, noise = 'zero' if moment == 1 else 'mean', 0.0
+            axes = [axis and axis.dual(fill) for axis in axes]
+
+        def generator_of(start):
+            key = f'{self.operators.seed} {name} {start}'
+            return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+        outputs = re.search(r'\.(attn\.o|mlp\.down)\.', name) is not None
+        is_zero = layer and layer.adds_nothing and (moment == 1 or not moment and outputs)
+        rescale = self.rescaled(match) ** (1, -1, -2)[moment]
+        how = (max(1, moment), noise, generator_of, self.piece)
+        for piece in grow_tensor(old, donor, axes, how):
+            if is_zero:
+                piece.zero_()
+            if rescale != 1:
+                piece.mul_(rescale)
+            yield piece
+
+    def name_in(self, layer, match, above, name):
+        """The old tensor that `name` copies, or with above=1 the same of the layer above it."""
+        return f'blocks.{layer.source + above}.{match[2]}' if match else name
+
+    def rescaled(self, match):
+        """
+        The factor of queries whose layer's number changes, if attention logits are divided by it;
+        match: layer number and rest of a tensor's name.
+        """
+        scaled_tensor = 'attn.q_norm.' if self.small.qk_norm else 'attn.q.'
+        if not (match and self.small.attn_scale_by_layer and match[2].startswith(scaled_tensor)):
+            return 1.0
+        layer = int(match[1])
+        return (layer + 1) / (self.layers[layer].source + 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# growing models, optimizer states and folders
 
 
 @torch.no_grad()
 def grow(model, config, width='aki', depth='stack', noise=0.0, seed=0):
     """
-    The model grown to the shape `config` by operators of operators.py, widened first and then deepened; dtype, device and
-    mode are kept. `noise` tells copies apart without changing the function. Raises UserError with the field in the way.
+    The model grown to the shape `config`; dtype, device and mode are kept. width: fpi, aki,
+    lossless or clone; depth: stack, bert2bert, interleave or identity. Raises UserError naming
+    the field in the way.
     """
-    growth, state = Growth(model.config, config, width, depth, noise, seed), model.state_dict()
-    with torch.device('meta'):
-        grown = GPT(config)
-    grown.load_state_dict({name: torch.cat(list(growth.pieces(name, state.__getitem__))) for name in grown.state_dict()},
-                          assign=True)
-    grown.build_rope(next(model.parameters()).device)
-    return grown.train(model.training)
+    growth = Growth(model.config, config, Operators(width, depth, noise, seed))
+    old, grown = model.state_dict(), {}
+    for name in GPT.on_meta(config).state_dict():
+        grown[name] = torch.cat(list(growth.pieces(name, old.__getitem__)))
+    return GPT.from_state(config, grown, model.wte.weight.device).train(model.training)
 
 
 def widen(model, config, method='aki', noise=0.0, seed=0):
     """A wider model of the shape `config`, as deep as it was."""
-    return grow(model, replace(config, n_layer=model.config.n_layer), method, 'stack', noise, seed)
+    config = replace(config, n_layer=model.config.n_layer)
+    return grow(model, config, method, 'stack', noise, seed)
 
 
 def deepen(model, n_layer, method='stack'):
@@ -61,317 +341,313 @@ def deepen(model, n_layer, method='stack'):
 
 
 @torch.no_grad()
-def grow_optimizer(moments, small, large, width='aki', depth='stack'):
+def grow_optimizer(state, small, large, width='aki', depth='stack'):
     """
-    AdamW's state carried through a growth, so that training goes on without warming up again. moments: {'step': steps so
-    far, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for the shape `large`. Gradients follow
-    the dual of the weights' map, exp_avg_sq its square: exact for whole multiples and under RMSNorm for any width, without
-    noise and with as many queries to a key as before; an estimate elsewhere, and where layers are copied.
+    AdamW's state carried through a growth, so that training continues without a warmup. state:
+    {'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for
+    the shape `large`. Gradients follow the dual of the weights' map, exp_avg_sq its square: exact
+    for whole multiples, and under RMSNorm for any width, without noise and with as many queries
+    per key as before; an estimate elsewhere, and where layers are copied.
     """
-    growth = Growth(small, large, width, depth)
-    with torch.device('meta'):
-        names = list(GPT(large).state_dict())
-    grown = {key: {name: torch.cat(list(growth.pieces(name, moments[key].__getitem__, moment))) for name in names}
-             for moment, key in enumerate(('exp_avg', 'exp_avg_sq'), 1)}
-    return dict(step=moments['step'], **grown)
+    growth = Growth(small, large, Operators(width, depth))
+    grown = dict(step=state['step'], exp_avg={}, exp_avg_sq={})
+    for name in GPT.on_meta(large).state_dict():
+        for moment, key in ((1, 'exp_avg'), (2, 'exp_avg_sq')):
+            pieces = growth.pieces(name, state[key].__getitem__, moment)
+            grown[key][name] = torch.cat(list(pieces))
+    return grown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on disk
-
-class Rows:
-    """A tensor in an open safetensors file that is read by slices of its rows."""
-
-    def __init__(self, file, name):
-        self.slice = file.get_slice(name)
-        self.shape = tuple(self.slice.get_shape())
-
-    def __getitem__(self, key):
-        return self.slice[key]
-
-
-def grow_folder(source, target, shape, width='aki', depth='stack', noise=0.0, seed=0):
+def grow_folder(source, target, shape, operators):
     """
-    Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time: neither model is ever in
-    memory (what transformers packs, q, k and v of GPT-2 and GPT-NeoX, is held whole, one tensor at a time). shape: GPTConfig
-    of the model -> GPTConfig of the larger one. The result is built beside `target` and moved there when it is whole. Raises
-    UserError for what is missing, damaged or in the way.
+    Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time:
+    neither model is ever in memory (what transformers packs is held one tensor at a time). shape:
+    GPTConfig of the model -> GPTConfig of the larger one. Built beside `target` and renamed when
+    complete. Raises UserError.
     """
     source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
     if target.exists():
-        raise UserError(f'{target} is there already: choose another folder, or remove it')
-    with ExitStack() as stack:
-        small = shape_of(source)
-        try:
-            files = [stack.enter_context(safe_open(path, 'pt')) for path in sorted(source.glob('model*.safetensors'))]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f'{source} cannot be read: {error}') from error
-        holder = {name: file for file in files for name in file.keys()}
-        large = shape(small)
-        growth = Growth(small, large, width, depth, noise, seed)
-        with torch.device('meta'):
-            old_shapes, new_shapes = ({n: tuple(t.shape) for n, t in GPT(c).state_dict().items()} for c in (small, large))
-        try:
-            stored, found = layout(small, old_shapes), find_tensors(small, holder, old_shapes)
-        except UserError as error:
-            raise UserError(f'{source}: {error}') from None
-        where = {name: theirs for theirs, (ours, _) in stored.items() for name in ours}
-
-        def fetch(name):
-            ours, packed = stored[where[name]]
-            theirs = found[where[name]]
-            if not packed and len(ours) == 1:
-                return Rows(holder[theirs], theirs)
-            tensor = holder[theirs].get_tensor(theirs)
-            return unpack(tensor, packed, small, [old_shapes[n][0] for n in ours])[ours.index(name)]
-
+        raise UserError(f'{target} exists: choose another folder, or remove it')
+    small = read_config(source)
+    large = shape(small)
+    growth = Growth(small, large, operators)
+    with FolderReader(source, small, shapes_of(small)) as old:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        dtype = fetch('wte.weight')[:1].dtype
-        write_safetensors(unfinished / 'model.safetensors', growth, layout(large, new_shapes), new_shapes, dtype, fetch)
-    hf_config = config_to_hugging_face(large, str(dtype).removeprefix('torch.'))
-    write_atomically(unfinished / 'config.json', json.dumps(hf_config, indent=1) + '\n')
+        dtype = old['wte.weight'][:1].dtype
+
+        def pieces(name):
+            return growth.pieces(name, old.__getitem__)
+
+        path = unfinished / 'model.safetensors'
+        write_model(path, large, shapes_of(large), dtype, pieces)
+    content = config_to_hugging_face(large, str(dtype).removeprefix('torch.'))
+    write_json(unfinished / 'config.json', content)
     os.replace(unfinished, target)
 
 
-def write_safetensors(path, growth, stored, shapes, dtype, fetch):
-    """
-    Write grown tensors to one safetensors file as they are made, which the library's own writer, wanting all of them at
-    once, cannot: 8 bytes with the header's length, the header (name -> dtype, shape, offsets in JSON), the data.
-    """
-    header, offset = {'__metadata__': {'format': 'pt'}}, 0
-    names = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
-    for theirs, (ours, packed) in stored.items():
-        if ours:
-            shape = stored_shape(ours, packed, shapes)
-        else:   # a bias of zeros, as long as its weight has outputs
-            shape = tuple(header[theirs.replace('.bias', '.weight')]['shape'][-1:])
-        size = dtype.itemsize * torch.Size(shape).numel()
-        header[theirs] = dict(dtype=names[dtype], shape=shape, data_offsets=[offset, offset + size])
-        offset += size
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)   # the data are aligned
-    with open(path, 'wb') as file, tqdm(desc=f'growing {path.parent}', total=offset, unit='B', unit_scale=True) as bar:
-        file.write(len(text).to_bytes(8, 'little') + text)
-        for theirs, (ours, packed) in stored.items():
-            pieces = (piece for name in ours for piece in growth.pieces(name, fetch))
-            if packed:
-                pieces = [pack([torch.cat(list(growth.pieces(name, fetch))) for name in ours], packed, growth.large)]
-            elif not ours:
-                pieces = [torch.zeros(header[theirs]['shape'], dtype=dtype)]
-            for piece in pieces:
-                bar.update(file.write(piece.to(dtype).contiguous().view(torch.uint8).numpy()))
+def shapes_of(config):
+    """{name: shape} of the tensors of a model of this configuration."""
+    return {name: tuple(t.shape) for name, t in GPT.on_meta(config).state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # shapes and budgets
 
-SECOND_STAGES = {   # paper 001: a size written relative to the one before it
-    'exp': lambda c: _wider(c, round(2 ** 0.5 * c.n_head)),   # width x sqrt 2, in whole heads
-    'stk2': lambda c: replace(c, n_layer=2 * c.n_layer), 'stk4': lambda c: replace(c, n_layer=4 * c.n_layer),
-}
 
-
-def _wider(config, n_head):
-    """The shape with n_head heads, and all other widths in proportion."""
+def exp(config):
+    """Width x sqrt 2, in whole heads (scaling laws of model reuse)."""
+    n_head = round(2**0.5 * config.n_head)
     n_kv_head = n_head if config.n_kv_head == config.n_head else config.n_kv_head
     n_embd = config.n_embd * n_head // config.n_head
-    return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_mlp=config.n_mlp * n_embd // config.n_embd)
+    n_mlp = config.n_mlp * n_embd // config.n_embd
+    return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_mlp=n_mlp)
+
+
+def stk2(config):
+    """Twice the layers."""
+    return replace(config, n_layer=2 * config.n_layer)
+
+
+def stk4(config):
+    """Four times the layers."""
+    return replace(config, n_layer=4 * config.n_layer)
+
+
+RELATIVE_SIZES = {'exp': exp, 'stk2': stk2, 'stk4': stk4}  # relative to the size before
 
 
 def allocate_tokens(params, scratch_tokens):
     """
-    Training tokens of each size under progressive training, paper 000's Eq. 4: what is left of the size's from-scratch
-    compute when all that was spent on smaller sizes is taken off. params X and scratch_tokens in ascending order of size.
+    Training tokens of each size under progressive training (Eq. 4): what remains of the size's
+    from-scratch compute after all smaller sizes are paid for. params X, ascending.
     >>> allocate_tokens([1, 2, 4, 8], [40e9, 80e9, 160e9, 320e9])
     [40000000000.0, 60000000000.0, 120000000000.0, 240000000000.0]
     """
-    tokens = []
-    for size, scratch in zip(params, scratch_tokens, strict=True):
-        left = size * scratch - sum(x * t for x, t in zip(params, tokens))   # in FLOPs / 6
+    tokens, spent = [], 0.0  # spent: X T of the smaller sizes, in FLOPs / 6
+    for X, T_scratch in zip(params, scratch_tokens, strict=True):
+        left = X * T_scratch - spent
         if left <= 0:
-            raise UserError(f'nothing is left for the model of {size:g} parameters: the smaller ones cost as much already')
-        tokens.append(left / size)
+            raise UserError(f'nothing is left for {X:g} parameters: the smaller sizes cost as much')
+        tokens.append(left / X)
+        spent += X * tokens[-1]
     return tokens
+
+
+# ----------------------------------------------------------------------------------------------
+# progressive training
 
 
 @dataclass
 class Progressive:
-    """Progressive training (Yano et al., paper 000): train the smallest size, expand, train on, up to the largest."""
-    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # ascending; exp, stk2, stk4: relative to the one before
-    params: tuple[float, ...] = ()          # X of each size in FLOPs = 6 X T; empty: counted, layers and head
-    scratch_tokens: tuple[float, ...] = ()  # tokens each size would train on from scratch; empty: tokens_per_param x X
-    tokens_per_param: float = 20.0          # 20: Chinchilla
-    tokens: tuple[float, ...] = ()          # tokens of each size as they are; empty: what Eq. 4 leaves of scratch_tokens
-    learning_rates: tuple[float, ...] = ()  # maximum learning rate of each size; empty: learning_rate for all
-    batch_sizes: tuple[int, ...] = ()       # sequences a step for each size; empty: batch_size for all
-    width: str = 'aki'                      # aki, fpi, lossless, clone; or random: as many tokens, nothing inherited
-    depth: str = 'stack'                    # stack, bert2bert, interleave or identity
-    noise: float = 0.0                      # zero-sum noise that tells copies apart, relative to the weights; 0: none
-    optimizer: str = 'fresh'                # AdamW's state after a growth: fresh, or grown with the model (and no warmup)
-    taught: float = 0.0                     # strength (lambda0) at which the size before teaches a grown one (LET, for 15% of it)
-    compare: str = ''                       # independent: also train each size from scratch on its own token budget
-    independent_learning_rates: tuple[float, ...] = ()  # maximum learning rates of those; empty: the same as the family's
+    """Progressive training (Yano et al.): train the smallest size, expand, train on, and so on."""
+
+    sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # ascending; also exp, stk2, stk4
+    params: tuple[Positive, ...] = ()  # X of each size in FLOPs = 6 X T; empty: layers and head
+    scratch_tokens: tuple[Positive, ...] = ()  # of each size from scratch; empty: per parameter
+    tokens_per_param: Positive = 20.0  # 20: Chinchilla
+    tokens: tuple[Positive, ...] = ()  # of each size as they are; empty: what Eq. 4 gives
+    learning_rates: tuple[Positive, ...] = ()  # maximum of each size; empty: learning_rate
+    batch_sizes: tuple[Count, ...] = ()  # sequences per step of each size; empty: batch_size
+    width: Literal[*WIDTH, 'random'] = 'aki'  # random: as many tokens, nothing inherited
+    depth: Literal[*DEPTH] = 'stack'
+    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
+    optimizer: Literal['fresh', 'grown'] = 'fresh'  # AdamW's state after a growth; grown: no warmup
+    taught: NonNegative = 0.0  # lambda0 of LET by the size before, for 15% of the steps; 0: none
+    compare: Literal['', 'independent'] = ''  # also train each size from scratch
+    independent_learning_rates: tuple[Positive, ...] = ()  # of those; empty: the family's
 
     def stages(self, run):
-        """One stage a size, each grown from the one before; then, to compare, each size from scratch."""
+        """One stage per size, each grown from the one before; then, to compare, from scratch."""
         configs = self.configs(run)
-        params = self.params or [config.num_params(head=True) for config in configs]
-        self.check(configs, params)
-        scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in params]
-        tokens = self.tokens or allocate_tokens(params, scratch)
-        baseline = [sum(6 * x * t for x, t in zip(params[:i + 1], scratch)) for i in range(len(params))]
-        if self.width == 'random' or self.tokens and not self.scratch_tokens:   # nothing is saved, or nothing to compare with
-            baseline = [0.0] * len(params)
+        X = self.params or [config.num_params(head=True) for config in configs]
+        self.check(configs, X)
+        scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in X]
+        tokens = self.tokens or allocate_tokens(X, scratch)
+        baseline = [sum(6 * x * t for x, t in zip(X[: i + 1], scratch)) for i in range(len(X))]
+        if self.width == 'random' or self.tokens and not self.scratch_tokens:
+            baseline = [0.0] * len(X)  # nothing is saved, or there is nothing to compare with
 
         smaller = None
         for i, config in enumerate(configs):
-            stage = Stage(self.name(i), config, tokens[i], params[i], baseline_flops=baseline[i], knobs=self.knobs_of(i))
+            name = self.name(i)
+            stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
+            stage.knobs, stage.labels = self.knobs_of(i), dict(size=name)
             if smaller and self.width != 'random':
-                grow_stage(stage, smaller, configs[i - 1], self.width, self.depth, self.noise, self.optimizer)
+                operators = Operators(self.width, self.depth, self.noise)
+                grow_stage(stage, smaller, configs[i - 1], operators, self.optimizer == 'grown')
             if smaller and self.taught:
-                theirs, ours = pair_layers('L2E', configs[i - 1].n_layer, config.n_layer)
-                stage.objective = let(smaller.folder, ours, theirs, self.taught, stop=0.15)
-                stage.start += f', taught by {smaller.name}: layer {theirs} to {ours}, {self.taught:g} until 0.15'
+                self.teach(stage, smaller, configs[i - 1])
             smaller = yield stage
 
         if self.compare == 'independent':
             for i, config in enumerate(configs):
-                knobs = self.knobs_of(i)
+                knobs, name = self.knobs_of(i), self.name(i)
                 if self.independent_learning_rates:
                     knobs['learning_rate'] = self.independent_learning_rates[i]
-                if i or knobs != self.knobs_of(i):   # else the smallest size is one model in both families
-                    yield Stage(f'independent-{self.name(i)}', config, scratch[i], params[i], baseline_flops=baseline[i],
-                                knobs=knobs)
+                if i or knobs != self.knobs_of(i):  # else the smallest is one model in both
+                    stage = Stage(f'independent-{name}', config, scratch[i], X[i], knobs=knobs)
+                    stage.baseline_flops = baseline[i]
+                    stage.labels = dict(size=name, independent=True)
+                    yield stage
 
     def configs(self, run):
         """The shape of each size."""
         configs = []
         for size in self.sizes:
-            relative = SECOND_STAGES.get(size) if configs else None
-            configs.append(relative(configs[-1]) if relative else run.model_config(size))
+            if configs and size in RELATIVE_SIZES:
+                configs.append(RELATIVE_SIZES[size](configs[-1]))
+            else:
+                configs.append(run.model_config(size))
         return configs
 
     def name(self, i):
-        """The name of size i: its own, with those before it where it is relative to them."""
+        """The name of size i: its own, after those before it if it is relative to them."""
         own = self.sizes[i]
-        return f'{self.name(i - 1)}-{own}' if i and own in SECOND_STAGES else own
+        return f'{self.name(i - 1)}-{own}' if i and own in RELATIVE_SIZES else own
 
     def knobs_of(self, i):
         """The general knobs that size i sets for itself."""
-        knobs = dict(keep_optimizer=True) if self.optimizer == 'grown' else {}
+        knobs = {}
+        if self.optimizer == 'grown':
+            knobs['keep_optimizer'] = True
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]
         if self.batch_sizes:
             knobs['batch_size'] = self.batch_sizes[i]
         return knobs
 
+    def teach(self, stage, smaller, small_config):
+        """Let the size before teach a grown one, by Late-to-Early Training."""
+        layers = pair_layers('L2E', small_config.n_layer, stage.config.n_layer)
+        teach(stage, smaller.folder, Alignment(*layers, self.taught, s_stop=0.15))
+
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        check_ranges(self, noise=(0, None), taught=(0, None), batch_sizes=(1, None), **{knob: (1e-12, None) for knob in (
-            'params', 'scratch_tokens', 'tokens_per_param', 'tokens', 'learning_rates', 'independent_learning_rates')})
-        for name in ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes', 'independent_learning_rates'):
-            if len(getattr(self, name)) not in (0, len(self.sizes)):
-                raise UserError(f'{name} has {len(getattr(self, name))} values for {len(self.sizes)} sizes')
-        if not self.sizes or list(params) != sorted(params) or len({self.name(i) for i in range(len(params))}) < len(params):
-            raise UserError(f'sizes={",".join(self.sizes)} must be different and in ascending order')
-        for knob, legal in dict(width=(*WIDTH, 'random'), depth=DEPTH, optimizer=('fresh', 'grown'),
-                                compare=('', 'independent')).items():
-            if getattr(self, knob) not in legal:
-                raise unknown(knob, getattr(self, knob), legal)
-        for small, large in zip(configs, configs[1:]):
-            if self.width != 'random':
-                Growth(small, large, self.width, self.depth)
+        lists = ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes')
+        for name in (*lists, 'independent_learning_rates'):
+            found = len(getattr(self, name))
+            if found not in (0, len(self.sizes)):
+                raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
+        names = {self.name(i) for i in range(len(self.sizes))}
+        if not names or len(names) < len(params) or list(params) != sorted(params):
+            raise UserError(f'sizes={",".join(self.sizes)} must be different and ascending')
+        if self.width != 'random':
+            for small, large in zip(configs, configs[1:]):
+                Growth(small, large, Operators(self.width, self.depth))
 
 
-def grow_stage(stage, smaller, small_config, width, depth, noise, optimizer):
-    """Let a stage start from the model of the Result `smaller`, grown; with optimizer='grown' its AdamW state too."""
-    wider = any(getattr(small_config, f) != getattr(stage.config, f) for f in ('n_embd', 'n_head', 'n_kv_head', 'n_mlp'))
-    deeper = small_config.n_layer < stage.config.n_layer
-    how = [width] * wider + [depth] * deeper + [f'noise {noise:g}'] * (noise > 0) + ['its optimizer'] * (optimizer == 'grown')
-    stage.parent, stage.start = smaller, ' + '.join([smaller.name, *how])
-    stage.model = lambda: grow(load(smaller.folder), stage.config, width, depth, noise)
-    if optimizer == 'grown':
-        stage.moments = lambda: grow_optimizer(load_moments(smaller.folder), small_config, stage.config, width, depth)
+def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
+    """Let a stage start from the model of the Result `smaller`, grown, with its AdamW state."""
+    large = stage.config
+    settings = {}
+    if any(getattr(small_config, f) != getattr(large, f) for f in WIDTH_FIELDS):
+        settings['width'] = operators.width
+    if small_config.n_layer < large.n_layer:
+        settings['depth'] = operators.depth
+    if operators.noise:
+        settings['noise'] = operators.noise
+    stage.parent, stage.origin = smaller, Origin('growth', (smaller.name,), settings)
+    stage.model = lambda: grow(load(smaller.folder), large, **asdict(operators))
+    if carry_optimizer:
+
+        def grown_state():
+            state = load_optimizer_state(smaller.folder)
+            how = operators.width, operators.depth
+            return grow_optimizer(state, small_config, large, *how)
+
+        stage.optimizer_state = grown_state
         stage.knobs |= dict(warmup=0.0)
 
 
 @dataclass
 class GrowthComparison:
-    """Growth operators side by side: one base model, then the same second stage from every operator and from nothing."""
-    base: str = '48x2'                # size of the base
-    target: str = '64x4'              # size that it is grown to; exp, stk2 and stk4 are relative to the base
-    base_tokens: float = 1e6          # D1, tokens of the first stage
-    tokens: float = 5e5               # D2, tokens of each second stage
-    arms: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # WIDTH+DEPTH[+noise][+grown], or random
-    noise: float = 0.1                # zero-sum noise of the arms that say so
-    seeds: int = 3                    # runs of everything, each with its own initialisation and data order
+    """Growth operators side by side: the same second stage from every operator and from nothing."""
+
+    base: str = '48x2'  # size of the base
+    target: str = '64x4'  # size it is grown to; exp, stk2 and stk4 are relative to the base
+    base_tokens: Positive = 1e6  # D1, tokens of the first stage
+    tokens: Positive = 5e5  # D2, tokens of each second stage
+    variants: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # +noise, +grown
+    noise: NonNegative = 0.1  # zero-sum noise of the variants with +noise
+    seeds: Count = 3  # runs of everything, each with its own initialisation and data order
 
     def stages(self, run):
-        """For every seed the base, then every arm."""
-        check_ranges(self, base_tokens=(1, None), tokens=(1, None), noise=(0, None), seeds=(1, None))
+        """For every seed the base, then every variant."""
         base = run.model_config(self.base)
-        target = SECOND_STAGES[self.target](base) if self.target in SECOND_STAGES else run.model_config(self.target)
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            raise UserError(f'arms={",".join(self.arms)} must be some, and different ones')
-        for arm in self.arms:   # complain before anything is trained
-            parts = arm.split('+')
-            if arm != 'random' and (len(parts) < 2 or set(parts[2:]) - {'noise', 'grown'}):
-                raise UserError(f'{arm!r} in arms is neither random nor WIDTH+DEPTH, with +noise or +grown after it')
-            if arm != 'random':
-                Growth(base, target, *parts[:2])
+        relative = RELATIVE_SIZES.get(self.target)
+        target = relative(base) if relative else run.model_config(self.target)
+        grown = {}  # variant: (its Operators or None, whether the optimizer state is carried)
+        for variant in self.variants:
+            grown[variant] = self.parse(variant)
+            if grown[variant][0]:
+                Growth(base, target, grown[variant][0])  # complain before anything is trained
+        if not grown or len(grown) < len(self.variants):
+            raise UserError(f'variants={",".join(self.variants)} must be different ones')
+        X, X_base = target.num_params(head=True), base.num_params(head=True)
+        carry_any = any(carry for _, carry in grown.values())
         for seed in range(self.seeds):
-            knobs = dict(seed=run.seed + seed)
-            smaller = yield Stage(f'base-{seed}', base, self.base_tokens, base.num_params(head=True),
-                                  knobs=dict(knobs, keep_optimizer=any('grown' in arm for arm in self.arms)))
-            for arm in self.arms:
-                stage = Stage(f'{arm}-{seed}', target, self.tokens, target.num_params(head=True), knobs=dict(knobs),
-                              data_after=smaller)
-                if arm != 'random':
-                    width, depth, *more = arm.split('+')
-                    grow_stage(stage, smaller, base, width, depth, self.noise if 'noise' in more else 0.0,
-                               'grown' if 'grown' in more else 'fresh')
+            first = Stage(f'base-{seed}', base, self.base_tokens, X_base)
+            first.knobs = dict(seed=run.seed + seed, keep_optimizer=carry_any)
+            smaller = yield first
+            for variant, (operators, carry) in grown.items():
+                stage = Stage(f'{variant}-{seed}', target, self.tokens, X, data_after=smaller)
+                stage.knobs = dict(seed=run.seed + seed)
+                stage.labels = dict(variant=variant, seed=seed)
+                if operators:
+                    grow_stage(stage, smaller, base, operators, carry)
                 yield stage
 
+    def parse(self, variant):
+        """'aki+stack+noise+grown' -> (Operators, True); random -> (None, False). UserError."""
+        if variant == 'random':
+            return None, False
+        width, _, rest = variant.partition('+')
+        depth, *more = rest.split('+')
+        if not depth or set(more) - {'noise', 'grown'}:
+            wanted = 'random or WIDTH+DEPTH, with +noise or +grown after it'
+            raise UserError(f'{variant!r} in variants must be {wanted}')
+        noise = self.noise if 'noise' in more else 0.0
+        return Operators(width, depth, noise), 'grown' in more
+
     def summary(self, results):
-        """The ranking: mean validation loss over the seeds, and the difference from random initialisation, seed by seed."""
-        losses = {arm: [r.val_loss for r in results if r.name.rsplit('-', 1)[0] == arm] for arm in self.arms}
-        rows = [['second stage from', 'val loss', 'standard deviation', 'against random', 'standard deviation']]
-        for arm, values in sorted(losses.items(), key=lambda item: statistics.mean(item[1])):
-            gains = [a - b for a, b in zip(values, losses.get('random', []))]
-            rows.append([arm, *mean_and_spread(values), *mean_and_spread(gains)])
-        return table(rows)
+        """The ranking, and the difference from random initialisation, seed by seed."""
+        records = compare_variants(results, 'random')
+        return [sorted(records, key=lambda record: record['val loss'])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the command line: growing a folder
+
 
 @dataclass
 class FolderGrowth:
     """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE."""
-    source: str = ''        # folder of the model
-    target: str = ''        # folder to be made
-    to: str = ''            # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
-    width: str = 'aki'      # aki, fpi, lossless or clone
-    depth: str = 'stack'    # stack, bert2bert, interleave or identity
-    noise: float = 0.0      # zero-sum noise that tells copies apart, relative to the weights; 0: none
-    seed: int = 0           # of the noise
+
+    source: str = ''  # folder of the model
+    target: str = ''  # folder to be made
+    to: str = ''  # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
+    width: Literal[*WIDTH] = 'aki'  # operator in width
+    depth: Literal[*DEPTH] = 'stack'  # operator in depth
+    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
+    seed: Natural = 0  # of the noise
+
+    def shape(self, small):
+        """The GPTConfig that the model grows to."""
+        if self.to in RELATIVE_SIZES:
+            return RELATIVE_SIZES[self.to](small)
+        large = GPTConfig.named(self.to)
+        return replace(small, **{f: getattr(large, f) for f in (*SIZE_FIELDS, 'head_dim')})
 
 
 def main(argv):
     """Command line: SOURCE TARGET, then knobs."""
-    named = [f'--{knob}={arg}' for knob, arg in zip(('source', 'target'), argv) if not arg.startswith('-')]
-    options, _, _ = configure(named + argv[len(named):], FolderGrowth, program='expand.py')
+    argv = with_positionals(argv, 'source', 'target')
+    options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET')
     if not (options.source and options.target and options.to):
         raise UserError('say what to grow into what: expand.py SOURCE TARGET --to=SIZE')
-
-    def shape(small):
-        if options.to in SECOND_STAGES:
-            return SECOND_STAGES[options.to](small)
-        large = GPTConfig.named(options.to)
-        fields = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'head_dim')
-        return replace(small, **{field: getattr(large, field) for field in fields})
-    grow_folder(options.source, options.target, shape, options.width, options.depth, options.noise, options.seed)
+    operators = Operators(options.width, options.depth, options.noise, options.seed)
+    grow_folder(options.source, options.target, options.shape, operators)
 
 
 if __name__ == '__main__':

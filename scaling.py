@@ -1,183 +1,459 @@
 """
-Is reuse worth it? Fit the scaling laws of model reuse to runs, compare them, and decide (Liew and Kato, paper 001).
+Is reuse worth it? The scaling laws of model reuse: laws, fits and decisions.
 
-    python scaling.py fit out/scaling_tiny/results.csv       # parameters, intervals, leave-one-out errors, pictures, fit.json
+Paper: Liew and Kato, From Acceleration to Saturation: Scaling Behavior of Bootstrapped Language
+Model Pretraining.
+
+    python train.py config/scaling_tiny.py                   # a grid of runs, fitted at its end
+    python scaling.py fit out/scaling_tiny/results.csv       # parameters, errors, pictures
     python scaling.py advise --paper=True --base_params=1e9 --base_tokens=2e12 --budget=1e22
-    python scaling.py advise --fit=out/scaling_tiny/fit.json --base_params=1e5 --base_tokens=1e6 --budget=1e12
-    python scaling.py diagnose FOLDER [FOLDER ...]           # norms, variance and curvature of base models (diagnostics.py)
+    python scaling.py advise --fit=out/scaling_tiny/fit.json --base_params=1e5 ...
+    python scaling.py diagnose FOLDER [FOLDER ...]           # extras/diagnostics.py
     python scaling.py toy                                    # the toy model of section 5.3
 
-A results.csv has the columns method, N, D1, D2, seed, loss: N parameters without embeddings (of the base, before growth), tokens
-of the first stage (0: from scratch), tokens of the second, validation loss in nats. sweep.py writes one; yours may come from
-anywhere. A method is scratch, cpt, or a growth (exp, stk2, stk4), with a variant (stk2+stable), and behind a dash the corpus of
-its losses where that is not the base's: losses on different text cannot be compared.
+    L(D1, D2) = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E                            (Eq. 6)
+
+D1 and D2 are the tokens of the first and second stage, N the parameters without embeddings of the
+base, before growth; D1 = 0 marks a model trained from scratch for D2 tokens. Losses are in nats,
+logarithms natural. A results.csv has the columns method, N, D1, D2, seed, loss. A method is
+scratch, cpt, or a growth (exp, stk2, stk4), with a variant (stk2+stable), and behind a dash the
+corpus of its losses if that is not the base's: losses on different text cannot be compared.
 """
+
 import csv
-import json
+import itertools
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-import diagnostics
-from configurator import UserError, check_ranges, configure, nearest, run_as_program, unknown, write_atomically
-from evaluate import count, human, pyplot, table
-from laws import LAWS, Fit, fit, leave_one_out, logarithms, predict   # noqa: F401   (scaling.fit and so on, for others)
+from configurator import (
+    Natural,
+    NonNegative,
+    configure,
+    with_positionals,
+)
+from engine.errors import UserError, nearest, run_as_program, unknown
+from engine.files import read_json, write_json
+from engine.minimise import levenberg_marquardt
+from engine.report import Line, Panel, format_count, format_si, render, table
 
-COLUMNS = ('method', 'N', 'D1', 'D2', 'seed', 'loss')
-TABLE_1 = ('multiplicative', 'no interaction', 'additive', 'hybrid')
+# ----------------------------------------------------------------------------------------------
+# laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
 
-# Table 7: the joint laws that the paper fitted, D in tokens, N before growth; under logA stands A, and so on.
+
+def multiplicative(p, x):
+    """L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E   (Eq. 6)"""
+    return p.logA - p.alpha1 * x.D1 + (-p.alpha2 + p.alpha3 * x.D1) * x.D2, p.logE
+
+
+def no_interaction(p, x):
+    """L = A D1^-alpha1 D2^-alpha2 + E   (Eq. 6 with alpha3 = 0)"""
+    return p.logA - p.alpha1 * x.D1 - p.alpha2 * x.D2, p.logE
+
+
+def additive(p, x):
+    """L = A D1^-alpha1 + F D2^-alpha2 + E   (Eq. 7)"""
+    return p.logA - p.alpha1 * x.D1, p.logF - p.alpha2 * x.D2, p.logE
+
+
+def hybrid(p, x):
+    """L = (A D1^-alpha1 + F) D2^-alpha2 + E   (Eq. 8)"""
+    return p.logA - p.alpha1 * x.D1 - p.alpha2 * x.D2, p.logF - p.alpha2 * x.D2, p.logE
+
+
+def continuous(p, x):
+    """L = A (D1 + D2)^-alpha + E   (Eq. 11)"""
+    return p.logA - p.alpha * torch.logaddexp(x.D1, x.D2), p.logE
+
+
+def chinchilla(p, x):
+    """L = A D2^-alpha + B N^-beta + E: one stage, from scratch"""
+    return p.logA - p.alpha * x.D2, p.logB - p.beta * x.N, p.logE
+
+
+def joint(p, x):
+    """L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta + E   (Eq. 9)"""
+    reuse, E = multiplicative(p, x)
+    return reuse, p.logB - p.beta * x.N, E
+
+
+def saturate(log_D, log_limit):
+    """log of D* = (1/D + 1/Dmax)^-1."""
+    return -torch.logaddexp(-log_D, -log_limit)
+
+
+def saturated_D1(p, x):
+    """L = A D1*^-alpha1 D2^(-alpha2 + alpha3 log D1*) + E, D1* = (1/D1 + 1/Dmax)^-1   (Eq. 10)"""
+    return multiplicative(p, SimpleNamespace(D1=saturate(x.D1, p.logDmax), D2=x.D2))
+
+
+def saturated_D2(p, x):
+    """L = A D1^-alpha1 D2*^(-alpha2 + alpha3 log D1) + E, D2* = (1/D2 + 1/Dmax)^-1   (Eq. 14)"""
+    return multiplicative(p, SimpleNamespace(D1=x.D1, D2=saturate(x.D2, p.logDmax)))
+
+
+class Law(NamedTuple):
+    """A law, its parameters in order (amplitudes as logarithms), and the data it depends on."""
+
+    terms: Callable
+    parameters: tuple
+    depends_on: tuple = ('D1', 'D2')
+
+    @property
+    def equation(self):
+        """What the law says."""
+        return self.terms.__doc__.split('   ')[0]
+
+
+EQ6 = ('logA', 'alpha1', 'alpha2', 'alpha3', 'logE')
+LAWS = {
+    'multiplicative': Law(multiplicative, EQ6),
+    'no_interaction': Law(no_interaction, ('logA', 'alpha1', 'alpha2', 'logE')),
+    'additive': Law(additive, ('logA', 'alpha1', 'logF', 'alpha2', 'logE')),
+    'hybrid': Law(hybrid, ('logA', 'alpha1', 'alpha2', 'logF', 'logE')),
+    'continuous': Law(continuous, ('logA', 'alpha', 'logE'), ('D2',)),
+    'chinchilla': Law(chinchilla, ('logA', 'alpha', 'logB', 'beta', 'logE'), ('D2', 'N')),
+    'joint': Law(joint, (*EQ6[:4], 'logB', 'beta', 'logE'), ('D1', 'D2', 'N')),
+    'saturated_D1': Law(saturated_D1, (*EQ6, 'logDmax')),
+    'saturated_D2': Law(saturated_D2, (*EQ6, 'logDmax')),
+}
+
+
+def logarithms(data):
+    """log D1, log D2, log N as float64 tensors (n,), from columns of numbers; log D1 = 0 at 0."""
+    columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in ('D1', 'D2', 'N')}
+    columns['D1'] = columns['D1'].clamp(min=1)
+    return SimpleNamespace(**{name: column.log() for name, column in columns.items()})
+
+
+def log_loss(law, theta, x):
+    """log L (..., n) of a Law at parameters theta (..., P)."""
+    values = dict(zip(law.parameters, theta[..., None].unbind(-2)))
+    terms = torch.broadcast_tensors(*law.terms(SimpleNamespace(**values), x))
+    return torch.stack(terms).logsumexp(0)
+
+
+def predict(law, theta, data):
+    """Losses (B, n) in nats of a law (its name) at parameters theta (B, P)."""
+    theta = torch.as_tensor(theta, dtype=torch.float64)
+    return log_loss(LAWS[law], theta, logarithms(data)).exp()
+
+
+# ----------------------------------------------------------------------------------------------
+# fits: the logarithm of the loss, under a Huber loss with its knee at 1e-3, in float64
+
+DELTA = 1e-3
+
+
+class Fit(NamedTuple):
+    """A fitted law."""
+
+    law: str
+    parameters: dict  # {name: value}
+    intervals: dict  # {name: (low, high)}, 90%
+    samples: list  # bootstrap samples of the parameters (S, P)
+    rms: float  # of the residuals of log L
+    leave_one_out: float  # root mean square error of log L at points left out
+    seen: dict  # {N, D1, D2: (least, largest) of the points}
+
+
+def starts_of(law, x, target):
+    """A grid of starts (S, P): exponents from none to large, terms of several sizes."""
+    middle, choices = float(target.mean()), []
+    for name in law.parameters:
+        if name == 'alpha3':
+            choices.append((0.0, 0.03))
+        elif name == 'beta':
+            choices.append((0.05, 0.3))
+        elif name == 'logDmax':
+            seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean().item()
+            choices.append((seen - 1.0, seen + 2.0, seen + 5.0))
+        elif name.startswith('alpha'):
+            choices.append((0.03, 0.15, 0.6))
+        else:  # an amplitude: the size of its term in the middle of the data, for now
+            shifts = (-3.0, -0.7, -0.1) if name == 'logE' else (-3.0, -1.5, -0.3)
+            choices.append([middle + shift for shift in shifts])
+    starts = torch.tensor(list(itertools.product(*choices)), dtype=torch.float64)
+    amplitudes = [i for i, name in enumerate(law.parameters) if name in ('logA', 'logF', 'logB')]
+    bare = starts.clone()
+    bare[:, amplitudes] = 0.0
+    values = dict(zip(law.parameters, bare.T[..., None]))
+    for i, term in zip(amplitudes, law.terms(SimpleNamespace(**values), x)):
+        starts[:, i] -= term.mean(-1)
+    return starts
+
+
+def solve(law, data, weight, starts):
+    """The best parameters (F, P) from any start, for each row of weights (F, n) of the points."""
+    x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
+
+    def residuals(theta):
+        return (log_loss(law, theta, x) - target) / DELTA
+
+    weight = weight / weight.sum(1, keepdim=True)
+    problems = weight.repeat_interleave(len(starts), 0)
+    theta = starts.repeat(len(weight), 1)
+    theta, value, decrease = levenberg_marquardt(residuals, theta, problems)
+    best = value.nan_to_num(math.inf).view(len(weight), -1).argmin(1)
+    best += torch.arange(len(weight)) * len(starts)
+    return theta[best], decrease[best]
+
+
+def check_points(law, data):
+    """Raise UserError for an unknown law, or points that cannot determine it."""
+    if law not in LAWS:
+        raise unknown('law', law, LAWS)
+    n, least = len(data['loss']), len(LAWS[law].parameters) + 2
+    if n < least:
+        raise UserError(f'{law} needs at least {least} points, not {n}')
+    for column in LAWS[law].depends_on:
+        if len(set(data[column])) < 2:
+            raise UserError(f'{law} needs points of several {column}, these have one')
+
+
+def fit(law, data, bootstrap=200, seed=0):
+    """
+    Fit a law (its name) to columns N, D1, D2, loss: the best of a grid of starts; from there the
+    points left out one at a time, and `bootstrap` resamplings for the intervals. Raises UserError.
+    """
+    check_points(law, data)
+    shape, n = LAWS[law], len(data['loss'])
+    x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
+    everything = torch.ones(1, n, dtype=torch.float64)
+    theta, decrease = solve(shape, data, everything, starts_of(shape, x, target))
+    if not theta.isfinite().all() or decrease.max() > 1e-2:
+        raise UserError(f'the fit of {law} did not converge: the points do not determine it')
+    left_out = 1 - torch.eye(n, dtype=torch.float64)
+    others, _ = solve(shape, data, left_out, theta)
+    residual = log_loss(shape, theta, x)[0] - target
+    held_out = (log_loss(shape, others, x) - target).diagonal()
+    samples = theta
+    if bootstrap:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(n, (bootstrap, n), generator=generator)
+        counts = torch.nn.functional.one_hot(drawn, n).sum(1).double()
+        samples, _ = solve(shape, data, counts, theta)
+    ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
+    return Fit(
+        law,
+        dict(zip(shape.parameters, theta[0].tolist())),
+        dict(zip(shape.parameters, ends.T.tolist())),
+        samples.tolist(),
+        rms=float(residual.square().mean().sqrt()),
+        leave_one_out=float(held_out.square().mean().sqrt()),
+        seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
+    )
+
+
+def leave_one_out(law, data):
+    """Root mean square error of log L at points left out one at a time (Table 1)."""
+    return fit(law, data, bootstrap=0).leave_one_out
+
+
+# ----------------------------------------------------------------------------------------------
+# the published fits (Table 7): D in tokens, N before growth; amplitudes as printed
+
 PUBLISHED = {
-    'scratch': ('chinchilla', dict(logA='10.383', alpha='0.092', logB='10.085', beta='0.105', logE='0.041')),
-    'scratch-code': ('chinchilla', dict(logA='8.143', alpha='0.113', logB='27.286', beta='0.234', logE='0.105')),
-    'cpt-code': ('joint', dict(logA='15.062', alpha1='0.048', alpha2='0.126', alpha3='0.001', logB='27.234', beta='0.238',
-                               logE='0.105')),
-    'stk2': ('joint', dict(logA='33.394', alpha1='0.087', alpha2='0.119', alpha3='0.003', logB='22.471', beta='0.173',
-                           logE='0.041')),
+    'scratch': ('chinchilla', ('10.383', '0.092', '10.085', '0.105', '0.041')),
+    'scratch-code': ('chinchilla', ('8.143', '0.113', '27.286', '0.234', '0.105')),
+    'cpt-code': ('joint', ('15.062', '0.048', '0.126', '0.001', '27.234', '0.238', '0.105')),
+    'stk2': ('joint', ('33.394', '0.087', '0.119', '0.003', '22.471', '0.173', '0.041')),
 }
 GROWTH_FACTOR = {'exp': 2, 'stk2': 2, 'stk4': 4}
 
 
 def published():
-    """The paper's fits as Fit objects; their samples are drawn within the rounding of the printed coefficients."""
+    """The paper's fits as Fits; their samples are drawn within the rounding of what is printed."""
     fits = {}
     for method, (law, printed) in PUBLISHED.items():
-        names, generator = LAWS[law].parameters, torch.Generator().manual_seed(0)
-        values = torch.tensor([float(printed[name]) for name in names], dtype=torch.float64)
-        unit = torch.tensor([10.0 ** -len(printed[name].partition('.')[2]) for name in names], dtype=torch.float64)
-        samples = values + unit * (torch.rand(200, len(names), generator=generator, dtype=torch.float64) - 0.5)
+        names = LAWS[law].parameters
+        generator = torch.Generator().manual_seed(0)
+        values = torch.tensor([float(text) for text in printed], dtype=torch.float64)
+        digits = [len(text.partition('.')[2]) for text in printed]
+        unit = torch.tensor([10.0**-n for n in digits], dtype=torch.float64)
+        drawn = torch.rand(200, len(names), generator=generator, dtype=torch.float64)
+        rows = torch.cat([values[None], values + unit * (drawn - 0.5)])
         amplitudes = torch.tensor([name.startswith('log') for name in names])
-        values, samples = (torch.where(amplitudes, v.log(), v) for v in (values, samples))
-        seen = dict(N=(14_751_680, 1_085_859_424), D1=(0.0 if method == 'scratch' else 2.9e8, 7.4e10), D2=(2.9e8, 2.6e11))
-        fits[method] = Fit(law, dict(zip(names, values.tolist())), {}, samples.tolist(), math.nan, math.nan, seen)
+        rows = torch.where(amplitudes, rows.log(), rows)
+        first = (0.0 if method == 'scratch' else 2.9e8, 7.4e10)
+        seen = dict(N=(14_751_680, 1_085_859_424), D1=first, D2=(2.9e8, 2.6e11))
+        parameters = dict(zip(names, rows[0].tolist()))
+        fits[method] = Fit(law, parameters, {}, rows[1:].tolist(), math.nan, math.nan, seen)
     return fits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # results.csv
 
+COLUMNS = ('method', 'N', 'D1', 'D2', 'seed', 'loss')
+
+
 def read_results(path):
-    """{method: {column: list}} of a results.csv. Raises UserError, with the line, for anything that is not a result."""
+    """{method: {column: list}} of a results.csv. Raises UserError, with the row, for a bad one."""
     try:
-        with open(path, newline='', encoding='utf-8-sig') as file:   # a spreadsheet's mark at the beginning is no part of it
+        with open(path, newline='', encoding='utf-8-sig') as file:  # a spreadsheet's mark
             rows = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is no CSV file ({error})') from None
-    except FileNotFoundError:
-        raise UserError(f'there is no {path}') from None
+        raise UserError(f'{path} is not a CSV file ({error})') from None
     rows = [row for row in rows if row and not row[0].lstrip().startswith('#')]
     head = [name.strip() for name in rows[0]] if rows else []
-    if missing := [name for name in COLUMNS if name not in head]:
-        raise UserError(f'{path} has no column {missing[0]!r}{nearest(missing[0], head)}; it needs {",".join(COLUMNS)}')
+    missing = [name for name in COLUMNS if name not in head]
+    if missing:
+        close = nearest(missing[0], head)
+        raise UserError(f'{path} has no column {missing[0]!r}{close}; it needs {",".join(COLUMNS)}')
     results, seen = {}, {}
-    for line, row in enumerate(rows[1:], 2):
+    for number, row in enumerate(rows[1:], 2):
         cells = dict(zip(head, row))
-        try:
-            values = {name: float(cells[name]) for name in COLUMNS[1:]}
-        except (ValueError, KeyError):
-            raise UserError(f'{path}, row {line}: {",".join(row)} does not have a number in each of '
-                            f'{",".join(COLUMNS[1:])}') from None
-        if not all(map(math.isfinite, values.values())) or min(values['loss'], values['N'], values['D2']) <= 0 or values['D1'] < 0:
-            raise UserError(f'{path}, row {line}: loss, N and D2 must be positive numbers, D1 positive or 0')
-        key = (cells['method'], *(values[name] for name in COLUMNS[1:5]))
+        values = read_row(cells, f'{path}, row {number}')
+        key = (cells['method'], *values[:-1])
         if key in seen:
-            raise UserError(f'{path}, row {line} repeats row {seen[key]}: the same method, N, D1, D2 and seed')
-        seen[key] = line
+            same = 'the same method, N, D1, D2 and seed'
+            raise UserError(f'{path}, row {number} repeats row {seen[key]}: {same}')
+        seen[key] = number
         columns = results.setdefault(cells['method'], {name: [] for name in COLUMNS[1:]})
-        for name, value in values.items():
+        for name, value in zip(COLUMNS[1:], values):
             columns[name].append(value)
     if not results:
         raise UserError(f'{path} holds no results')
     for method, data in results.items():
-        if 0 < sum(d1 > 0 for d1 in data['D1']) < len(data['D1']):
-            raise UserError(f'{path}: {method} has points with D1 = 0, from scratch, and points with a base: name them apart')
+        if min(data['D1']) == 0 < max(data['D1']):
+            raise UserError(f'{path}: {method} has points from scratch (D1 = 0) and with a base')
     return results
 
 
+def read_row(cells, where):
+    """The numbers of one row, in the order of COLUMNS[1:]. Raises UserError."""
+    try:
+        values = [float(cells[name]) for name in COLUMNS[1:]]
+    except (ValueError, KeyError):
+        raise UserError(f'{where}: a number is missing in {",".join(COLUMNS[1:])}') from None
+    N, D1, D2, _, loss = values
+    if not all(map(math.isfinite, values)) or min(loss, N, D2) <= 0 or D1 < 0:
+        raise UserError(f'{where}: loss, N and D2 must be positive numbers, D1 positive or 0')
+    return values
+
+
 def by_size(results):
-    """The results, with a method whose points are of two sizes, too few for a law in N, as one of each: METHOD@N-CORPUS."""
+    """The results, with a method of exactly two sizes, too few for a law in N, as one of each."""
     split = {}
     for method, data in results.items():
         sizes = sorted(set(data['N']))
+        if len(sizes) != 2:
+            split[method] = data
+            continue
         kind, dash, corpus = method.partition('-')
-        for n in sizes if len(sizes) == 2 else [None]:
-            chosen = [i for i, value in enumerate(data['N']) if n in (None, value)]
-            name = method if n is None else f'{kind}@{n:.0f}{dash}{corpus}'
-            split[name] = {column: [values[i] for i in chosen] for column, values in data.items()}
+        for n in sizes:
+            chosen = [i for i, value in enumerate(data['N']) if value == n]
+            part = {column: [values[i] for i in chosen] for column, values in data.items()}
+            split[f'{kind}@{n:.0f}{dash}{corpus}'] = part
     return split
 
 
 def laws_for(data):
-    """The laws that a method's points can be described by: joint ones where there are several sizes."""
+    """The laws that can describe a method's points: joint ones for several sizes."""
+    several = len(set(data['N'])) > 1
     if max(data['D1']) == 0:
-        return ['chinchilla'] if len(set(data['N'])) > 1 else ['continuous']
-    return ['joint'] if len(set(data['N'])) > 1 else [*TABLE_1, 'continuous', 'saturated D1', 'saturated D2']
+        return ['chinchilla'] if several else ['continuous']
+    return ['joint'] if several else [law for law in LAWS if law not in ('joint', 'chinchilla')]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # decisions
 
-def loss_of(fitted, N, D1, D2, samples=False):
-    """Predicted loss in nats of one question; with samples, of every bootstrap sample, (S,)."""
-    theta = fitted.samples if samples else [list(fitted.parameters.values())]
-    losses = predict(fitted.law, theta, dict(N=[N], D1=[D1], D2=[D2]))[:, 0]
-    return losses if samples else losses.item()
+
+def loss_of(fitted, N, D1, D2):
+    """Predicted loss in nats at one point."""
+    theta = [list(fitted.parameters.values())]
+    return predict(fitted.law, theta, dict(N=[N], D1=[D1], D2=[D2])).item()
+
+
+def sampled_losses(fitted, N, D1, D2):
+    """The predicted losses (S,) of the bootstrap samples at one point."""
+    return predict(fitted.law, fitted.samples, dict(N=[N], D1=[D1], D2=[D2]))[:, 0]
 
 
 def crossing(better_early, better_late, low=1e3, high=1e20):
     """
-    The tokens, between low and high, from which on the second of two curves (functions of tokens) stays below the first; None
-    where it is below from the beginning, or not at the end.
+    The tokens, between low and high, from which the second of two curves (functions of tokens)
+    stays below the first; None if it is below from the beginning, or not at the end.
     """
     grid = [low * (high / low) ** (i / 400) for i in range(401)]
-    ahead = [better_late(tokens) - better_early(tokens) for tokens in grid]   # positive while the first is better
+    ahead = [better_late(tokens) - better_early(tokens) for tokens in grid]  # > 0: first is better
     last = max((i for i, lead in enumerate(ahead) if lead > 0), default=400)
     if last == 400:
         return None
     low, high = grid[last], grid[last + 1]
     for _ in range(60):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if better_late(middle) > better_early(middle) else (low, middle)
+        if better_late(middle) > better_early(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def sunk_cost_limit(scratch, grown, N, factor=2):
     """
-    D* in tokens (Eq. 12): a model of factor x N trained from scratch for D* is as good as one grown from N after D* tokens and
-    trained for D* more; for larger budgets, starting over wins. None where the curves do not cross.
+    D* in tokens (Eq. 12): a model of factor x N trained from scratch for D* is as good as one
+    grown from N after D* tokens and trained for D* more; beyond, starting over wins. None: the
+    curves do not cross.
     """
-    return crossing(lambda d: loss_of(grown, N, d, d), lambda d: loss_of(scratch, factor * N, 0.0, d))
+    reused = lambda D: loss_of(grown, N, D, D)
+    return crossing(reused, lambda D: loss_of(scratch, factor * N, 0.0, D))
 
 
 def published_sunk_cost_limit(N):
-    """The paper's approximation of D* in tokens (Appendix E.1); logarithms natural."""
+    """The paper's approximation of D* in tokens (Appendix E.1)."""
     return 13e12 * (N / 1e11) ** (-0.6 - 0.04 * math.log(N / 1e11))
 
 
-def compute_optimal(joint, D1, compute, factor=1):
+def compute_optimal(joint_fit, D1, compute, factor=1):
     """
-    (D2, N) that minimise a joint law at fixed D1 for C2 = 6 factor N D2 FLOPs (Eq. 13 and Appendix E.2; N is before growth).
-    Raises UserError where the effective exponent a2 - a3 log D1 is not positive: then more tokens never help.
+    (D2, N) that minimise a joint law at fixed D1 for C2 = 6 factor N D2 FLOPs (Eq. 13, Appendix
+    E.2; N before growth). Raises UserError where more tokens never help.
     """
-    p = joint.parameters
-    exponent = p['alpha2'] - p['alpha3'] * math.log(D1)
-    if exponent <= 0 or p['beta'] <= 0:
-        raise UserError(f'at D1 = {D1:g} the exponent of D2 is {exponent:.3f}: this law has no compute-optimal point there')
-    amplitude = p['logA'] - p['alpha1'] * math.log(D1)
-    log_g = (amplitude + math.log(exponent) - p['logB'] - math.log(p['beta'])) / (exponent + p['beta'])
-    product, share = math.log(compute / (6 * factor)), p['beta'] / (exponent + p['beta'])
-    return math.exp(log_g + share * product), math.exp(-log_g + (1 - share) * product)
+    p = SimpleNamespace(**joint_fit.parameters)
+    alpha = p.alpha2 - p.alpha3 * math.log(D1)
+    if alpha <= 0 or p.beta <= 0:
+        raise UserError(
+            f'at D1 = {D1:g} the exponent of D2 is {alpha:.3f}: no compute-optimal point'
+        )
+    log_A = p.logA - p.alpha1 * math.log(D1)
+    log_G = (log_A + math.log(alpha) - p.logB - math.log(p.beta)) / (alpha + p.beta)
+    log_product, share = math.log(compute / (6 * factor)), p.beta / (alpha + p.beta)
+    D2 = math.exp(log_G + share * log_product)
+    return D2, math.exp(-log_G + (1 - share) * log_product)
 
 
-def unseen(fitted, N, D1, D2):
-    """What of a question lies outside the range of a fit's points, as words."""
-    return [f'{name} = {value:.3g} (seen: {low:.3g} to {high:.3g})'
-            for name, value in (('N', N), ('D1', D1), ('D2', D2)) for low, high in [fitted.seen[name]]
-            if not low * 0.999 <= value <= high * 1.001 and not (name == 'D1' and value == 0)]
+class Choice(NamedTuple):
+    """Something to do with a budget, and the law that predicts its loss."""
+
+    label: str
+    fitted: Fit
+    N: float  # of the law
+    D1: float
+    D2: float
+    trained: float  # parameters N that are trained
+
+    def beyond_the_fit(self):
+        """What of this choice lies outside the points of its fit, as sentences."""
+        beyond = []
+        for name in ('N', 'D1', 'D2'):
+            value, (low, high) = getattr(self, name), self.fitted.seen[name]
+            inside = low * 0.999 <= value <= high * 1.001 or name == 'D1' and value == 0
+            if not inside:
+                beyond.append(
+                    f'  {self.label}: {name} = {value:.3g} ({low:.3g} to {high:.3g} seen)'
+                )
+        return beyond
 
 
 def factor_of(method):
@@ -186,201 +462,241 @@ def factor_of(method):
 
 
 def of_domain(fits, domain):
-    """The fits whose losses are on one corpus, '' for the base's, by method without it. Raises UserError when there are none."""
-    chosen = {m.partition('-')[0]: f for m, f in fits.items() if m.partition('-')[2] == domain}
+    """The fits whose losses are on one corpus, '' for the base's. Raises UserError for none."""
+    chosen = {}
+    for method, fitted in fits.items():
+        name, _, corpus = method.partition('-')
+        if corpus == domain:
+            chosen[name] = fitted
     if not chosen:
-        raise unknown('domain', domain, sorted({m.partition('-')[2] or "''" for m in fits}))
+        known = sorted({method.partition('-')[2] or "''" for method in fits})
+        raise unknown('domain', domain, known)
     return chosen
 
 
-def options_for(fits, N, D1, budget):
-    """{what to do: (Fit, N of the law, D1, D2, N trained)} for a budget of FLOPs and a base of N parameters after D1 tokens."""
-    found, factors = {}, sorted({1} | {factor_of(method) for method in fits})
+def choices_for(fits, N, D1, budget):
+    """The Choices for a budget of FLOPs and a base of N parameters after D1 tokens."""
+    choices, factors = [], sorted({1} | {factor_of(method) for method in fits})
     for method, fitted in fits.items():
         factor = factor_of(method)
         if method.startswith('scratch'):
-            choices = {f'start over, {count(k * N)}': (fitted, k * N, 0.0, budget / (6 * k * N), k * N) for k in factors}
-            if 'cpt' not in fits:   # the same data go on: the law of one stage, for D1 + D2
-                choices[f'continue, {count(N)}'] = fitted, N, 0.0, D1 + budget / (6 * N), N
+            for k in factors:
+                D2, label = budget / (6 * k * N), f'start over, {format_count(k * N)}'
+                choices.append(Choice(label, fitted, k * N, 0.0, D2, k * N))
+            if 'cpt' not in fits:  # the same data continue: the law of one stage, for D1 + D2
+                label = f'continue, {format_count(N)}'
+                choices.append(Choice(label, fitted, N, 0.0, D1 + budget / (6 * N), N))
         else:
             kind = f'grow by {method}' if factor > 1 else f'continue ({method})'
-            choices = {f'{kind}, {count(factor * N)}': (fitted, N, D1, budget / (6 * factor * N), factor * N)}
-        size, largest = fitted.seen['N']   # a fit at one size says nothing of others
-        found |= {what: how for what, how in choices.items() if size != largest or math.isclose(how[1], size, rel_tol=0.01)}
-    return found
+            label, D2 = f'{kind}, {format_count(factor * N)}', budget / (6 * factor * N)
+            choices.append(Choice(label, fitted, N, D1, D2, factor * N))
+    return [choice for choice in choices if says_something(choice)]
+
+
+def says_something(choice):
+    """Whether a fit covers a size: one at a single size says nothing about others."""
+    smallest, largest = choice.fitted.seen['N']
+    return smallest != largest or math.isclose(choice.N, smallest, rel_tol=0.01)
 
 
 def advise(fits, N, D1, budget):
     """
-    The text that answers: a base of N parameters (without embeddings) was trained for D1 tokens, `budget` FLOPs are left: grow
-    it, continue, or start over? fits: {method: Fit}. Raises UserError when no fit covers a model of this size at all.
+    The text that answers: a base of N parameters (without embeddings) was trained for D1 tokens,
+    `budget` FLOPs are left: grow it, continue, or start over? fits: {method: Fit}. Raises
+    UserError if no fit covers this size.
     """
-    options = options_for(fits, N, D1, budget)
-    if not options:
-        sizes = sorted({f'{f.seen["N"][0]:,.0f}' for f in fits.values()})
-        raise UserError(f'these fits are for N = {", ".join(sizes)}: they say nothing about {N:,.0f}')
-    rows, warnings, losses, samples = [['choice', 'tokens', 'predicted loss', '90% interval']], [], {}, {}
-    for what, (fitted, n, d1, d2, _) in options.items():
-        losses[what], samples[what] = loss_of(fitted, n, d1, d2), loss_of(fitted, n, d1, d2, samples=True)
-        low, high = samples[what].quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-        trained = budget / (6 * options[what][4])
-        rows.append([what, count(trained), f'{losses[what]:.4f}', f'{low:.3f} to {high:.3f}'])
-        warnings += [f'{what}: {beyond}' for beyond in unseen(fitted, n, d1, d2)]
-    rows[1:] = sorted(rows[1:], key=lambda row: losses[row[0]])
-    best, n_samples = rows[1][0], min(len(s) for s in samples.values())
-    draws = torch.stack([samples[row[0]][:n_samples] for row in rows[1:]])
-    confidence = (draws.argmin(0) == 0).double().mean().item()
-    lines = [table(rows), '', f'{best} is best, in {confidence:.0%} of the resampled laws']
-    for what, (fitted, n, d1, _, trained) in options.items():
-        rival = f'start over, {count(trained)}'
-        if d1 and rival in options:
-            scratch = options[rival][0]
-            at = crossing(lambda d: loss_of(fitted, n, d1, d), lambda d: loss_of(scratch, trained, 0.0, d))
-            until = f'is ahead of starting over up to {count(at)} tokens' if at else 'and starting over do not cross'
-            lines.append(f'{what} {until}')
+    choices = choices_for(fits, N, D1, budget)
+    if not choices:
+        sizes = sorted({f'{fitted.seen["N"][0]:,.0f}' for fitted in fits.values()})
+        raise UserError(f'these fits are for N = {", ".join(sizes)}, not for {N:,.0f}')
+    choices.sort(key=lambda c: loss_of(c.fitted, c.N, c.D1, c.D2))
+    records, samples, warnings = [], [], []
+    for c in choices:
+        samples.append(sampled_losses(c.fitted, c.N, c.D1, c.D2))
+        low, high = samples[-1].quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        record = {'choice': c.label, 'tokens': budget / (6 * c.trained)}
+        record['predicted loss'] = loss_of(c.fitted, c.N, c.D1, c.D2)
+        records.append(record | {'90% interval': f'{low:.3f} to {high:.3f}'})
+        warnings += c.beyond_the_fit()
+    least = min(len(s) for s in samples)
+    best = torch.stack([s[:least] for s in samples]).argmin(0)
+    confidence = (best == 0).double().mean().item()
+    lines = [f'{choices[0].label} is best, in {confidence:.0%} of the resampled laws']
+    lines += [crossing_line(c, choices) for c in choices if c.D1]
+    text = f'{table(records)}\n\n' + '\n'.join(filter(None, lines))
     if warnings:
-        lines += ['', 'outside what the laws were fitted to, so take it as a guess:', *(f'  {w}' for w in warnings)]
-    return '\n'.join(lines)
+        text += '\n\noutside what the laws were fitted to, so take it as a guess:\n'
+        text += '\n'.join(warnings)
+    return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-
-def draw_fit(method, data, fits, folder):
-    """FOLDER/METHOD.png: loss over D2, exponents over D1, factors over D1 (Figure 1), and all laws side by side (Figure 3)."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4))
-    firsts, p = sorted(set(data['D1'])), fits['multiplicative'].parameters
-    points = {d1: sorted((d2, loss) for a, d2, loss in zip(data['D1'], data['D2'], data['loss']) if a == d1) for d1 in firsts}
-    styles = dict(zip(TABLE_1, ('-', '--', '-.', ':')))
-    for i, (d1, line) in enumerate(points.items()):
-        xs = torch.logspace(*(math.log10(end) for end in (line[0][0], line[-1][0])), 50).tolist()
-        for law, fitted in fits.items():
-            ys = [loss_of(fitted, data['N'][0], d1, x) for x in xs]
-            for ax in (axes[0],) * (law == 'multiplicative') + (axes[3],) * (law in styles):
-                ax.plot(xs, ys, styles.get(law, '-'), color=f'C{i % 10}', linewidth=1)
-        for ax in (axes[0], axes[3]):
-            ax.plot(*zip(*line), 'o', color=f'C{i % 10}', markersize=4, label=f'D1 = {count(d1)}')
-    slopes, factors = [], []
-    for line in points.values():   # the power law of one D1, at the E of the whole fit
-        x = torch.tensor([[1.0, math.log(d2)] for d2, _ in line], dtype=torch.float64)
-        y = torch.tensor([max(loss - math.exp(p['logE']), 1e-9) for _, loss in line], dtype=torch.float64).log()
-        intercept, slope = torch.linalg.lstsq(x, y[:, None]).solution[:, 0].tolist()
-        slopes.append(slope)
-        factors.append(math.exp(min(intercept, 700)))
-    axes[1].plot(firsts, slopes, 'o')
-    axes[1].plot(firsts, [-p['alpha2'] + p['alpha3'] * math.log(d) for d in firsts], '-')
-    axes[2].plot(firsts, factors, 'o')
-    axes[2].plot(firsts, [math.exp(p['logA'] - p['alpha1'] * math.log(d)) for d in firsts], '-')
-    for ax, x, title in zip(axes, ('D2', 'D1', 'D1', 'D2'), ('loss (nats): the law and the points', 'exponent of D2',
-                                                             'factor of D2', 'the laws: ' + ', '.join(TABLE_1))):
-        ax.set(xscale='log', xlabel=f'{x} (tokens)')
-        ax.set_title(title, fontsize=9)
-    for ax in (axes[0], axes[2], axes[3]):
-        ax.set_yscale('log')
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(Path(folder) / f'{method}.png', dpi=130)
-    plt.close(figure)
+def crossing_line(choice, choices):
+    """Up to how many tokens a choice is ahead of starting over, as a sentence, or ''."""
+    label = f'start over, {format_count(choice.trained)}'
+    rivals = [c for c in choices if c.label == label]
+    if not rivals:
+        return ''
+    reused = lambda D: loss_of(choice.fitted, choice.N, choice.D1, D)
+    at = crossing(reused, lambda D: loss_of(rivals[0].fitted, choice.trained, 0.0, D))
+    if at is None:
+        return f'{choice.label} and starting over do not cross'
+    return f'{choice.label} is ahead of starting over up to {format_count(at)} tokens'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the command line
+
 
 @dataclass
 class Fitting:
-    """Fit laws to results: scaling.py fit RESULTS.csv"""
-    results: str = ''            # CSV with the columns method,N,D1,D2,seed,loss
-    bootstrap: int = 200         # resamplings for the intervals; 0: none
-    out: str = ''                # folder for fit.json and pictures; empty: that of the results
+    """Fit laws to results: scaling.py fit RESULTS.csv."""
+
+    results: str = ''  # CSV with the columns method,N,D1,D2,seed,loss
+    bootstrap: Natural = 200  # resamplings for the intervals; 0: none
+    out: str = ''  # folder for fit.json and pictures; empty: that of the results
 
 
 @dataclass
 class Question:
-    """Grow, continue or start over: scaling.py advise"""
-    fit: str = ''                # fit.json of `scaling.py fit`
-    paper: bool = False          # the published coefficients instead
-    base_params: float = 0.0     # N of the base model, without embeddings
-    base_tokens: float = 0.0     # tokens it was trained on
-    budget: float = 0.0          # FLOPs to spend, at 6 a parameter and token
-    domain: str = ''             # corpus whose loss counts, where it is not the base's (of the paper's: code)
+    """Grow, continue or start over: scaling.py advise."""
+
+    fit: str = ''  # fit.json of `scaling.py fit`
+    paper: bool = False  # the published coefficients instead
+    base_params: NonNegative = 0.0  # N of the base model, without embeddings
+    base_tokens: NonNegative = 0.0  # tokens it was trained on
+    budget: NonNegative = 0.0  # FLOPs to spend, at 6 per parameter and token
+    domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
 
 
 def fit_results(options):
-    """Fit every method's laws; writes fit.json and a picture a method, returns the tables. Raises UserError."""
-    results, out = by_size(read_results(options.results)), Path(options.out or Path(options.results).parent)
+    """Fit every method's laws, write fit.json and pictures; returns blocks for the report."""
+    results = by_size(read_results(options.results))
+    out = Path(options.out or Path(options.results).parent)
     out.mkdir(parents=True, exist_ok=True)
-    errors, best, text = [['leave-one-out RMS x 1e-3', *results]], {}, []
-    fitted = {method: {} for method in results}
+    blocks, best, errors = [], {}, {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
     for method, data in results.items():
+        fits = {}
         for law in laws_for(data):
             try:
-                fitted[method][law] = fit(law, data, options.bootstrap)
+                fits[law] = fit(law, data, options.bootstrap)
+                errors[law][method] = f'{1e3 * fits[law].leave_one_out:.3f}'
             except UserError as error:
-                text.append(f'{method}: {error}')
-        if not fitted[method]:   # what is wrong has been said
+                blocks.append(f'{method}: {error}')
+        if not fits:
             continue
-        best[method] = fitted[method].get('multiplicative') or next(iter(fitted[method].values()))
-        rows = [['parameter', 'value', '90% interval']]
-        for name, value in best[method].parameters.items():
-            low, high = best[method].intervals[name]
-            if name.startswith('log'):
-                name, (value, low, high) = name[3:], (math.exp(min(v, 700)) for v in (value, low, high))
-            rows.append([name, f'{value:.4g}', f'{low:.4g} to {high:.4g}'])
-        law = best[method].law
-        text.append(f'{method}, {len(data["loss"])} points: {law}, L = {LAWS[law].equation}\n\n{table(rows)}')
-        if 'multiplicative' in fitted[method]:
-            draw_fit(method, data, fitted[method], out)
+        fitted = best[method] = fits.get('multiplicative') or next(iter(fits.values()))
+        points, equation = len(data['loss']), LAWS[fitted.law].equation
+        blocks += [f'{method}, {points} points: {fitted.law}, {equation}', fit_records(fitted)]
+        if 'multiplicative' in fits:
+            blocks.append((f'{method}.png', fit_panels(data, fits)))
     if not best:
-        raise UserError('\n'.join(text))
-    for law in LAWS:
-        if any(law in laws for laws in fitted.values()):
-            errors.append([law, *(f'{1e3 * laws[law].leave_one_out:.3f}' if law in laws else '' for laws in fitted.values())])
-    write_atomically(out / 'fit.json', json.dumps({method: f._asdict() for method, f in best.items()}, indent=1) + '\n')
-    return '\n\n'.join([*text, table(errors)])
+        raise UserError('\n'.join(blocks))
+    write_json(out / 'fit.json', {method: fitted._asdict() for method, fitted in best.items()})
+    return [*blocks, [record for record in errors.values() if len(record) > 1]]
+
+
+def fit_records(fitted):
+    """Records of a fit's parameters with their intervals, amplitudes as they are."""
+    records = []
+    for name, value in fitted.parameters.items():
+        numbers = [value, *fitted.intervals[name]]
+        if name.startswith('log'):
+            name, numbers = name[3:], [math.exp(min(number, 700)) for number in numbers]
+        value, low, high = (f'{number:.4g}' for number in numbers)
+        records.append({'parameter': name, 'value': value, '90% interval': f'{low} to {high}'})
+    return records
+
+
+def fit_panels(data, fits):
+    """Loss over D2, exponents and factors over D1 (Figure 1), and all laws (Figure 3)."""
+    p, N = SimpleNamespace(**fits['multiplicative'].parameters), data['N'][0]
+    loss = Panel('D2 (tokens)', 'loss (nats per token)', title='Eq. 6 and the points', log='xy')
+    rivals = Panel('D2 (tokens)', 'loss (nats per token)', title='four laws', log='xy')
+    styles = dict(multiplicative='-', no_interaction='--', additive='-.', hybrid=':')
+    firsts, slopes, factors = sorted(set(data['D1'])), [], []
+    for i, D1 in enumerate(firsts):
+        columns = zip(data['D1'], data['D2'], data['loss'])
+        points = sorted((D2, value) for first, D2, value in columns if first == D1)
+        D2s, losses = [D2 for D2, _ in points], [value for _, value in points]
+        grid = torch.logspace(math.log10(D2s[0]), math.log10(D2s[-1]), 50).tolist()
+        label = f'D1 = {format_count(D1)}'
+        for panel in (loss, rivals):
+            panel.lines.append(Line(D2s, losses, label, 'o', f'C{i % 10}'))
+        for law, style in styles.items():
+            if law in fits:
+                curve = [loss_of(fits[law], N, D1, D2) for D2 in grid]
+                rivals.lines.append(Line(grid, curve, '', style, f'C{i % 10}'))
+                if law == 'multiplicative':
+                    loss.lines.append(Line(grid, curve, '', style, f'C{i % 10}'))
+        x = torch.tensor([[1.0, math.log(D2)] for D2 in D2s], dtype=torch.float64)
+        above = [max(value - math.exp(p.logE), 1e-9) for value in losses]
+        y = torch.tensor(above, dtype=torch.float64).log()[:, None]
+        intercept, slope = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
+        slopes.append(slope)
+        factors.append(math.exp(min(intercept, 700)))
+    exponent = [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in firsts]
+    factor = [math.exp(p.logA - p.alpha1 * math.log(D1)) for D1 in firsts]
+    by_D1 = partial(Panel, 'D1 (tokens)')
+    lines = [Line(firsts, slopes, 'each D1 alone', 'o'), Line(firsts, exponent, 'Eq. 6')]
+    exponents = by_D1('exponent of D2', lines, log='x')
+    lines = [Line(firsts, factors, 'each D1 alone', 'o'), Line(firsts, factor, 'Eq. 6')]
+    return [loss, exponents, by_D1('factor of the power of D2', lines, log='xy'), rivals]
 
 
 def read_fits(path):
     """{method: Fit} of a fit.json. Raises UserError for a file that is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        fits = {method: Fit(**fields) for method, fields in content.items()}
-        assert all(f.law in LAWS and list(f.parameters) == LAWS[f.law].parameters for f in fits.values())
-        assert all(math.isfinite(number) for f in fits.values() for number in f.parameters.values())
-    except (ValueError, TypeError, AttributeError, AssertionError, KeyError, RecursionError) as error:
-        raise UserError(f'{path} is not a fit.json of scaling.py fit ({type(error).__name__})') from None
+        fits = {method: Fit(**values) for method, values in read_json(path).items()}
+        for fitted in fits.values():
+            assert tuple(fitted.parameters) == LAWS[fitted.law].parameters
+            assert all(map(math.isfinite, fitted.parameters.values()))
+    except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+        reason = type(error).__name__
+        raise UserError(f'{path} is not a fit.json of scaling.py fit ({reason})') from None
     return fits
 
 
+def fit_command(argv):
+    """scaling.py fit RESULTS.csv"""
+    argv = with_positionals(argv, 'results')
+    options, _, _ = configure(argv, Fitting, program='scaling.py fit RESULTS.csv')
+    if not options.results:
+        raise UserError('say which results: scaling.py fit RESULTS.csv')
+    out = options.out or Path(options.results).parent
+    print(render(fit_results(options), out))
+    print(f'\nfit.json and pictures are in {out}/')
+
+
+def advise_command(argv):
+    """scaling.py advise"""
+    options, _, _ = configure(argv, Question, program='scaling.py advise')
+    for knob in ('base_params', 'base_tokens', 'budget'):
+        if getattr(options, knob) < 1:
+            raise UserError(f'say the {knob}: --{knob}=NUMBER')
+    if options.paper == bool(options.fit):
+        raise UserError('say whose laws: --fit=FILE or --paper=True')
+    fits = of_domain(published() if options.paper else read_fits(options.fit), options.domain)
+    print(advise(fits, options.base_params, options.base_tokens, options.budget))
+    budget = format_si(options.budget)
+    print(f'\n{budget}FLOPs; N without embeddings; losses in nats on the data of the fit')
+
+
 def main(argv):
-    """Command line: a verb, then knobs."""
-    verbs = ('fit', 'advise', 'diagnose', 'toy')
-    verb, rest = (argv[0] if argv else ''), argv[1:]
-    if verb in ('-h', '--help', ''):
+    """Command line: a verb, then its arguments."""
+    from extras import diagnostics
+
+    verbs = {
+        'fit': fit_command,
+        'advise': advise_command,
+        'diagnose': diagnostics.diagnose_command,
+        'toy': diagnostics.toy_command,
+    }
+    if not argv or argv[0] in ('-h', '--help'):
         print(__doc__)
-        sys.exit(0 if verb else 2)
-    if verb == 'fit':
-        named = [f'--results={arg}' if not arg.startswith('-') else arg for arg in rest]
-        options, _, _ = configure(named, Fitting, program='scaling.py fit')
-        check_ranges(options, bootstrap=(0, None))
-        if not options.results:
-            raise UserError('say which results: scaling.py fit RESULTS.csv')
-        print(fit_results(options))
-        print(f'\nfit.json and pictures are in {options.out or Path(options.results).parent}/')
-    elif verb == 'advise':
-        options, _, _ = configure(rest, Question, program='scaling.py advise')
-        check_ranges(options, base_params=(1, None), base_tokens=(1, None), budget=(1, None))
-        if options.paper == bool(options.fit):
-            raise UserError('say whose laws: --fit=FILE or --paper=True')
-        fits = of_domain(published() if options.paper else read_fits(options.fit), options.domain)
-        print(advise(fits, options.base_params, options.base_tokens, options.budget))
-        print(f'\n{human(options.budget)}FLOPs; N without embeddings; losses in nats on the data of the fit')
-    elif verb == 'diagnose':
-        diagnostics.main(rest)
-    elif verb == 'toy':
-        diagnostics.toy_main(rest)
-    else:
-        raise unknown('verb', verb, verbs)
+        sys.exit(0 if argv else 2)
+    if argv[0] not in verbs:
+        raise unknown('verb', argv[0], verbs)
+    verbs[argv[0]](argv[1:])
 
 
 if __name__ == '__main__':

@@ -1,118 +1,109 @@
 """
 One training loop for every method.
 
-    python train.py config/progressive_tiny.py                   # a family of four sizes, minutes on a CPU
-    python train.py config/progressive_8b.py --dry_run=True      # the plan: stages, tokens, FLOPs, GPU-hours, memory, disk
+    python train.py config/progressive_tiny.py                   # a family, minutes on a CPU
+    python train.py config/progressive_8b.py --dry_run=True      # stages, FLOPs, memory, disk
     torchrun --standalone --nproc_per_node=8 train.py config/progressive_8b.py
     python train.py --size=gpt2 --data=openwebtext --tokens=9e9  # one model, from scratch
     python train.py --help
 
-A method yields stages (configurator.py says what a stage is); this file trains each of them into out_dir/STAGE/ and sends
-the method its result. A finished stage is never trained again and an interrupted one goes on where it was saved, so after
-any interruption the same command continues the run.
+A method yields stages (engine/stage.py says what a stage is); this file trains each of them into
+out_dir/STAGE/ and sends the method its result. A finished stage is not trained again, and an
+interrupted one continues where it was saved: after any interruption the same command continues.
 """
+
 import contextlib
-import dataclasses
-import gc
-import json
 import math
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 import data.prepare
-from checkpoint import (claim, damage_in, keep_metrics, load_state, owner_of, record_session, remove_states, save_moments,
-                        save_state, saved_states, set_moments)
-from checksums import measure, seal
 from col import ChainOfLearngene
-from configurator import (Progress, Result, Stage, UserError, check_ranges, configure, differences, next_token,
-                          run_as_program, unknown)
-from data.loader import batches, open_corpus, parse_mixture, text_source, verify_corpus
-from evaluate import bits_per_byte, evaluate, report
+from configurator import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    configure,
+    differences,
+)
+from data.loader import open_corpus, parse_mixture, verify_corpus
+from engine.checkpoint import record_session
+from engine.device import attention_kernels, barrier, catch_signals, find_hardware, should_stop
+from engine.errors import UserError, run_as_program
+from engine.optimizer import learning_rate
+from engine.parallel import full_tensor, gradient_sync
+from engine.plan import PlannedStage
+from engine.report import plan_text, report
+from engine.stage import Origin, Result, Stage
+from engine.training import Training
 from expand import GrowthComparison, Progressive
+from extras.sweep import Sweep
+from extras.timeseries import TimeSeries
 from inheritune import Inheritune
 from let import LET
-from machine import STOP, agree, attention_kernel, attention_kernels, barrier, catch_signals, find_machine, leave, share_work
-from model import GPT, GPTConfig, load
-from optimizer import learning_rate, make_optimizer, stable_steps
-from parallel import (Meter, choose_micro_batch, choose_parallel, exchanging, load_whole, place, whole, whole_state,
-                      wrap)
-from plan import print_plan
-from sweep import Sweep
-from timeseries import TimeSeries
+from model import GPTConfig, load
+
+Beta = Annotated[float, Range(0, 1 - 1e-9)]
 
 
 @dataclass
 class Run:
     """General knobs, the same for every method."""
-    method: str = 'pretrain'          # pretrain, progressive, growth, inheritune, let, timeseries, sweep or col
-    out_dir: str = ''                 # folder of the run; empty: out/ and the config file's name, or the method's
-    # data
-    data: str = 'pydocs'              # corpus, or mixture: fineweb_edu:3,starcoder:1
-    data_dir: str = 'data'            # where prepared corpora are
-    val_data: str = ''                # corpus of the validation loss; empty: the first of data
-    block_size: int = 1024            # tokens in a sequence
-    order: str = 'epoch'              # epoch (shuffled, without replacement) or random (any offset, with replacement)
-    unique_tokens: int = 0            # cap on different training tokens, then the second epoch begins; 0: none
-    eval_tokens: int = 1048576        # validation tokens of an evaluation; 0: the whole split
-    eval_interval: int = 0            # steps between evaluations within a stage; 0: at its end only
-    # batch
-    batch_size: int = 8               # sequences in a step, over all processes and micro-batches
-    batch_tokens: int = 0             # the same in tokens, in place of batch_size; 0: batch_size counts
-    micro_batch_size: int = 0         # sequences a process trains at once; 0: as many as fit
-    # optimisation
-    learning_rate: float = 1e-3       # the maximum
-    schedule: str = 'cosine'          # cosine, wsd (constant, then linear decay) or constant, after the warmup
-    warmup: float = 0.01              # steps, or below 1 the fraction of a stage's steps
-    min_lr_fraction: float = 0.1      # last learning rate / maximum
-    decay_fraction: float = 0.1       # wsd: share of the steps that decays
-    beta1: float = 0.9                # AdamW
-    beta2: float = 0.95               # AdamW
-    eps: float = 1e-8                 # AdamW
-    weight_decay: float = 0.1         # of matrices and embeddings; norms and biases have none
-    grad_clip: float = 1.0            # largest norm of the gradient; 0: no clipping
-    seed: int = 1337                  # of initialisation and data order
-    optimizer_dtype: str = 'float32'  # of AdamW's two moments: float32 or bfloat16, half the bytes
-    keep_optimizer: bool = False      # save AdamW's state with the finished model: twice its size, for growth to carry on
-    # machine
-    device: str = 'auto'              # cuda, mps or cpu
-    dtype: str = 'auto'               # bfloat16 (autocast) or float32; auto: bfloat16 on a GPU that has it
-    compile: str = 'auto'             # torch.compile: True or False; auto: on a GPU
-    parallel: str = 'auto'            # ddp (a replica on every GPU) or fsdp (shards); auto: fsdp when a replica does not fit
-    recompute: str = 'none'           # activations made again in the backward pass: none, selective (half of them) or full (all)
-    log_interval: int = 10            # steps between lines of metrics.jsonl; also how often the host waits for the GPU
-    save_minutes: float = 10.0        # between saved states, from which an interrupted stage goes on
-    keep_states: int = 2              # how many of them are kept: should the newest be damaged, the one before it is there
-    accept_changes: bool = False      # go on with a stage although knobs have changed since it began
-    max_minutes: float = 0.0          # save and stop after so long, to be continued; 0: no limit
-    # planning
-    dry_run: bool = False             # print the plan and train nothing
-    toy: bool = False                 # shrink every model, batch and budget: the same stages and code in seconds
-    gpu_tflops: float = 400.0         # TFLOP/s one GPU sustains, for the plan's GPU-hours (an H100: 40% of its peak)
 
-    def check(self):
-        """Raise UserError for a knob that is out of its range, before anything is done."""
-        for knob, legal in dict(dtype=('auto', 'bfloat16', 'float32'), compile=('auto', 'True', 'False'),
-                                order=('epoch', 'random'), schedule=('cosine', 'wsd', 'constant'),
-                                parallel=('auto', 'ddp', 'fsdp'), recompute=('none', 'selective', 'full'),
-                                optimizer_dtype=('float32', 'bfloat16')).items():
-            if getattr(self, knob) not in legal:
-                raise unknown(knob, getattr(self, knob), legal)
-        check_ranges(self, **{knob: (1, None) for knob in ('block_size', 'batch_size', 'log_interval', 'keep_states')},
-                     **{knob: (0, None) for knob in (
-                         'unique_tokens', 'eval_tokens', 'eval_interval', 'batch_tokens', 'micro_batch_size', 'warmup', 'eps',
-                         'learning_rate', 'weight_decay', 'grad_clip', 'seed', 'save_minutes', 'max_minutes')},
-                     **{knob: (0, 1) for knob in ('min_lr_fraction', 'decay_fraction')},
-                     beta1=(0, 1 - 1e-9), beta2=(0, 1 - 1e-9), gpu_tflops=(1e-9, None))
-        parse_mixture(self.data)
+    method: str = (
+        'pretrain'  # pretrain, progressive, growth, inheritune, let, timeseries, sweep, col
+    )
+    out_dir: str = ''  # folder of the run; empty: out/ and the name of the config file or method
+    # data
+    data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
+    data_dir: str = 'data'  # where prepared corpora are
+    val_data: str = ''  # corpus of the validation loss; empty: the first of data
+    block_size: Count = 1024  # tokens in a sequence
+    order: Literal['epoch', 'random'] = 'epoch'  # shuffled without, or drawn with replacement
+    unique_tokens: Natural = 0  # cap on unique tokens, then the second epoch begins; 0: none
+    eval_tokens: Natural = 1048576  # validation tokens of an evaluation; 0: the whole split
+    eval_interval: Natural = 0  # steps between evaluations within a stage; 0: only at its end
+    # batch
+    batch_size: Count = 8  # sequences in a step, over all processes and micro-batches
+    batch_tokens: Natural = 0  # the same in tokens, instead of batch_size; 0: batch_size counts
+    micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
+    # optimisation
+    learning_rate: NonNegative = 1e-3  # the maximum
+    schedule: Literal['cosine', 'wsd', 'constant'] = 'cosine'  # after the warmup; wsd: linear decay
+    warmup: NonNegative = 0.01  # steps, or below 1 the fraction of a stage's steps
+    min_lr_fraction: Fraction = 0.1  # last learning rate / maximum
+    decay_fraction: Fraction = 0.1  # wsd: fraction of the steps that decays
+    beta1: Beta = 0.9  # AdamW
+    beta2: Beta = 0.95  # AdamW
+    eps: NonNegative = 1e-8  # AdamW
+    weight_decay: NonNegative = 0.1  # of matrices and embeddings; none for norms and biases
+    grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
+    seed: Natural = 1337  # of initialisation and data order
+    optimizer_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of AdamW's two moments
+    keep_optimizer: bool = False  # save AdamW's state with the model, for growth to continue it
+    # hardware
+    device: str = 'auto'  # cuda, mps or cpu
+    dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
+    compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on a GPU
+    parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
+    recompute: Literal['none', 'selective', 'full'] = 'none'  # activations in the backward pass
+    log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
+    save_minutes: NonNegative = 10.0  # between saved states
+    keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
+    accept_changes: bool = False  # continue a stage although knobs have changed since it began
+    max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
+    # planning
+    dry_run: bool = False  # print the plan and train nothing
+    toy: bool = False  # shrink every model, batch and budget: the same stages and code in seconds
+    gpu_tflops: Positive = 400.0  # TFLOP/s that one GPU sustains (an H100: 40% of its peak)
 
     @property
     def corpora(self):
@@ -121,327 +112,192 @@ class Run:
 
     @property
     def sequences(self):
-        """Sequences in a step, whether the batch is given in sequences or in tokens; a toy's at most 4."""
-        sequences = max(1, self.batch_tokens // self.block_size) if self.batch_tokens else self.batch_size
+        """Sequences in a step, given as such or in tokens; a toy's at most 4."""
+        sequences = self.batch_size
+        if self.batch_tokens:
+            sequences = max(1, self.batch_tokens // self.block_size)
         return min(4, sequences) if self.toy else sequences
 
     @property
     def vocab_size(self):
-        """Of the corpora's tokenizer, which must be one; of a corpus not prepared yet, its default tokenizer's."""
+        """Of the corpora's common tokenizer; of an unprepared corpus, its default tokenizer's."""
         sizes = {}
         for name in self.corpora:
+            sizes[name] = 257 if name in data.prepare.OFFLINE else 50257
             if (Path(self.data_dir) / name / 'meta.json').is_file():
                 sizes[name] = open_corpus(name, self.data_dir).meta['vocab_size']
-            else:
-                sizes[name] = 257 if name in (*data.prepare.OFFLINE, 'signatures') else 50257
         if len(set(sizes.values())) > 1:
-            raise UserError('the corpora have different vocabularies: ' + ', '.join(f'{k} {v}' for k, v in sizes.items()))
+            raise UserError(f'the corpora have different vocabularies: {sizes}')
         return next(iter(sizes.values()))
 
     def model_config(self, size, **changes):
-        """The configuration of a named size with this run's vocabulary and block_size; its toy twin when `toy` is set."""
-        config = GPTConfig.named(size, **{**dict(vocab_size=self.vocab_size, block_size=self.block_size), **changes})
-        if not self.toy:
-            return config
-        head_dim = 4 if config.rotary_fraction == 1 else 8   # widths stay in proportion, what was deeper stays deeper, even even
-        n_layer = 3 + -(-config.n_layer // 4)
-        return dataclasses.replace(config, block_size=min(32, config.block_size), head_dim=head_dim,
-                                   n_embd=head_dim * config.n_head, n_mlp=max(1, config.n_mlp * head_dim // config.head_dim),
-                                   n_layer=min(config.n_layer, n_layer + (config.n_layer - n_layer) % 2))
+        """The configuration of a named size with this run's vocabulary and block_size."""
+        fields = dict(vocab_size=self.vocab_size, block_size=self.block_size) | changes
+        config = GPTConfig.named(size, **fields)
+        return toy_config(config) if self.toy else config
+
+
+def toy_config(config):
+    """A shape in proportion that trains in seconds: narrower heads, fewer layers, order kept."""
+    head_dim = 4 if config.rotary_fraction == 1 else 8
+    n_layer = 3 + -(-config.n_layer // 4)
+    n_layer += (config.n_layer - n_layer) % 2  # what was even stays even
+    return replace(
+        config,
+        block_size=min(32, config.block_size),
+        head_dim=head_dim,
+        n_embd=head_dim * config.n_head,
+        n_mlp=max(1, config.n_mlp * head_dim // config.head_dim),
+        n_layer=min(config.n_layer, n_layer),
+    )
 
 
 @dataclass
 class Pretrain:
     """Train one model, from random initialisation or from the weights of another run."""
-    size: str = '64x4'        # a named size, or WIDTHxLAYERS
-    init_from: str = ''       # model folder: start from its weights; steps, schedule and optimizer begin anew
-    tokens: float = 0.0       # training tokens; 0: 20 a parameter
+
+    size: str = '64x4'  # a named size, or WIDTHxLAYERS
+    init_from: str = ''  # model folder to start from; step, schedule and optimizer begin anew
+    tokens: NonNegative = 0.0  # training tokens; 0: 20 per parameter
 
     def stages(self, run):
         """One stage."""
-        check_ranges(self, tokens=(0, None))
-        name, config, start, model = self.size, None, 'random initialisation', None
+        name, origin, model = self.size, Origin(), None
         if self.init_from:
-            name, start = f'{Path(self.init_from).name}-continued', f'weights of {self.init_from}'
+            name = f'{Path(self.init_from).name}-continued'
+            origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
             config = model().config
-            if config.vocab_size < run.vocab_size:   # larger: padded
-                raise UserError(f'{self.init_from} has a vocabulary of {config.vocab_size}, the data one of {run.vocab_size}')
-            print(f'starting from the weights in {self.init_from}; step, schedule and optimizer begin anew')
-        config = config or run.model_config(self.size)
+            if config.vocab_size < run.vocab_size:  # a larger one is padded
+                raise UserError(
+                    f'{self.init_from} has a vocabulary of {config.vocab_size}, the data one of '
+                    f'{run.vocab_size}'
+                )
+            print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
+        else:
+            config = run.model_config(self.size)
         params = config.num_params(head=True)
-        yield Stage(name, config, self.tokens or 20 * params, params, start=start, model=model)
+        tokens = self.tokens or 20 * params
+        yield Stage(name, config, tokens, params, origin, model)
 
 
-METHODS = {'pretrain': Pretrain, 'progressive': Progressive, 'growth': GrowthComparison, 'inheritune': Inheritune,
-           'let': LET, 'timeseries': TimeSeries, 'sweep': Sweep, 'col': ChainOfLearngene}
+METHODS = {
+    'pretrain': Pretrain,
+    'progressive': Progressive,
+    'growth': GrowthComparison,
+    'inheritune': Inheritune,
+    'let': LET,
+    'timeseries': TimeSeries,
+    'sweep': Sweep,
+    'col': ChainOfLearngene,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what one stage trains with
+# ----------------------------------------------------------------------------------------------
+# the loop
+
+
+def train_step(t):
+    """One optimizer step; returns its scalars as tensors: nothing here waits for the GPU."""
+    scalars = {}
+    for micro in range(t.accumulate):
+        x, y = next(t.batches)
+        with gradient_sync(t.ddp_model, last=micro == t.accumulate - 1):
+            with t.hardware.forward():
+                loss, more = t.objective(t.ddp_model, x, y, t.progress)
+            with attention_kernels(t.hardware.device):  # recomputed attention uses the same one
+                (loss / t.accumulate).backward()
+        for name, value in (more | dict(loss=loss)).items():
+            scalars[name] = scalars.get(name, 0) + value.detach() / t.accumulate
+    limit = t.knobs.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(t.raw_model.parameters(), limit)
+    scalars['grad_norm'] = full_tensor(norm)
+    t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    return scalars
+
+
+def train_to_the_end(t):
+    """The loop over the steps of a stage; t: its Training."""
+    knobs, next_look = t.knobs, 0
+    if knobs.eval_interval and t.step == 0:
+        t.log(dict(step=0, tokens=0, flops=0.0, val_loss=t.validate()))
+    while t.step < t.steps:
+        rate = learning_rate(t.step, t.steps, knobs)
+        for group in t.optimizer.param_groups:
+            group['lr'] = rate
+        t.meter.add(train_step(t))
+        t.count_step()
+
+        last = t.step == t.steps
+        evaluating = knobs.eval_interval and t.step % knobs.eval_interval == 0 and not last
+        logging = t.step % knobs.log_interval == 0 or last or evaluating
+        # one process checks clock and signals every step; several agree about every 5 seconds
+        stop = save = False
+        if t.hardware.world_size == 1 or t.step >= next_look:
+            stop, save, pause = should_stop(t.hardware, t.save_at, t.step_seconds)
+            next_look = t.step + pause
+        stable = t.step == t.stable_step
+        save = save or stable
+        if logging or save:
+            line = t.measure(rate)
+            if evaluating:
+                line['val_loss'] = t.validate()
+            if t.stage.score and (evaluating or last):
+                line['score'] = t.keep_best()
+            t.log(line)
+        if save:
+            t.save(stable)
+        if stop:
+            t.exit()
+
+
+def train_stage(stage, run, hardware, record):
+    """
+    Train a stage, continue it, or do nothing if it is finished: returns its Result. `record` is
+    called once the folder is known to be this stage's.
+    """
+    knobs = stage_knobs(run, stage, hardware.world_size)
+    training = Training(stage, knobs, hardware, count_steps(knobs, stage))
+    result = training.finished_before()
+    if result:
+        return result
+    training.begin()
+    if hardware.is_main:
+        record()
+    with contextlib.closing(training.batches):
+        train_to_the_end(training)
+    return training.finish()
+
 
 def stage_knobs(run, stage, world_size=1):
-    """The general knobs as they hold for a stage: its own in place of the run's, batches in sequences, toy sizes applied."""
-    knobs = dataclasses.replace(run, **stage.knobs)
+    """The general knobs as they hold for a stage, its batch in sequences. Raises UserError."""
+    knobs = replace(run, **stage.knobs)
     knobs.block_size = min(knobs.block_size, stage.config.block_size)
     knobs.batch_size = knobs.sequences
     if knobs.toy:
         knobs.eval_tokens, knobs.warmup = 2048, 1
     if knobs.batch_size % world_size:
-        raise UserError(f'{stage.name}: a batch of {knobs.batch_size} sequences cannot be dealt to {world_size} processes')
+        raise UserError(
+            f'{stage.name}: a batch of {knobs.batch_size} sequences cannot be divided among '
+            f'{world_size} processes'
+        )
     return knobs
 
 
 def count_steps(knobs, stage):
     """Optimizer steps of a stage: its tokens in whole batches, rounded up; 4 for a toy."""
-    return 4 if knobs.toy else max(1, math.ceil(stage.tokens / (knobs.batch_size * knobs.block_size) - 1e-9))
+    if knobs.toy:
+        return 4
+    return max(1, math.ceil(stage.tokens / (knobs.batch_size * knobs.block_size) - 1e-9))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
-
-def begin(stage, knobs, folder, how, machine):
-    """(model, optimizer, progress) with which a stage begins, or goes on from the newest state in its folder."""
-    torch.manual_seed(knobs.seed)
-    fresh = not saved_states(folder)   # else weights and moments are read below: no need to make them
-    model = place(stage.model() if stage.model and fresh else GPT(stage.config), how, machine)
-    optimizer = make_optimizer(model, knobs)
-    progress = dict(step=0, seconds=0.0)   # of this stage, over all sessions
-    if stage.score:
-        progress['best'] = -math.inf
-    if stage.moments and fresh:
-        set_moments(model, optimizer, stage.moments(), getattr(torch, knobs.optimizer_dtype))
-    load_state(folder, model, optimizer, progress)
-    return model, optimizer, progress
-
-
-def finished_before(stage, folder, changes, is_main):
-    """
-    The Result of a stage that was trained already, or None. A stage that was asked for more tokens goes on from the end of its
-    stable phase. Raises UserError for one whose files are damaged.
-    """
-    if not (folder / 'result.json').is_file():
-        return None
-    damage = damage_in(folder, owner_of(folder)) if (folder / 'checksums.json').is_file() else ''
-    if damage:
-        raise UserError(f'{damage}. Remove {folder / "result.json"} to train the stage again, from its last state if it has one')
-    result = Result.of(folder)
-    stable = any(path.name.startswith('stable') for path in saved_states(folder))
-    if any(change.startswith('tokens was') for change in changes) and stage.tokens > result.tokens and stable:
-        barrier()   # everyone has seen the result
-        if is_main:
-            remove_states(folder)   # but the stable ones, if a crash left some
-            (folder / 'result.json').unlink()
-        barrier()
-        return None
-    if is_main:
-        print(f'{stage.name}: finished before' + f', with other settings ({"; ".join(changes)})' * bool(changes))
-        remove_states(folder)
-    return result
-
-
-def announce(stage, knobs, changes, how, machine, progress, steps):
-    """Print what is about to be trained, and how."""
-    details = [stage.start, f'N = {stage.config.num_params():,}',
-               f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens']
-    if progress['step']:
-        details.append(f'from step {progress["step"]:,} on')
-    if machine.world_size > 1:
-        details.append(f'{how} on {machine.world_size} processes')
-    if machine.device.type == 'cuda':
-        details.append(f'attention by {attention_kernel(stage.config, machine)}')
-    print('\n'.join([*(f'{stage.name}: {change}' for change in changes), f'{stage.name}: {", ".join(details)}']), flush=True)
-
-
-def train_stage(stage, run, machine, record):
-    """
-    Train one stage, or go on with it, or do nothing where it is finished: returns its Result. `record` is called once the
-    folder is known to be this stage's.
-    """
-    knobs, folder, is_main = stage_knobs(run, stage, machine.world_size), Path(run.out_dir) / stage.name, machine.rank == 0
-    corpora = [] if stage.source else [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
-    texts = {corpus.name: corpus.meta['splits']['train'].get('sha256') for corpus in corpora}
-    changes = claim(folder, stage, knobs, texts, write=is_main)
-    result = finished_before(stage, folder, changes, is_main)
-    if result:
-        return result
-    if changes:
-        claim(folder, stage, knobs, texts, write=is_main)   # it goes on: from now on this is what it is
-    barrier()   # stage.json is there
-    how = choose_parallel(knobs, stage.config, machine)
-    model, optimizer, progress = begin(stage, knobs, folder, how, machine)
-    steps, micro_batch_size = count_steps(knobs, stage), choose_micro_batch(knobs, stage.config, machine)
-    if progress['step'] > steps:
-        raise UserError(f'{stage.name} is at step {progress["step"]:,} already, beyond the {steps:,} that it is asked for')
-    if is_main:
-        keep_metrics(folder / 'metrics.jsonl', progress['step'])
-        announce(stage, knobs, changes, how, machine, progress, steps)
-        record()
-    trained = wrap(model, how, knobs, machine)
-    share_work(machine.device, stage.config, micro_batch_size * knobs.block_size)
-    share = machine.device, machine.rank, machine.world_size
-    source = (stage.source or text_source)(knobs)
-    before = stage.data_after or stage.parent
-    origin = before.position // knobs.block_size if before else 0   # sequences drawn by the stages before
-    stream = batches(source.read, origin + progress['step'] * knobs.batch_size, knobs.batch_size, micro_batch_size, *share)
-
-    def watched(batches_):
-        for batch in batches_:
-            if STOP and machine.world_size == 1:   # the last evaluation may be long; after others the loop looks itself
-                save_state(folder, model, optimizer, progress, knobs.keep_states)
-                leave(f'{stage.name} is saved at step {progress["step"]:,} of {steps:,}', machine)
-            yield batch
-
-    def validate(last=False):
-        with machine.forward():
-            batches_ = source.validation(micro_batch_size, *share)
-            return evaluate(trained, watched(batches_) if last else batches_)
-
-    with contextlib.closing(stream):
-        optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps,
-                 accumulate=knobs.batch_size // machine.world_size // micro_batch_size)
-    if stage.score:
-        load_whole(model, load(folder / 'best', machine.device).state_dict())
-    loss = validate(last=True)
-    return finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, steps * knobs.batch_size, progress)
-
-
-def keep_best(stage, folder, model, progress, machine):
-    """The model's score by its stage; the best so far is saved in `folder`/best."""
-    model.eval()
-    with machine.forward():
-        score = torch.tensor(stage.score(model), device=machine.device)
-    model.train()
-    if machine.world_size > 1:   # one decision for all
-        dist.broadcast(score, 0)
-    if score.item() > progress['best']:
-        state = whole_state(model)
-        if machine.rank == 0:
-            model.save(folder / 'best', state=state)
-        progress['best'] = score.item()
-    barrier()
-    return score.item()
-
-
-def finish_stage(stage, knobs, machine, folder, model, optimizer, source, loss, origin, drawn, progress):
-    """
-    Save the trained model and what it is sealed with, then its Result, which makes the stage finished; `drawn` sequences after
-    the first `origin`.
-    """
-    result = Result(stage.name, str(folder), stage.config.num_params(), stage.params, tokens=drawn * knobs.block_size,
-                    flops=6.0 * stage.params * drawn * knobs.block_size, inherited_flops=stage.inherited_flops,
-                    baseline_flops=0.0 if knobs.toy else stage.baseline_flops, val_loss=loss,
-                    bits_per_byte=bits_per_byte(loss, source.bytes_per_token), position=(origin + drawn) * knobs.block_size,
-                    seconds=progress['seconds'])
-    state = whole_state(model)
-    try:
-        if knobs.keep_optimizer:
-            save_moments(folder, model, optimizer)
-        if machine.rank == 0:
-            model.save(folder, source.tokenizer, state)
-            saved = [folder / name for name in ('config.json', 'model.safetensors', 'optimizer.safetensors')]
-            seal(folder, measure(filter(Path.is_file, saved)), owner_of(folder), texts={'result.json': result.text()})
-            result.write()
-            remove_states(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f'{folder}: the trained model could not be saved ({error}); its last state is kept: when there is room '
-                        'on the disk, the same command goes on') from error
-    barrier()
-    return result
-
-
-def optimise(stage, knobs, machine, folder, model, trained, optimizer, stream, validate, progress, steps, accumulate):
-    """
-    The hot loop, from progress['step'] to `steps`. `model` is the bare module, `trained` the same one compiled and
-    wrapped. When asked to stop it saves the state, says how to go on and ends the program.
-    """
-    step_tokens, meter, saved, stable = knobs.batch_size * knobs.block_size, Meter(), time.time(), stable_steps(steps, knobs)
-    if machine.device.type == 'cuda':   # what is there now stays to the end: looking for garbage in it would make a step wait
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
-    started, next_check = saved - progress['seconds'], 0
-    bar = tqdm(desc=stage.name, total=steps * step_tokens, initial=progress['step'] * step_tokens, unit='tok',
-               unit_scale=True, disable=machine.rank > 0, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
-    if knobs.eval_interval and not progress['step']:
-        start = json.dumps(dict(step=0, tokens=0, flops=0.0, val_loss=validate()))
-        if machine.rank == 0:
-            (folder / 'metrics.jsonl').write_text(start + '\n', encoding='utf-8')
-    since = time.time()
-    while progress['step'] < steps:
-        rate = learning_rate(progress['step'], steps, knobs)
-        for group in optimizer.param_groups:
-            group['lr'] = rate
-        meter.add(train_step(stage.objective or next_token, Progress(progress['step'], steps), knobs, machine, model, trained,
-                             optimizer, stream, accumulate))
-        progress.update(step=progress['step'] + 1, seconds=time.time() - started)
-        done = progress['step']
-        bar.update(step_tokens)
-
-        evaluating = knobs.eval_interval and done % knobs.eval_interval == 0 and done < steps
-        logging = done % knobs.log_interval == 0 or done == steps or evaluating
-        # one process looks at its clock and signals every step; several must agree, a wait, so they do about every 5 seconds
-        stop, save = False, False
-        if machine.world_size == 1 or done >= next_check:
-            stop, save, pause = agree(machine, saved, knobs, step_seconds=(time.time() - since) / max(1, meter.steps))
-            next_check = done + pause
-        save = save or done == stable
-        if logging or save:
-            line = line_of(stage, machine, folder, model, meter, done, step_tokens, rate, since)
-            if evaluating:
-                line['val_loss'] = validate()
-            if stage.score and (evaluating or done == steps):
-                line['score'] = keep_best(stage, folder, model, progress, machine)
-            bar.set_postfix_str(', '.join(f'{k} {line[k]:.3f}' for k in ('loss', 'val_loss') if k in line), refresh=False)
-            if machine.rank == 0:
-                with open(folder / 'metrics.jsonl', 'a', encoding='utf-8') as metrics:
-                    metrics.write(json.dumps(line) + '\n')
-            since = time.time()
-        if save:
-            save_state(folder, model, optimizer, progress, knobs.keep_states, stable=done == stable)
-            saved = since = time.time()
-        if stop:
-            bar.close()
-            leave(f'{stage.name} is saved at step {done:,} of {steps:,}', machine)
-    bar.close()
-
-
-def line_of(stage, machine, folder, model, meter, step, step_tokens, rate, since):
-    """A line of metrics.jsonl: means of what was measured since the last one. Raises UserError when they are not finite."""
-    speed = meter.steps * step_tokens / (time.time() - since)
-    line = dict(step=step, tokens=step * step_tokens, flops=6.0 * stage.params * step * step_tokens, lr=rate,
-                **meter.read(machine.world_size), param_norm=whole(get_total_norm(model.parameters())).item())
-    line['tokens_per_second'] = round(speed)
-    if not math.isfinite(line['loss'] + line['grad_norm']):   # before anything is saved
-        raise UserError(f'{stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at step {step}, learning rate '
-                        f'{rate:.2g}; the last good state is kept. Try a smaller --learning_rate or a longer --warmup, with '
-                        f'another --out_dir or after removing {folder}')
-    return line
-
-
-def train_step(objective, progress, knobs, machine, model, trained, optimizer, stream, accumulate):
-    """One optimizer step over `accumulate` micro-batches; returns its scalars as tensors: nothing here waits for the GPU."""
-    scalars = {}
-    for micro in range(accumulate):
-        x, y = next(stream)
-        with exchanging(trained, last=micro == accumulate - 1):
-            with machine.forward():
-                loss, more = objective(trained, x, y, progress)
-            with attention_kernels(machine.device):   # recomputed attention must be the forward pass's
-                (loss / accumulate).backward()
-        for name, value in dict(more, loss=loss).items():
-            scalars[name] = scalars.get(name, 0) + value.detach() / accumulate
-    scalars['grad_norm'] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.grad_clip or math.inf))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return scalars
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # a run
 
+
 def stages_of(method, run, train):
-    """Run a method: every stage goes through `train(stage) -> Result`, whose result it is sent. Yields (stage, result)."""
+    """Run a method, every stage through `train(stage) -> Result`. Yields (stage, result)."""
     stages, result = method.stages(run), None
     with contextlib.suppress(StopIteration):
         while True:
@@ -450,55 +306,85 @@ def stages_of(method, run, train):
             yield stage, result
 
 
-def pretend(stage, run):
-    """The Result that a stage would have, without its loss: for planning."""
+def plan_stage(stage, run):
+    """The PlannedStage of a dry run: its Result has no loss."""
     knobs = stage_knobs(run, stage)
-    tokens = count_steps(knobs, stage) * knobs.batch_size * knobs.block_size
-    return Result(stage.name, str(Path(run.out_dir) / stage.name), 0, stage.params, tokens, 6.0 * stage.params * stage.tokens,
-                  stage.inherited_flops, stage.baseline_flops, val_loss=math.nan, bits_per_byte=math.nan,
-                  position=(stage.parent.position if stage.parent else 0) + tokens, seconds=0.0)
+    steps = count_steps(knobs, stage)
+    result = Result.given(stage.name, Path(run.out_dir) / stage.name)
+    result.params, result.flops = stage.params, 6.0 * stage.params * stage.tokens
+    result.tokens = steps * knobs.batch_size * knobs.block_size
+    result.inherited_flops, result.baseline_flops = stage.inherited_flops, stage.baseline_flops
+    result.position = (stage.parent.position if stage.parent else 0) + result.tokens
+    result.labels = stage.labels
+    return PlannedStage(stage, knobs, steps, result)
+
+
+def plan(run, method):
+    """The PlannedStages of a run, in order."""
+    planned = []
+
+    def pretend(stage):
+        planned.append(plan_stage(stage, run))
+        return planned[-1].result
+
+    for _ in stages_of(method, run, pretend):
+        pass
+    return planned
+
+
+def use_toy_corpora(run, method):
+    """Replace corpora that are not prepared: a toy need not wait for a download."""
+
+    def missing(names):
+        return any(name and not (Path(run.data_dir) / name).is_dir() for name in names)
+
+    if missing(run.corpora):
+        run.data, run.val_data = 'pydocs', ''
+    for knob, stand_in in getattr(method, 'toy_corpora', {}).items():
+        names = getattr(method, knob)
+        if missing([names] if isinstance(names, str) else names):
+            setattr(method, knob, stand_in)
 
 
 def find_corpora(run, method):
-    """Make pydocs and pycode if they are used and not there yet. Raises UserError for a corpus that is not prepared or damaged."""
-    for name in filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]):
-        if name in (*data.prepare.OFFLINE, 'signatures') and not (Path(run.data_dir) / name).is_dir():
-            style = dict(prompt='plain') if name == 'signatures' else {}   # models on bytes have no room for the paper's
-            data.prepare.prepare(data.prepare.Preparation(corpus=name, out=str(Path(run.data_dir) / name), **style))
+    """Prepare offline corpora that are used; verify the others. UserError: missing or damaged."""
+    names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
+    for name in filter(None, names):
+        if name in data.prepare.OFFLINE and not (Path(run.data_dir) / name).is_dir():
+            data.prepare.prepare_offline(name, Path(run.data_dir) / name)
         verify_corpus(name, run.data_dir)
 
 
 def main(argv):
-    """The command line: train the stages of a method, then report; or, with dry_run, print the plan."""
+    """The command line: train the stages of a method, then report; or print the plan."""
     run, method, origins = configure(argv, Run, METHODS)
     files = [Path(arg).stem for arg in argv if arg.endswith('.py')]
-    run.check()
     run.out_dir = run.out_dir or f'out/{files[-1] if files else run.method}'
-    if run.toy and not all((Path(run.data_dir) / name).is_dir() for name in run.corpora):
-        run.data, run.val_data = 'pydocs', ''   # a toy need not wait for a download
-    for knob, stand_in in getattr(method, 'stand_ins', {}).items() if run.toy else ():
-        names = getattr(method, knob) if isinstance(stand_in, tuple) else (getattr(method, knob),)
-        if any(name and not (Path(run.data_dir) / name).is_dir() for name in names):
-            setattr(method, knob, stand_in)
+    parse_mixture(run.data)
+    if run.toy:
+        use_toy_corpora(run, method)
     if run.dry_run:
-        planned = stages_of(method, run, partial(pretend, run=run))
-        print_plan(run, [(s, knobs, count_steps(knobs, s), r) for s, r in planned for knobs in [stage_knobs(run, s)]])
+        print(plan_text(run, plan(run, method)))
         return
-    machine = find_machine(run)
-    if machine.rank == 0:
-        changed = differences(run) | differences(method)
-        print('\n'.join(f'{k} = {v!r}  ({origins.get(k, "derived")})' for k, v in changed.items()))
+    hardware = find_hardware(run)
+    changed = differences(run) | differences(method)
+    if hardware.is_main:
+        for knob, value in changed.items():
+            print(f'{knob} = {value!r}  ({origins.get(knob, "derived")})')
         if getattr(method, 'reads_corpora', True):
             find_corpora(run, method)
-    record = cache(partial(record_session, run.out_dir, run, method, origins, argv, machine.device, machine.world_size))
+    session = dict(command=['train.py', *argv], device=str(hardware.device))
+    session |= dict(processes=hardware.world_size, differences=changed, set_by=origins)
+    record = cache(partial(record_session, run.out_dir, asdict(run) | asdict(method), session))
     barrier()
-    STOP.clear()
     catch_signals()
-    results = [result for _, result in stages_of(method, run, partial(train_stage, run=run, machine=machine, record=record))]
-    if machine.rank == 0:
-        summary = method.summary(results) if hasattr(method, 'summary') else ''
-        print(f'\n{report(run.out_dir, summary)}\n\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
-    if machine.world_size > 1:
+    train = partial(train_stage, run=run, hardware=hardware, record=record)
+    results = [result for _, result in stages_of(method, run, train)]
+    if hardware.is_main:
+        summary = method.summary(results) if hasattr(method, 'summary') else []
+        print(f'\n{report(run.out_dir, summary)}')
+        print(f'\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
+    if hardware.world_size > 1:
         dist.destroy_process_group()
 
 

@@ -21,5 +21,5 @@ data = 'openwebtext'
 block_size = 512
 batch_size = 64
 eval_interval = 250
-learning_rate = 5e-6           # of the distillations: MiniLLM's; the paper names none
+learning_rate = 5e-6  # of the distillations: MiniLLM's; the paper names none
 schedule = 'cosine'

@@ -3,10 +3,10 @@
 method = 'let'
 size = '1.4b'
 tokens = 20e9
-arms = ('let',)
-strength = 0.1
-stop = 1500
-pairing = 'L2E'                # the teacher's last layer to the third of the target
+variants = ('let',)
+lambda0 = 0.1
+s_stop = 1500
+pairing = 'L2E'  # the teacher's last layer to the third of the target
 
 block_size = 1280
 batch_size = 2048

@@ -1,7 +1,11 @@
 # The six base models of paper 001, Table 4, and their longest runs.
 sizes = ('15m', '44m', '0.1b', '0.2b', '0.5b', '1b-reuse')
-longest = tuple(steps * batch * 1024 for steps, batch in zip(
-    (17600, 17600, 17600, 35200, 70400, 70400), (128, 256, 512, 512, 512, 1024)))
+longest = tuple(
+    steps * batch * 1024
+    for steps, batch in zip(
+        (17600, 17600, 17600, 35200, 70400, 70400), (128, 256, 512, 512, 512, 1024)
+    )
+)
 batch_sizes = (128, 256, 512, 512, 512, 1024)
 learning_rates = (8e-3, 4e-3, 4e-3, 2e-3, 4e-4, 4e-4)
 warmups = (200, 200, 200, 400, 800, 800)

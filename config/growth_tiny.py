@@ -5,15 +5,26 @@ base = '48x2'
 target = '64x4'
 base_tokens = 1e6
 tokens = 5e5
-arms = ('random', 'fpi+stack', 'fpi+interleave', 'fpi+identity', 'aki+stack', 'aki+stack+noise', 'aki+stack+grown',
-        'lossless+stack', 'lossless+stack+noise', 'lossless+identity', 'lossless+identity+noise',
-        'lossless+identity+noise+grown')
+variants = (
+    'random',
+    'fpi+stack',
+    'fpi+interleave',
+    'fpi+identity',
+    'aki+stack',
+    'aki+stack+noise',
+    'aki+stack+grown',
+    'lossless+stack',
+    'lossless+stack+noise',
+    'lossless+identity',
+    'lossless+identity+noise',
+    'lossless+identity+noise+grown',
+)
 noise = 0.1
 seeds = 3
 
 data = 'pydocs'
 block_size = 128
 batch_size = 8
-eval_tokens = 2 ** 17
+eval_tokens = 2**17
 learning_rate = 4e-3
 schedule = 'cosine'

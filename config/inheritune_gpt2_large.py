@@ -2,7 +2,7 @@
 from inheritune_gpt2_medium import *
 
 size = 'gpt2-large'
-tokens = 100_000 * 16 * 1024        # 100K steps
-batch_tokens = 16 * 1024            # "16K tokens"
+tokens = 100_000 * 16 * 1024  # 100K steps
+batch_tokens = 16 * 1024  # "16K tokens"
 learning_rate = 2e-4
-min_lr_fraction = 0.05              # to 1e-5
+min_lr_fraction = 0.05  # to 1e-5

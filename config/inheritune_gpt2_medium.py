@@ -1,16 +1,24 @@
 # Paper 003, Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with the baselines of Table 2 and Figure 3.
 method = 'inheritune'
 size = 'gpt2-medium'
-no_bias = True                      # Appendix D: GELU, no biases, no dropout,
-attn_scale_by_layer = True          # attention logits divided by the layer's number
-tokens = 100_000 * 48 * 1024        # 100K steps
+no_bias = True  # Appendix D: GELU, no biases, no dropout,
+attn_scale_by_layer = True  # attention logits divided by the layer's number
+tokens = 100_000 * 48 * 1024  # 100K steps
 grow_by = 2
-baselines = ('random', 'random-2x', 'stacking', 'hybrid-stacking', 'half-width', 'distillation', 'distilbert')
+baselines = (
+    'random',
+    'random-2x',
+    'stacking',
+    'hybrid-stacking',
+    'half-width',
+    'distillation',
+    'distilbert',
+)
 
 data = 'openwebtext'
-order = 'random'                    # drawn with replacement (section 4)
+order = 'random'  # drawn with replacement (section 4)
 block_size = 1024
-batch_tokens = 48 * 1024            # "50K tokens"
+batch_tokens = 48 * 1024  # "50K tokens"
 learning_rate = 3e-4
 warmup = 2000
 schedule = 'cosine'

@@ -3,4 +3,4 @@ from inheritune_gpt2_large import *
 
 size = 'gpt2-xl'
 learning_rate = 1.5e-4
-min_lr_fraction = 1 / 15            # to 1e-5
+min_lr_fraction = 1 / 15  # to 1e-5

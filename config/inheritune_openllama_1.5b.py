@@ -2,15 +2,15 @@
 #   python data/prepare.py slimpajama --tokenizer=FOLDER --max_tokens=1e9      (a folder with OpenLLaMA's tokenizer.json)
 method = 'inheritune'
 reference = 'openlm-research/open_llama_3b'
-size = 'openllama-3b'               # its shape, for --toy=True, which trains a small one in its place
+size = 'openllama-3b'  # its shape, for --toy=True, which trains a small one in its place
 start_fraction = 0.5
-max_rounds = 1                      # no growth (the recipe skips step 3)
+max_rounds = 1  # no growth (the recipe skips step 3)
 tokens = 8e9
-unique_tokens = 10 ** 9
+unique_tokens = 10**9
 
 data = 'slimpajama'
 order = 'epoch'
 block_size = 2048
-batch_tokens = 64 * 2048            # 131K tokens
+batch_tokens = 64 * 2048  # 131K tokens
 learning_rate = 3e-4
 schedule = 'cosine'

@@ -6,11 +6,20 @@ tokens = 1.2e6
 start_fraction = 0.5
 grow_by = 2
 max_rounds = 2
-baselines = ('random', 'random-2x', 'last-layers', 'stacking', 'hybrid-stacking', 'half-width', 'distillation', 'distilbert')
+baselines = (
+    'random',
+    'random-2x',
+    'last-layers',
+    'stacking',
+    'hybrid-stacking',
+    'half-width',
+    'distillation',
+    'distilbert',
+)
 
 data = 'pydocs'
 block_size = 128
 batch_size = 8
-eval_tokens = 2 ** 17
+eval_tokens = 2**17
 learning_rate = 4e-3
 schedule = 'cosine'

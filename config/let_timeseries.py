@@ -4,8 +4,8 @@ size = '64x4'
 teacher_size = '32x2'
 epochs = 60
 teacher_epochs = 120
-strength = 0.1
-stop = 0.5
+lambda0 = 0.1
+s_stop = 0.5
 seeds = 5
 
 batch_size = 16

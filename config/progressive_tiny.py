@@ -4,12 +4,12 @@ method = 'progressive'
 sizes = ('32x2', '48x2', '64x2', '64x4')
 width = 'aki'
 depth = 'stack'
-tokens_per_param = 20          # Chinchilla, for the size trained from scratch
+tokens_per_param = 20  # Chinchilla, for the size trained from scratch
 
 data = 'pydocs'
 block_size = 128
 batch_size = 8
-eval_tokens = 2 ** 18
+eval_tokens = 2**18
 
 learning_rate = 4e-3
 schedule = 'cosine'

@@ -2,14 +2,17 @@
 # (section 3.2, Appendix B).
 #   python data/prepare.py slimpajama --tokenizer=FOLDER      (a folder with Llama's tokenizer.json: 32,000 tokens)
 method = 'progressive'
-sizes = ('0.1b', 'exp')                  # exp: relative to the base
-width = 'fpi'                            # lossless is exact at this ratio, which fpi is not
-tokens = (17600 * 512 * 1024, 17600 * 512 * 1024)   # D1 and D2: the standard number of iterations (Table 4)
+sizes = ('0.1b', 'exp')  # exp: relative to the base
+width = 'fpi'  # lossless is exact at this ratio, which fpi is not
+tokens = (
+    17600 * 512 * 1024,
+    17600 * 512 * 1024,
+)  # D1 and D2: the standard number of iterations (Table 4)
 
 data = 'slimpajama'
 block_size = 1024
 batch_size = 512
-learning_rate = 4e-3                      # the same in both stages (Appendix C: a lower one is worse)
+learning_rate = 4e-3  # the same in both stages (Appendix C: a lower one is worse)
 schedule = 'wsd'
 warmup = 200
 decay_fraction = 0.1

@@ -2,5 +2,5 @@
 from _let import *
 
 teacher = 'HuggingFaceTB/SmolLM2-135M'
-arms = ('rkd',)
+variants = ('rkd',)
 data = 'pile_smollm2'

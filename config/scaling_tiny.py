@@ -2,7 +2,7 @@
 # stacked shape from scratch; then the laws of its Table 1 fitted to them.
 method = 'sweep'
 sizes = ('48x2',)
-longest = (2 ** 20,)
+longest = (2**20,)
 first = (0.125, 0.25, 0.5, 1.0)
 second = (0.0625, 0.125, 0.25, 0.5)
 reuse = ('cpt', 'stk2')
@@ -12,7 +12,7 @@ second_data = 'pycode'
 data = 'pydocs'
 block_size = 128
 batch_size = 8
-eval_tokens = 2 ** 16
+eval_tokens = 2**16
 learning_rate = 4e-3
 warmup = 20
 decay_fraction = 0.2

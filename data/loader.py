@@ -1,29 +1,34 @@
 """
-Tokens -> batches. Which tokens stand at which place is a function of (seed, position) alone, where position counts the
-sequences drawn so far: nothing about the order is ever saved, it is the same at any number of processes, after any
-resume and from stage to stage, and evaluation cannot disturb it.
+Tokens -> batches. Which tokens come at which place is a function of (seed, position) alone, where
+position counts the sequences drawn so far: nothing about the order is ever saved; it is the same
+on any number of processes, after any resume and from stage to stage, and evaluation cannot
+disturb it.
 """
+
 import contextlib
 import itertools
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checksums import checksum
-from configurator import UserError, read_json, write_atomically
+from engine.errors import UserError
+from engine.files import checksum, read_json, write_json
+
+# ----------------------------------------------------------------------------------------------
+# corpora
 
 
 @dataclass
 class Corpus:
-    """A prepared corpus: its meta.json and its two memory-mapped splits, 1-d arrays of token ids."""
+    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
+
     name: str
     meta: dict
     train: np.ndarray
@@ -31,57 +36,80 @@ class Corpus:
 
     @property
     def bytes_per_token(self):
-        """Bytes of text to a token, on the validation split."""
+        """Bytes of text per token, on the validation split."""
         return self.meta['splits']['val']['bytes'] / self.meta['splits']['val']['tokens']
 
 
 def open_corpus(name, data_dir='data'):
-    """The corpus in data_dir/name. Raises UserError when it is not prepared or a file's size is not what meta.json says."""
+    """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
     folder = Path(data_dir) / name
+    again = f'delete {folder} and prepare it again'
     try:
-        meta = read_json(folder / 'meta.json', splits=dict, dtype=str, tokenizer=str, vocab_size=int)
-        sizes = {split: int(meta['splits'][split]['tokens']) for split in ('train', 'val')}
-        meta['checksums'] = dict(meta.get('checksums', {}))   # of what else is in the folder
+        types = dict(splits=dict, dtype=str, tokenizer=str, vocab_size=int)
+        meta = read_json(folder / 'meta.json', **types)
+        meta['checksums'] = dict(meta.get('checksums', {}))  # of other files in the folder
         dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
-        for split, tokens in sizes.items():
-            if not (folder / f'{split}.bin').is_file():
-                raise UserError(f'{folder} has lost its {split}.bin: delete {folder} and prepare it again')
-            found = (folder / f'{split}.bin').stat().st_size
-            if found != tokens * dtype.itemsize:
-                raise UserError(f'{folder}/{split}.bin has {found} bytes instead of {tokens * dtype.itemsize}: '
-                                f'delete {folder} and prepare it again')
+        sizes = [
+            int(meta['splits'][split]['tokens']) * dtype.itemsize for split in ('train', 'val')
+        ]
     except FileNotFoundError:
-        raise UserError(f'{folder} is not prepared: run  python data/prepare.py {name}') from None
+        command = f'python data/prepare.py {name}'
+        raise UserError(f'{folder} is not prepared: run  {command}') from None
     except UserError as error:
-        raise UserError(f'{error}: delete {folder} and prepare it again' if 'meta.json' in str(error) else str(error)) from None
+        raise UserError(f'{error}: {again}') from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{folder}/meta.json is damaged ({error!r}): delete {folder} and prepare it again') from None
-    return Corpus(name, meta, *(np.memmap(folder / f'{split}.bin', dtype, mode='r') for split in ('train', 'val')))
+        raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
+    arrays = []
+    for split, size in zip(('train', 'val'), sizes):
+        path = folder / f'{split}.bin'
+        if not path.is_file():
+            raise UserError(f'{path} is missing: {again}')
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
+        arrays.append(np.memmap(path, dtype, mode='r'))
+    return Corpus(name, meta, *arrays)
 
 
 def verify_corpus(name, data_dir='data'):
     """
-    Raise UserError when the content of a corpus is not what was prepared. Reads all of it, but only once: what was whole is
-    remembered in verified.json, until a file changes.
+    Raise UserError when a corpus is not what was prepared. Reads all of it, but only once: what
+    was intact is recorded in verified.json, until a file changes.
     """
     folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
-    wanted = {f'{split}.bin': counts['sha256'] for split, counts in meta['splits'].items() if 'sha256' in counts}
-    wanted |= meta['checksums']
-    now = {file: [path.stat().st_size, path.stat().st_mtime_ns] for file in wanted if (path := folder / file).is_file()}
+    wanted = dict(meta['checksums'])
+    for split, counts in meta['splits'].items():
+        if 'sha256' in counts:
+            wanted[f'{split}.bin'] = counts['sha256']
+    found = {}
+    for file in wanted:
+        if (folder / file).is_file():
+            status = (folder / file).stat()
+            found[file] = [status.st_size, status.st_mtime_ns]
     with contextlib.suppress(OSError, UserError):
-        if read_json(folder / 'verified.json') == now:
+        if read_json(folder / 'verified.json') == found:
             return
-    small = sum(size for size, _ in now.values()) < 1e9
-    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False, disable=small):
-        if file not in now or checksum(folder / file) != wanted[file]:
-            raise UserError(f'{folder / file} is damaged: its checksum is not the one in meta.json; delete {folder} and prepare '
-                            'it again')
-    with contextlib.suppress(OSError):   # a folder that cannot be written to is verified every time
-        write_atomically(folder / 'verified.json', json.dumps(now) + '\n')
+    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False):
+        if file not in found or checksum(folder / file) != wanted[file]:
+            raise UserError(
+                f'{folder / file} is damaged: its checksum does not match meta.json; delete '
+                f'{folder} and prepare it again'
+            )
+    with contextlib.suppress(OSError):  # a read-only folder is verified every time
+        write_json(folder / 'verified.json', found)
+
+
+def check_vocabulary(corpus, config, name):
+    """Raise UserError if a corpus has more tokens than a model of this configuration."""
+    if corpus.meta['vocab_size'] > config.vocab_size:
+        raise UserError(
+            f'{name} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
+            f'{corpus.meta["vocab_size"]}: choose another --data'
+        )
 
 
 def parse_mixture(text):
-    """'pydocs:3,pycode:1' -> {'pydocs': 0.75, 'pycode': 0.25}; a lone name has weight 1. Raises UserError."""
+    """'pydocs:3,pycode:1' -> {'pydocs': 0.75, 'pycode': 0.25}. Raises UserError."""
     weights = {}
     for part in text.split(','):
         name, _, weight = part.strip().partition(':')
@@ -90,33 +118,38 @@ def parse_mixture(text):
         except ValueError:
             weights[name] = -1.0
         if not name or not 0 < weights[name] < float('inf'):
-            raise UserError(f'{part!r} in data={text!r} is not NAME or NAME:WEIGHT with a positive weight')
-    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+            raise UserError(
+                f'{part!r} in data={text!r} must be NAME or NAME:WEIGHT, weight above 0'
+            )
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # order
 
-def _mix(x):
+
+def mix(x):
     """A well-mixed hash of uint64 numbers (the finaliser of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*numbers):
+def hash_key(*numbers):
     """One uint64 array out of seeds, round numbers and (arrays of) positions."""
     key = np.uint64(0)
     with np.errstate(over='ignore'):
         for number in numbers:
-            key = _mix(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+            key = mix(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return key
 
 
 def permute(index, n, seed, rounds=6):
     """
-    A pseudo-random permutation of 0 .. n-1, evaluated at `index` (int64 array) without storing it: a Feistel network on
-    the pairs (left, right) of an a x b grid just larger than n; what falls outside n goes through again until it is inside.
+    A pseudo-random permutation of 0 .. n-1, evaluated at `index` (int64 array) without storing
+    it: a Feistel network on the pairs (left, right) of an a x b grid just larger than n; what
+    falls outside n goes through again.
     """
     a = int(np.ceil(np.sqrt(n)))
     b = -(-n // a)
@@ -124,46 +157,64 @@ def permute(index, n, seed, rounds=6):
     while outside.any():
         left, right = np.divmod(index[outside], b)
         for r in range(0, rounds, 2):
-            left = (left + (_key(seed, r, right) % np.uint64(a)).astype(np.int64)) % a
-            right = (right + (_key(seed, r + 1, left) % np.uint64(b)).astype(np.int64)) % b
+            left = (left + (hash_key(seed, r, right) % np.uint64(a)).astype(np.int64)) % a
+            right = (right + (hash_key(seed, r + 1, left) % np.uint64(b)).astype(np.int64)) % b
         index[outside] = left * b + right
         outside = index >= n
     return index
 
 
-def offsets(positions, n_tokens, block_size, order, seed, unique_tokens=0):
+class Order(NamedTuple):
+    """How sequences are drawn."""
+
+    block_size: int  # a sequence is one token longer
+    kind: str = 'epoch'  # epoch: without replacement; random: any start, with replacement
+    seed: int = 0
+    unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
+
+
+def offsets(positions, n_tokens, order):
     """
-    Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). A sequence is block_size + 1 tokens.
-    order 'epoch': aligned windows, each once an epoch, shuffled anew every epoch. order 'random': any start, with
-    replacement. unique_tokens caps the data: only the first so many tokens of the shuffled order are ever used, then the
-    second epoch begins, so a capped run sees what an uncapped one sees until the cap is reached.
+    Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). kind 'epoch':
+    aligned windows, each once per epoch, shuffled anew every epoch. With a cap, only the first so
+    many tokens of the shuffled order are used: a capped run sees what an uncapped one sees until
+    the cap is reached.
     """
+    block_size, seed = order.block_size, order.seed
     windows = (n_tokens - 1) // block_size
     if windows < 1:
-        raise UserError(f'a corpus of {n_tokens} tokens is too short for sequences of {block_size} and one more')
-    used = min(windows, max(1, int(unique_tokens) // block_size)) if unique_tokens else windows
-    if order == 'random':
+        raise UserError(f'a corpus of {n_tokens} tokens is too short for sequences of {block_size}')
+    used = windows
+    if order.unique_tokens:
+        used = min(windows, max(1, int(order.unique_tokens) // block_size))
+    if order.kind == 'random':
         if used == windows:
-            return (_key(seed, positions) % np.uint64(n_tokens - block_size)).astype(np.int64)
-        window = (_key(seed, positions) % np.uint64(used)).astype(np.int64)
-        return permute(window, windows, _key(seed, 0)) * block_size
-    epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), used)
-    for e in np.unique(epoch[epoch > 0]):   # epoch 0 keeps the base order
-        place[epoch == e] = permute(place[epoch == e], used, _key(seed, e))
-    return permute(place, windows, _key(seed, 0)) * block_size
+            return (hash_key(seed, positions) % np.uint64(n_tokens - block_size)).astype(np.int64)
+        place = (hash_key(seed, positions) % np.uint64(used)).astype(np.int64)
+    else:
+        place = epoch_order(positions, used, seed)
+    return permute(place, windows, hash_key(seed, 0)) * block_size
+
+
+def epoch_order(positions, n, seed):
+    """Which of n things comes at each position: every epoch all of them; epoch 0 in order."""
+    epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), n)
+    for e in np.unique(epoch[epoch > 0]):
+        place[epoch == e] = permute(place[epoch == e], n, hash_key(seed, e))
+    return place
 
 
 def split_by_weight(positions, weights):
     """
-    Which corpus of a mixture is drawn at each position, and how many were drawn from it before: (corpus, count), int64.
-    Exact proportions, evenly spread: the first corpus is due whenever floor(position x weight) moves on; the rest is
-    split the same way among the others.
+    Which corpus of a mixture each position draws from, and how many sequences were drawn from it
+    before: (corpus, count), int64. Exact proportions, evenly spread: the first corpus is due
+    whenever floor(position x weight) moves on; the rest is split among the others likewise.
     """
     corpus, count = np.zeros_like(positions), np.array(positions, dtype=np.int64)
     remaining, undecided = 1.0, np.ones(len(positions), bool)
     for i, weight in enumerate(weights[:-1]):
-        share = round(weight / remaining * 10 ** 6)          # in millionths, so that counting is exact in integers
-        before, after = count * share // 10 ** 6, (count + 1) * share // 10 ** 6
+        share = round(weight / remaining * 10**6)  # in millionths: counting is exact in integers
+        before, after = count * share // 10**6, (count + 1) * share // 10**6
         mine, rest = undecided & (after > before), undecided & (after == before)
         corpus[mine], corpus[rest] = i, i + 1
         count = np.where(mine, before, np.where(rest, count - before, count))
@@ -171,30 +222,43 @@ def split_by_weight(positions, weights):
     return corpus, count
 
 
-def sequences(corpora, weights, positions, block_size, order='epoch', seed=0, unique_tokens=0):
+def sequences(corpora, weights, order, positions):
     """
-    The sequences at `positions` of the mixture: (len(positions), block_size + 1) int64. unique_tokens caps the mixture, each
-    corpus by its weight.
+    The sequences at `positions` of a mixture: (len(positions), block_size + 1) int64. A cap on
+    unique tokens applies to each corpus by its weight.
     """
     which, count = split_by_weight(np.asarray(positions, dtype=np.int64), weights)
-    tokens = np.empty((len(which), block_size + 1), np.int64)
+    tokens = np.empty((len(which), order.block_size + 1), np.int64)
     for i, corpus in enumerate(corpora):
         rows = which == i
         if rows.any():
-            starts = offsets(count[rows], len(corpus.train), block_size, order, _key(seed, i), unique_tokens * weights[i])
-            tokens[rows] = corpus.train[starts[:, None] + np.arange(block_size + 1)]
+            cap, seed = order.unique_tokens * weights[i], hash_key(order.seed, i)
+            own = order._replace(seed=seed, unique_tokens=cap)
+            starts = offsets(count[rows], len(corpus.train), own)
+            tokens[rows] = corpus.train[starts[:, None] + np.arange(order.block_size + 1)]
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # batches
+
+
+class Share(NamedTuple):
+    """A device and a process's share of the work; engine.device.Hardware has the same fields."""
+
+    device: Any = 'cpu'
+    rank: int = 0
+    world_size: int = 1
+
 
 def to_device(examples, device):
     """
-    Inputs x and targets y on the device; to a GPU asynchronously, from pinned memory. examples: sequences (n, T+1), whose
-    targets are the next tokens, (n, T) int64; or the two arrays (x, y).
+    (inputs x, targets y) on the device; to a GPU asynchronously, from pinned memory. examples:
+    sequences (n, T+1) int64, whose targets are the next tokens; or the two arrays.
     """
-    arrays = [torch.from_numpy(array) for array in (examples if isinstance(examples, tuple) else (examples,))]
+    if not isinstance(examples, tuple):
+        examples = (examples,)
+    arrays = [torch.from_numpy(array) for array in examples]
     if torch.device(device).type == 'cuda':
         arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
     if len(arrays) == 2:
@@ -202,67 +266,79 @@ def to_device(examples, device):
     return arrays[0][:, :-1].contiguous(), arrays[0][:, 1:].contiguous()
 
 
-def batches(read, position, batch_size, micro_batch_size, device, rank=0, world_size=1):
+def batches(read, position, batch_size, micro_batch_size, share):
     """
-    Endlessly yield (x, y) micro-batches from sequence `position` on. A batch is the batch_size sequences behind position,
-    dealt to the processes like cards; each process gets batch_size / world_size of them in pieces of micro_batch_size.
-    `read`: positions -> what to_device takes. The next micro-batch is read and copied to the GPU while the current one trains.
+    Endlessly yield (x, y) micro-batches from sequence `position`. The batch_size sequences of a
+    step are dealt to the processes like cards; each trains on its own in pieces of
+    micro_batch_size. read: positions -> what to_device takes. The next micro-batch is read and
+    copied to the GPU while the current one trains.
     """
-    per_process = batch_size // world_size
+    per_process = batch_size // share.world_size
 
     def make(step, piece):
         rows = np.arange(piece, min(piece + micro_batch_size, per_process))
-        return to_device(read(position + step * batch_size + rank + world_size * rows), device)
+        first = position + step * batch_size + share.rank
+        return to_device(read(first + share.world_size * rows), share.device)
 
-    plan = ((step, piece) for step in itertools.count() for piece in range(0, per_process, micro_batch_size))
+    pieces = range(0, per_process, micro_batch_size)
+    plan = ((step, piece) for step in itertools.count() for piece in pieces)
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(make, *next(plan))
         while True:
-            current, ahead = ahead.result(), reader.submit(make, *next(plan))
+            current = ahead.result()
+            ahead = reader.submit(make, *next(plan))
             yield current
 
 
-def validation_batches(tokens, block_size, batch_size, max_tokens, device, rank=0, world_size=1):
+def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()):  # noqa: B008
     """
-    Yield (x, y, number of real targets) over fixed, evenly spaced windows of a validation split, at most max_tokens in
-    all (0: every window). The last batch is filled up with targets of -100, so that all have the same shape, and every process
-    has as many.
+    Yield (x, y, number of real targets) over fixed, evenly spaced windows of a validation split,
+    at most max_tokens in all (0: every window). The last batch is filled up with targets of -100:
+    all have the same shape, and every process has as many.
     """
     windows = (len(tokens) - 1) // block_size
     if windows < 1:
-        raise UserError(f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size} and one more')
+        raise UserError(
+            f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size}'
+        )
     wanted = min(windows, max(1, max_tokens // block_size)) if max_tokens else windows
-    starts = (np.arange(wanted) * windows // wanted * block_size)[rank::world_size]
-    for i in range(0, -(-wanted // world_size), batch_size):
-        chunk = starts[i:i + batch_size]
-        x, y = to_device(tokens[np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)].astype(np.int64), device)
-        y = torch.where(torch.arange(batch_size, device=y.device)[:, None] < len(chunk), y, -100)   # x may share y's memory
-        yield x, y, len(chunk) * block_size
+    starts = (np.arange(wanted) * windows // wanted * block_size)[share.rank :: share.world_size]
+    for i in range(0, -(-wanted // share.world_size), batch_size):
+        chunk = starts[i : i + batch_size]
+        places = np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)
+        x, y = to_device(tokens[places].astype(np.int64), share.device)
+        real = torch.arange(batch_size, device=y.device)[:, None] < len(chunk)
+        yield x, torch.where(real, y, -100), len(chunk) * block_size  # x may share y's memory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # what a stage reads
+
 
 class Source(NamedTuple):
     """Training examples by position, and a validation split: what a stage trains on."""
-    read: Callable          # positions, int64 (n,) -> sequences (n, T+1), or inputs and targets (x, y)
-    validation: Callable    # batch_size, device, rank, world_size -> batches of (x, y, number of real targets)
+
+    read: Callable  # positions, int64 (n,) -> sequences (n, T+1), or inputs and targets
+    validation: Callable  # batch_size, share -> batches of (x, y, number of real targets)
     bytes_per_token: float  # of the validation split
-    tokenizer: str          # kept with the model
+    tokenizer: str  # kept with the model
 
 
 def text_source(knobs):
-    """
-    The Source of a run's corpora, text or instructions; knobs: train.Run. Raises UserError for a corpus that is not prepared.
-    """
-    if 'supervised' in (kinds := {open_corpus(name, knobs.data_dir).meta.get('kind', 'text') for name in knobs.corpora}):
-        if len(knobs.corpora) > 1:
-            raise UserError(f'data={knobs.data}: instructions are not mixed with other corpora ({", ".join(sorted(kinds))})')
-        from data.instruct import supervised_source
-        return supervised_source(knobs)
+    """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
+    if any(corpus.meta.get('kind') == 'supervised' for corpus in corpora):
+        if len(corpora) > 1:
+            raise UserError(f'data={knobs.data}: instructions cannot be mixed with other corpora')
+        from data.instruct import supervised_source
+
+        return supervised_source(knobs)
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
-    read = partial(sequences, corpora, list(knobs.corpora.values()), block_size=knobs.block_size, order=knobs.order,
-                   seed=knobs.seed, unique_tokens=knobs.unique_tokens)
-    return Source(read, lambda *share: validation_batches(val.val, knobs.block_size, share[0], knobs.eval_tokens, *share[1:]),
-                  val.bytes_per_token, val.meta['tokenizer'])
+    order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
+    read = partial(sequences, corpora, list(knobs.corpora.values()), order)
+
+    def validation(batch_size, share):
+        size = knobs.block_size
+        return validation_batches(val.val, size, batch_size, knobs.eval_tokens, share)
+
+    return Source(read, validation, val.bytes_per_token, val.meta['tokenizer'])

@@ -1,11 +1,13 @@
 """
-The same text in another tokenizer's tokens, for a teacher whose vocabulary is not its student's (LET with mismatched
-tokenizers, paper 002, Table 5).
+The same text in another tokenizer's tokens, for a teacher whose vocabulary is not its student's
+(LET with mismatched tokenizers, Table 5).
 
-Both tokenizers cut the same bytes. A token of the student covers the bytes [a, b), one of the teacher's ends at some d. A
-position of the student is paired with the last token of the teacher that ends inside it, a < d <= b: there the teacher has
-read nothing that the student has not. Positions in which no token of the teacher ends have no partner.
+Both tokenizers cut the same bytes. A token of the student covers the bytes [a, b), one of the
+teacher's ends at some d. A position of the student is paired with the last token of the teacher
+that ends inside it, a < d <= b: there the teacher has read nothing that the student has not.
+Positions in which no token of the teacher ends have no partner.
 """
+
 import codecs
 import json
 import re
@@ -15,67 +17,75 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from configurator import UserError
-from data.prepare import bytes_encoding, load_tokenizer
+from data.vocabulary import bytes_encoding, load_tokenizer
+from engine.errors import UserError
 
 PROBE = 'A naïve café — 数学 and 🙂:\n\tdef f(x): return x  # 1234'
-codecs.register_error('keep_length', lambda error: ('?' * (error.end - error.start), error.end))   # text cut inside a letter
+
+
+def keep_length(error):
+    """Decode text that is cut inside a character with one '?' per byte."""
+    return '?' * (error.end - error.start), error.end
+
+
+codecs.register_error('keep_length', keep_length)
 
 
 @cache
 def token_bytes(name):
-    """The bytes that each token of a tokenizer stands for, a tuple by id; empty for special tokens and unused ids."""
-    encoding = bytes_encoding() if name == 'bytes' else None
-    if name in tiktoken.list_encoding_names():
-        load_tokenizer(name)   # within its deadline, with its message
-        encoding = tiktoken.get_encoding(name)
-    if encoding:
-        ranks = encoding._mergeable_ranks
-        table = [b''] * encoding.n_vocab
-        for token, i in ranks.items():
+    """The bytes of each token of a tokenizer, a tuple by id; empty for special and unused ids."""
+    table = [b''] * load_tokenizer(name).vocab_size
+    if name == 'bytes' or name in tiktoken.list_encoding_names():
+        encoding = bytes_encoding() if name == 'bytes' else tiktoken.get_encoding(name)
+        for token, i in encoding._mergeable_ranks.items():
             table[i] = token
         return tuple(table)
-    vocab_size = load_tokenizer(name)[2]
     description = json.loads((Path(name) / 'tokenizer.json').read_text(encoding='utf-8'))
-    vocabulary = description['model']['vocab']
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((token, i) for i, (token, _) in enumerate(vocabulary))
-    added = description.get('added_tokens', [])
+    vocabulary, added = description['model']['vocab'], description.get('added_tokens', [])
+    if not isinstance(vocabulary, dict):  # a list of (token, score)
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    byte_level = 'ByteLevel' in json.dumps(description.get('decoder'))
     special = {token['id'] for token in added if token['special']}
-    spell = _byte_level if 'ByteLevel' in json.dumps(description.get('decoder')) else _sentence_piece
-    table = [b''] * vocab_size
-    for token, i in pairs:
-        table[i] = b'' if i in special else spell(token)
-    for token in added:   # runs of spaces and the like, written as they are
+    for token, i in vocabulary.items():
+        if i not in special:
+            table[i] = from_byte_level(token) if byte_level else from_sentence_piece(token)
+    for token in added:  # runs of spaces and the like, written as they are
         if not token['special']:
             table[token['id']] = token['content'].encode()
     return tuple(table)
 
 
 @cache
-def _byte_alphabet():
-    """{character: byte} of byte-level BPE: printable bytes stand for themselves, the others follow from 256 on."""
-    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+def byte_alphabet():
+    """{character: byte} of byte-level BPE: printable bytes are themselves, others follow 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    alphabet = {chr(b): b for b in printable}
+    return alphabet | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def _byte_level(token):
-    return bytes(_byte_alphabet()[character] for character in token)
+def from_byte_level(token):
+    """The bytes of a token of byte-level BPE."""
+    return bytes(byte_alphabet()[character] for character in token)
 
 
-def _sentence_piece(token):
+def from_sentence_piece(token):
+    """The bytes of a token of SentencePiece."""
     if match := re.fullmatch(r'<0x([0-9A-Fa-f]{2})>', token):
         return bytes([int(match[1], 16)])
     return token.replace('▁', ' ').encode()
 
 
 def check_alignable(student, teacher):
-    """Raise UserError unless both tokenizers give every byte of a text back, which aligning them needs."""
+    """Raise UserError unless both tokenizers reproduce every byte of a text."""
     for name in (student, teacher):
-        ids = [int(i) for i in load_tokenizer(name)[0](PROBE)]
-        text = b''.join(token_bytes(name)[i] for i in ids)
+        table = token_bytes(name)
+        text = b''.join(table[int(i)] for i in load_tokenizer(name).encode(PROBE))
         if text.removeprefix(b' ') != PROBE.encode():
-            raise UserError(f'the tokenizers {student} and {teacher} cannot be aligned: {name} does not keep every byte of a text')
+            raise UserError(
+                f'the tokenizers {student} and {teacher} cannot be aligned: {name} does not keep '
+                'every byte of a text'
+            )
 
 
 def same_tokenizer(one, other):
@@ -85,47 +95,55 @@ def same_tokenizer(one, other):
 
 def translate(ids, student, teacher, max_length):
     """
-    ids: (B, T) integers of the tokenizer `student`. Returns, of the tokenizer `teacher`, (ids (B, T'), for each of the
-    student's positions the place of its partner (B, T), whether it has one (B, T)). T' is at most max_length; what comes
-    later has no partner.
+    ids: (B, T) integers of the tokenizer `student`. Returns, of the tokenizer `teacher`, (ids
+    (B, T'), the place of each of the student's positions' partner (B, T), whether it has one
+    (B, T)). T' is at most max_length; what comes later has no partner.
     """
-    table, end = token_bytes(student), load_tokenizer(student)[3]
-    rows = [_translate_row(row, table, end, teacher) for row in np.asarray(ids)]
+    rows = [translate_row(row, student, teacher) for row in np.asarray(ids)]
     longest = min(max_length, max(len(theirs) for theirs, _, _ in rows))
     padded = np.zeros((len(rows), longest), np.int64)
     for row, (theirs, _, _) in zip(padded, rows):
-        row[:min(len(theirs), longest)] = theirs[:longest]
-    place, partnered = np.stack([place for _, place, _ in rows]), np.stack([found for _, _, found in rows])
-    partnered &= place < longest
+        row[: min(len(theirs), longest)] = theirs[:longest]
+    place = np.stack([place for _, place, _ in rows])
+    partnered = np.stack([found for _, _, found in rows]) & (place < longest)
     return padded, np.where(partnered, place, 0), partnered
 
 
-def _translate_row(ids, table, end, teacher):
-    """One sequence: (the teacher's ids, place of each position's partner, whether it has one). End-of-text counts one byte."""
-    encode, _, _, their_end = load_tokenizer(teacher)
-    their_bytes, theirs, start = token_bytes(teacher), [], 0
-    where, ends = [], []   # tokens that may be partners, and where they end
-    lengths = np.array([len(table[i]) if i != end else 1 for i in ids])
+def translate_row(ids, student, teacher):
+    """(the teacher's ids, place of each position's partner, whether it has one) of one row."""
+    table, end = token_bytes(student), load_tokenizer(student).end
+    their_end = load_tokenizer(teacher).end
+    theirs, start = [], 0  # the teacher's ids, and the bytes before the current document
+    places, ends = [], []  # tokens that may be partners, and where they end
     for document in np.split(ids, np.flatnonzero(ids == end) + 1):
         text = b''.join(table[i] for i in document)
-        found = [int(i) for i in encode(text.decode('utf-8', 'keep_length'))]
-        spans = np.array([len(their_bytes[i]) for i in found], np.int64)
-        if spans.sum() == len(text) + 1 and found and their_bytes[found[0]][:1] == b' ':
-            spans[0] -= 1   # SentencePiece writes a space before a text
-        if spans.sum() == len(text):   # else the tokenizer has changed the text: no partners here
+        found, spans = encode_spans(text, teacher)
+        if spans.sum() == len(text):  # else the tokenizer has changed the text: no partners
             partners = np.flatnonzero(spans)
-            where += list(len(theirs) + partners)
+            places += list(len(theirs) + partners)
             ends += list(start + np.cumsum(spans)[partners])
         theirs += found
         start += len(text)
-        if len(document) and document[-1] == end:
+        if len(document) and document[-1] == end:  # end-of-text counts one byte
             start += 1
-            where.append(len(theirs))
+            places.append(len(theirs))
             ends.append(start)
             theirs.append(their_end)
-    after = np.cumsum(lengths)
-    if not where:
+    if not places:
         return theirs or [their_end], np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
+    lengths = np.array([1 if i == end else len(table[i]) for i in ids])
+    after = np.cumsum(lengths)
     last = np.searchsorted(np.array(ends), after, side='right') - 1
-    found = (last >= 0) & (np.array(ends)[np.maximum(last, 0)] > after - lengths)
-    return theirs, np.array(where)[np.maximum(last, 0)], found
+    inside = np.array(ends)[np.maximum(last, 0)] > after - lengths
+    return theirs, np.array(places)[np.maximum(last, 0)], (last >= 0) & inside
+
+
+def encode_spans(text, teacher):
+    """(the teacher's ids of some bytes, the number of bytes that each covers)."""
+    table = token_bytes(teacher)
+    encoded = load_tokenizer(teacher).encode(text.decode('utf-8', 'keep_length'))
+    ids = [int(i) for i in encoded]
+    spans = np.array([len(table[i]) for i in ids], np.int64)
+    if ids and spans.sum() == len(text) + 1 and table[ids[0]][:1] == b' ':
+        spans[0] -= 1  # SentencePiece writes a space before a text
+    return ids, spans

@@ -1,4 +1,5 @@
 """What the tests share: a small prepared corpus, and a way to run the project's commands as a person does."""
+
 import argparse
 import inspect
 import json
@@ -11,11 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault('HF_HUB_OFFLINE', '1')   # before anything imports the hub client: no test needs a network
+os.environ.setdefault(
+    'HF_HUB_OFFLINE', '1'
+)  # before anything imports the hub client: no test needs a network
 
-import numpy as np   # noqa: E402
-import pytest        # noqa: E402
-import torch         # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -25,30 +28,67 @@ def write_corpus(folder, train, val, vocab_size=257):
     folder.mkdir(parents=True)
     for split, tokens in (('train', train), ('val', val)):
         np.asarray(tokens, np.uint16).tofile(folder / f'{split}.bin')
-    splits = {s: dict(tokens=len(t), bytes=len(t), documents=1) for s, t in (('train', train), ('val', val))}
-    (folder / 'meta.json').write_text(json.dumps(dict(corpus=folder.name, tokenizer='bytes', vocab_size=vocab_size, dtype='uint16', splits=splits)))
+    splits = {
+        s: dict(tokens=len(t), bytes=len(t), documents=1)
+        for s, t in (('train', train), ('val', val))
+    }
+    (folder / 'meta.json').write_text(
+        json.dumps(
+            dict(
+                corpus=folder.name,
+                tokenizer='bytes',
+                vocab_size=vocab_size,
+                dtype='uint16',
+                splits=splits,
+            )
+        )
+    )
 
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """A folder of two corpora of real text that need not be made: some of the files that came with Python."""
     folder = tmp_path_factory.mktemp('data')
-    for name, modules in dict(pydocs=[argparse, inspect, typing], pycode=[json.decoder, subprocess]).items():
-        text = np.frombuffer(b'\n'.join(Path(module.__file__).read_bytes() for module in modules), np.uint8)
+    for name, modules in dict(
+        pydocs=[argparse, inspect, typing], pycode=[json.decoder, subprocess]
+    ).items():
+        text = np.frombuffer(
+            b'\n'.join(Path(module.__file__).read_bytes() for module in modules), np.uint8
+        )
         write_corpus(folder / name, text[4000:], text[:4000])
-    from data.instruct import write_supervised   # and of instructions: names of Python's own functions -> their documentation
+    from data.instruct import (
+        write_supervised,
+    )  # and of instructions: names of Python's own functions -> their documentation
     from data.prepare import Preparation
-    pairs = [(name, inspect.getdoc(function).split('\n')[0]) for module in (argparse, inspect, typing, json, subprocess)
-             for name, function in inspect.getmembers(module, callable) if inspect.getdoc(function)]
-    examples = [(dict(instruction=name, input='', output=line), i % 8 == 0) for i, (name, line) in enumerate(pairs)]
-    write_supervised(examples, Preparation(corpus='signatures', tokenizer='bytes', prompt='plain'), folder / 'signatures')
+
+    pairs = [
+        (name, inspect.getdoc(function).split('\n')[0])
+        for module in (argparse, inspect, typing, json, subprocess)
+        for name, function in inspect.getmembers(module, callable)
+        if inspect.getdoc(function)
+    ]
+    examples = [
+        (dict(instruction=name, input='', output=line), i % 8 == 0)
+        for i, (name, line) in enumerate(pairs)
+    ]
+    write_supervised(
+        examples,
+        Preparation(corpus='signatures', tokenizer='bytes', prompt='plain'),
+        folder / 'signatures',
+    )
     return folder
 
 
 def run_command(*arguments, timeout=120, **environment):
     """Run `python ARGUMENTS` in the project's folder; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', **environment})
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+    )
 
 
 def run_processes(number, *arguments, timeout=120, **environment):
@@ -56,9 +96,25 @@ def run_processes(number, *arguments, timeout=120, **environment):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(number), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, **environment}
-    started = [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(number)]
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'WORLD_SIZE': str(number),
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': port,
+        **environment,
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+        )
+        for rank in range(number)
+    ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:

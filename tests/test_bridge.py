@@ -1,4 +1,5 @@
 """Bridges: answers across two vocabularies, from any model, going on after an interruption; and Rouge-L."""
+
 import json
 
 import pytest
@@ -14,25 +15,45 @@ from model import GPT, GPTConfig
 
 def test_rouge_l_is_that_of_the_package():
     scorer = pytest.importorskip('rouge_score.rouge_scorer').RougeScorer(['rougeL'])
-    for a, b in (('the cat sat on the mat', 'The cat lay on a mat.'), ('a b c', 'c b a'), ('same words', 'same words'), ('', 'x'), ('nothing', 'alike'), ('Return 12 items, now!', 'return items 12 now')):
+    for a, b in (
+        ('the cat sat on the mat', 'The cat lay on a mat.'),
+        ('a b c', 'c b a'),
+        ('same words', 'same words'),
+        ('', 'x'),
+        ('nothing', 'alike'),
+        ('Return 12 items, now!', 'return items 12 now'),
+    ):
         assert rouge_l(a, b) == pytest.approx(scorer.score(b, a)['rougeL'].fmeasure)
 
 
 def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
     pytest.importorskip('tokenizers')
     from test_translate import train as train_tokenizer
+
     train_tokenizer('byte-level', tmp_path / 'ancestor', 300)
     torch.manual_seed(0)
-    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=64)).save(tmp_path / 'ancestor')
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=64)).save(
+        tmp_path / 'ancestor'
+    )
     run = train.Run(data_dir=str(data_dir), block_size=64, device='cpu')
-    folder = bridge.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, tmp_path / 'bridge-data', limit=24)
-    examples, meta = Examples('bridge-data', tmp_path, 'train'), json.loads((folder / 'meta.json').read_text())
+    folder = bridge.pseudo_answers(
+        str(tmp_path / 'ancestor'), 'signatures', run, tmp_path / 'bridge-data', limit=24
+    )
+    examples, meta = (
+        Examples('bridge-data', tmp_path, 'train'),
+        json.loads((folder / 'meta.json').read_text()),
+    )
     assert meta['tokenizer'] == 'bytes' and 0 < len(examples) <= 24
     said = text_generator(str(tmp_path / 'ancestor'), max_new_tokens=32)
     first = json.loads((tmp_path / 'bridge-data' / 'train.jsonl').read_text().splitlines()[0])
     assert said([first['instruction'] + '\n']) == [first['output']]
-    assert bridge.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, folder, limit=24) == folder   # made once
-    with pytest.raises(UserError, match='holds 24 answers of .*ancestor to signatures, not all answers of another'):
+    assert (
+        bridge.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, folder, limit=24)
+        == folder
+    )  # made once
+    with pytest.raises(
+        UserError, match='holds 24 answers of .*ancestor to signatures, not all answers of another'
+    ):
         bridge.pseudo_answers('another', 'signatures', run, folder)
 
 
@@ -40,8 +61,16 @@ def test_any_model_of_transformers_can_answer(tmp_path):
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('tokenizers')
     from test_translate import train as train_tokenizer
+
     train_tokenizer('byte-level', tmp_path / 'm', 300)
-    config = transformers.MistralConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    config = transformers.MistralConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path / 'm')
     said = text_generator(str(tmp_path / 'm'), max_new_tokens=8)
     together = said(['The cat', 'A longer prompt than that'])
@@ -56,10 +85,19 @@ def test_answers_go_on_where_they_were_interrupted(tmp_path):
         if len(asked) > 6:
             raise KeyboardInterrupt
         return ['a'] * len(prompts)
+
     with pytest.raises(KeyboardInterrupt):
         write_answers(generate, examples, tmp_path / 'x' / 'a.jsonl', 'plain', batch_size=4)
     with open(tmp_path / 'x' / 'a.jsonl', 'a') as file:
-        file.write('{"instruction": "q4", "in')   # cut short
-    write_answers(lambda prompts: ['b'] * len(prompts), examples, tmp_path / 'x' / 'a.jsonl', 'plain', batch_size=4)
+        file.write('{"instruction": "q4", "in')  # cut short
+    write_answers(
+        lambda prompts: ['b'] * len(prompts),
+        examples,
+        tmp_path / 'x' / 'a.jsonl',
+        'plain',
+        batch_size=4,
+    )
     lines = bridge.read_examples(tmp_path / 'x' / 'a.jsonl')
-    assert [e['instruction'] for e in lines] == [f'q{i}' for i in range(10)] and [e['output'] for e in lines] == ['a'] * 4 + ['b'] * 6
+    assert [e['instruction'] for e in lines] == [f'q{i}' for i in range(10)] and [
+        e['output'] for e in lines
+    ] == ['a'] * 4 + ['b'] * 6

@@ -1,4 +1,5 @@
 """States: whole or not there, sealed, kept as many as asked for; what is damaged is named, and what is good is offered."""
+
 import json
 import pickle
 import re
@@ -16,8 +17,16 @@ from conftest import run_command
 from model import GPT, load
 from optimizer import make_optimizer
 
-TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=640', '--eval_tokens=512', '--log_interval=1', '--learning_rate=0.01',
-        '--device=cpu']   # 10 steps
+TINY = [
+    '--size=16x2',
+    '--block_size=16',
+    '--batch_size=4',
+    '--tokens=640',
+    '--eval_tokens=512',
+    '--log_interval=1',
+    '--learning_rate=0.01',
+    '--device=cpu',
+]  # 10 steps
 
 
 def arguments(data_dir, out, *more):
@@ -25,7 +34,12 @@ def arguments(data_dir, out, *more):
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(load(one).state_dict().values(), load(other).state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(
+            load(one).state_dict().values(), load(other).state_dict().values(), strict=True
+        )
+    )
 
 
 def stopped(data_dir, out, steps, *more):
@@ -68,6 +82,7 @@ DAMAGES = [truncate, flip_a_bit, empty, lambda path: path.unlink()]
 
 # --------------------------------------------------------------------------------------------------------------------- states
 
+
 def test_the_last_states_are_kept_and_none_of_a_finished_stage(data_dir, tmp_path, half, whole):
     assert [path.name for path in saved_states(half)] == ['state-000000002', 'state-000000003']
     folder = stopped(data_dir, tmp_path, 4, '--keep_states=3')
@@ -78,15 +93,22 @@ def test_the_last_states_are_kept_and_none_of_a_finished_stage(data_dir, tmp_pat
 
 @pytest.mark.parametrize('damage', DAMAGES)
 @pytest.mark.parametrize('name', ['__0_0.distcp', '.metadata', 'checksums.json'])
-def test_a_damaged_state_is_named_and_the_one_before_it_offered(data_dir, tmp_path, half, whole, name, damage):
+def test_a_damaged_state_is_named_and_the_one_before_it_offered(
+    data_dir, tmp_path, half, whole, name, damage
+):
     shutil.copytree(half.parent, tmp_path / 'run')
     folder = tmp_path / 'run' / '16x2'
     damage(folder / 'state-000000003' / name)
     if name == 'checksums.json' and damage is flip_a_bit:
-        (folder / 'state-000000003' / name).write_text('{"owner": 3')   # a bit of a text that nobody reads might not matter
+        (folder / 'state-000000003' / name).write_text(
+            '{"owner": 3'
+        )  # a bit of a text that nobody reads might not matter
     with pytest.raises(UserError) as error:
         train.main(arguments(data_dir, tmp_path / 'run'))
-    path = re.search(r'Remove (\S+), and the same command goes on from state-000000002, which is whole', str(error.value))[1]
+    path = re.search(
+        r'Remove (\S+), and the same command goes on from state-000000002, which is whole',
+        str(error.value),
+    )[1]
     assert f'state-000000003/{name}' in str(error.value)
     shutil.rmtree(path)
     train.main(arguments(data_dir, tmp_path / 'run'))
@@ -97,22 +119,37 @@ def test_a_bit_of_the_checksums_themselves_is_missed_by_nobody(tmp_path, half):
     content = (half / 'state-000000003' / 'checksums.json').read_text()
     shutil.copytree(half / 'state-000000003', tmp_path / 'state')
     (tmp_path / 'state' / 'checksums.json').write_text(content.replace('"step": 3', '"step": 7'))
-    assert '"step": 3' in content and 'checksums.json is damaged' in find_damage(tmp_path / 'state', None)
+    assert '"step": 3' in content and 'checksums.json is damaged' in find_damage(
+        tmp_path / 'state', None
+    )
 
 
 def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, half):
     shutil.copytree(half.parent, tmp_path / 'run')
     (tmp_path / 'run' / '16x2' / 'state-000000009.tmp').mkdir()
     folder = stopped(data_dir, tmp_path / 'run', 1)
-    assert not list(folder.glob('*.tmp')) and [path.name[-1] for path in saved_states(folder)] == ['3', '4']
+    assert not list(folder.glob('*.tmp')) and [path.name[-1] for path in saved_states(folder)] == [
+        '3',
+        '4',
+    ]
 
 
 def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):
-    family = ['--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=640,1280', '--block_size=16', '--eval_tokens=512', '--device=cpu',
-              f'--data_dir={data_dir}', f'--out_dir={tmp_path}']
+    family = [
+        '--method=progressive',
+        '--sizes=16x2,32x2',
+        '--scratch_tokens=640,1280',
+        '--block_size=16',
+        '--eval_tokens=512',
+        '--device=cpu',
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path}',
+    ]
     train.main(family)
     shutil.rmtree(tmp_path / '16x2')
-    with pytest.raises(UserError, match='32x2 holds a stage with other settings .parent.val_loss was'):
+    with pytest.raises(
+        UserError, match='32x2 holds a stage with other settings .parent.val_loss was'
+    ):
         train.main([*family, '--learning_rates=0.003,0.001'])
 
 
@@ -120,7 +157,10 @@ def test_a_state_of_another_run_is_refused_and_the_beginning_offered(data_dir, t
     folder = stopped(data_dir, tmp_path, 1, '--seed=3')
     shutil.rmtree(folder / 'state-000000001')
     shutil.copytree(half / 'state-000000003', folder / 'state-000000003')
-    with pytest.raises(UserError, match='state-000000003 belongs to another run. Remove .* goes on from the beginning of the stage'):
+    with pytest.raises(
+        UserError,
+        match='state-000000003 belongs to another run. Remove .* goes on from the beginning of the stage',
+    ):
         train.main(arguments(data_dir, tmp_path, '--seed=3'))
 
 
@@ -128,15 +168,21 @@ def test_a_state_runs_nothing_that_its_files_say(tmp_path, half):
     class Evil:
         def __reduce__(self):
             return print, ('pickles run what their maker wrote into them',)
+
     with open(tmp_path / 'evil', 'wb') as file:
         pickle.dump(Evil(), file)
     with pytest.raises(pickle.UnpicklingError, match='builtins.print has no place in a state'):
         _IndexUnpickler(open(tmp_path / 'evil', 'rb')).load()
-    shutil.copytree(half, tmp_path / '16x2')   # sealed by somebody, and yet with a pickle of his own
+    shutil.copytree(half, tmp_path / '16x2')  # sealed by somebody, and yet with a pickle of his own
     state = tmp_path / '16x2' / 'state-000000003'
     shutil.copy(tmp_path / 'evil', state / '.metadata')
     sealed = json.loads((state / 'checksums.json').read_text())
-    seal(state, measure([state / name for name in sealed['files']]), sealed['owner'], progress=sealed['progress'])
+    seal(
+        state,
+        measure([state / name for name in sealed['files']]),
+        sealed['owner'],
+        progress=sealed['progress'],
+    )
     model = GPT(load_config(half))
     with pytest.raises(UserError, match='cannot be read .*no place in a state'):
         load_state(tmp_path / '16x2', model, make_optimizer(model, train.Run()), {})
@@ -144,35 +190,61 @@ def test_a_state_runs_nothing_that_its_files_say(tmp_path, half):
 
 def load_config(folder):
     from model import GPTConfig
+
     stage = json.loads((folder / 'stage.json').read_text())
     fields = {key[6:]: value for key, value in stage.items() if key.startswith('model.')}
     return GPTConfig(**fields | dict(rope_scaling=tuple(fields['rope_scaling'])))
 
 
-FULL_DISK = '''
+FULL_DISK = """
 import resource, sys, train
 from configurator import run_as_program
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)   # as a full disk does, a write fails in the middle
 run_as_program(train.main)
-'''
+"""
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no limits on file sizes')
-@pytest.mark.parametrize('limit, word', [(20_000, 'state-000000004 could not be saved'), (50_000, 'the trained model could not be saved')])
-def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(data_dir, tmp_path, half, whole, limit, word):
+@pytest.mark.parametrize(
+    'limit, word',
+    [
+        (20_000, 'state-000000004 could not be saved'),
+        (50_000, 'the trained model could not be saved'),
+    ],
+)
+def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(
+    data_dir, tmp_path, half, whole, limit, word
+):
     shutil.copytree(half.parent, tmp_path / 'run')
     folder = tmp_path / 'run' / '16x2'
-    process = run_command('-c', FULL_DISK, limit, *arguments(data_dir, tmp_path / 'run', *['--save_minutes=1e-9'] * (limit < 50_000)))
-    assert process.returncode == 2 and word in process.stderr and 'the same command goes on' in process.stderr and 'Traceback' not in process.stderr
+    process = run_command(
+        '-c',
+        FULL_DISK,
+        limit,
+        *arguments(data_dir, tmp_path / 'run', *['--save_minutes=1e-9'] * (limit < 50_000)),
+    )
+    assert (
+        process.returncode == 2
+        and word in process.stderr
+        and 'the same command goes on' in process.stderr
+        and 'Traceback' not in process.stderr
+    )
     assert [path.name for path in saved_states(folder)] == ['state-000000002', 'state-000000003']
-    assert not find_damage(folder / 'state-000000003', None) and not list(folder.glob('*.tmp/*')) and not (folder / 'result.json').exists()
+    assert (
+        not find_damage(folder / 'state-000000003', None)
+        and not list(folder.glob('*.tmp/*'))
+        and not (folder / 'result.json').exists()
+    )
     train.main(arguments(data_dir, tmp_path / 'run'))
     assert same(folder, whole)
 
 
 # --------------------------------------------------------------------------------------------------------------------- finished stages
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'result.json', 'checksums.json'])
+
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'config.json', 'result.json', 'checksums.json']
+)
 @pytest.mark.parametrize('damage', DAMAGES[:3])
 def test_a_damaged_model_of_a_finished_stage_is_named(data_dir, tmp_path, whole, name, damage):
     shutil.copytree(whole.parent, tmp_path / 'run')
@@ -193,28 +265,46 @@ def test_a_model_of_another_run_is_refused(data_dir, tmp_path, whole):
 
 # --------------------------------------------------------------------------------------------------------------------- changed knobs
 
+
 def test_changed_knobs_are_shown_refused_and_on_request_accepted(data_dir, tmp_path, half, capsys):
     shutil.copytree(half.parent, tmp_path / 'run')
     changed = ['--learning_rate=0.02', '--weight_decay=0']
-    with pytest.raises(UserError, match='weight_decay was 0.1, now 0.0.*--accept_changes=True goes on') as error:
+    with pytest.raises(
+        UserError, match='weight_decay was 0.1, now 0.0.*--accept_changes=True goes on'
+    ) as error:
         train.main(arguments(data_dir, tmp_path / 'run', *changed))
     assert 'learning_rate was 0.01, now 0.02' in str(error.value)
     train.main(arguments(data_dir, tmp_path / 'run', *changed, '--accept_changes=True'))
     assert 'learning_rate was 0.01, now 0.02' in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / 'run' / '16x2' / 'metrics.jsonl').read_text().splitlines()]
-    assert [line['step'] for line in lines] == list(range(1, 11)) and lines[3]['lr'] > 1.5 * lines[2]['lr']
-    train.main(arguments(data_dir, tmp_path / 'run', *changed))   # from now on that is what the stage is
-    assert json.loads((tmp_path / 'run' / '16x2' / 'stage.json').read_text())['learning_rate'] == 0.02
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / 'run' / '16x2' / 'metrics.jsonl').read_text().splitlines()
+    ]
+    assert [line['step'] for line in lines] == list(range(1, 11)) and lines[3]['lr'] > 1.5 * lines[
+        2
+    ]['lr']
+    train.main(
+        arguments(data_dir, tmp_path / 'run', *changed)
+    )  # from now on that is what the stage is
+    assert (
+        json.loads((tmp_path / 'run' / '16x2' / 'stage.json').read_text())['learning_rate'] == 0.02
+    )
 
 
 def test_fewer_steps_than_are_done_already_are_refused(data_dir, tmp_path, half):
     shutil.copytree(half.parent, tmp_path / 'run')
-    with pytest.raises(UserError, match='16x2 is at step 3 already, beyond the 2 that it is asked for'):
+    with pytest.raises(
+        UserError, match='16x2 is at step 3 already, beyond the 2 that it is asked for'
+    ):
         train.main(arguments(data_dir, tmp_path / 'run', '--tokens=128', '--accept_changes=True'))
 
 
-@pytest.mark.parametrize('changed', ['--batch_size=8', '--block_size=8', '--optimizer_dtype=bfloat16', '--size=16x3'])
-def test_changes_that_make_nonsense_of_the_steps_done_are_never_accepted(data_dir, tmp_path, half, changed):
+@pytest.mark.parametrize(
+    'changed', ['--batch_size=8', '--block_size=8', '--optimizer_dtype=bfloat16', '--size=16x3']
+)
+def test_changes_that_make_nonsense_of_the_steps_done_are_never_accepted(
+    data_dir, tmp_path, half, changed
+):
     shutil.copytree(half.parent, tmp_path / 'run')
     if changed == '--size=16x3':
         (tmp_path / 'run' / '16x2').rename(tmp_path / 'run' / '16x3')
@@ -229,7 +319,9 @@ def test_a_longer_run_goes_on_from_the_end_of_the_stable_phase(data_dir, tmp_pat
     assert [path.name for path in saved_states(folder)] == ['stable-000000008']
     with pytest.raises(UserError, match='tokens was 640.0, now 1280.0'):
         train.main(arguments(data_dir, tmp_path / 'run', *wsd, '--tokens=1280'))
-    train.main(arguments(data_dir, tmp_path / 'run', *wsd, '--tokens=1280', '--accept_changes=True'))
+    train.main(
+        arguments(data_dir, tmp_path / 'run', *wsd, '--tokens=1280', '--accept_changes=True')
+    )
     train.main(arguments(data_dir, tmp_path / 'once', *wsd, '--tokens=1280'))
     assert Result.of(folder).tokens == 1280 and same(folder, tmp_path / 'once' / '16x2')
     assert [path.name for path in saved_states(folder)] == ['stable-000000008', 'stable-000000016']
@@ -237,21 +329,28 @@ def test_a_longer_run_goes_on_from_the_end_of_the_stable_phase(data_dir, tmp_pat
 
 # --------------------------------------------------------------------------------------------------------------------- the text
 
+
 def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
     from conftest import write_corpus
+
     write_corpus(tmp_path / 'data' / 'mine', range(60), range(40), vocab_size=61)
     meta = json.loads((tmp_path / 'data' / 'mine' / 'meta.json').read_text())
 
     def prepare(first):
         (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([first, 0] * 60))
         for split in ('train', 'val'):
-            meta['splits'][split]['sha256'] = measure([tmp_path / 'data' / 'mine' / f'{split}.bin'])[f'{split}.bin'][1]
+            meta['splits'][split]['sha256'] = measure(
+                [tmp_path / 'data' / 'mine' / f'{split}.bin']
+            )[f'{split}.bin'][1]
         (tmp_path / 'data' / 'mine' / 'meta.json').write_text(json.dumps(meta))
+
     prepare(1)
     stopped(tmp_path / 'data', tmp_path / 'run', 1, '--data=mine')
     prepare(2)
     with pytest.raises(UserError, match='text of mine was'):
         train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--data=mine'))
-    (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([3, 0] * 60))   # of the right length
+    (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(
+        bytes([3, 0] * 60)
+    )  # of the right length
     with pytest.raises(UserError, match='train.bin is damaged: its checksum'):
         train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--data=mine'))

@@ -1,4 +1,5 @@
 """Chain-of-Learngene: LInit at its ends and in between, the method, and mistakes in words."""
+
 import json
 from dataclasses import replace
 
@@ -13,16 +14,31 @@ from expand import grow
 from model import GPT, GPTConfig, load
 from test_train import metrics
 
-FAMILIES = {   # small shapes of the chains' architectures
-    'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True), 'pythia': dict(norm='layer', act='gelu_exact', rotary_fraction=0.5, parallel=True, bias=True),
-    'llama': {}, 'qwen3': dict(qk_norm=True, tied=True)}
+FAMILIES = {  # small shapes of the chains' architectures
+    'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True),
+    'pythia': dict(norm='layer', act='gelu_exact', rotary_fraction=0.5, parallel=True, bias=True),
+    'llama': {},
+    'qwen3': dict(qk_norm=True, tied=True),
+}
 
 
 def shaped(family, heads, layers, kv=None, seed=0):
     kv = kv or (2 if family == 'qwen3' else heads)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(n_layer=layers, n_head=heads, n_kv_head=kv, n_embd=6 * heads, head_dim=8 if family in ('qwen3', 'pythia') else 6, n_mlp=10 * heads, vocab_size=31, block_size=16, init_std=0.2,
-                          **FAMILIES[family])).double()
+    model = GPT(
+        GPTConfig(
+            n_layer=layers,
+            n_head=heads,
+            n_kv_head=kv,
+            n_embd=6 * heads,
+            head_dim=8 if family in ('qwen3', 'pythia') else 6,
+            n_mlp=10 * heads,
+            vocab_size=31,
+            block_size=16,
+            init_std=0.2,
+            **FAMILIES[family],
+        )
+    ).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -30,56 +46,104 @@ def shaped(family, heads, layers, kv=None, seed=0):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_linit_at_its_ends_and_in_between(family):
     small, large = shaped(family, 4, 3), shaped(family, 8, 6, seed=1)
-    config = replace(small.config, n_layer=5, n_head=6, n_kv_head=2 if family == 'qwen3' else 6, n_embd=36, n_mlp=50)
+    config = replace(
+        small.config,
+        n_layer=5,
+        n_head=6,
+        n_kv_head=2 if family == 'qwen3' else 6,
+        n_embd=36,
+        n_mlp=50,
+    )
     expanded, cut = grow(small, config, 'fpi', 'bert2bert'), subset(large, config)
-    assert same(linit(small, large, config, 1.0), expanded) and same(linit(small, large, config, 0.0), cut)
+    assert same(linit(small, large, config, 1.0), expanded) and same(
+        linit(small, large, config, 0.0), cut
+    )
     for name, tensor in linit(small, large, config, 0.3).state_dict().items():
-        torch.testing.assert_close(tensor, 0.3 * expanded.state_dict()[name] + 0.7 * cut.state_dict()[name])
-    assert same(linit(small, large, small.config), small) and same(linit(small, large, large.config), large)
+        torch.testing.assert_close(
+            tensor, 0.3 * expanded.state_dict()[name] + 0.7 * cut.state_dict()[name]
+        )
+    assert same(linit(small, large, small.config), small) and same(
+        linit(small, large, large.config), large
+    )
     x = torch.randint(31, (2, 10))
     assert linit(small, large, config)(x).logits.isfinite().all()
 
 
 def test_a_subset_keeps_first_layers_heads_and_dimensions():
-    large = shaped('qwen3', 8, 4)   # 4 queries a key head
+    large = shaped('qwen3', 8, 4)  # 4 queries a key head
     config = replace(large.config, n_layer=2, n_head=4, n_embd=20, n_mlp=30)
     cut, state = subset(large, config).state_dict(), large.state_dict()
-    q = state['blocks.1.attn.q.weight'].view(2, 4, 8, 48)[:, :2, :, :20].reshape(32, 20)   # of both groups the first two queries
-    assert torch.equal(cut['blocks.1.attn.q.weight'], q) and torch.equal(cut['blocks.1.attn.k.weight'], state['blocks.1.attn.k.weight'][:, :20])
-    assert torch.equal(cut['blocks.0.attn.o.weight'], state['blocks.0.attn.o.weight'].view(48, 2, 4, 8)[:20, :, :2].reshape(20, 32))
-    assert torch.equal(cut['blocks.0.mlp.down.weight'], state['blocks.0.mlp.down.weight'][:20, :30]) and torch.equal(cut['wte.weight'], state['wte.weight'][:, :20])
-    assert torch.equal(cut['blocks.1.attn.q_norm.weight'], state['blocks.1.attn.q_norm.weight']) and not any(k.startswith('blocks.2') for k in cut)
+    q = (
+        state['blocks.1.attn.q.weight'].view(2, 4, 8, 48)[:, :2, :, :20].reshape(32, 20)
+    )  # of both groups the first two queries
+    assert torch.equal(cut['blocks.1.attn.q.weight'], q) and torch.equal(
+        cut['blocks.1.attn.k.weight'], state['blocks.1.attn.k.weight'][:, :20]
+    )
+    assert torch.equal(
+        cut['blocks.0.attn.o.weight'],
+        state['blocks.0.attn.o.weight'].view(48, 2, 4, 8)[:20, :, :2].reshape(20, 32),
+    )
+    assert torch.equal(
+        cut['blocks.0.mlp.down.weight'], state['blocks.0.mlp.down.weight'][:20, :30]
+    ) and torch.equal(cut['wte.weight'], state['wte.weight'][:, :20])
+    assert torch.equal(
+        cut['blocks.1.attn.q_norm.weight'], state['blocks.1.attn.q_norm.weight']
+    ) and not any(k.startswith('blocks.2') for k in cut)
 
 
 def test_a_subset_that_drops_only_layers_computes_with_the_rest():
     large = shaped('gpt2', 4, 5)
     x = torch.randint(31, (2, 10))
     h = large.residual_stream(x, layers=3)[0]
-    torch.testing.assert_close(subset(large, replace(large.config, n_layer=3))(x).logits, torch.nn.functional.linear(large.norm(h), large.head_weight))
+    torch.testing.assert_close(
+        subset(large, replace(large.config, n_layer=3))(x).logits,
+        torch.nn.functional.linear(large.norm(h), large.head_weight),
+    )
 
 
 def test_alpha_is_the_papers():
     assert round(default_alpha(117, 345, 138), 1) == 0.9
-    exact = [GPTConfig.named(name).num_params(embedding=True, head=True) for name in ('gpt2', 'gpt2-medium', '138m')]
-    assert round(default_alpha(*exact), 1) == 0.9 and default_alpha(1, 2, 1) == 1 and default_alpha(1, 2, 2) == 0 and default_alpha(1, 2, 3) == 0
+    exact = [
+        GPTConfig.named(name).num_params(embedding=True, head=True)
+        for name in ('gpt2', 'gpt2-medium', '138m')
+    ]
+    assert (
+        round(default_alpha(*exact), 1) == 0.9
+        and default_alpha(1, 2, 1) == 1
+        and default_alpha(1, 2, 2) == 0
+        and default_alpha(1, 2, 3) == 0
+    )
 
 
 def test_sizes_of_the_chains_and_their_descendants():
-    shapes = {name: GPTConfig.named(name) for name in ('gpt2-xl', 'gpt2-large', 'gpt2-medium', 'gpt2')}
-    found = {size: neighbours(shapes, GPTConfig.named(size)) for size in ('138m', '220m', '277m', '380m', '537m')}
-    assert set(map(found.get, ('138m', '220m', '277m'))) == {('gpt2', 'gpt2-medium')} and {found['380m'], found['537m']} == {('gpt2-medium', 'gpt2-large')}
+    shapes = {
+        name: GPTConfig.named(name) for name in ('gpt2-xl', 'gpt2-large', 'gpt2-medium', 'gpt2')
+    }
+    found = {
+        size: neighbours(shapes, GPTConfig.named(size))
+        for size in ('138m', '220m', '277m', '380m', '537m')
+    }
+    assert set(map(found.get, ('138m', '220m', '277m'))) == {('gpt2', 'gpt2-medium')} and {
+        found['380m'],
+        found['537m'],
+    } == {('gpt2-medium', 'gpt2-large')}
 
 
 @pytest.mark.parametrize('how', ['van', 'auto'])
 def test_earlier_learngenes_keep_layers_by_their_gradients(how):
     model, x = shaped('llama', 2, 6), torch.randint(31, (4, 12))
-    with torch.no_grad():   # layer 5 adds almost nothing: its own gradients stay, but its gate would hardly be missed
+    with (
+        torch.no_grad()
+    ):  # layer 5 adds almost nothing: its own gradients stay, but its gate would hardly be missed
         model.blocks[4].attn.o.weight.mul_(1e-6), model.blocks[4].mlp.down.weight.mul_(1e-6)
     kept = learngene_layers(model, [(x, x.roll(-1, 1))], 3, how)
     assert kept == sorted(set(kept)) and len(kept) == 3
@@ -88,44 +152,105 @@ def test_earlier_learngenes_keep_layers_by_their_gradients(how):
 
 # --------------------------------------------------------------------------------------------------------------------- the method
 
+
 def arguments(data_dir, out, *more):
-    return ['--method=col', f'--data_dir={data_dir}', f'--out_dir={out}', '--ancestor_size=32x4', '--chain=32x2,16x2', '--descendants=16x2,32x2', '--block_size=32', '--batch_size=4',
-            '--ancestor_tokens=1280', '--tokens=640', '--recovery_tokens=640', '--eval_tokens=512', '--learning_rate=0.01', '--log_interval=1', '--eval_interval=2', '--device=cpu', *more]
+    return [
+        '--method=col',
+        f'--data_dir={data_dir}',
+        f'--out_dir={out}',
+        '--ancestor_size=32x4',
+        '--chain=32x2,16x2',
+        '--descendants=16x2,32x2',
+        '--block_size=32',
+        '--batch_size=4',
+        '--ancestor_tokens=1280',
+        '--tokens=640',
+        '--recovery_tokens=640',
+        '--eval_tokens=512',
+        '--learning_rate=0.01',
+        '--log_interval=1',
+        '--eval_interval=2',
+        '--device=cpu',
+        *more,
+    ]
 
 
 @pytest.fixture(scope='module')
 def chain(data_dir, tmp_path_factory):
     """A chain of two with every baseline, fine-tuned, distilled on-policy, and one descendant in between."""
     out = tmp_path_factory.mktemp('col')
-    train.main([a for a in arguments(data_dir, out, '--sft_data=signatures', '--sft_epochs=0.2', '--distillation=minillm', '--samples=8', '--inner_epochs=2', '--score_examples=4', '--direct=True',
-                                     '--baselines=random,single,auto-learngene,van-learngene,kd,seqkd,minillm,hypercloning', '--downstream=signatures', '--downstream_epochs=0.1', '--bridge_answers=16')
-                if not a.startswith('--chain') and not a.startswith('--desc')] + ['--chain=32x3,16x2', '--descendants=32x2'])
+    train.main(
+        [
+            a
+            for a in arguments(
+                data_dir,
+                out,
+                '--sft_data=signatures',
+                '--sft_epochs=0.2',
+                '--distillation=minillm',
+                '--samples=8',
+                '--inner_epochs=2',
+                '--score_examples=4',
+                '--direct=True',
+                '--baselines=random,single,auto-learngene,van-learngene,kd,seqkd,minillm,hypercloning',
+                '--downstream=signatures',
+                '--downstream_epochs=0.1',
+                '--bridge_answers=16',
+            )
+            if not a.startswith('--chain') and not a.startswith('--desc')
+        ]
+        + ['--chain=32x3,16x2', '--descendants=32x2']
+    )
     return out
 
 
 def test_everything_is_trained_and_reported(chain):
     names = {p.parent.name for p in chain.glob('*/result.json')}
-    assert {'ancestor', 'ancestor-sft', '32x3', '16x2', '16x2-direct', '32x2-linit', '32x2-linit-on-signatures'} <= names
+    assert {
+        'ancestor',
+        'ancestor-sft',
+        '32x3',
+        '16x2',
+        '16x2-direct',
+        '32x2-linit',
+        '32x2-linit-on-signatures',
+    } <= names
     assert {f'32x2-{kind}' for kind in col.BASELINES} <= names
     report = (chain / 'report.md').read_text()
     assert all(f'|{kind}|' in report.replace(' ', '') for kind in ('linit', *col.BASELINES))
     assert 'loss at step 0' in report and 'Rouge-L' in report
-    assert json.loads((chain / 'chain.json').read_text()) == {'ancestor': 'ancestor-sft', '32x3': '32x3', '16x2': '16x2'}
-    assert load(chain / '32x2-hypercloning').config.n_embd == 32 and load(chain / '32x2-auto-learngene').config.n_layer < 4
+    assert json.loads((chain / 'chain.json').read_text()) == {
+        'ancestor': 'ancestor-sft',
+        '32x3': '32x3',
+        '16x2': '16x2',
+    }
+    assert (
+        load(chain / '32x2-hypercloning').config.n_embd == 32
+        and load(chain / '32x2-auto-learngene').config.n_layer < 4
+    )
     scores = [m['score'] for m in metrics(chain / '16x2') if 'score' in m]
     assert scores and not (chain / '16x2' / 'best').exists() and not list(chain.glob('*/rollout-*'))
 
 
 def test_a_descendant_begins_better_than_random(chain):
-    first = {kind: metrics(chain / f'32x2-{kind}')[0]['val_loss'] for kind in ('linit', 'random', 'single')}
+    first = {
+        kind: metrics(chain / f'32x2-{kind}')[0]['val_loss']
+        for kind in ('linit', 'random', 'single')
+    }
     assert first['linit'] < first['random'] and first['single'] < first['random']
 
 
 def test_the_command_makes_any_size_between_two(chain, tmp_path, capsys):
     col.main([str(chain), str(tmp_path / 'made'), '--to=32x2'])
     assert 'between 16x2 and 32x3' in capsys.readouterr().out
-    made = linit(load(chain / '16x2'), load(chain / '32x3'), replace(load(chain / '32x3').config, n_layer=2))
-    assert same(load(tmp_path / 'made'), made) and json.loads((tmp_path / 'made' / 'config.json').read_text())['nanofamily_tokenizer'] == 'bytes'
+    made = linit(
+        load(chain / '16x2'), load(chain / '32x3'), replace(load(chain / '32x3').config, n_layer=2)
+    )
+    assert (
+        same(load(tmp_path / 'made'), made)
+        and json.loads((tmp_path / 'made' / 'config.json').read_text())['nanofamily_tokenizer']
+        == 'bytes'
+    )
     with pytest.raises(UserError, match='lie outside the chain: ancestor-sft'):
         col.main([str(chain), str(tmp_path / 'other'), '--to=64x2'])
     with pytest.raises(UserError, match='holds no chain'):
@@ -134,7 +259,17 @@ def test_the_command_makes_any_size_between_two(chain, tmp_path, capsys):
 
 def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_path):
     stops = 0
-    common = ['--sft_data=signatures', '--sft_epochs=0.2', '--distillation=minillm', '--samples=8', '--inner_epochs=2', '--score_examples=4', '--chain=32x3', '--descendants=', '--baselines=']
+    common = [
+        '--sft_data=signatures',
+        '--sft_epochs=0.2',
+        '--distillation=minillm',
+        '--samples=8',
+        '--inner_epochs=2',
+        '--score_examples=4',
+        '--chain=32x3',
+        '--descendants=',
+        '--baselines=',
+    ]
     while not (tmp_path / 'run' / '32x3' / 'result.json').exists():
         try:
             train.main(arguments(data_dir, tmp_path / 'run', *common, '--max_minutes=1e-9'))
@@ -144,9 +279,19 @@ def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_p
     assert stops > 20 and same(load(tmp_path / 'run' / '32x3'), load(chain / '32x3'))
 
 
-@pytest.mark.parametrize('more, word', [
-    (['--descendants=64x2'], 'lie outside the chain'), (['--start=nothing'], "no start 'nothing'"), (['--distillation=minillm'], '--sft_data=NAME'), (['--baselines=seqkd'], '--sft_data=NAME'),
-    (['--baselines=rand'], 'did you mean random'), (['--start=public', '--public=a'], 'public has 1 checkpoints for a chain of 2'), (['--alpha=2'], 'alpha'), (['--sft_data=pydocs'], 'is text')])
+@pytest.mark.parametrize(
+    'more, word',
+    [
+        (['--descendants=64x2'], 'lie outside the chain'),
+        (['--start=nothing'], "no start 'nothing'"),
+        (['--distillation=minillm'], '--sft_data=NAME'),
+        (['--baselines=seqkd'], '--sft_data=NAME'),
+        (['--baselines=rand'], 'did you mean random'),
+        (['--start=public', '--public=a'], 'public has 1 checkpoints for a chain of 2'),
+        (['--alpha=2'], 'alpha'),
+        (['--sft_data=pydocs'], 'is text'),
+    ],
+)
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
     with pytest.raises(UserError, match=word):
         train.main(arguments(data_dir, tmp_path, *more))

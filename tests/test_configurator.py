@@ -1,26 +1,38 @@
 """Knobs: what is merged, what is refused, and with which words."""
+
 from dataclasses import dataclass
 
 import pytest
 
-from configurator import Result, Stage, UserError, check, configure, differences, parse, write_atomically
+from configurator import (
+    Result,
+    Stage,
+    UserError,
+    check,
+    configure,
+    differences,
+    parse,
+    write_atomically,
+)
 from conftest import run_command
 
 
 @dataclass
 class General:
     """General knobs."""
-    method: str = 'walk'            # which method
-    learning_rate: float = 1e-3     # the maximum
-    n_layer: int = 4                # layers
-    compile: bool = False           # compile
-    sizes: tuple[str, ...] = ()     # a list
+
+    method: str = 'walk'  # which method
+    learning_rate: float = 1e-3  # the maximum
+    n_layer: int = 4  # layers
+    compile: bool = False  # compile
+    sizes: tuple[str, ...] = ()  # a list
 
 
 @dataclass
 class Walk:
     """Walking."""
-    speed: float = 5.0              # km/h
+
+    speed: float = 5.0  # km/h
 
 
 METHODS = dict(walk=Walk)
@@ -32,9 +44,16 @@ def configured(*argv):
 
 def test_defaults_then_file_then_command_line(tmp_path):
     file = tmp_path / 'a.py'
-    file.write_text('import math\n_private = 7\nlearning_rate = 2e-3\nn_layer = 2 ** 3\nspeed = 4\n')
-    general, walk = configured('--n_layer=6', str(file))   # the command line wins wherever it stands
-    assert (general.learning_rate, general.n_layer, general.compile, walk.speed) == (2e-3, 6, False, 4.0)
+    file.write_text(
+        'import math\n_private = 7\nlearning_rate = 2e-3\nn_layer = 2 ** 3\nspeed = 4\n'
+    )
+    general, walk = configured('--n_layer=6', str(file))  # the command line wins wherever it stands
+    assert (general.learning_rate, general.n_layer, general.compile, walk.speed) == (
+        2e-3,
+        6,
+        False,
+        4.0,
+    )
     assert differences(general) == dict(learning_rate=2e-3, n_layer=6)
 
 
@@ -45,43 +64,98 @@ def test_a_config_file_may_build_on_its_sibling(tmp_path):
     assert (general.n_layer, walk.speed) == (8, 2.0)
 
 
-@pytest.mark.parametrize('text, kind, value', [
-    ('20e9', int, 20_000_000_000), ('1_000', int, 1000), ('3', float, 3.0), ('true', bool, True), ('False', bool, False),
-    ('a=b', str, 'a=b'), ('', str, ''), ('1b,2b', tuple[str, ...], ('1b', '2b')), ("('1b', '2b')", tuple[str, ...], ('1b', '2b')),
-    ('1,2.5', tuple[float, ...], (1.0, 2.5)), ('7', tuple[int, ...], (7,)), ('', tuple[int, ...], ())])
+@pytest.mark.parametrize(
+    'text, kind, value',
+    [
+        ('20e9', int, 20_000_000_000),
+        ('1_000', int, 1000),
+        ('3', float, 3.0),
+        ('true', bool, True),
+        ('False', bool, False),
+        ('a=b', str, 'a=b'),
+        ('', str, ''),
+        ('1b,2b', tuple[str, ...], ('1b', '2b')),
+        ("('1b', '2b')", tuple[str, ...], ('1b', '2b')),
+        ('1,2.5', tuple[float, ...], (1.0, 2.5)),
+        ('7', tuple[int, ...], (7,)),
+        ('', tuple[int, ...], ()),
+    ],
+)
 def test_parse(text, kind, value):
     assert parse(text, kind) == value and type(parse(text, kind)) is type(value)
 
 
-@pytest.mark.parametrize('text, kind', [
-    ('fast', float), ('nan', float), ('1e999', float), ('1.5', int), ('True', int), ('2', bool), ('None', int), ('1,x', tuple[float, ...]),
-    ('__import__("os")', int), ('(' * 500, int), ('[1]', float), ('\x00', int)])
+@pytest.mark.parametrize(
+    'text, kind',
+    [
+        ('fast', float),
+        ('nan', float),
+        ('1e999', float),
+        ('1.5', int),
+        ('True', int),
+        ('2', bool),
+        ('None', int),
+        ('1,x', tuple[float, ...]),
+        ('__import__("os")', int),
+        ('(' * 500, int),
+        ('[1]', float),
+        ('\x00', int),
+    ],
+)
 def test_parse_refuses(text, kind):
     with pytest.raises(ValueError):
         parse(text, kind)
 
 
-@pytest.mark.parametrize('value, kind', [(True, int), (1, bool), ('1', float), (float('inf'), float), (None, str), ([1, 'a'], tuple[int, ...]), (lambda: 1, float)])
+@pytest.mark.parametrize(
+    'value, kind',
+    [
+        (True, int),
+        (1, bool),
+        ('1', float),
+        (float('inf'), float),
+        (None, str),
+        ([1, 'a'], tuple[int, ...]),
+        (lambda: 1, float),
+    ],
+)
 def test_check_refuses(value, kind):
     with pytest.raises(ValueError):
         check(value, kind)
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['--learning_rat=1'], ['learning_rat', 'did you mean learning_rate?']),
-    (['--learning_rate=fast'], ['learning_rate wants a number', 'fast']),
-    (['--n_layer=2.5'], ['n_layer wants a whole number']),
-    (['--sizes'], ['--sizes=VALUE']),
-    (['n_layer=3'], ['neither a config file']),
-    (['--method=wlak'], ['did you mean walk?']),
-    (['config/progresive_tiny.py'], ['no config file', 'did you mean config/progressive_tiny.py?'])])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--learning_rat=1'], ['learning_rat', 'did you mean learning_rate?']),
+        (['--learning_rate=fast'], ['learning_rate wants a number', 'fast']),
+        (['--n_layer=2.5'], ['n_layer wants a whole number']),
+        (['--sizes'], ['--sizes=VALUE']),
+        (['n_layer=3'], ['neither a config file']),
+        (['--method=wlak'], ['did you mean walk?']),
+        (
+            ['config/progresive_tiny.py'],
+            ['no config file', 'did you mean config/progressive_tiny.py?'],
+        ),
+    ],
+)
 def test_mistakes_are_one_clear_line(argv, words):
     with pytest.raises(UserError) as error:
         configured(*argv)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('source', ['n_layer = ', 'n_layers = 3', 'n_layer = "x"', '1/0', 'import sys; sys.path.nothing', 'n_layer = lambda: 3'])
+@pytest.mark.parametrize(
+    'source',
+    [
+        'n_layer = ',
+        'n_layers = 3',
+        'n_layer = "x"',
+        '1/0',
+        'import sys; sys.path.nothing',
+        'n_layer = lambda: 3',
+    ],
+)
 def test_mistakes_in_a_config_file_name_it(tmp_path, source):
     file = tmp_path / 'mistake.py'
     file.write_text(source)
@@ -93,22 +167,68 @@ def test_help_lists_every_knob_with_its_comment(capsys):
     with pytest.raises(SystemExit) as exit:
         configured('--n_layer=9', '--help')
     text = capsys.readouterr().out
-    assert exit.value.code == 0 and '--n_layer=9' in text and 'the maximum' in text and '--speed=5.0' in text and 'km/h' in text
+    assert (
+        exit.value.code == 0
+        and '--n_layer=9' in text
+        and 'the maximum' in text
+        and '--speed=5.0' in text
+        and 'km/h' in text
+    )
 
 
 def test_command_line_of_train(data_dir):
-    for argument, word in (('--learning_rat=1', 'learning_rate'), ('config/progressive_tyni.py', 'progressive_tiny.py'), ('--block_size=x', 'whole number')):
+    for argument, word in (
+        ('--learning_rat=1', 'learning_rate'),
+        ('config/progressive_tyni.py', 'progressive_tiny.py'),
+        ('--block_size=x', 'whole number'),
+    ):
         process = run_command('train.py', argument)
-        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
-    process = run_command('train.py', '--out_dir=/proc/nowhere', '--size=16x2', '--block_size=16', '--tokens=64', '--eval_tokens=64', '--device=cpu', f'--data_dir={data_dir}')
-    assert process.returncode == 2 and '/proc/nowhere' in process.stderr and 'Traceback' not in process.stderr
+        assert (
+            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
+        ), process.stderr
+    process = run_command(
+        'train.py',
+        '--out_dir=/proc/nowhere',
+        '--size=16x2',
+        '--block_size=16',
+        '--tokens=64',
+        '--eval_tokens=64',
+        '--device=cpu',
+        f'--data_dir={data_dir}',
+    )
+    assert (
+        process.returncode == 2
+        and '/proc/nowhere' in process.stderr
+        and 'Traceback' not in process.stderr
+    )
     process = run_command('train.py', 'config/progressive_tiny.py', '--help')
-    assert process.returncode == 0 and '--sizes=32x2,48x2,64x2,64x4' in process.stdout and '--warmup=0.01' in process.stdout
+    assert (
+        process.returncode == 0
+        and '--sizes=32x2,48x2,64x2,64x4' in process.stdout
+        and '--warmup=0.01' in process.stdout
+    )
 
 
 def result(folder, **changes):
-    return Result(**{**dict(name='a', folder=str(folder), n_params=1, params=1.0, tokens=2, flops=12.0, inherited_flops=30.0, baseline_flops=0.0,
-                            val_loss=1.5, bits_per_byte=2.0, position=2, seconds=1.0), **changes})
+    return Result(
+        **{
+            **dict(
+                name='a',
+                folder=str(folder),
+                n_params=1,
+                params=1.0,
+                tokens=2,
+                flops=12.0,
+                inherited_flops=30.0,
+                baseline_flops=0.0,
+                val_loss=1.5,
+                bits_per_byte=2.0,
+                position=2,
+                seconds=1.0,
+            ),
+            **changes,
+        }
+    )
 
 
 def test_result_survives_a_move_and_counts_its_ancestors(tmp_path):
@@ -129,4 +249,6 @@ def test_a_damaged_result_is_named(tmp_path, content):
 def test_write_atomically_leaves_nothing_else(tmp_path):
     write_atomically(tmp_path / 'a.txt', 'old')
     write_atomically(tmp_path / 'a.txt', 'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['a.txt'] and (tmp_path / 'a.txt').read_text() == 'new'
+    assert [p.name for p in tmp_path.iterdir()] == ['a.txt'] and (
+        tmp_path / 'a.txt'
+    ).read_text() == 'new'

@@ -3,6 +3,7 @@ kill -9 at random moments, and the same command again: what comes out is bit for
 
     KILLS=200 python -m pytest tests/test_crash.py -s      # the long form; 4 kills of each kind by default
 """
+
 import contextlib
 import json
 import os
@@ -22,7 +23,9 @@ from data import prepare
 from model import load
 
 KILLS = int(os.environ.get('KILLS', 4))
-pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are forked from one that has imported torch')
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, 'fork'), reason='processes are forked from one that has imported torch'
+)
 
 
 def call(log, function, *arguments):
@@ -82,35 +85,91 @@ def timed(processes, log, function, *arguments):
 
 
 def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
-    family = ['--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=1280,2560', '--optimizer=grown', '--block_size=16', '--batch_size=4',
-              '--eval_tokens=512', '--eval_interval=7', '--schedule=wsd', '--device=cpu', '--save_minutes=1e-9', f'--data_dir={data_dir}']
-    timed(processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "first"}'])   # imports, and compiles bytecode
-    whole = timed(processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "whole"}'])
+    family = [
+        '--method=progressive',
+        '--sizes=16x2,32x2',
+        '--scratch_tokens=1280,2560',
+        '--optimizer=grown',
+        '--block_size=16',
+        '--batch_size=4',
+        '--eval_tokens=512',
+        '--eval_interval=7',
+        '--schedule=wsd',
+        '--device=cpu',
+        '--save_minutes=1e-9',
+        f'--data_dir={data_dir}',
+    ]
+    timed(
+        processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "first"}']
+    )  # imports, and compiles bytecode
+    whole = timed(
+        processes, tmp_path / 'log', train.main, [*family, f'--out_dir={tmp_path / "whole"}']
+    )
     chance, kills, runs, halves = random.Random(1), 0, 0, 0
     while kills < KILLS:
         runs += 1
         out = tmp_path / f'run{runs}'
-        more, torn = disturb(processes, tmp_path / 'log', out, whole / 2, chance, train.main, [*family, f'--out_dir={out}'])
+        more, torn = disturb(
+            processes,
+            tmp_path / 'log',
+            out,
+            whole / 2,
+            chance,
+            train.main,
+            [*family, f'--out_dir={out}'],
+        )
         kills, halves = kills + more, halves + torn
         for name in ('16x2', '32x2'):
-            ours, theirs = (load(folder / name).state_dict().values() for folder in (out, tmp_path / 'whole'))
+            ours, theirs = (
+                load(folder / name).state_dict().values() for folder in (out, tmp_path / 'whole')
+            )
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
             assert Result.of(out / name).val_loss == Result.of(tmp_path / 'whole' / name).val_loss
-            steps = [json.loads(line)['step'] for line in (out / name / 'metrics.jsonl').read_text().splitlines()]
-            assert steps == sorted(set(steps)) and not list((out / name).glob('state-*')) and len(saved_states(out / name)) == 1
-    print(f'\n{kills} kills in {runs} runs of {whole:.1f} s, {halves} of them while something was being written')
+            steps = [
+                json.loads(line)['step']
+                for line in (out / name / 'metrics.jsonl').read_text().splitlines()
+            ]
+            assert (
+                steps == sorted(set(steps))
+                and not list((out / name).glob('state-*'))
+                and len(saved_states(out / name)) == 1
+            )
+    print(
+        f'\n{kills} kills in {runs} runs of {whole:.1f} s, {halves} of them while something was being written'
+    )
 
 
 def test_preparation_survives_kills_anywhere(processes, tmp_path):
     from test_data import write_texts
+
     options = dict(corpus=write_texts(tmp_path / 'texts', 'jsonl'), tokenizer='bytes', processes=1)
-    timed(processes, tmp_path / 'log', prepare_in_small_pieces, options | dict(out=str(tmp_path / 'first')))
-    whole = timed(processes, tmp_path / 'log', prepare_in_small_pieces, options | dict(out=str(tmp_path / 'whole')))
+    timed(
+        processes,
+        tmp_path / 'log',
+        prepare_in_small_pieces,
+        options | dict(out=str(tmp_path / 'first')),
+    )
+    whole = timed(
+        processes,
+        tmp_path / 'log',
+        prepare_in_small_pieces,
+        options | dict(out=str(tmp_path / 'whole')),
+    )
     chance, kills, runs = random.Random(2), 0, 0
     while kills < KILLS:
         runs += 1
         out = tmp_path / f'run{runs}'
-        kills += disturb(processes, tmp_path / 'log', out, whole, chance, prepare_in_small_pieces, options | dict(out=str(out)))[0]
+        kills += disturb(
+            processes,
+            tmp_path / 'log',
+            out,
+            whole,
+            chance,
+            prepare_in_small_pieces,
+            options | dict(out=str(out)),
+        )[0]
         for split in ('train', 'val'):
-            assert (out / f'{split}.bin').read_bytes() == (tmp_path / 'whole' / f'{split}.bin').read_bytes()
+            assert (out / f'{split}.bin').read_bytes() == (
+                tmp_path / 'whole' / f'{split}.bin'
+            ).read_bytes()
     print(f'\n{kills} kills in {runs} preparations of {whole:.1f} s')

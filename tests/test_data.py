@@ -1,4 +1,5 @@
 """Data: the order of sequences is a function of seed and position; prepared corpora are whole, or not there."""
+
 import json
 import socket
 import threading
@@ -11,7 +12,16 @@ import pytest
 import data.prepare as prepare
 from configurator import UserError
 from conftest import ROOT, run_command, write_corpus
-from data.loader import batches, offsets, open_corpus, parse_mixture, permute, sequences, split_by_weight, validation_batches
+from data.loader import (
+    batches,
+    offsets,
+    open_corpus,
+    parse_mixture,
+    permute,
+    sequences,
+    split_by_weight,
+    validation_batches,
+)
 
 # --------------------------------------------------------------------------------------------------------------------- order
 
@@ -23,15 +33,21 @@ def test_permute_is_a_permutation_and_depends_on_the_seed(n):
 
 
 def test_permute_needs_no_table_and_looks_random():
-    n = 10 ** 12
+    n = 10**12
     index = permute(np.arange(5000), n, 3)
     assert index.min() >= 0 and index.max() < n and len(set(index)) == 5000
-    assert abs(np.corrcoef(np.arange(5000), index)[0, 1]) < 0.05 and abs(index.mean() / n - 0.5) < 0.02
+    assert (
+        abs(np.corrcoef(np.arange(5000), index)[0, 1]) < 0.05 and abs(index.mean() / n - 0.5) < 0.02
+    )
 
 
 def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order():
-    first, second = (offsets(np.arange(e * 12, e * 12 + 12), 100, 8, 'epoch', seed=5) for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(0, 96, 8)) and not np.array_equal(first, second)
+    first, second = (
+        offsets(np.arange(e * 12, e * 12 + 12), 100, 8, 'epoch', seed=5) for e in (0, 1)
+    )
+    assert sorted(first) == sorted(second) == list(range(0, 96, 8)) and not np.array_equal(
+        first, second
+    )
 
 
 def test_a_cap_on_unique_tokens_changes_nothing_until_it_is_reached():
@@ -70,17 +86,28 @@ def test_mixtures_that_mean_nothing_are_refused(text):
 def numbers(tmp_path):
     """Two corpora whose tokens are their own positions: 0 .. 999 and 10000 .. 10999."""
     for name, start in (('low', 0), ('high', 10000)):
-        write_corpus(tmp_path / name, np.arange(start, start + 1000), np.arange(start, start + 100), vocab_size=11000)
+        write_corpus(
+            tmp_path / name,
+            np.arange(start, start + 1000),
+            np.arange(start, start + 100),
+            vocab_size=11000,
+        )
     return [open_corpus(name, tmp_path) for name in ('low', 'high')]
 
 
 def test_a_sequence_is_a_window_and_the_token_after_it(numbers):
     tokens = sequences(numbers, [0.75, 0.25], np.arange(16), block_size=10)
-    assert tokens.shape == (16, 11) and (np.diff(tokens) == 1).all() and (tokens[:, 0] >= 10000).sum() == 4
+    assert (
+        tokens.shape == (16, 11)
+        and (np.diff(tokens) == 1).all()
+        and (tokens[:, 0] >= 10000).sum() == 4
+    )
 
 
 def collect(numbers, position, batch, micro, rank, world, count):
-    stream = batches(lambda p: sequences(numbers, [0.5, 0.5], p, 10), position, batch, micro, 'cpu', rank, world)
+    stream = batches(
+        lambda p: sequences(numbers, [0.5, 0.5], p, 10), position, batch, micro, 'cpu', rank, world
+    )
     pieces = [next(stream) for _ in range(count)]
     stream.close()
     assert all((x[:, 1:] == y[:, :-1]).all() for x, y in pieces)
@@ -97,16 +124,24 @@ def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a
 
 def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers):
     found = list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu'))
-    assert [count for *_, count in found] == [40, 40, 10] and [x.shape for x, *_ in found] == [(4, 10)] * 3
+    assert [count for *_, count in found] == [40, 40, 10] and [x.shape for x, *_ in found] == [
+        (4, 10)
+    ] * 3
     assert (found[-1][1][1:] == -100).all() and (found[-1][1][0] >= 0).all()
     assert sum(count for *_, count in validation_batches(numbers[0].val, 10, 4, 50, 'cpu')) == 50
     split = [list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu', rank, 2)) for rank in (0, 1)]
     assert sum(count for part in split for *_, count in part) == 90
 
 
-@pytest.mark.parametrize('damage, word', [
-    (lambda f: (f / 'meta.json').unlink(), 'is not prepared'), (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
-    (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'), (lambda f: (f / 'val.bin').unlink(), 'has lost its val.bin')])
+@pytest.mark.parametrize(
+    'damage, word',
+    [
+        (lambda f: (f / 'meta.json').unlink(), 'is not prepared'),
+        (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
+        (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'),
+        (lambda f: (f / 'val.bin').unlink(), 'has lost its val.bin'),
+    ],
+)
 def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
     write_corpus(tmp_path / 'c', range(50), range(50))
     damage(tmp_path / 'c')
@@ -115,14 +150,20 @@ def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused(numbers):
-    for use in (lambda: offsets(np.arange(2), 10, 10, 'epoch', 0), lambda: next(validation_batches(numbers[0].val, 100, 1, 0, 'cpu'))):
+    for use in (
+        lambda: offsets(np.arange(2), 10, 10, 'epoch', 0),
+        lambda: next(validation_batches(numbers[0].val, 100, 1, 0, 'cpu')),
+    ):
         with pytest.raises(UserError, match='too short'):
             use()
 
 
 # --------------------------------------------------------------------------------------------------------------------- preparation
 
-DOCUMENTS = [f'Document number {i} tells of {"apples pears plums"[i % 11:]} and ends with é{i}.' for i in range(300)]
+DOCUMENTS = [
+    f'Document number {i} tells of {"apples pears plums"[i % 11 :]} and ends with é{i}.'
+    for i in range(300)
+]
 
 
 def write_texts(folder, kind):
@@ -132,37 +173,58 @@ def write_texts(folder, kind):
         for i, text in enumerate(DOCUMENTS):
             (folder / f'{i:03d}.txt').write_text(text, encoding='utf-8')
     elif kind == 'jsonl':
-        (folder / 'a.jsonl').write_text(''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8')
+        (folder / 'a.jsonl').write_text(
+            ''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8'
+        )
     else:
         import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.table(dict(body=DOCUMENTS)), folder / 'a.parquet')
     return str(folder / f'*.{kind}')
 
 
 def decoded(corpus):
     """The documents of both splits of a corpus of bytes."""
+
     def text(tokens):
-        return ['' + bytes(d.astype(np.uint8)).decode('utf-8') for d in np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1] for d in [d[:-1]]]
+        return [
+            '' + bytes(d.astype(np.uint8)).decode('utf-8')
+            for d in np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1]
+            for d in [d[:-1]]
+        ]
+
     return text(np.asarray(corpus.train)), text(np.asarray(corpus.val))
 
 
 @pytest.mark.parametrize('kind', ['txt', 'jsonl', 'parquet'])
 def test_local_files_become_tokens(tmp_path, kind):
-    options = prepare.Preparation(corpus=write_texts(tmp_path / 'texts', kind), out=str(tmp_path / 'c'), tokenizer='bytes', processes=1,
-                                  text_column='body' if kind == 'parquet' else '')
+    options = prepare.Preparation(
+        corpus=write_texts(tmp_path / 'texts', kind),
+        out=str(tmp_path / 'c'),
+        tokenizer='bytes',
+        processes=1,
+        text_column='body' if kind == 'parquet' else '',
+    )
     prepare.prepare(options)
     corpus = open_corpus('c', tmp_path)
     train, val = decoded(corpus)
     assert sorted(train + val) == sorted(DOCUMENTS) and 3 < len(val) < 40
     assert corpus.meta['splits']['val']['sha256'] == prepare.checksum(tmp_path / 'c' / 'val.bin')
-    assert corpus.bytes_per_token == pytest.approx(1, abs=0.05) and not list(tmp_path.glob('*.partial'))
+    assert corpus.bytes_per_token == pytest.approx(1, abs=0.05) and not list(
+        tmp_path.glob('*.partial')
+    )
 
 
 def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, monkeypatch):
     source = write_texts(tmp_path / 'texts', 'jsonl')
 
     def run(name):
-        return prepare.prepare(prepare.Preparation(corpus=source, out=str(tmp_path / name), tokenizer='bytes', processes=1))
+        return prepare.prepare(
+            prepare.Preparation(
+                corpus=source, out=str(tmp_path / name), tokenizer='bytes', processes=1
+            )
+        )
+
     monkeypatch.setattr(prepare.stream_batches, '__defaults__', (16,))
     monkeypatch.setattr(prepare.write_tokens, '__defaults__', (2,))
     run('whole')
@@ -171,10 +233,11 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, mon
     class Power(Exception):
         pass
 
-    def update(bar, n=1):   # the progress bar sees every batch, so the plug is pulled there
+    def update(bar, n=1):  # the progress bar sees every batch, so the plug is pulled there
         tokenized.append(n)
         if len(tokenized) == 11:
             raise Power
+
     with monkeypatch.context() as patch:
         patch.setattr(prepare.tqdm, 'update', update)
         with pytest.raises(Power):
@@ -186,46 +249,79 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, mon
         open_corpus('broken', tmp_path)
     run('broken')
     for split in ('train', 'val'):
-        assert (tmp_path / 'broken' / f'{split}.bin').read_bytes() == (tmp_path / 'whole' / f'{split}.bin').read_bytes()
+        assert (tmp_path / 'broken' / f'{split}.bin').read_bytes() == (
+            tmp_path / 'whole' / f'{split}.bin'
+        ).read_bytes()
 
 
 def test_a_worker_that_is_killed_is_missed():
     with get_context('spawn').Pool(1) as pool:
+
         def batches():
             pool._pool[0].kill()
             yield [('a text', False)], None
+
         with pytest.raises(UserError, match='a worker process was killed'):
             list(prepare.in_parallel(pool, 'gpt2', batches()))
 
 
 def test_max_tokens_ends_a_preparation(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.stream_batches, '__defaults__', (16,))
-    prepare.prepare(prepare.Preparation(corpus=write_texts(tmp_path / 'texts', 'jsonl'), out=str(tmp_path / 'c'), tokenizer='bytes', processes=1, max_tokens=3000))
+    prepare.prepare(
+        prepare.Preparation(
+            corpus=write_texts(tmp_path / 'texts', 'jsonl'),
+            out=str(tmp_path / 'c'),
+            tokenizer='bytes',
+            processes=1,
+            max_tokens=3000,
+        )
+    )
     assert 3000 <= len(open_corpus('c', tmp_path).train) < 5000
 
 
-@pytest.mark.parametrize('arguments, word', [
-    (dict(corpus='pydoc'), 'did you mean pydocs'), (dict(corpus='nothing/*.txt'), 'matches no file'), (dict(tokenizer='gpt-2'), 'did you mean gpt2'),
-    (dict(corpus=str(ROOT / '*.py')), 'all files must be')])
+@pytest.mark.parametrize(
+    'arguments, word',
+    [
+        (dict(corpus='pydoc'), 'did you mean pydocs'),
+        (dict(corpus='nothing/*.txt'), 'matches no file'),
+        (dict(tokenizer='gpt-2'), 'did you mean gpt2'),
+        (dict(corpus=str(ROOT / '*.py')), 'all files must be'),
+    ],
+)
 def test_what_cannot_be_prepared_is_refused(tmp_path, arguments, word):
     with pytest.raises(UserError, match=word):
-        prepare.prepare(prepare.Preparation(**{**dict(tokenizer='bytes', out=str(tmp_path / 'c')), **arguments}))
+        prepare.prepare(
+            prepare.Preparation(**{**dict(tokenizer='bytes', out=str(tmp_path / 'c')), **arguments})
+        )
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     with pytest.raises(UserError, match="no text in a column 'body'; it has text, other"):
-        prepare.prepare(prepare.Preparation(corpus=write_texts(tmp_path / 'texts', 'jsonl'), out=str(tmp_path / 'c'), tokenizer='bytes', text_column='body', processes=1))
+        prepare.prepare(
+            prepare.Preparation(
+                corpus=write_texts(tmp_path / 'texts', 'jsonl'),
+                out=str(tmp_path / 'c'),
+                tokenizer='bytes',
+                text_column='body',
+                processes=1,
+            )
+        )
 
 
 def test_without_a_network_the_error_names_the_way_out():
     process = run_command('data/prepare.py', 'fineweb_edu', '--tokenizer=bytes', '--out=data/never')
-    assert process.returncode == 2 and 'pydocs' in process.stderr and process.stderr.count('\n') == 1, process.stderr
+    assert (
+        process.returncode == 2 and 'pydocs' in process.stderr and process.stderr.count('\n') == 1
+    ), process.stderr
 
 
 def test_a_hub_that_never_answers_is_given_up_within_seconds(tmp_path, monkeypatch):
     import huggingface_hub
-    with socket.create_server(('127.0.0.1', 0)) as silent:   # accepts connections and says nothing
-        monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}')
+
+    with socket.create_server(('127.0.0.1', 0)) as silent:  # accepts connections and says nothing
+        monkeypatch.setattr(
+            huggingface_hub.constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}'
+        )
         monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
         started = time.time()
         with pytest.raises(UserError, match='cannot be reached.*pydocs'):
@@ -242,7 +338,10 @@ def test_within_gives_up_on_a_call_that_hangs():
 def test_bytes_tokenizer_is_the_tiktoken_encoding_it_says_it_is():
     encode, decode, vocab_size, end = prepare.load_tokenizer('bytes')
     text = 'naïve 漢字 🙂\n'
-    assert list(encode(text)) == prepare.bytes_encoding().encode_ordinary(text) and decode(list(encode(text))) == text
+    assert (
+        list(encode(text)) == prepare.bytes_encoding().encode_ordinary(text)
+        and decode(list(encode(text))) == text
+    )
     assert (vocab_size, end, prepare.bytes_encoding().eot_token) == (257, 256, 256)
 
 
@@ -274,10 +373,17 @@ def licensed():
 def test_documentation_and_code_of_a_file(tmp_path):
     file = tmp_path / 'module.py'
     file.write_text(MODULE)
-    assert prepare.read_source(('pydocs', file)) == ['What this module is for, said in more than forty characters.',
-                                                     'A thing,\n\n    indented as people indent, and long enough to be kept.\n\nAnd on.']
-    code, = prepare.read_source(('pycode', file))
-    assert code.startswith('import os') and 'Copyright' not in code and 'indented as people' not in code and 'def licensed' in code
+    assert prepare.read_source(('pydocs', file)) == [
+        'What this module is for, said in more than forty characters.',
+        'A thing,\n\n    indented as people indent, and long enough to be kept.\n\nAnd on.',
+    ]
+    (code,) = prepare.read_source(('pycode', file))
+    assert (
+        code.startswith('import os')
+        and 'Copyright' not in code
+        and 'indented as people' not in code
+        and 'def licensed' in code
+    )
     file.write_text('print "python 2"')
     assert prepare.read_source(('pydocs', file)) == []
 
@@ -285,23 +391,48 @@ def test_documentation_and_code_of_a_file(tmp_path):
 def test_near_duplicates_go_and_the_first_copy_stays():
     text = ' '.join(f'word{chr(97 + i % 26)}{chr(97 + i // 26)}' for i in range(60))
     changed, other = text.replace('wordba', 'wordzz'), ' '.join(reversed(text.split()))
-    kept = list(prepare.without_near_duplicates([(text, True), (text, False), (changed, False), (text.upper() + ' 12', False), (other, False)]))
+    kept = list(
+        prepare.without_near_duplicates(
+            [
+                (text, True),
+                (text, False),
+                (changed, False),
+                (text.upper() + ' 12', False),
+                (other, False),
+            ]
+        )
+    )
     assert kept == [(text, True), (other, False)]
 
 
 def test_offline_sources_leave_out_tests_and_vendored_copies_and_are_named_alike_everywhere():
     names = [name for name, _ in prepare.source_files('project')]
-    assert names == sorted(names) and len(names) > 2000 and not any(name.startswith('/') for name in names)
+    assert (
+        names == sorted(names)
+        and len(names) > 2000
+        and not any(name.startswith('/') for name in names)
+    )
     assert any(name.startswith('torch/') for name in names) and 'python/textwrap.py' in names
     assert not any('/tests/' in name or '/_vendor/' in name or '/test_' in name for name in names)
 
 
 def test_offline_corpus_is_deterministic_and_split_by_file(tmp_path, monkeypatch):
-    files = [f for f in prepare.source_files('project') if f[0].startswith('python/') and f[0].count('/') == 1]
+    files = [
+        f
+        for f in prepare.source_files('project')
+        if f[0].startswith('python/') and f[0].count('/') == 1
+    ]
     monkeypatch.setattr(prepare, 'source_files', lambda packages: files)
     for name in ('one', 'two'):
-        prepare.prepare(prepare.Preparation(corpus='pydocs', out=str(tmp_path / name), processes=2 if name == 'two' else 1))
-    one, two = ((tmp_path / name / 'train.bin').read_bytes() + (tmp_path / name / 'val.bin').read_bytes() for name in ('one', 'two'))
+        prepare.prepare(
+            prepare.Preparation(
+                corpus='pydocs', out=str(tmp_path / name), processes=2 if name == 'two' else 1
+            )
+        )
+    one, two = (
+        (tmp_path / name / 'train.bin').read_bytes() + (tmp_path / name / 'val.bin').read_bytes()
+        for name in ('one', 'two')
+    )
     assert one == two
     train, val = decoded(open_corpus('one', tmp_path))
     assert len(train) > 500 and len(val) > 10 and not set(train) & set(val)

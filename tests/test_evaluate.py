@@ -1,4 +1,5 @@
 """Evaluation: the mean is over targets, and the report says what the results say."""
+
 import json
 import math
 
@@ -8,8 +9,22 @@ import torch
 from configurator import UserError
 from conftest import run_command
 from data.prepare import load_tokenizer
-from evaluate import (bits_per_byte, compare, count, evaluate, family_cost, harness_model, human, kl_divergence, report, result_table, run_tasks, sliding_window_loss, table,
-                      training_curve)
+from evaluate import (
+    bits_per_byte,
+    compare,
+    count,
+    evaluate,
+    family_cost,
+    harness_model,
+    human,
+    kl_divergence,
+    report,
+    result_table,
+    run_tasks,
+    sliding_window_loss,
+    table,
+    training_curve,
+)
 from model import GPT, GPTConfig
 from test_configurator import result
 from test_model import small, tokens
@@ -25,10 +40,22 @@ def test_the_mean_is_over_targets_not_over_batches():
 
 
 def test_bits_per_byte():
-    assert bits_per_byte(math.log(2), 1.0) == pytest.approx(1.0) and bits_per_byte(4 * math.log(2), 4.0) == pytest.approx(1.0)
+    assert bits_per_byte(math.log(2), 1.0) == pytest.approx(1.0) and bits_per_byte(
+        4 * math.log(2), 4.0
+    ) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize('number, text', [(15.36e21, '15.4Z'), (0, ''), (7, '7'), (999.9e3, '1e+03k'), (1234567, '1.23M'), (2e30, '2e+06Y')])
+@pytest.mark.parametrize(
+    'number, text',
+    [
+        (15.36e21, '15.4Z'),
+        (0, ''),
+        (7, '7'),
+        (999.9e3, '1e+03k'),
+        (1234567, '1.23M'),
+        (2e30, '2e+06Y'),
+    ],
+)
 def test_human(number, text):
     assert human(number) == text
 
@@ -53,17 +80,43 @@ def test_report_is_written_from_the_folder_alone(tmp_path):
     for i, name in enumerate(('small', 'large', 'independent-large')):
         folder = tmp_path / name
         folder.mkdir()
-        result(folder, name=name, val_loss=2.0 - i / 10, inherited_flops=12.0 if i == 1 else 0.0, baseline_flops=24.0 if i else 12.0).write()
-        (folder / 'metrics.jsonl').write_text(''.join(json.dumps(dict(step=s, flops=s * 1.2, loss=3 - s / 10)) + '\n' for s in range(1, 11)))
+        result(
+            folder,
+            name=name,
+            val_loss=2.0 - i / 10,
+            inherited_flops=12.0 if i == 1 else 0.0,
+            baseline_flops=24.0 if i else 12.0,
+        ).write()
+        (folder / 'metrics.jsonl').write_text(
+            ''.join(
+                json.dumps(dict(step=s, flops=s * 1.2, loss=3 - s / 10)) + '\n'
+                for s in range(1, 11)
+            )
+        )
     text = report(tmp_path)
-    assert [line.split('|')[1].strip() for line in text.splitlines()[2:]] == ['small', 'large', 'independent-large']
-    assert (tmp_path / 'report.md').read_text().startswith(text) and (tmp_path / 'report.png').read_bytes()[:4] == b'\x89PNG'
+    assert [line.split('|')[1].strip() for line in text.splitlines()[2:]] == [
+        'small',
+        'large',
+        'independent-large',
+    ]
+    assert (tmp_path / 'report.md').read_text().startswith(text) and (
+        tmp_path / 'report.png'
+    ).read_bytes()[:4] == b'\x89PNG'
 
 
 def test_training_curve_starts_where_the_family_was(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(dict(step=s, flops=float(s), loss=s)) + '\n' for s in range(1, 13)))
+    (tmp_path / 'metrics.jsonl').write_text(
+        ''.join(json.dumps(dict(step=s, flops=float(s), loss=s)) + '\n' for s in range(1, 13))
+    )
     flops, loss = training_curve(result(tmp_path), points=6)
-    assert flops == [30 + s for s in (2, 4, 6, 8, 10, 12)] and loss == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]
+    assert flops == [30 + s for s in (2, 4, 6, 8, 10, 12)] and loss == [
+        1.5,
+        3.5,
+        5.5,
+        7.5,
+        9.5,
+        11.5,
+    ]
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
@@ -73,20 +126,29 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------------- how alike
 
+
 def test_kl_divergence_is_the_mean_over_positions_then_examples():
     one, other, x = small(), small(n_layer=2), tokens(5, 12)
     p, q = one(x).logits.softmax(-1), other(x).logits.softmax(-1)
     expected = (p * (p.log() - q.log())).sum(-1).mean(1).mean().item()
     assert kl_divergence(one, other, x) == pytest.approx(expected, rel=1e-4)
-    assert kl_divergence(one, one, x) == 0 and kl_divergence(other, one, x) != pytest.approx(expected, rel=1e-2)
+    assert kl_divergence(one, one, x) == 0 and kl_divergence(other, one, x) != pytest.approx(
+        expected, rel=1e-2
+    )
 
 
 def test_matrices_of_a_family():
     models, x = [small(), small(n_layer=2), small()], tokens(6, 12)
     kl, agreement = compare(models, x, batch_size=4)
     assert (kl >= 0).all() and kl[0, 2] == 0 == kl[1, 1] and kl[0, 1] == kl[2, 1] > 0
-    assert torch.equal(agreement, agreement.T) and (agreement.diagonal() == 1).all() and agreement[0, 1] < 1
-    share = (models[0](x).logits.argmax(-1) == models[1](x).logits.argmax(-1)).double().mean().item()
+    assert (
+        torch.equal(agreement, agreement.T)
+        and (agreement.diagonal() == 1).all()
+        and agreement[0, 1] < 1
+    )
+    share = (
+        (models[0](x).logits.argmax(-1) == models[1](x).logits.argmax(-1)).double().mean().item()
+    )
     assert agreement[0, 1].item() == pytest.approx(share)
     with pytest.raises(UserError, match='different vocabularies'):
         compare([small(), small(vocab_size=60)], x)
@@ -95,27 +157,69 @@ def test_matrices_of_a_family():
 def test_sliding_window_scores_every_token_once_with_context():
     model, text = small(), tokens(1, 60)[0].numpy()
     side_by_side = sliding_window_loss(model, text, 12, 12, 'cpu')
-    sums = [(model(torch.tensor(text[None, i:i + 12])[:, :len(text) - 1 - i], torch.tensor(text[None, i + 1:i + 13])).loss.item(), min(12, 59 - i)) for i in range(0, 59, 12)]
+    sums = [
+        (
+            model(
+                torch.tensor(text[None, i : i + 12])[:, : len(text) - 1 - i],
+                torch.tensor(text[None, i + 1 : i + 13]),
+            ).loss.item(),
+            min(12, 59 - i),
+        )
+        for i in range(0, 59, 12)
+    ]
     assert side_by_side == pytest.approx(sum(loss * n for loss, n in sums) / 59, rel=1e-5)
     one_by_one = sliding_window_loss(model, text, 12, 1, 'cpu')
-    logits = [model(torch.tensor(text[None, max(0, i - 12):i])).logits[0, -1].log_softmax(-1)[text[i]].item() for i in range(12, 60)]
+    logits = [
+        model(torch.tensor(text[None, max(0, i - 12) : i]))
+        .logits[0, -1]
+        .log_softmax(-1)[text[i]]
+        .item()
+        for i in range(12, 60)
+    ]
     first = model(torch.tensor(text[None, :12]), torch.tensor(text[None, 1:13])).loss.item() * 12
     assert one_by_one == pytest.approx((first - sum(logits[1:])) / 59, rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the command line, and tasks
 
+
 def test_evaluating_folders(data_dir, tmp_path):
     for layers in (1, 2):
-        GPT(GPTConfig.named(f'16x{layers}', vocab_size=257, block_size=32)).save(tmp_path / f'model{layers}', 'bytes')
-    process = run_command('evaluate.py', tmp_path / 'model1', tmp_path / 'model2', f'--data_dir={data_dir}', '--eval_tokens=1024', '--kl_examples=8', '--stride=16', f'--out={tmp_path}/out')
-    assert process.returncode == 0 and '| model2 |' in process.stdout and 'KL divergence' in process.stdout, process.stderr
+        GPT(GPTConfig.named(f'16x{layers}', vocab_size=257, block_size=32)).save(
+            tmp_path / f'model{layers}', 'bytes'
+        )
+    process = run_command(
+        'evaluate.py',
+        tmp_path / 'model1',
+        tmp_path / 'model2',
+        f'--data_dir={data_dir}',
+        '--eval_tokens=1024',
+        '--kl_examples=8',
+        '--stride=16',
+        f'--out={tmp_path}/out',
+    )
+    assert (
+        process.returncode == 0
+        and '| model2 |' in process.stdout
+        and 'KL divergence' in process.stdout
+    ), process.stderr
     outcome = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
-    assert outcome['models']['model1']['perplexity'] == pytest.approx(math.exp(outcome['models']['model1']['val_loss']))
-    assert len(outcome['kl']) == 2 and outcome['kl'][0][0] == 0 and 'sliding_window_perplexity' in outcome['models']['model2']
-    for argument, word in ((tmp_path / 'nothing', 'config.json'), ('--data=no', 'what to evaluate')):
+    assert outcome['models']['model1']['perplexity'] == pytest.approx(
+        math.exp(outcome['models']['model1']['val_loss'])
+    )
+    assert (
+        len(outcome['kl']) == 2
+        and outcome['kl'][0][0] == 0
+        and 'sliding_window_perplexity' in outcome['models']['model2']
+    )
+    for argument, word in (
+        (tmp_path / 'nothing', 'config.json'),
+        ('--data=no', 'what to evaluate'),
+    ):
         process = run_command('evaluate.py', argument, f'--data_dir={data_dir}')
-        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+        assert (
+            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
+        ), process.stderr
 
 
 TASK = """
@@ -130,18 +234,44 @@ output_type: {kind}
 
 def test_downstream_tasks_run_through_the_harness(tmp_path):
     pytest.importorskip('lm_eval')
-    (tmp_path / 'data.jsonl').write_text(''.join(json.dumps(dict(question=f'What is {i}?', choices=['yes', 'no'], answer=i % 2, text=f'Some text number {i}.')) + '\n' for i in range(6)))
-    kinds = dict(choose=('multiple_choice', 'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]'),
-                 roll=('loglikelihood_rolling', 'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: byte_perplexity}]'),
-                 write=('generate_until', 'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]'))
+    (tmp_path / 'data.jsonl').write_text(
+        ''.join(
+            json.dumps(
+                dict(
+                    question=f'What is {i}?',
+                    choices=['yes', 'no'],
+                    answer=i % 2,
+                    text=f'Some text number {i}.',
+                )
+            )
+            + '\n'
+            for i in range(6)
+        )
+    )
+    kinds = dict(
+        choose=(
+            'multiple_choice',
+            'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]',
+        ),
+        roll=(
+            'loglikelihood_rolling',
+            'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: byte_perplexity}]',
+        ),
+        write=(
+            'generate_until',
+            'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]',
+        ),
+    )
     for name, (kind, more) in kinds.items():
-        (tmp_path / f'{name}.yaml').write_text(TASK.format(name=name, file=tmp_path / 'data.jsonl', kind=kind, more=more))
+        (tmp_path / f'{name}.yaml').write_text(
+            TASK.format(name=name, file=tmp_path / 'data.jsonl', kind=kind, more=more)
+        )
     model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
     for fewshot in (0, 1):
         tasks = ('choose', 'write') if fewshot else ('choose', 'roll', 'write')
         outcome = run_tasks(model, 'bytes', tasks, fewshot, include_path=str(tmp_path))
         assert 0 <= outcome['choose']['acc'] <= 1 and outcome['write']['exact_match'] == 0
-        if not fewshot:   # a model that knows nothing finds every byte as likely: 256 of them
+        if not fewshot:  # a model that knows nothing finds every byte as likely: 256 of them
             assert 150 < outcome['roll']['byte_perplexity'] < 600
     with pytest.raises(UserError, match='there is no task .chose.'):
         run_tasks(model, 'bytes', ['chose'], 0, include_path=str(tmp_path))
@@ -153,6 +283,16 @@ def test_log_likelihoods_are_those_of_the_model():
     model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
     lm = harness_model(model, encode, decode, end)
     context, continuation = lm.tok_encode('The answer'), lm.tok_encode(' is no')
-    (score, greedy), = lm._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
-    logits = model(torch.tensor([context + continuation[:-1]])).logits[0, len(context) - 1:].log_softmax(-1)
-    assert score == pytest.approx(sum(logits[i, t].item() for i, t in enumerate(continuation)), rel=1e-5) and not greedy
+    ((score, greedy),) = lm._loglikelihood_tokens(
+        [(None, context, continuation)], disable_tqdm=True
+    )
+    logits = (
+        model(torch.tensor([context + continuation[:-1]]))
+        .logits[0, len(context) - 1 :]
+        .log_softmax(-1)
+    )
+    assert (
+        score
+        == pytest.approx(sum(logits[i, t].item() for i, t in enumerate(continuation)), rel=1e-5)
+        and not greedy
+    )

@@ -1,4 +1,5 @@
 """Growth of models, of optimizers and of folders; and the methods' budgets and stages."""
+
 import dataclasses
 import json
 import os
@@ -11,7 +12,16 @@ import train
 from checkpoint import load_moments, save_moments, set_moments
 from configurator import Result, UserError
 from conftest import run_command
-from expand import GrowthComparison, Progressive, allocate_tokens, deepen, grow, grow_folder, grow_optimizer, widen
+from expand import (
+    GrowthComparison,
+    Progressive,
+    allocate_tokens,
+    deepen,
+    grow,
+    grow_folder,
+    grow_optimizer,
+    widen,
+)
 from model import GPT, GPTConfig, load
 from test_model import SHAPES, small, tokens
 from train import Run, stages_of
@@ -22,10 +32,17 @@ def grown(model, **changes):
 
 
 def double_width(config):
-    return dataclasses.replace(config, n_head=2 * config.n_head, n_kv_head=2 * config.n_kv_head, n_embd=2 * config.n_embd, n_mlp=2 * config.n_mlp)
+    return dataclasses.replace(
+        config,
+        n_head=2 * config.n_head,
+        n_kv_head=2 * config.n_kv_head,
+        n_embd=2 * config.n_embd,
+        n_mlp=2 * config.n_mlp,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- width
+
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_doubling_every_unit_keeps_the_function(shape):
@@ -34,7 +51,9 @@ def test_doubling_every_unit_keeps_the_function(shape):
     torch.testing.assert_close(wide(tokens()).logits, model(tokens()).logits, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize('changes', [dict(n_mlp=57), dict(n_head=5), dict(n_head=7, n_kv_head=7, n_mlp=99)])
+@pytest.mark.parametrize(
+    'changes', [dict(n_mlp=57), dict(n_head=5), dict(n_head=7, n_kv_head=7, n_mlp=99)]
+)
 def test_any_number_of_neurons_and_heads_keeps_the_function(changes):
     model = small()
     if 'n_kv_head' not in changes:
@@ -43,7 +62,17 @@ def test_any_number_of_neurons_and_heads_keeps_the_function(changes):
     torch.testing.assert_close(wide(tokens()).logits, model(tokens()).logits, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize('old, new', [((4, 2), (8, 2)), ((4, 2), (6, 3)), ((4, 2), (8, 4)), ((4, 1), (5, 1)), ((4, 2), (12, 4)), ((4, 4), (8, 4))])
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        ((4, 2), (8, 2)),
+        ((4, 2), (6, 3)),
+        ((4, 2), (8, 4)),
+        ((4, 1), (5, 1)),
+        ((4, 2), (12, 4)),
+        ((4, 4), (8, 4)),
+    ],
+)
 def test_grouped_queries_keep_the_function(old, new):
     model = small(n_head=old[0], n_kv_head=old[1], head_dim=8)
     wide = widen(model, grown(model, n_head=new[0], n_kv_head=new[1]), 'fpi')
@@ -61,12 +90,21 @@ def test_a_fractional_residual_width_is_near_but_not_exact():
 def test_aki_takes_new_rows_from_the_layer_above_and_fpi_from_the_same():
     model = small()
     target = grown(model, n_mlp=50)
-    fpi, aki, old = (m.state_dict() for m in (widen(model, target, 'fpi'), widen(model, target, 'aki'), model))
+    fpi, aki, old = (
+        m.state_dict() for m in (widen(model, target, 'fpi'), widen(model, target, 'aki'), model)
+    )
     for layer in range(3):
-        up, above = f'blocks.{layer}.mlp.up.weight', f'blocks.{min(layer + 1, 2)}.mlp.up.weight'   # the top layer has none above
-        assert torch.equal(fpi[up][40:], old[up][:10]) and torch.equal(aki[up][40:], old[above][:10])
+        up, above = (
+            f'blocks.{layer}.mlp.up.weight',
+            f'blocks.{min(layer + 1, 2)}.mlp.up.weight',
+        )  # the top layer has none above
+        assert torch.equal(fpi[up][40:], old[up][:10]) and torch.equal(
+            aki[up][40:], old[above][:10]
+        )
         assert torch.equal(fpi[up][:40], old[up]) and torch.equal(aki[up][:40], old[up])
-        assert torch.equal(aki[f'blocks.{layer}.mlp.down.weight'], fpi[f'blocks.{layer}.mlp.down.weight'])   # its rows do not grow here
+        assert torch.equal(
+            aki[f'blocks.{layer}.mlp.down.weight'], fpi[f'blocks.{layer}.mlp.down.weight']
+        )  # its rows do not grow here
 
 
 def test_aki_in_full_differs_from_fpi_only_in_new_rows_of_linear_layers():
@@ -75,18 +113,26 @@ def test_aki_in_full_differs_from_fpi_only_in_new_rows_of_linear_layers():
     fpi, aki = (widen(model, target, method).state_dict() for method in ('fpi', 'aki'))
     for name in fpi:
         same = torch.equal(fpi[name], aki[name])
-        linear = name.startswith('blocks.') and 'norm' not in name and not name.startswith('blocks.2.')
+        linear = (
+            name.startswith('blocks.') and 'norm' not in name and not name.startswith('blocks.2.')
+        )
         assert same != linear, name
-        assert torch.equal(fpi[name][:len(fpi[name]) // 2], aki[name][:len(fpi[name]) // 2])
+        assert torch.equal(fpi[name][: len(fpi[name]) // 2], aki[name][: len(fpi[name]) // 2])
 
 
 # --------------------------------------------------------------------------------------------------------------------- depth
 
+
 def test_stacking_twice_is_stacking_fourfold():
     model = small()
     twice, once = deepen(deepen(model, 6), 12), deepen(model, 12)
-    assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True))
-    assert torch.equal(once.state_dict()['blocks.10.attn.q.weight'], model.state_dict()['blocks.1.attn.q.weight'])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True)
+    )
+    assert torch.equal(
+        once.state_dict()['blocks.10.attn.q.weight'], model.state_dict()['blocks.1.attn.q.weight']
+    )
 
 
 def test_copied_layers_share_no_memory():
@@ -96,6 +142,7 @@ def test_copied_layers_share_no_memory():
 
 
 # --------------------------------------------------------------------------------------------------------------------- both
+
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('width', ['fpi', 'aki'])
@@ -111,12 +158,23 @@ def test_a_grown_model_is_complete_trainable_and_of_the_dtype_it_was(shape, widt
 def test_growing_to_the_same_size_changes_nothing():
     model = small()
     same = grow(model, model.config)
-    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(n_embd=16, head_dim=8), 'n_embd 32 -> 16'), (dict(n_layer=2), 'n_layer 3 -> 2'), (dict(head_dim=16), 'head_dim 8 -> 16'), (dict(norm='layer'), 'norm rms -> layer'),
-    (dict(vocab_size=60), 'vocab_size 61 -> 60'), (dict(tied=True), 'tied False -> True')])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(n_embd=16, head_dim=8), 'n_embd 32 -> 16'),
+        (dict(n_layer=2), 'n_layer 3 -> 2'),
+        (dict(head_dim=16), 'head_dim 8 -> 16'),
+        (dict(norm='layer'), 'norm rms -> layer'),
+        (dict(vocab_size=60), 'vocab_size 61 -> 60'),
+        (dict(tied=True), 'tied False -> True'),
+    ],
+)
 def test_targets_that_cannot_be_reached_are_refused_by_name(changes, words):
     with pytest.raises(UserError, match=words):
         grow(small(), grown(small(), **changes))
@@ -124,17 +182,22 @@ def test_targets_that_cannot_be_reached_are_refused_by_name(changes, words):
 
 def test_a_query_head_is_never_lost():
     model = small(n_head=8, n_kv_head=2, head_dim=8)
-    with pytest.raises(UserError, match='lose query heads'):   # the second group would keep 3 of its 4 queries
+    with pytest.raises(
+        UserError, match='lose query heads'
+    ):  # the second group would keep 3 of its 4 queries
         widen(model, grown(model, n_head=9, n_kv_head=3), 'fpi')
 
 
-@pytest.mark.parametrize('call', [lambda m: grow(m, m.config, width='akj'), lambda m: grow(m, m.config, depth='stak')])
+@pytest.mark.parametrize(
+    'call', [lambda m: grow(m, m.config, width='akj'), lambda m: grow(m, m.config, depth='stak')]
+)
 def test_unknown_operators_name_the_nearest(call):
     with pytest.raises(UserError, match='did you mean (aki|stack)'):
         call(small())
 
 
 # --------------------------------------------------------------------------------------------------------------------- the optimizer
+
 
 def trained(steps=5):
     """A model and its AdamW after a few steps."""
@@ -164,9 +227,21 @@ def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
     """At 2x every copy's moments are those of its unit times the dual factor, so Adam moves all copies of a unit alike."""
     model, optimizer = trained()
     target = double_width(model.config)
-    moments = grow_optimizer(dict(step=5, exp_avg={n: optimizer.state[p]['exp_avg'] for n, p in model.named_parameters()},
-                                  exp_avg_sq={n: optimizer.state[p]['exp_avg_sq'] for n, p in model.named_parameters()}), model.config, target, 'lossless', 'stack')
-    torch.testing.assert_close(moments['exp_avg']['blocks.1.mlp.up.weight'][40:, :32], optimizer.state[model.blocks[1].mlp.up.weight]['exp_avg'] / 2)
+    moments = grow_optimizer(
+        dict(
+            step=5,
+            exp_avg={n: optimizer.state[p]['exp_avg'] for n, p in model.named_parameters()},
+            exp_avg_sq={n: optimizer.state[p]['exp_avg_sq'] for n, p in model.named_parameters()},
+        ),
+        model.config,
+        target,
+        'lossless',
+        'stack',
+    )
+    torch.testing.assert_close(
+        moments['exp_avg']['blocks.1.mlp.up.weight'][40:, :32],
+        optimizer.state[model.blocks[1].mlp.up.weight]['exp_avg'] / 2,
+    )
     big = grow(model, target, 'lossless')
     again = torch.optim.AdamW(big.parameters(), lr=1e-2)
     set_moments(big, again, moments)
@@ -178,6 +253,7 @@ def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
 
 # --------------------------------------------------------------------------------------------------------------------- on disk
 
+
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_growing_a_folder_is_growing_the_model_bit_for_bit(tmp_path, shape, dtype):
@@ -185,10 +261,14 @@ def test_growing_a_folder_is_growing_the_model_bit_for_bit(tmp_path, shape, dtyp
     model.save(tmp_path / 'small')
     target = dataclasses.replace(double_width(model.config), n_layer=5, n_mlp=99, vocab_size=64)
     for width, depth, noise in (('aki', 'bert2bert', 0.0), ('lossless', 'identity', 0.1)):
-        grow_folder(tmp_path / 'small', tmp_path / width, lambda config: target, width, depth, noise)
+        grow_folder(
+            tmp_path / 'small', tmp_path / width, lambda config: target, width, depth, noise
+        )
         found, expected = load(tmp_path / width), grow(model, target, width, depth, noise)
         assert found.config == target and not (tmp_path / f'{width}.partial').exists()
-        for (name, a), b in zip(found.state_dict().items(), expected.state_dict().values(), strict=True):
+        for (name, a), b in zip(
+            found.state_dict().items(), expected.state_dict().values(), strict=True
+        ):
             assert a.dtype == dtype and torch.equal(a, b), name
 
 
@@ -197,12 +277,32 @@ def test_grown_models_open_in_transformers_with_the_same_logits(tmp_path, shape)
     transformers = pytest.importorskip('transformers')
     model = small(**SHAPES[shape]).float()
     model.save(tmp_path / 'small')
-    target = dataclasses.replace(model.config, n_embd=48, n_head=6, n_kv_head=6 * model.config.n_kv_head // 4 or 1, n_mlp=70, n_layer=4)
-    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target, 'lossless', 'identity', noise=0.1)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'large', dtype=torch.float32).eval()
+    target = dataclasses.replace(
+        model.config,
+        n_embd=48,
+        n_head=6,
+        n_kv_head=6 * model.config.n_kv_head // 4 or 1,
+        n_mlp=70,
+        n_layer=4,
+    )
+    grow_folder(
+        tmp_path / 'small',
+        tmp_path / 'large',
+        lambda config: target,
+        'lossless',
+        'identity',
+        noise=0.1,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'large', dtype=torch.float32
+    ).eval()
     x = tokens()
-    torch.testing.assert_close(theirs(x).logits, load(tmp_path / 'large')(x).logits, atol=2e-5, rtol=0)
-    torch.testing.assert_close(theirs(x).logits, model(x).logits, atol=2e-4, rtol=0)   # lossless, in float32
+    torch.testing.assert_close(
+        theirs(x).logits, load(tmp_path / 'large')(x).logits, atol=2e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        theirs(x).logits, model(x).logits, atol=2e-4, rtol=0
+    )  # lossless, in float32
 
 
 def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
@@ -214,6 +314,7 @@ def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeyp
         if name == 'blocks.1.mlp.down.weight':
             raise KeyboardInterrupt
         yield from pieces(growth, name, fetch, moment)
+
     pieces = expand.Growth.pieces
     with monkeypatch.context() as patch:
         patch.setattr(expand.Growth, 'pieces', pull_the_plug)
@@ -248,29 +349,55 @@ print('PEAK', peak - before)
 """
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the memory of a process as Linux shows it')
+@pytest.mark.skipif(
+    not os.path.exists('/proc/self/status'),
+    reason='reads the memory of a process as Linux shows it',
+)
 def test_growing_a_folder_never_holds_a_model(tmp_path):
     """Peak memory: under 1.3 times the largest tensor and 16 MB of buffers, for a model five times as large as that."""
     config = GPTConfig(n_layer=4, n_head=8, n_embd=512, n_mlp=2048, vocab_size=20000, block_size=64)
     GPT(config).save(tmp_path / 'small')
-    process = run_command('-c', WATCH_MEMORY, tmp_path / 'small', tmp_path / 'large', '--to=stk2', '--width=aki')
+    process = run_command(
+        '-c', WATCH_MEMORY, tmp_path / 'small', tmp_path / 'large', '--to=stk2', '--width=aki'
+    )
     peak, largest = int(process.stdout.split('PEAK')[1]), 20000 * 512 * 4
     assert (tmp_path / 'large' / 'model.safetensors').stat().st_size > 4 * largest
-    assert peak < 1.3 * largest + 2 ** 24, (peak / 1e6, process.stderr)
+    assert peak < 1.3 * largest + 2**24, (peak / 1e6, process.stderr)
 
 
 def test_growing_on_the_command_line(tmp_path):
     GPT(GPTConfig.named('32x2', vocab_size=61, block_size=24)).save(tmp_path / 'small')
-    process = run_command('expand.py', tmp_path / 'small', tmp_path / 'large', '--to=48x4', '--width=lossless', '--depth=interleave')
-    assert process.returncode == 0 and load(tmp_path / 'large').config == GPTConfig.named('48x4', vocab_size=61, block_size=24), process.stderr
-    for arguments, word in (([], 'SOURCE TARGET'), ([tmp_path / 'small', tmp_path / 'x', '--to=16x2'], 'n_head 2 -> 1 is smaller'), ([tmp_path / 'no', tmp_path / 'x', '--to=exp'], 'config.json')):
+    process = run_command(
+        'expand.py',
+        tmp_path / 'small',
+        tmp_path / 'large',
+        '--to=48x4',
+        '--width=lossless',
+        '--depth=interleave',
+    )
+    assert process.returncode == 0 and load(tmp_path / 'large').config == GPTConfig.named(
+        '48x4', vocab_size=61, block_size=24
+    ), process.stderr
+    for arguments, word in (
+        ([], 'SOURCE TARGET'),
+        ([tmp_path / 'small', tmp_path / 'x', '--to=16x2'], 'n_head 2 -> 1 is smaller'),
+        ([tmp_path / 'no', tmp_path / 'x', '--to=exp'], 'config.json'),
+    ):
         process = run_command('expand.py', *arguments)
-        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+        assert (
+            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
+        ), process.stderr
 
 
-@pytest.mark.parametrize('damage, word', [
-    (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'), (lambda f: (f / 'model.safetensors').unlink(), 'tensors missing'),
-    (lambda f: (f / 'config.json').write_text('{'), 'damaged'), (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba')])
+@pytest.mark.parametrize(
+    'damage, word',
+    [
+        (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'),
+        (lambda f: (f / 'model.safetensors').unlink(), 'tensors missing'),
+        (lambda f: (f / 'config.json').write_text('{'), 'damaged'),
+        (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba'),
+    ],
+)
 def test_damaged_folders_are_not_grown(tmp_path, damage, word):
     small().save(tmp_path / 'small')
     damage(tmp_path / 'small')
@@ -280,15 +407,20 @@ def test_damaged_folders_are_not_grown(tmp_path, damage, word):
 
 # --------------------------------------------------------------------------------------------------------------------- the method
 
+
 @pytest.mark.parametrize('factor', [1, 2])
 def test_token_allocation_gives_the_papers_tables(factor):
     scratch = [factor * t for t in (20e9, 40e9, 80e9, 160e9)]
-    assert allocate_tokens([1e9, 2e9, 4e9, 8e9], scratch) == [factor * t for t in (20e9, 30e9, 60e9, 120e9)]   # Tables 7 and 8
+    assert allocate_tokens([1e9, 2e9, 4e9, 8e9], scratch) == [
+        factor * t for t in (20e9, 30e9, 60e9, 120e9)
+    ]  # Tables 7 and 8
 
 
 def test_the_family_costs_what_its_largest_member_costs():
     params, scratch = [3e6, 5e6, 11e6], [6e7, 1e8, 3e8]
-    assert sum(x * t for x, t in zip(params, allocate_tokens(params, scratch))) == pytest.approx(params[-1] * scratch[-1])
+    assert sum(x * t for x, t in zip(params, allocate_tokens(params, scratch))) == pytest.approx(
+        params[-1] * scratch[-1]
+    )
 
 
 def test_sizes_too_close_for_the_budget_are_refused():
@@ -298,29 +430,74 @@ def test_sizes_too_close_for_the_budget_are_refused():
 
 def planned(**knobs):
     """The stages of a Progressive run that trains nothing."""
+
     def pretend(stage):
-        return Result(stage.name, stage.name, 1, stage.params, int(stage.tokens), 6 * stage.params * stage.tokens, stage.inherited_flops, stage.baseline_flops,
-                      1.0, 1.0, int(stage.tokens) + (stage.parent.position if stage.parent else 0), 0.0)
+        return Result(
+            stage.name,
+            stage.name,
+            1,
+            stage.params,
+            int(stage.tokens),
+            6 * stage.params * stage.tokens,
+            stage.inherited_flops,
+            stage.baseline_flops,
+            1.0,
+            1.0,
+            int(stage.tokens) + (stage.parent.position if stage.parent else 0),
+            0.0,
+        )
+
     return list(stages_of(Progressive(**knobs), Run(data='pydocs', block_size=128), pretend))
 
 
 def test_stages_of_the_tiny_family():
     stages = planned(compare='independent')
-    assert [s.name for s, _ in stages] == ['32x2', '48x2', '64x2', '64x4', 'independent-48x2', 'independent-64x2', 'independent-64x4']
-    assert [s.start for s, _ in stages][:4] == ['random initialisation', '32x2 + aki', '48x2 + aki', '64x2 + stack']
+    assert [s.name for s, _ in stages] == [
+        '32x2',
+        '48x2',
+        '64x2',
+        '64x4',
+        'independent-48x2',
+        'independent-64x2',
+        'independent-64x4',
+    ]
+    assert [s.start for s, _ in stages][:4] == [
+        'random initialisation',
+        '32x2 + aki',
+        '48x2 + aki',
+        '64x2 + stack',
+    ]
     largest, alone = stages[3][1], stages[6][1]
-    assert largest.total_flops == pytest.approx(alone.flops) and largest.baseline_flops > 1.2 * largest.total_flops
-    assert stages[3][0].parent.position == sum(r.tokens for _, r in stages[:3])   # the data goes on from size to size
+    assert (
+        largest.total_flops == pytest.approx(alone.flops)
+        and largest.baseline_flops > 1.2 * largest.total_flops
+    )
+    assert stages[3][0].parent.position == sum(
+        r.tokens for _, r in stages[:3]
+    )  # the data goes on from size to size
 
 
 def test_independent_training_at_its_own_learning_rate_starts_with_the_smallest():
-    stages = planned(compare='independent', independent_learning_rates=(1e-3,) * 4, learning_rates=(4e-3,) * 4)
-    assert [s.name for s, _ in stages][4] == 'independent-32x2' and stages[4][0].knobs['learning_rate'] == 1e-3
+    stages = planned(
+        compare='independent', independent_learning_rates=(1e-3,) * 4, learning_rates=(4e-3,) * 4
+    )
+    assert [s.name for s, _ in stages][4] == 'independent-32x2' and stages[4][0].knobs[
+        'learning_rate'
+    ] == 1e-3
 
 
-@pytest.mark.parametrize('knobs, words', [
-    (dict(sizes=('64x4', '32x2')), 'ascending'), (dict(sizes=()), 'ascending'), (dict(batch_sizes=(1, 2)), 'batch_sizes has 2 values for 4 sizes'),
-    (dict(compare='baseline'), 'independent'), (dict(width='fpj'), 'did you mean fpi'), (dict(depth='stuck'), 'did you mean stack'), (dict(sizes=('32x2', 'gpt2')), 'cannot grow')])
+@pytest.mark.parametrize(
+    'knobs, words',
+    [
+        (dict(sizes=('64x4', '32x2')), 'ascending'),
+        (dict(sizes=()), 'ascending'),
+        (dict(batch_sizes=(1, 2)), 'batch_sizes has 2 values for 4 sizes'),
+        (dict(compare='baseline'), 'independent'),
+        (dict(width='fpj'), 'did you mean fpi'),
+        (dict(depth='stuck'), 'did you mean stack'),
+        (dict(sizes=('32x2', 'gpt2')), 'cannot grow'),
+    ],
+)
 def test_mistakes_are_found_before_anything_is_trained(knobs, words):
     with pytest.raises(UserError, match=words):
         planned(**knobs)
@@ -328,11 +505,19 @@ def test_mistakes_are_found_before_anything_is_trained(knobs, words):
 
 def test_sizes_relative_to_the_one_before():
     stages = planned(sizes=('32x2', 'exp', 'stk2'), tokens=(1e5, 1e5, 1e5), width='fpi')
-    assert [s.name for s, _ in stages] == ['32x2', '32x2-exp', '32x2-exp-stk2'] and [s.start for s, _ in stages][1:] == ['32x2 + fpi', '32x2-exp + stack']
+    assert [s.name for s, _ in stages] == ['32x2', '32x2-exp', '32x2-exp-stk2'] and [
+        s.start for s, _ in stages
+    ][1:] == ['32x2 + fpi', '32x2-exp + stack']
     exp, stk2 = stages[1][0].config, stages[2][0].config
-    assert (exp.n_embd, exp.n_head, exp.n_mlp, exp.n_layer) == (48, 3, 132, 2) and (stk2.n_embd, stk2.n_layer) == (48, 4)
+    assert (exp.n_embd, exp.n_head, exp.n_mlp, exp.n_layer) == (48, 3, 132, 2) and (
+        stk2.n_embd,
+        stk2.n_layer,
+    ) == (48, 4)
     width = GPTConfig.named('0.1b')
-    assert expand.SECOND_STAGES['exp'](width).n_embd == 880 and expand.SECOND_STAGES['stk4'](width).n_layer == 60
+    assert (
+        expand.SECOND_STAGES['exp'](width).n_embd == 880
+        and expand.SECOND_STAGES['stk4'](width).n_layer == 60
+    )
 
 
 def test_the_random_control_inherits_nothing_on_the_same_tokens():
@@ -342,23 +527,64 @@ def test_the_random_control_inherits_nothing_on_the_same_tokens():
 
 
 def test_a_family_with_grown_optimizers(data_dir, tmp_path):
-    train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--method=progressive', '--sizes=16x2,32x3', '--scratch_tokens=640,1920', '--optimizer=grown', '--noise=0.1',
-                '--width=lossless', '--depth=identity', '--block_size=16', '--eval_tokens=512', '--log_interval=1', '--device=cpu'])
+    train.main(
+        [
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path}',
+            '--method=progressive',
+            '--sizes=16x2,32x3',
+            '--scratch_tokens=640,1920',
+            '--optimizer=grown',
+            '--noise=0.1',
+            '--width=lossless',
+            '--depth=identity',
+            '--block_size=16',
+            '--eval_tokens=512',
+            '--log_interval=1',
+            '--device=cpu',
+        ]
+    )
     first = json.loads((tmp_path / '32x3' / 'metrics.jsonl').read_text().splitlines()[0])
     last = json.loads((tmp_path / '16x2' / 'metrics.jsonl').read_text().splitlines()[-1])
-    assert first['lr'] == pytest.approx(1e-3, rel=1e-2)   # no warmup
+    assert first['lr'] == pytest.approx(1e-3, rel=1e-2)  # no warmup
     assert first['loss'] < last['loss'] + 0.3 and load_moments(tmp_path / '32x3')['step'] > 5
 
 
 def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
-    train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--method=growth', '--base=16x2', '--target=32x4', '--base_tokens=640', '--tokens=320', '--seeds=2',
-                '--arms=random,fpi+stack,lossless+identity+noise+grown', '--block_size=16', '--batch_size=4', '--eval_tokens=512', '--device=cpu'])
+    train.main(
+        [
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path}',
+            '--method=growth',
+            '--base=16x2',
+            '--target=32x4',
+            '--base_tokens=640',
+            '--tokens=320',
+            '--seeds=2',
+            '--arms=random,fpi+stack,lossless+identity+noise+grown',
+            '--block_size=16',
+            '--batch_size=4',
+            '--eval_tokens=512',
+            '--device=cpu',
+        ]
+    )
     text = capsys.readouterr().out.split('against random')[1]
-    assert {line.split('|')[1].strip() for line in text.splitlines()[2:5]} == {'random', 'fpi+stack', 'lossless+identity+noise+grown'}
-    assert 'against random' in (tmp_path / 'report.md').read_text() and len(list(tmp_path.glob('*/result.json'))) == 8
+    assert {line.split('|')[1].strip() for line in text.splitlines()[2:5]} == {
+        'random',
+        'fpi+stack',
+        'lossless+identity+noise+grown',
+    }
+    assert (
+        'against random' in (tmp_path / 'report.md').read_text()
+        and len(list(tmp_path.glob('*/result.json'))) == 8
+    )
 
 
 def test_an_unknown_arm_is_refused_before_training():
-    for arm, words in (('losless+stack', 'did you mean lossless'), ('fpi', 'neither random nor'), ('fpi+stack+nois', 'neither random nor')):
+    for arm, words in (
+        ('losless+stack', 'did you mean lossless'),
+        ('fpi', 'neither random nor'),
+        ('fpi+stack+nois', 'neither random nor'),
+    ):
         with pytest.raises(UserError, match=words):
             list(stages_of(GrowthComparison(arms=(arm,)), Run(block_size=128), None))

@@ -1,4 +1,5 @@
 """The head's loss in chunks: the plain computation's values and gradients, at any chunk size, with and without a teacher."""
+
 import pytest
 import torch
 
@@ -8,22 +9,41 @@ from head import head_loss, plain_head_loss
 
 def drawn(seed=0, n=(3, 7), width=8, vocab=11, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = (torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True) for shape in ((*n, width), (vocab, width)))
+    hidden, weight = (
+        torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
+        for shape in ((*n, width), (vocab, width))
+    )
     targets = torch.randint(vocab, n, generator=generator)
     targets[0, :3] = -100
-    teacher = torch.randn(*n, 5, generator=generator, dtype=dtype), torch.randn(vocab + 3, 5, generator=generator, dtype=dtype)
+    teacher = (
+        torch.randn(*n, 5, generator=generator, dtype=dtype),
+        torch.randn(vocab + 3, 5, generator=generator, dtype=dtype),
+    )
     return hidden, weight, targets, teacher
 
 
 @pytest.mark.parametrize('chunk', [1, 4, 100])
-@pytest.mark.parametrize('taught, alpha, temperature, reverse', [(False, 0.5, 1.0, False), (True, 0.5, 1.0, False), (True, 0.3, 2.5, False), (True, 0.0, 1.0, True), (True, 0.3, 2.5, True)])
-def test_values_and_gradients_are_those_of_the_plain_computation(monkeypatch, chunk, taught, alpha, temperature, reverse):
+@pytest.mark.parametrize(
+    'taught, alpha, temperature, reverse',
+    [
+        (False, 0.5, 1.0, False),
+        (True, 0.5, 1.0, False),
+        (True, 0.3, 2.5, False),
+        (True, 0.0, 1.0, True),
+        (True, 0.3, 2.5, True),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_plain_computation(
+    monkeypatch, chunk, taught, alpha, temperature, reverse
+):
     monkeypatch.setattr(head, 'chunk_positions', lambda vocab_size, device: chunk)
     hidden, weight, targets, teacher = drawn()
     results = []
     for function in (head_loss, plain_head_loss):
         hidden.grad = weight.grad = None
-        values = function(hidden, weight, targets, teacher if taught else None, alpha, temperature, reverse)
+        values = function(
+            hidden, weight, targets, teacher if taught else None, alpha, temperature, reverse
+        )
         (3 * values[0]).backward()
         results.append([*(v.detach().double() for v in values), hidden.grad, weight.grad])
     for ours, plain in zip(*results, strict=True):
@@ -42,7 +62,9 @@ def test_bfloat16_keeps_the_loss_in_float32():
     exact = head_loss(hidden, weight, targets)[0]
     with torch.autocast('cpu', torch.bfloat16):
         rounded = head_loss(hidden, weight, targets)[0]
-    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(
+        exact.item(), rel=2e-3
+    )
     rounded.backward()
     assert weight.grad.dtype == torch.float32
 
@@ -60,7 +82,11 @@ def test_it_compiles_without_graph_breaks():
 def test_a_vocabulary_of_an_odd_size_is_padded_where_nobody_sees_it(monkeypatch, taught):
     hidden, weight, targets, teacher = drawn(n=(4, 16), width=16, vocab=61, dtype=torch.float32)
     padded = head.aligned(weight.detach(), torch.bfloat16)
-    assert padded.shape == (64, 16) and not padded[61:].any() and head.aligned(weight, torch.float32) is weight
+    assert (
+        padded.shape == (64, 16)
+        and not padded[61:].any()
+        and head.aligned(weight, torch.float32) is weight
+    )
     results = []
     for align in (head.aligned, lambda weight, dtype: weight.to(dtype)):
         monkeypatch.setattr(head, 'aligned', align)

@@ -1,4 +1,5 @@
 """Parity with transformers, in both directions: logits, loss and gradients of every family that is read and written."""
+
 import json
 import shutil
 
@@ -17,27 +18,85 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 SMALL = dict(vocab_size=61, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
-LLAMA3 = dict(rope_type='llama3', rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(
+    rope_type='llama3',
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 
 
 def theirs(name):
     """A randomly initialised model of transformers, with gains and biases that are not 1 and 0, in float64."""
     make = {
         'llama': lambda: transformers.LlamaConfig(**SMALL, hidden_size=32, intermediate_size=40),
-        'llama grouped, tied': lambda: transformers.LlamaConfig(**SMALL, hidden_size=32, intermediate_size=40, num_key_value_heads=2, tie_word_embeddings=True),
-        'llama 3': lambda: transformers.LlamaConfig(**SMALL, hidden_size=32, intermediate_size=40, num_key_value_heads=1, rope_parameters=LLAMA3),
-        'llama odd': lambda: transformers.LlamaConfig(**{**SMALL, 'num_attention_heads': 3}, hidden_size=30, intermediate_size=41, head_dim=8, attention_bias=True, mlp_bias=True),
-        'qwen3': lambda: transformers.Qwen3Config(**SMALL, hidden_size=32, intermediate_size=40, num_key_value_heads=2, head_dim=16),
-        'qwen3 tied, odd': lambda: transformers.Qwen3Config(**{**SMALL, 'num_attention_heads': 5}, hidden_size=24, intermediate_size=33, num_key_value_heads=5, head_dim=6,
-                                                            tie_word_embeddings=True),
+        'llama grouped, tied': lambda: transformers.LlamaConfig(
+            **SMALL,
+            hidden_size=32,
+            intermediate_size=40,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        'llama 3': lambda: transformers.LlamaConfig(
+            **SMALL,
+            hidden_size=32,
+            intermediate_size=40,
+            num_key_value_heads=1,
+            rope_parameters=LLAMA3,
+        ),
+        'llama odd': lambda: transformers.LlamaConfig(
+            **{**SMALL, 'num_attention_heads': 3},
+            hidden_size=30,
+            intermediate_size=41,
+            head_dim=8,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        'qwen3': lambda: transformers.Qwen3Config(
+            **SMALL, hidden_size=32, intermediate_size=40, num_key_value_heads=2, head_dim=16
+        ),
+        'qwen3 tied, odd': lambda: transformers.Qwen3Config(
+            **{**SMALL, 'num_attention_heads': 5},
+            hidden_size=24,
+            intermediate_size=33,
+            num_key_value_heads=5,
+            head_dim=6,
+            tie_word_embeddings=True,
+        ),
         'pythia': lambda: transformers.GPTNeoXConfig(**SMALL, hidden_size=32, intermediate_size=40),
         'pythia half rotary, odd heads, sequential': lambda: transformers.GPTNeoXConfig(
-            **{**SMALL, 'num_attention_heads': 3}, hidden_size=24, intermediate_size=40, use_parallel_residual=False, hidden_act='gelu_new',
-            rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5)),
-        'gpt2': lambda: transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64),
-        'gpt2 exact gelu, odd heads, untied': lambda: transformers.GPT2Config(vocab_size=61, n_embd=36, n_layer=2, n_head=3, n_inner=50, n_positions=40, activation_function='gelu',
-                                                                              tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True),
-        'opt': lambda: transformers.OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=40, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32),
+            **{**SMALL, 'num_attention_heads': 3},
+            hidden_size=24,
+            intermediate_size=40,
+            use_parallel_residual=False,
+            hidden_act='gelu_new',
+            rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=0.5),
+        ),
+        'gpt2': lambda: transformers.GPT2Config(
+            vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64
+        ),
+        'gpt2 exact gelu, odd heads, untied': lambda: transformers.GPT2Config(
+            vocab_size=61,
+            n_embd=36,
+            n_layer=2,
+            n_head=3,
+            n_inner=50,
+            n_positions=40,
+            activation_function='gelu',
+            tie_word_embeddings=False,
+            scale_attn_by_inverse_layer_idx=True,
+        ),
+        'opt': lambda: transformers.OPTConfig(
+            vocab_size=61,
+            hidden_size=32,
+            ffn_dim=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+        ),
     }
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(make[name]()).double().eval()
@@ -47,15 +106,30 @@ def theirs(name):
     return model
 
 
-NAMES = ['llama', 'llama grouped, tied', 'llama 3', 'llama odd', 'qwen3', 'qwen3 tied, odd', 'pythia', 'pythia half rotary, odd heads, sequential', 'gpt2',
-         'gpt2 exact gelu, odd heads, untied', 'opt']
+NAMES = [
+    'llama',
+    'llama grouped, tied',
+    'llama 3',
+    'llama odd',
+    'qwen3',
+    'qwen3 tied, odd',
+    'pythia',
+    'pythia half rotary, odd heads, sequential',
+    'gpt2',
+    'gpt2 exact gelu, odd heads, untied',
+    'opt',
+]
 
 
 @pytest.fixture(autouse=True)
 def norms_in_double(monkeypatch):
     """transformers' RMSNorm works in float32 whatever the weights are; for the comparison in float64 it must not."""
+
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaRMSNorm, 'forward', forward)
     monkeypatch.setattr(transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm, 'forward', forward)
 
@@ -64,15 +138,26 @@ def compare(theirs, ours, tolerance):
     """Logits, loss and the gradient of every tensor."""
     x = tokens(2, 24)
     logits = [model(x).logits for model in (theirs, ours)]
-    losses = [torch.nn.functional.cross_entropy(of_model[:, :-1].flatten(0, 1), x[:, 1:].flatten()) for of_model in logits]
-    assert (logits[0] - logits[1]).abs().max() <= tolerance and (losses[0] - losses[1]).abs() <= tolerance
+    losses = [
+        torch.nn.functional.cross_entropy(of_model[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        for of_model in logits
+    ]
+    assert (logits[0] - logits[1]).abs().max() <= tolerance and (
+        losses[0] - losses[1]
+    ).abs() <= tolerance
     for loss in losses:
         loss.backward()
-    own = tensors_to_hugging_face(ours.config, {name: p.grad for name, p in ours.named_parameters()})
+    own = tensors_to_hugging_face(
+        ours.config, {name: p.grad for name, p in ours.named_parameters()}
+    )
     padding = theirs.get_input_embeddings().padding_idx
     for name, p in theirs.named_parameters():
-        difference = (p.grad - own[name if name in own else 'embed_out.weight']).abs()   # GPT-NeoX: saved as embed_out
-        if name.endswith('embed_tokens.weight') and padding is not None:   # transformers gives OPT's padding token no gradient
+        difference = (
+            p.grad - own[name if name in own else 'embed_out.weight']
+        ).abs()  # GPT-NeoX: saved as embed_out
+        if (
+            name.endswith('embed_tokens.weight') and padding is not None
+        ):  # transformers gives OPT's padding token no gradient
             difference[padding] = 0
         assert difference.max() <= tolerance, name
 
@@ -88,8 +173,10 @@ def test_their_model_in_ours_and_ours_back_in_theirs(tmp_path, name, dtype, tole
     ours.save(tmp_path / 'ours')
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours', dtype=dtype).eval()
     assert type(back) is type(model)
-    for (one, a), (other, b) in zip(sorted(model.state_dict().items()), sorted(back.state_dict().items()), strict=True):
-        if 'embed_positions' in one:   # OPT's two rows before the first position are for padding
+    for (one, a), (other, b) in zip(
+        sorted(model.state_dict().items()), sorted(back.state_dict().items()), strict=True
+    ):
+        if 'embed_positions' in one:  # OPT's two rows before the first position are for padding
             a, b = a[2:], b[2:]
         assert one == other and torch.equal(a, b), one
     compare(back, load(tmp_path / 'ours'), tolerance)
@@ -113,9 +200,25 @@ def test_public_models_grow_on_disk_without_changing_what_they_say(tmp_path, nam
     model = theirs(name)
     model.save_pretrained(tmp_path / 'small')
     config = load(tmp_path / 'small').config
-    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda c: GPTConfig(**{
-        **vars(c), 'n_layer': c.n_layer + 2, 'n_mlp': c.n_mlp + 7, 'n_embd': 2 * c.n_embd, 'n_head': 2 * c.n_head, 'n_kv_head': 2 * c.n_kv_head}), 'lossless', 'identity')
-    large = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'large', dtype=torch.float64)
+    grow_folder(
+        tmp_path / 'small',
+        tmp_path / 'large',
+        lambda c: GPTConfig(
+            **{
+                **vars(c),
+                'n_layer': c.n_layer + 2,
+                'n_mlp': c.n_mlp + 7,
+                'n_embd': 2 * c.n_embd,
+                'n_head': 2 * c.n_head,
+                'n_kv_head': 2 * c.n_kv_head,
+            }
+        ),
+        'lossless',
+        'identity',
+    )
+    large = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'large', dtype=torch.float64
+    )
     x = tokens(2, 24)
     assert large.config.num_hidden_layers == config.n_layer + 2
     assert (large(x).logits - model(x).logits).abs().max() < 1e-8
@@ -124,25 +227,45 @@ def test_public_models_grow_on_disk_without_changing_what_they_say(tmp_path, nam
 def test_openai_layout_of_gpt2_is_read(tmp_path):
     """The original files have no prefix, and carry the causal mask."""
     from safetensors.torch import load_file, save_file
+
     model = theirs('gpt2').float()
     model.save_pretrained(tmp_path)
-    old = {k.removeprefix('transformer.'): v for k, v in load_file(tmp_path / 'model.safetensors').items()}
+    old = {
+        k.removeprefix('transformer.'): v
+        for k, v in load_file(tmp_path / 'model.safetensors').items()
+    }
     save_file(old | {'h.0.attn.bias': torch.ones(1, 1, 4, 4)}, tmp_path / 'model.safetensors')
     compare(model, load(tmp_path), 1e-4)
 
 
 def test_family_of_every_kind():
-    kinds = {'llama': {}, 'qwen3': dict(qk_norm=True), 'gpt2': dict(norm='layer', act='gelu', pos='learned'), 'opt': dict(norm='layer', act='relu', pos='learned', bias=True),
-             'gpt_neox': dict(norm='layer', act='gelu_exact', parallel=True, bias=True), None: dict(norm='layer', act='swiglu')}
+    kinds = {
+        'llama': {},
+        'qwen3': dict(qk_norm=True),
+        'gpt2': dict(norm='layer', act='gelu', pos='learned'),
+        'opt': dict(norm='layer', act='relu', pos='learned', bias=True),
+        'gpt_neox': dict(norm='layer', act='gelu_exact', parallel=True, bias=True),
+        None: dict(norm='layer', act='swiglu'),
+    }
     for model_type, changes in kinds.items():
         config = GPTConfig(n_layer=1, n_head=2, n_embd=16, **changes)
-        assert family_of(config) == model_type and config_to_hugging_face(config)['model_type'] == (model_type or 'nanofamily')
+        assert family_of(config) == model_type and config_to_hugging_face(config)['model_type'] == (
+            model_type or 'nanofamily'
+        )
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(model_type='mamba'), 'model type that is read here .mamba.'), (dict(hidden_act='gelu'), "hidden_act='gelu' is not read here"), (dict(mlp_bias=True), 'attention or MLP alone'),
-    (dict(rope_parameters=dict(rope_type='yarn', factor=2)), 'RoPE of the type .yarn.'), (dict(num_attention_heads=3, head_dim=None), 'n_kv_head'), (dict(vocab_size=60), 'shape'),
-    (dict(num_hidden_layers=2), 'surplus.*layers.2')])
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(model_type='mamba'), 'model type that is read here .mamba.'),
+        (dict(hidden_act='gelu'), "hidden_act='gelu' is not read here"),
+        (dict(mlp_bias=True), 'attention or MLP alone'),
+        (dict(rope_parameters=dict(rope_type='yarn', factor=2)), 'RoPE of the type .yarn.'),
+        (dict(num_attention_heads=3, head_dim=None), 'n_kv_head'),
+        (dict(vocab_size=60), 'shape'),
+        (dict(num_hidden_layers=2), 'surplus.*layers.2'),
+    ],
+)
 def test_what_our_block_does_not_compute_is_refused(tmp_path, changes, words):
     theirs('llama').save_pretrained(tmp_path)
     path = tmp_path / 'config.json'
@@ -163,5 +286,7 @@ def test_hub_names_without_a_network(monkeypatch):
         model_folder('someone/something')
     monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
     monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(UserError, match='the Hugging Face hub, where other/thing is, cannot be reached'):
+    with pytest.raises(
+        UserError, match='the Hugging Face hub, where other/thing is, cannot be reached'
+    ):
         hugging_face.model_folder('other/thing')

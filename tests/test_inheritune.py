@@ -1,4 +1,5 @@
 """Inheritune: the measures on closed cases, what is inherited from where, and Algorithm 1's control flow."""
+
 import dataclasses
 
 import pytest
@@ -6,7 +7,18 @@ import torch
 
 from configurator import Result, UserError
 from conftest import run_command
-from inheritune import (Inheritune, alternate_layers, analyse, attention_maps, attention_rank, column_mass, half_width, inherit, inherit_next, lazy_layers)
+from inheritune import (
+    Inheritune,
+    alternate_layers,
+    analyse,
+    attention_maps,
+    attention_rank,
+    column_mass,
+    half_width,
+    inherit,
+    inherit_next,
+    lazy_layers,
+)
 from model import GPT, GPTConfig
 from test_model import SHAPES, small, tokens
 from train import Run, stages_of
@@ -14,9 +26,15 @@ from train import Run, stages_of
 # --------------------------------------------------------------------------------------------------------------------- measures
 
 
-@pytest.mark.parametrize('attention, rank, mass', [
-    (torch.full((50, 50), 1 / 50), 1, 45), (torch.eye(50), 45, 45), (torch.cat((torch.ones(50, 1), torch.zeros(50, 49)), 1), 1, 1),
-    (torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])), 2, 2)])   # (9 + 4) / 14 = 93%
+@pytest.mark.parametrize(
+    'attention, rank, mass',
+    [
+        (torch.full((50, 50), 1 / 50), 1, 45),
+        (torch.eye(50), 45, 45),
+        (torch.cat((torch.ones(50, 1), torch.zeros(50, 49)), 1), 1, 1),
+        (torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])), 2, 2),
+    ],
+)  # (9 + 4) / 14 = 93%
 def test_rank_and_mass_of_closed_cases(attention, rank, mass):
     assert attention_rank(attention).item() == rank and column_mass(attention).item() == mass
 
@@ -28,9 +46,15 @@ def test_rank_against_singular_values_and_mass_against_a_loop():
         for i in range(3):
             for j in range(5):
                 energy = torch.linalg.svdvals(a[i, j].double()).square()
-                assert ranks[i, j] == next(k for k in range(1, 21) if energy[:k].sum() >= threshold * energy.sum() - 1e-12)
+                assert ranks[i, j] == next(
+                    k for k in range(1, 21) if energy[:k].sum() >= threshold * energy.sum() - 1e-12
+                )
                 columns = a[i, j].double().square().sum(0).sort(descending=True).values
-                assert masses[i, j] == next(m for m in range(1, 21) if columns[:m].sum() >= threshold * columns.sum() - 1e-12)
+                assert masses[i, j] == next(
+                    m
+                    for m in range(1, 21)
+                    if columns[:m].sum() >= threshold * columns.sum() - 1e-12
+                )
 
 
 def test_a_band_has_its_share_of_columns():
@@ -46,19 +70,24 @@ def test_maps_are_those_the_model_uses(shape):
     for a in maps:
         torch.testing.assert_close(a.sum(-1), torch.ones(2, 4, 16))
         assert (a.triu(1) == 0).all()
-    block, h = model.blocks[0], model.wte(x) if model.wpe is None else model.wte(x) + model.wpe.weight[:16]
+    block, h = (
+        model.blocks[0],
+        model.wte(x) if model.wpe is None else model.wte(x) + model.wpe.weight[:16],
+    )
     h = block.norm1(h)
     v = block.attn.v(h).view(2, 16, -1, 8 if shape != 'qwen3' else 12).transpose(1, 2)
     mixed = maps[0].double() @ v.repeat_interleave(4 // v.shape[1], 1)
     rope = None if model.wpe is not None else (model.cos[:16], model.sin[:16])
-    torch.testing.assert_close(block.attn.o(mixed.transpose(1, 2).flatten(2)), block.attn(h, rope, None), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        block.attn.o(mixed.transpose(1, 2).flatten(2)), block.attn(h, rope, None), atol=1e-6, rtol=0
+    )
     assert (next(attention_maps(model, x, causal=False)).triu(1) > 0).any()
 
 
 def test_lazy_layers_are_found():
     model = small()
     with torch.no_grad():
-        model.blocks[2].attn.q.weight.zero_()   # every query the same: uniform rows
+        model.blocks[2].attn.q.weight.zero_()  # every query the same: uniform rows
     rank, mass = analyse(model, tokens(6, 20), causal=False, batch_size=4)
     assert rank.shape == mass.shape == (3, 6) and (rank[2] == 1).all() and (mass[2] == 18).all()
     assert lazy_layers(rank) == [3]
@@ -66,51 +95,79 @@ def test_lazy_layers_are_found():
 
 # --------------------------------------------------------------------------------------------------------------------- inheriting
 
+
 @pytest.mark.parametrize('shape', SHAPES)
 def test_inherited_logits_are_those_of_the_truncated_reference(shape):
     reference = small(**SHAPES[shape])
     child = inherit(reference, 2)
     hidden = reference(tokens(), hidden_at=2).hidden
-    torch.testing.assert_close(child(tokens()).logits, reference.norm(hidden) @ reference.head_weight.T)
+    torch.testing.assert_close(
+        child(tokens()).logits, reference.norm(hidden) @ reference.head_weight.T
+    )
     assert child.config.n_layer == 2 and {p.dtype for p in child.parameters()} == {torch.float64}
 
 
 def source_of(tensor, reference):
     """The name of the reference's tensor that this one is a copy of, or None."""
-    return next((name for name, other in reference.state_dict().items() if other.shape == tensor.shape and torch.equal(other, tensor)), None)
+    return next(
+        (
+            name
+            for name, other in reference.state_dict().items()
+            if other.shape == tensor.shape and torch.equal(other, tensor)
+        ),
+        None,
+    )
 
 
-@pytest.mark.parametrize('parts', [('attention',), ('mlp',), ('attention', 'mlp'), ('attention', 'mlp', 'norms')])
+@pytest.mark.parametrize(
+    'parts', [('attention',), ('mlp',), ('attention', 'mlp'), ('attention', 'mlp', 'norms')]
+)
 def test_selected_parts_are_inherited_and_the_others_are_new(parts):
     reference = small(**SHAPES['gpt2'])
     for name, tensor in inherit(reference, 2, parts).state_dict().items():
-        part = {'attn': 'attention', 'mlp': 'mlp', 'norm1': 'norms', 'norm2': 'norms'}.get(name.split('.')[2] if name.startswith('blocks') else '')
+        part = {'attn': 'attention', 'mlp': 'mlp', 'norm1': 'norms', 'norm2': 'norms'}.get(
+            name.split('.')[2] if name.startswith('blocks') else ''
+        )
         assert (source_of(tensor, reference) == name) == (part in parts or part is None), name
 
 
 def test_chosen_layers_come_from_where_they_are_said_to():
     reference = small(n_layer=6)
     child = inherit(reference, 3, layers=[3, 4, 5])
-    assert [source_of(child.blocks[i].attn.q.weight, reference) for i in range(3)] == [f'blocks.{i}.attn.q.weight' for i in (3, 4, 5)]
-    assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21] and alternate_layers(24, 12) == list(range(0, 24, 2))   # paper 003, section 4
+    assert [source_of(child.blocks[i].attn.q.weight, reference) for i in range(3)] == [
+        f'blocks.{i}.attn.q.weight' for i in (3, 4, 5)
+    ]
+    assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21] and alternate_layers(
+        24, 12
+    ) == list(range(0, 24, 2))  # paper 003, section 4
 
 
 def test_growing_keeps_the_trained_layers_and_adds_the_references_next():
     reference, trained = small(n_layer=6), small(n_layer=2, init_std=0.1)
     child = inherit_next(reference, trained, 4)
-    assert torch.equal(child.wte.weight, trained.wte.weight) and torch.equal(child.blocks[1].mlp.up.weight, trained.blocks[1].mlp.up.weight)
+    assert torch.equal(child.wte.weight, trained.wte.weight) and torch.equal(
+        child.blocks[1].mlp.up.weight, trained.blocks[1].mlp.up.weight
+    )
     assert torch.equal(child.blocks[3].mlp.up.weight, reference.blocks[3].mlp.up.weight)
 
 
 def test_half_the_width_is_the_first_half_of_everything():
     reference = small(**SHAPES['gpt2'])
     child = half_width(reference)
-    assert (child.config.n_embd, child.config.n_head, child.config.n_mlp, child.config.n_layer) == (16, 2, 20, 3)
+    assert (child.config.n_embd, child.config.n_head, child.config.n_mlp, child.config.n_layer) == (
+        16,
+        2,
+        20,
+        3,
+    )
     for name, tensor in child.state_dict().items():
-        assert torch.equal(tensor, reference.state_dict()[name][tuple(slice(n) for n in tensor.shape)]), name
+        assert torch.equal(
+            tensor, reference.state_dict()[name][tuple(slice(n) for n in tensor.shape)]
+        ), name
 
 
 # --------------------------------------------------------------------------------------------------------------------- Algorithm 1
+
 
 def planned(losses, **knobs):
     """The stages when stage i ends with losses[i] (the last one from then on)."""
@@ -119,21 +176,45 @@ def planned(losses, **knobs):
     def pretend(stage):
         made.append(stage)
         loss = losses[min(len(made), len(losses)) - 1]
-        return Result(stage.name, stage.name, stage.config.num_params(), stage.params, int(stage.tokens), 6 * stage.params * stage.tokens, stage.inherited_flops, 0.0, loss, loss, 0, 0.0)
+        return Result(
+            stage.name,
+            stage.name,
+            stage.config.num_params(),
+            stage.params,
+            int(stage.tokens),
+            6 * stage.params * stage.tokens,
+            stage.inherited_flops,
+            0.0,
+            loss,
+            loss,
+            0,
+            0.0,
+        )
+
     method = Inheritune(**knobs)
-    results = [result for _, result in stages_of(method, Run(block_size=128, data_dir='nowhere'), pretend)]
+    results = [
+        result for _, result in stages_of(method, Run(block_size=128, data_dir='nowhere'), pretend)
+    ]
     return made, method.summary(results)
 
 
 def test_it_stops_as_soon_as_the_reference_is_matched():
     stages, text = planned([1.5, 1.5])
-    assert [s.name for s in stages] == ['reference', '4-layers'] and '4-layers matches the reference' in text and '50% fewer parameters' in text
+    assert (
+        [s.name for s in stages] == ['reference', '4-layers']
+        and '4-layers matches the reference' in text
+        and '50% fewer parameters' in text
+    )
 
 
 def test_it_grows_by_two_until_it_matches():
     stages, text = planned([1.5, 1.7, 1.6, 1.4])
-    assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers'] and [s.start for s in stages][2] == '4-layers + layers of the reference'
-    assert stages[3].parent.name == '6-layers' and stages[3].inherited_flops == sum(6 * s.params * s.tokens for s in stages[:3])
+    assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers'] and [
+        s.start for s in stages
+    ][2] == '4-layers + layers of the reference'
+    assert stages[3].parent.name == '6-layers' and stages[3].inherited_flops == sum(
+        6 * s.params * s.tokens for s in stages[:3]
+    )
 
 
 def test_it_gives_up_at_the_references_size():
@@ -144,11 +225,43 @@ def test_it_gives_up_at_the_references_size():
 
 
 def test_baselines_have_the_papers_budgets():
-    stages, _ = planned([1.5, 1.4], baselines=('random', 'random-2x', 'last-layers', 'stacking', 'hybrid-stacking', 'half-width', 'distillation', 'distilbert'))
+    stages, _ = planned(
+        [1.5, 1.4],
+        baselines=(
+            'random',
+            'random-2x',
+            'last-layers',
+            'stacking',
+            'hybrid-stacking',
+            'half-width',
+            'distillation',
+            'distilbert',
+        ),
+    )
     by_name = {s.name: s for s in stages}
-    assert set(by_name) == {'reference', '4-layers', 'random-4', 'random-2x-4', 'last-layers-4', 'stacking-2', 'stacking-4', 'hybrid-stacking-4', 'half-width', 'distillation-4', 'distilbert-4'}
-    assert by_name['random-2x-4'].tokens == 2 * by_name['random-4'].tokens and by_name['stacking-4'].parent.name == 'stacking-2'
-    assert by_name['distillation-4'].model is None and by_name['distillation-4'].objective and by_name['distilbert-4'].model and by_name['random-4'].parent is None
+    assert set(by_name) == {
+        'reference',
+        '4-layers',
+        'random-4',
+        'random-2x-4',
+        'last-layers-4',
+        'stacking-2',
+        'stacking-4',
+        'hybrid-stacking-4',
+        'half-width',
+        'distillation-4',
+        'distilbert-4',
+    }
+    assert (
+        by_name['random-2x-4'].tokens == 2 * by_name['random-4'].tokens
+        and by_name['stacking-4'].parent.name == 'stacking-2'
+    )
+    assert (
+        by_name['distillation-4'].model is None
+        and by_name['distillation-4'].objective
+        and by_name['distilbert-4'].model
+        and by_name['random-4'].parent is None
+    )
 
 
 def test_baselines_start_from_the_layers_they_name(tmp_path):
@@ -156,21 +269,40 @@ def test_baselines_start_from_the_layers_they_name(tmp_path):
     reference.save(tmp_path / 'reference')
     small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
     method, found = Inheritune(), {}
-    given = Result('reference', str(tmp_path / 'reference'), 1, 1.0, 1, 1.0, 0.0, 0.0, 1.0, 1.0, 0, 0.0)
+    given = Result(
+        'reference', str(tmp_path / 'reference'), 1, 1.0, 1, 1.0, 0.0, 0.0, 1.0, 1.0, 0, 0.0
+    )
     for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
         model = next(method.baseline(name, reference.config, given, 4)).model()
         found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
-    expected = {'last-layers': (4, 5, 6, 7), 'hybrid-stacking': (0, 1, 0, 1), 'distilbert': (0, 2, 4, 6)}
-    assert found == {name: [f'blocks.{i}.mlp.up.weight' for i in layers] for name, layers in expected.items()}
+    expected = {
+        'last-layers': (4, 5, 6, 7),
+        'hybrid-stacking': (0, 1, 0, 1),
+        'distilbert': (0, 2, 4, 6),
+    }
+    assert found == {
+        name: [f'blocks.{i}.mlp.up.weight' for i in layers] for name, layers in expected.items()
+    }
     stages = method.baseline('stacking', reference.config, given, 4)
     next(stages)
     stacked = stages.send(dataclasses.replace(given, folder=str(tmp_path / 'stacking-2'))).model()
-    assert torch.equal(stacked.blocks[0].attn.q.weight, stacked.blocks[2].attn.q.weight) and stacked.config.n_layer == 4
+    assert (
+        torch.equal(stacked.blocks[0].attn.q.weight, stacked.blocks[2].attn.q.weight)
+        and stacked.config.n_layer == 4
+    )
 
 
-@pytest.mark.parametrize('knobs, words', [
-    (dict(size='64x5'), 'no whole number of layers'), (dict(start_fraction=1.5), 'between'), (dict(baselines=('stackin',)), 'did you mean stacking'), (dict(parts=('atention',)), 'did you mean attention'),
-    (dict(regrow='again'), 'way to regrow'), (dict(reference='nowhere'), 'not a model folder')])
+@pytest.mark.parametrize(
+    'knobs, words',
+    [
+        (dict(size='64x5'), 'no whole number of layers'),
+        (dict(start_fraction=1.5), 'between'),
+        (dict(baselines=('stackin',)), 'did you mean stacking'),
+        (dict(parts=('atention',)), 'did you mean attention'),
+        (dict(regrow='again'), 'way to regrow'),
+        (dict(reference='nowhere'), 'not a model folder'),
+    ],
+)
 def test_mistakes_are_found_before_anything_is_trained(knobs, words):
     with pytest.raises(UserError, match=words):
         planned([1.0], **knobs)
@@ -188,18 +320,51 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
 
 def test_a_given_reference_starts_the_children(data_dir, tmp_path):
     import train
-    common = [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=512', '--batch_size=4', '--device=cpu']
+
+    common = [
+        f'--data_dir={data_dir}',
+        '--block_size=16',
+        '--eval_tokens=512',
+        '--batch_size=4',
+        '--device=cpu',
+    ]
     GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16)).save(tmp_path / 'public')
-    train.main([*common, f'--out_dir={tmp_path}/run', '--method=inheritune', f'--reference={tmp_path}/public', '--tokens=320', '--grow_by=1', '--baselines=distillation'])
-    assert {p.parent.name for p in (tmp_path / 'run').glob('*/result.json')} == {'1-layers', 'distillation-1'}
+    train.main(
+        [
+            *common,
+            f'--out_dir={tmp_path}/run',
+            '--method=inheritune',
+            f'--reference={tmp_path}/public',
+            '--tokens=320',
+            '--grow_by=1',
+            '--baselines=distillation',
+        ]
+    )
+    assert {p.parent.name for p in (tmp_path / 'run').glob('*/result.json')} == {
+        '1-layers',
+        'distillation-1',
+    }
     assert '1-layers matches the reference' in (tmp_path / 'run' / 'report.md').read_text()
 
 
 def test_command_line(data_dir, tmp_path):
-    GPT(dataclasses.replace(GPTConfig.named('16x2', vocab_size=257), block_size=40)).save(tmp_path / 'model')
-    process = run_command('inheritune.py', tmp_path / 'model', f'--data_dir={data_dir}', '--samples=6', '--length=40')
+    GPT(dataclasses.replace(GPTConfig.named('16x2', vocab_size=257), block_size=40)).save(
+        tmp_path / 'model'
+    )
+    process = run_command(
+        'inheritune.py', tmp_path / 'model', f'--data_dir={data_dir}', '--samples=6', '--length=40'
+    )
     assert process.returncode == 0 and 'lazy layers' in process.stdout, process.stderr
-    assert all((tmp_path / 'model' / name).stat().st_size > 100 for name in ('attention.md', 'attention.png', 'attention_maps.png'))
-    for arguments, word in (([], 'which model'), ([tmp_path / 'model', '--length=41'], '40 tokens at most'), ([tmp_path / 'no'], 'config.json')):
+    assert all(
+        (tmp_path / 'model' / name).stat().st_size > 100
+        for name in ('attention.md', 'attention.png', 'attention_maps.png')
+    )
+    for arguments, word in (
+        ([], 'which model'),
+        ([tmp_path / 'model', '--length=41'], '40 tokens at most'),
+        ([tmp_path / 'no'], 'config.json'),
+    ):
         process = run_command('inheritune.py', *arguments, f'--data_dir={data_dir}')
-        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+        assert (
+            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
+        ), process.stderr

@@ -1,4 +1,5 @@
 """Instructions and answers: the papers' prompts, masked in the loss; every set's rows in words; files that are none."""
+
 import json
 
 import numpy as np
@@ -12,11 +13,22 @@ from data.loader import open_corpus
 from data.prepare import Preparation, prepare
 from model import load
 
-ROWS = {   # a row of each set as its repository has it -> what is answered
-    'dolly': (dict(instruction='Who?', context='', response='Me.', category='open_qa'), 'Me.'), 'boolq': (dict(question='is it', passage='It is.', answer=True), 'true'),
-    'hellaswag': (dict(ctx='He', endings=['a', 'b', 'c', 'd'], label='2'), 'C'), 'winogrande': (dict(sentence='_ won', option1='He', option2='She', answer='2'), 'B'),
-    'mmlu': (dict(question='1+1', choices=['1', '2', '3', '4'], answer=1), 'B'), 'arc_easy': (dict(question='q', choices=dict(text=['x', 'y'], label=['A', 'B']), answerKey='B'), 'B'),
-    'xlsum': (dict(title='T', text='Long.', summary='Short.'), 'Short.'), 'ultrachat': (dict(messages=[dict(content='Hi', role='user'), dict(content='Hello', role='assistant')]), 'Hello')}
+ROWS = {  # a row of each set as its repository has it -> what is answered
+    'dolly': (dict(instruction='Who?', context='', response='Me.', category='open_qa'), 'Me.'),
+    'boolq': (dict(question='is it', passage='It is.', answer=True), 'true'),
+    'hellaswag': (dict(ctx='He', endings=['a', 'b', 'c', 'd'], label='2'), 'C'),
+    'winogrande': (dict(sentence='_ won', option1='He', option2='She', answer='2'), 'B'),
+    'mmlu': (dict(question='1+1', choices=['1', '2', '3', '4'], answer=1), 'B'),
+    'arc_easy': (
+        dict(question='q', choices=dict(text=['x', 'y'], label=['A', 'B']), answerKey='B'),
+        'B',
+    ),
+    'xlsum': (dict(title='T', text='Long.', summary='Short.'), 'Short.'),
+    'ultrachat': (
+        dict(messages=[dict(content='Hi', role='user'), dict(content='Hello', role='assistant')]),
+        'Hello',
+    ),
+}
 
 
 @pytest.mark.parametrize('name', SETS)
@@ -27,28 +39,55 @@ def test_every_set_says_its_rows_in_words(name):
 
 
 def test_prompts_are_appendix_cs():
-    assert prompt('Do.', '').endswith('Instruction:\nDo.\n\nResponse:\n') and 'Input:' not in prompt('Do.', '')
-    assert prompt('Do.', 'This.').endswith('Instruction:\nDo.\n\nInput:\nThis.\n\nResponse:\n') and prompt('f(x)', '', 'plain') == 'f(x)\n'
+    assert prompt('Do.', '').endswith(
+        'Instruction:\nDo.\n\nResponse:\n'
+    ) and 'Input:' not in prompt('Do.', '')
+    assert (
+        prompt('Do.', 'This.').endswith('Instruction:\nDo.\n\nInput:\nThis.\n\nResponse:\n')
+        and prompt('f(x)', '', 'plain') == 'f(x)\n'
+    )
 
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sets')
-    rows = [dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'It is {i}.') for i in range(60)]
+    rows = [
+        dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'It is {i}.') for i in range(60)
+    ]
     (folder / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    prepare(Preparation(corpus=str(folder / 'mine.jsonl'), out=str(folder / 'mine'), tokenizer='bytes', prompt='plain', val_fraction=0.2))
+    prepare(
+        Preparation(
+            corpus=str(folder / 'mine.jsonl'),
+            out=str(folder / 'mine'),
+            tokenizer='bytes',
+            prompt='plain',
+            val_fraction=0.2,
+        )
+    )
     return folder
 
 
 def test_only_answers_are_asked_for(prepared):
     for split in ('train', 'val'):
-        examples, texts = Examples('mine', prepared, split), [json.loads(line) for line in (prepared / 'mine' / f'{split}.jsonl').read_text().splitlines()]
+        examples, texts = (
+            Examples('mine', prepared, split),
+            [
+                json.loads(line)
+                for line in (prepared / 'mine' / f'{split}.jsonl').read_text().splitlines()
+            ],
+        )
         x, y = examples.rows(np.arange(len(examples)), 64)
         for inputs, targets, example in zip(x, y, texts, strict=True):
             asked = targets != -100
-            assert bytes(targets[asked][:-1].tolist()).decode() == example['output'] and targets[asked][-1] == 256
+            assert (
+                bytes(targets[asked][:-1].tolist()).decode() == example['output']
+                and targets[asked][-1] == 256
+            )
             before = prompt(example['instruction'], example['input'], 'plain')
-            assert bytes(inputs[:len(before)].tolist()).decode() == before and asked.argmax() == len(before) - 1
+            assert (
+                bytes(inputs[: len(before)].tolist()).decode() == before
+                and asked.argmax() == len(before) - 1
+            )
     assert len(Examples('mine', prepared, 'train')) + len(Examples('mine', prepared, 'val')) == 60
 
 
@@ -58,7 +97,11 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt(prepared):
     full_x, full_y = examples.rows([0, 1], 64)
     for short, full in zip(y, full_y):
         assert short[short != -100].tolist() == full[full != -100].tolist()[:12]
-    assert x.shape == (2, 12) and (examples.rows([0], 4)[1] != -100).sum() == 4 - 1 or (examples.rows([0], 4)[1] != -100).all()
+    assert (
+        x.shape == (2, 12)
+        and (examples.rows([0], 4)[1] != -100).sum() == 4 - 1
+        or (examples.rows([0], 4)[1] != -100).all()
+    )
 
 
 def test_prompts_do_not_teach(prepared):
@@ -68,7 +111,9 @@ def test_prompts_do_not_teach(prepared):
     x, y = map(torch.from_numpy, Examples('mine', prepared, 'train').rows([3, 4], 64))
     logits = model(x).logits.log_softmax(-1)
     asked = y != -100
-    assert model(x, y).loss.item() == pytest.approx(-logits[asked].gather(-1, y[asked][:, None]).mean().item(), rel=1e-5)
+    assert model(x, y).loss.item() == pytest.approx(
+        -logits[asked].gather(-1, y[asked][:, None]).mean().item(), rel=1e-5
+    )
 
 
 def test_every_epoch_has_every_example_once():
@@ -77,34 +122,79 @@ def test_every_epoch_has_every_example_once():
 
 
 def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path, capsys):
-    common = [f'--data_dir={prepared}', '--data=mine', '--block_size=48', '--batch_size=4', '--device=cpu', '--learning_rate=0.01']
+    common = [
+        f'--data_dir={prepared}',
+        '--data=mine',
+        '--block_size=48',
+        '--batch_size=4',
+        '--device=cpu',
+        '--learning_rate=0.01',
+    ]
     train.main([*common, '--size=16x1', '--tokens=4000', f'--out_dir={tmp_path / "a"}'])
-    train.main([*common, f'--init_from={tmp_path / "a" / "16x1"}', '--tokens=2000', f'--out_dir={tmp_path / "b"}'])
-    assert Result.of(tmp_path / 'b' / '16x1-continued').val_loss < Result.of(tmp_path / 'a' / '16x1').val_loss < 4
+    train.main(
+        [
+            *common,
+            f'--init_from={tmp_path / "a" / "16x1"}',
+            '--tokens=2000',
+            f'--out_dir={tmp_path / "b"}',
+        ]
+    )
+    assert (
+        Result.of(tmp_path / 'b' / '16x1-continued').val_loss
+        < Result.of(tmp_path / 'a' / '16x1').val_loss
+        < 4
+    )
     assert load(tmp_path / 'b' / '16x1-continued').config.vocab_size == 257
     with pytest.raises(UserError, match='not mixed'):
         open_corpus('mine', prepared)
         (prepared / 'other').mkdir(exist_ok=True)
         for file in (prepared / 'mine').iterdir():
             (prepared / 'other' / file.name).write_bytes(file.read_bytes())
-        train.main([*common[:1], '--data=mine,other', *common[2:], '--size=16x1', '--tokens=100', f'--out_dir={tmp_path / "c"}'])
+        train.main(
+            [
+                *common[:1],
+                '--data=mine,other',
+                *common[2:],
+                '--size=16x1',
+                '--tokens=100',
+                f'--out_dir={tmp_path / "c"}',
+            ]
+        )
 
 
-@pytest.mark.parametrize('text, word', [('', 'no examples|gave no'), ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', 'line 2: not'), ('{"instruction": "a", "output": 3}', 'line 1: not')])
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('', 'no examples|gave no'),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', 'line 2: not'),
+        ('{"instruction": "a", "output": 3}', 'line 1: not'),
+    ],
+)
 def test_files_that_are_no_examples(tmp_path, text, word):
     (tmp_path / 'bad.jsonl').write_text(text)
     with pytest.raises(UserError, match=word):
-        prepare(Preparation(corpus=str(tmp_path / 'bad.jsonl'), out=str(tmp_path / 'bad'), tokenizer='bytes'))
+        prepare(
+            Preparation(
+                corpus=str(tmp_path / 'bad.jsonl'), out=str(tmp_path / 'bad'), tokenizer='bytes'
+            )
+        )
     assert not (tmp_path / 'bad').exists()
 
 
 def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
     (tmp_path / 'text.jsonl').write_text('{"text": "a"}\n')
-    assert is_supervised('dolly') and is_supervised(str(prepared / 'mine.jsonl')) and not is_supervised(str(tmp_path / 'text.jsonl')) and not is_supervised('pydocs')
+    assert (
+        is_supervised('dolly')
+        and is_supervised(str(prepared / 'mine.jsonl'))
+        and not is_supervised(str(tmp_path / 'text.jsonl'))
+        and not is_supervised('pydocs')
+    )
     with pytest.raises(UserError, match='is text, not instructions'):
         Examples('pydocs', data_dir, 'train')
     source = supervised_source(train.Run(data='mine', data_dir=str(prepared), block_size=32))
-    assert sum(count for *_, count in source.validation(4, 'cpu', 0, 1)) == sum(count for rank in (0, 1) for *_, count in source.validation(4, 'cpu', rank, 2))
+    assert sum(count for *_, count in source.validation(4, 'cpu', 0, 1)) == sum(
+        count for rank in (0, 1) for *_, count in source.validation(4, 'cpu', rank, 2)
+    )
 
 
 def test_without_a_network_a_hub_set_is_refused_in_words(tmp_path):

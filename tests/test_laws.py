@@ -1,4 +1,5 @@
 """Scaling laws: fits give back the coefficients that made the data, as scipy does one by one; every law's gradient is its own."""
+
 import math
 
 import numpy as np
@@ -12,68 +13,152 @@ from laws import LAWS, bfgs, fit, huber, leave_one_out, logarithms, predict, sol
 
 def grid(law, parameters, n=5, noise=0.0, sizes=(98_323_840,), seed=0):
     """Losses of a law on the paper's grid of D1 and D2 (0.1B), with relative noise."""
-    D = [9.2275e9 / 2 ** i for i in range(n)]
+    D = [9.2275e9 / 2**i for i in range(n)]
     rows = [(d1, d2, size) for d1 in D for d2 in D for size in sizes]
     data = dict(zip(('D1', 'D2', 'N'), map(list, zip(*rows))))
     exact = predict(law, [[parameters[name] for name in LAWS[law].parameters]], data)[0]
-    return data | dict(loss=(exact * (1 + noise * torch.randn(len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))).tolist())
+    return data | dict(
+        loss=(
+            exact
+            * (
+                1
+                + noise
+                * torch.randn(
+                    len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+                )
+            )
+        ).tolist()
+    )
 
 
 # Table 6's exponents, with factors that put the losses where a model of 0.1B has them
-TABLE_6 = {name: dict(alpha1=a1, alpha2=a2, alpha3=a3, logE=math.log(1.2), logA=a1 * math.log(2e9) + (a2 - a3 * math.log(2e9)) * math.log(2e9))
-           for name, a1, a2, a3 in [('CPT (code)', 0.106, 0.146, 0.004), ('CPT (math)', 0.981, 0.388, 0.017), ('Expand', 0.549, 0.852, 0.024), ('Stack', 0.515, 0.350, 0.017),
-                                    ('CPT (replay)', 0.424, 0.626, 0.018), ('CPT (stable)', 0.920, 0.156, 0.004), ('Stack (x4)', 0.644, 0.829, 0.028), ('Stack (stable)', 0.891, 0.507, 0.009)]}
+TABLE_6 = {
+    name: dict(
+        alpha1=a1,
+        alpha2=a2,
+        alpha3=a3,
+        logE=math.log(1.2),
+        logA=a1 * math.log(2e9) + (a2 - a3 * math.log(2e9)) * math.log(2e9),
+    )
+    for name, a1, a2, a3 in [
+        ('CPT (code)', 0.106, 0.146, 0.004),
+        ('CPT (math)', 0.981, 0.388, 0.017),
+        ('Expand', 0.549, 0.852, 0.024),
+        ('Stack', 0.515, 0.350, 0.017),
+        ('CPT (replay)', 0.424, 0.626, 0.018),
+        ('CPT (stable)', 0.920, 0.156, 0.004),
+        ('Stack (x4)', 0.644, 0.829, 0.028),
+        ('Stack (stable)', 0.891, 0.507, 0.009),
+    ]
+}
 
 
 @pytest.mark.parametrize('law', LAWS)
 def test_gradients_are_those_of_the_values(law):
     data = grid('multiplicative', TABLE_6['Stack'], n=3, sizes=(1e7, 1e8))
-    target, logs = torch.tensor(data['loss'], dtype=torch.float64).log() + 0.02 * torch.randn(18, generator=torch.Generator().manual_seed(0), dtype=torch.float64), logarithms(data)
+    target, logs = (
+        torch.tensor(data['loss'], dtype=torch.float64).log()
+        + 0.02 * torch.randn(18, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        logarithms(data),
+    )
     theta = starts_of(LAWS[law], target)[::7][:5].clone()
     logs = {k: v - v.mean() for k, v in logs.items()}
-    weight = torch.rand(len(theta), 18, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.rand(
+        len(theta), 18, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     _, gradient = huber(LAWS[law], theta, logs, target, weight)
     for p in range(theta.shape[1]):
         step = torch.zeros_like(theta)
         step[:, p] = 1e-6
-        numeric = (huber(LAWS[law], theta + step, logs, target, weight)[0] - huber(LAWS[law], theta - step, logs, target, weight)[0]) / 2e-6
+        numeric = (
+            huber(LAWS[law], theta + step, logs, target, weight)[0]
+            - huber(LAWS[law], theta - step, logs, target, weight)[0]
+        ) / 2e-6
         torch.testing.assert_close(gradient[:, p], numeric, rtol=1e-4, atol=1e-3)
 
 
 def test_a_law_predicts_what_its_equation_says():
     data = dict(N=[1e8], D1=[3e9], D2=[5e9])
-    p = dict(logA=math.log(30), alpha1=0.1, alpha2=0.2, alpha3=0.003, logB=math.log(20), beta=0.2, logE=math.log(1.1), logF=math.log(7), alpha=0.15, logD1max=math.log(1e10), logD2max=math.log(2e10))
+    p = dict(
+        logA=math.log(30),
+        alpha1=0.1,
+        alpha2=0.2,
+        alpha3=0.003,
+        logB=math.log(20),
+        beta=0.2,
+        logE=math.log(1.1),
+        logF=math.log(7),
+        alpha=0.15,
+        logD1max=math.log(1e10),
+        logD2max=math.log(2e10),
+    )
     A, F, B, E = 30, 7, 20, 1.1
-    main = lambda d1, d2: A * d1 ** -0.1 * d2 ** (-0.2 + 0.003 * math.log(d1))   # noqa: E731
-    expected = {'multiplicative': main(3e9, 5e9) + E, 'no interaction': A * 3e9 ** -0.1 * 5e9 ** -0.2 + E, 'additive': A * 3e9 ** -0.1 + F * 5e9 ** -0.2 + E,
-                'hybrid': (A * 3e9 ** -0.1 + F) * 5e9 ** -0.2 + E, 'continuous': A * 8e9 ** -0.15 + E, 'chinchilla': A * 8e9 ** -0.15 + B * 1e8 ** -0.2 + E,
-                'joint': main(3e9, 5e9) + B * 1e8 ** -0.2 + E, 'saturated D1': main(1 / (1 / 3e9 + 1 / 1e10), 5e9) + E, 'saturated D2': main(3e9, 1 / (1 / 5e9 + 1 / 2e10)) + E}
+    main = lambda d1, d2: A * d1**-0.1 * d2 ** (-0.2 + 0.003 * math.log(d1))  # noqa: E731
+    expected = {
+        'multiplicative': main(3e9, 5e9) + E,
+        'no interaction': A * 3e9**-0.1 * 5e9**-0.2 + E,
+        'additive': A * 3e9**-0.1 + F * 5e9**-0.2 + E,
+        'hybrid': (A * 3e9**-0.1 + F) * 5e9**-0.2 + E,
+        'continuous': A * 8e9**-0.15 + E,
+        'chinchilla': A * 8e9**-0.15 + B * 1e8**-0.2 + E,
+        'joint': main(3e9, 5e9) + B * 1e8**-0.2 + E,
+        'saturated D1': main(1 / (1 / 3e9 + 1 / 1e10), 5e9) + E,
+        'saturated D2': main(3e9, 1 / (1 / 5e9 + 1 / 2e10)) + E,
+    }
     assert expected.keys() == LAWS.keys()
     for law, value in expected.items():
-        assert predict(law, [[p[name] for name in LAWS[law].parameters]], data).item() == pytest.approx(value, rel=1e-12), law
+        assert predict(
+            law, [[p[name] for name in LAWS[law].parameters]], data
+        ).item() == pytest.approx(value, rel=1e-12), law
 
 
 @pytest.mark.parametrize('name', TABLE_6)
 def test_table_6_gives_its_coefficients_back(name):
-    theta, value, _, _ = solve('multiplicative', grid('multiplicative', TABLE_6[name]), torch.ones(1, 25, dtype=torch.float64))
+    theta, value, _, _ = solve(
+        'multiplicative',
+        grid('multiplicative', TABLE_6[name]),
+        torch.ones(1, 25, dtype=torch.float64),
+    )
     found = dict(zip(LAWS['multiplicative'].parameters, theta[0].tolist()))
-    assert all(found[k] == pytest.approx(v, rel=2e-3, abs=2e-4) for k, v in TABLE_6[name].items()) and value[0] < 1e-9
+    assert (
+        all(found[k] == pytest.approx(v, rel=2e-3, abs=2e-4) for k, v in TABLE_6[name].items())
+        and value[0] < 1e-9
+    )
 
 
 def test_with_noise_they_lie_in_the_intervals():
     truth = TABLE_6['Stack']
     found = fit('multiplicative', grid('multiplicative', truth, noise=1e-3), bootstrap=100)
-    assert all(low - 0.5 * abs(high - low) <= truth[k] <= high + 0.5 * abs(high - low) for k, (low, high) in found.intervals.items())
-    assert 0.3e-3 < found.rms < 1.5e-3 < 2 * found.leave_one_out and found.seen['D2'] == pytest.approx((9.2275e9 / 16, 9.2275e9))
+    assert all(
+        low - 0.5 * abs(high - low) <= truth[k] <= high + 0.5 * abs(high - low)
+        for k, (low, high) in found.intervals.items()
+    )
+    assert 0.3e-3 < found.rms < 1.5e-3 < 2 * found.leave_one_out and found.seen[
+        'D2'
+    ] == pytest.approx((9.2275e9 / 16, 9.2275e9))
 
 
 def test_table_7s_joint_law_gives_its_coefficients_back():
-    truth = dict(logA=math.log(33.394), alpha1=0.087, alpha2=0.119, alpha3=0.003, logB=math.log(22.471), beta=0.173, logE=math.log(0.041))
+    truth = dict(
+        logA=math.log(33.394),
+        alpha1=0.087,
+        alpha2=0.119,
+        alpha3=0.003,
+        logB=math.log(22.471),
+        beta=0.173,
+        logE=math.log(0.041),
+    )
     data = grid('joint', truth, n=4, sizes=(14_751_680, 98_323_840, 1_085_859_424))
     theta, value, _, _ = solve('joint', data, torch.ones(1, 48, dtype=torch.float64))
     found = dict(zip(LAWS['joint'].parameters, theta[0].tolist()))
-    assert value[0] < 1e-6 and found['beta'] == pytest.approx(0.173, rel=0.02) and found['alpha3'] == pytest.approx(0.003, rel=0.05)
-    assert found['alpha1'] == pytest.approx(0.087, rel=0.05) and found['alpha2'] == pytest.approx(0.119, rel=0.05)
+    assert (
+        value[0] < 1e-6
+        and found['beta'] == pytest.approx(0.173, rel=0.02)
+        and found['alpha3'] == pytest.approx(0.003, rel=0.05)
+    )
+    assert found['alpha1'] == pytest.approx(0.087, rel=0.05) and found['alpha2'] == pytest.approx(
+        0.119, rel=0.05
+    )
 
 
 def test_the_interaction_is_told_from_its_absence():
@@ -92,7 +177,13 @@ def test_the_optimum_is_the_one_that_scipy_finds_start_by_start():
     def function(x):
         value, gradient = huber(law, torch.from_numpy(x)[None], logs, target, weight)
         return value.item(), gradient[0].numpy()
-    theirs = min(scipy.minimize(function, start, jac=True, method='BFGS', options=dict(gtol=1e-8, maxiter=2000)).fun for start in starts.numpy())
+
+    theirs = min(
+        scipy.minimize(
+            function, start, jac=True, method='BFGS', options=dict(gtol=1e-8, maxiter=2000)
+        ).fun
+        for start in starts.numpy()
+    )
     assert ours.min().item() <= theirs * (1 + 1e-6) and moving[ours.argmin()] < 1e-6
 
 
@@ -102,21 +193,34 @@ def test_bfgs_on_functions_that_are_known():
 
     def rosenbrock(x, rows):
         a, b = x[:, 0], x[:, 1]
-        return (1 - a) ** 2 + 100 * (b - a ** 2) ** 2, torch.stack((-2 * (1 - a) - 400 * a * (b - a ** 2), 200 * (b - a ** 2)), 1)
+        return (1 - a) ** 2 + 100 * (b - a**2) ** 2, torch.stack(
+            (-2 * (1 - a) - 400 * a * (b - a**2), 200 * (b - a**2)), 1
+        )
+
     found, value, moving = bfgs(rosenbrock, x)
     assert np.allclose(found, 1, atol=1e-6) and value.max() < 1e-12 and not moving.any()
     scales = torch.logspace(0, 6, 4, dtype=torch.float64)
-    found, _, _ = bfgs(lambda x, rows: (0.5 * (scales * x ** 2).sum(1), scales * x), torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    found, _, _ = bfgs(
+        lambda x, rows: (0.5 * (scales * x**2).sum(1), scales * x),
+        torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
     assert found.abs().max() < 1e-5
 
 
 def test_what_cannot_be_fitted_is_said():
     data = grid('multiplicative', TABLE_6['Stack'])
     few = {k: v[:6] for k, v in data.items()}
-    with pytest.raises(UserError, match='multiplicative has 5 parameters and needs at least 7 points, not 6'):
+    with pytest.raises(
+        UserError, match='multiplicative has 5 parameters and needs at least 7 points, not 6'
+    ):
         fit('multiplicative', few)
-    one = {k: [v for v, d1 in zip(values, data['D1']) if d1 == data['D1'][0]] * 2 for k, values in data.items()}
-    with pytest.raises(UserError, match='multiplicative needs points of several D1, these have one'):
+    one = {
+        k: [v for v, d1 in zip(values, data['D1']) if d1 == data['D1'][0]] * 2
+        for k, values in data.items()
+    }
+    with pytest.raises(
+        UserError, match='multiplicative needs points of several D1, these have one'
+    ):
         fit('multiplicative', one)
     with pytest.raises(UserError, match='no law'):
         fit('multiplicativ', data)

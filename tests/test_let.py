@@ -1,4 +1,5 @@
 """Learning from a teacher: losses and objectives against direct computations, and Late-to-Early Training as a method."""
+
 import gc
 import json
 import math
@@ -13,7 +14,17 @@ import torch.nn.functional as F
 import let
 import train
 from configurator import Progress, Result, UserError, next_token
-from let import alignment_loss, cosine, distil, hidden_states, kd_loss, match_width, open_teacher, pair_layers, reverse_kl
+from let import (
+    alignment_loss,
+    cosine,
+    distil,
+    hidden_states,
+    kd_loss,
+    match_width,
+    open_teacher,
+    pair_layers,
+    reverse_kl,
+)
 from model import GPT, load
 from test_model import small, tokens
 from test_train import metrics, same
@@ -27,42 +38,75 @@ def drawn(*shape, seed=0, dtype=torch.float64):
 
 # --------------------------------------------------------------------------------------------------------------------- losses
 
-@pytest.mark.parametrize('width, target', [(7, 3), (3, 7), (2048, 576), (64, 63), (63, 64), (2, 9), (9, 2), (5, 5), (1, 4), (8, 1)])
+
+@pytest.mark.parametrize(
+    'width, target',
+    [(7, 3), (3, 7), (2048, 576), (64, 63), (63, 64), (2, 9), (9, 2), (5, 5), (1, 4), (8, 1)],
+)
 def test_widths_are_matched_by_linear_interpolation_with_both_ends_kept(width, target):
     hidden = drawn(2, 3, width)
     found = match_width(hidden, target)
     if target > 1:
-        expected = F.interpolate(hidden.flatten(0, 1)[:, None], size=target, mode='linear', align_corners=True)[:, 0].view(2, 3, target)
+        expected = F.interpolate(
+            hidden.flatten(0, 1)[:, None], size=target, mode='linear', align_corners=True
+        )[:, 0].view(2, 3, target)
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    for j in range(target):   # Eq. 6, coordinate by coordinate
+    for j in range(target):  # Eq. 6, coordinate by coordinate
         u = j * (width - 1) / max(1, target - 1)
         low, high = math.floor(u), min(math.floor(u) + 1, width - 1)
-        torch.testing.assert_close(found[..., j], (1 - (u - low)) * hidden[..., low] + (u - low) * hidden[..., high], atol=1e-12, rtol=0)
-    assert torch.equal(found[..., 0], hidden[..., 0]) and (target == 1 or torch.allclose(found[..., -1], hidden[..., -1], atol=1e-13))
+        torch.testing.assert_close(
+            found[..., j],
+            (1 - (u - low)) * hidden[..., low] + (u - low) * hidden[..., high],
+            atol=1e-12,
+            rtol=0,
+        )
+    assert torch.equal(found[..., 0], hidden[..., 0]) and (
+        target == 1 or torch.allclose(found[..., -1], hidden[..., -1], atol=1e-13)
+    )
 
 
 def test_cosine_alignment_is_the_mean_over_positions_that_have_a_partner():
     target, teacher, covered = drawn(2, 5, 6), drawn(2, 5, 4, seed=1), torch.rand(2, 5) > 0.4
-    one_by_one = [[float(a @ b / a.norm() / b.norm()) for a, b in zip(*rows)] for rows in zip(match_width(target, 4), teacher)]
+    one_by_one = [
+        [float(a @ b / a.norm() / b.norm()) for a, b in zip(*rows)]
+        for rows in zip(match_width(target, 4), teacher)
+    ]
     assert alignment_loss(target, teacher).item() == pytest.approx(-np.mean(one_by_one))
-    assert cosine(target, teacher, covered).item() == pytest.approx(np.array(one_by_one)[covered.numpy()].mean())
+    assert cosine(target, teacher, covered).item() == pytest.approx(
+        np.array(one_by_one)[covered.numpy()].mean()
+    )
     assert alignment_loss(target, 3 * target).item() == pytest.approx(-1)
 
 
 def test_logsum_is_the_log_of_the_mean_fourth_power_of_differences():
     target, teacher = drawn(2, 5, 6), drawn(2, 5, 6, seed=1)
-    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (target.numpy(), teacher.numpy())]
-    assert alignment_loss(target, teacher, 'logsum').item() == pytest.approx(np.log((np.abs(unit[0] - unit[1]) ** 4).sum(-1).mean()))
+    unit = [
+        x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (target.numpy(), teacher.numpy())
+    ]
+    assert alignment_loss(target, teacher, 'logsum').item() == pytest.approx(
+        np.log((np.abs(unit[0] - unit[1]) ** 4).sum(-1).mean())
+    )
 
 
 def test_cca_is_the_mean_squared_canonical_correlation_and_sees_through_linear_maps():
     target, teacher = drawn(4, 50, 6), drawn(4, 50, 4, seed=1)
-    bases = [np.linalg.qr(x.flatten(0, 1).numpy() - x.flatten(0, 1).numpy().mean(0))[0] for x in (target, teacher)]
+    bases = [
+        np.linalg.qr(x.flatten(0, 1).numpy() - x.flatten(0, 1).numpy().mean(0))[0]
+        for x in (target, teacher)
+    ]
     correlations = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
-    assert let._cca(target, teacher, None, ridge=0).item() == pytest.approx(-(correlations ** 2).mean())
-    assert let._cca(target, target @ drawn(6, 6, seed=2), None, ridge=1e-12).item() == pytest.approx(-1) and alignment_loss(target, target, 'cca').item() < -0.99
+    assert let._cca(target, teacher, None, ridge=0).item() == pytest.approx(
+        -(correlations**2).mean()
+    )
+    assert (
+        let._cca(target, target @ drawn(6, 6, seed=2), None, ridge=1e-12).item()
+        == pytest.approx(-1)
+        and alignment_loss(target, target, 'cca').item() < -0.99
+    )
     half = torch.arange(50).expand(4, 50) < 25
-    assert let._cca(target, teacher, half, 0).item() == pytest.approx(let._cca(target[:, :25], teacher[:, :25], None, 0).item())
+    assert let._cca(target, teacher, half, 0).item() == pytest.approx(
+        let._cca(target[:, :25], teacher[:, :25], None, 0).item()
+    )
 
 
 @pytest.mark.parametrize('kind', let.ALIGNMENTS)
@@ -71,30 +115,44 @@ def test_alignment_teaches_no_layer_above_k_and_not_the_teacher(kind):
     teacher = drawn(4, 20, 12).requires_grad_()
     alignment_loss(model(x, hidden_at=2).hidden, teacher, kind).backward()
     assert teacher.grad is None
-    for name, p in model.named_parameters():   # Eq. 10
+    for name, p in model.named_parameters():  # Eq. 10
         below = name.startswith(('wte', 'blocks.0.', 'blocks.1.'))
-        assert (p.grad is not None and p.grad.abs().max() > 0) if below else p.grad is None or not p.grad.any(), name
+        assert (
+            (p.grad is not None and p.grad.abs().max() > 0)
+            if below
+            else p.grad is None or not p.grad.any()
+        ), name
 
 
 def test_kd_loss_is_the_softened_divergence_and_teaches_the_student_only():
-    student, teacher = drawn(2, 3, 7, dtype=torch.float32).requires_grad_(), drawn(2, 3, 7, seed=1, dtype=torch.float32).requires_grad_()
+    student, teacher = (
+        drawn(2, 3, 7, dtype=torch.float32).requires_grad_(),
+        drawn(2, 3, 7, seed=1, dtype=torch.float32).requires_grad_(),
+    )
     for temperature in (1.0, 2.5):
         p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
-        expected = temperature ** 2 * (p * (p / q).log()).sum(-1).mean()
-        assert kd_loss(student, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-5)
+        expected = temperature**2 * (p * (p / q).log()).sum(-1).mean()
+        assert kd_loss(student, teacher, temperature).item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
     kd_loss(student, teacher).backward()
     assert student.grad.abs().max() > 0 and teacher.grad is None
-    torch.testing.assert_close(student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach() / 6)
+    torch.testing.assert_close(
+        student.grad, (student.softmax(-1) - teacher.softmax(-1)).detach() / 6
+    )
     assert kd_loss(student, student).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_reverse_kl():
     student, teacher = drawn(4, 7), drawn(4, 7, seed=1)
     p, q = student.softmax(-1), teacher.softmax(-1)
-    assert reverse_kl(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert reverse_kl(student, teacher).item() == pytest.approx(
+        (p * (p / q).log()).sum(-1).mean().item(), rel=1e-5
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- objectives
+
 
 @pytest.fixture
 def taught(tmp_path):
@@ -119,15 +177,23 @@ def test_let_adds_the_weighted_alignment_and_decays_it_to_nothing(taught):
         output = student(x, y, hidden_at=2)
         similarity = F.cosine_similarity(match_width(output.hidden, 24), theirs, dim=-1).mean()
         assert loss.item() == pytest.approx((output.loss - weight * similarity).item(), rel=1e-5)
-        assert scalars['similarity'].item() == pytest.approx(similarity.item(), rel=1e-5) and scalars['alignment_weight'].item() == pytest.approx(weight)
+        assert scalars['similarity'].item() == pytest.approx(
+            similarity.item(), rel=1e-5
+        ) and scalars['alignment_weight'].item() == pytest.approx(weight)
         assert scalars['data_loss'].item() == pytest.approx(output.loss.item())
     for step in (40, 99):
         loss, scalars = objective(student, x, y, Progress(step, 100))
-        assert scalars == {} and all(map(torch.equal, gradients(loss, student), gradients(student(x, y).loss, student)))
+        assert scalars == {} and all(
+            map(torch.equal, gradients(loss, student), gradients(student(x, y).loss, student))
+        )
 
 
 def test_progress_counts_steps_or_fractions():
-    assert [Progress(step, 200).after(0.5) for step in (0, 50, 100, 150)] == [0, 0.5, 1, 1] == [Progress(step, 200).after(100) for step in (0, 50, 100, 150)]
+    assert (
+        [Progress(step, 200).after(0.5) for step in (0, 50, 100, 150)]
+        == [0, 0.5, 1, 1]
+        == [Progress(step, 200).after(100) for step in (0, 50, 100, 150)]
+    )
     assert Progress(0, 10).after(0) == 1
 
 
@@ -135,14 +201,27 @@ def test_strength_zero_is_next_token_prediction_to_the_bit(taught):
     folder, _, student, x, y = taught
     loss, scalars = let.let('nowhere', 2, strength=0.0)(student, x, y, START)
     plain, _ = next_token(student, x, y, START)
-    assert scalars == {} and torch.equal(loss, plain) and all(map(torch.equal, gradients(loss, student), gradients(plain, student)))
+    assert (
+        scalars == {}
+        and torch.equal(loss, plain)
+        and all(map(torch.equal, gradients(loss, student), gradients(plain, student)))
+    )
 
 
-@pytest.mark.parametrize('make', [lambda teacher: let.let(teacher, 2, stop=0.5), lambda teacher: distil(teacher, stop=0.5)])
+@pytest.mark.parametrize(
+    'make',
+    [lambda teacher: let.let(teacher, 2, stop=0.5), lambda teacher: distil(teacher, stop=0.5)],
+)
 def test_from_the_stop_on_the_teacher_is_gone(taught, make, monkeypatch):
     folder, _, student, x, y = taught
     opened = []
-    monkeypatch.setattr(let, 'open_teacher', lambda name, device: opened.append(weakref.ref(model := open_teacher(name, device))) or model)
+    monkeypatch.setattr(
+        let,
+        'open_teacher',
+        lambda name, device: (
+            opened.append(weakref.ref(model := open_teacher(name, device))) or model
+        ),
+    )
     objective = make(folder)
     objective(student, x, y, Progress(49, 100))[0].backward()
     assert opened[0]() is not None
@@ -150,25 +229,36 @@ def test_from_the_stop_on_the_teacher_is_gone(taught, make, monkeypatch):
     gc.collect()
     assert opened[0]() is None and len(opened) == 1
     make(folder)(student, x, y, Progress(50, 100))
-    assert len(opened) == 1   # a run that goes on after the stop never opens it
+    assert len(opened) == 1  # a run that goes on after the stop never opens it
 
 
 def test_the_teachers_head_and_later_layers_are_never_run(taught):
     _, teacher, student, x, y = taught
     expected = teacher.residual_stream(x, layers=1)[0]
-    teacher.forward = teacher.norm.forward = teacher.blocks[1].forward = None   # calling them fails
+    teacher.forward = teacher.norm.forward = teacher.blocks[1].forward = None  # calling them fails
     del teacher.lm_head
     loss, scalars = let.let(teacher, 2, teacher_layer=1)(student, x, y, START)
-    assert scalars['similarity'].item() == pytest.approx(cosine(student(x, hidden_at=2).hidden, expected).item())
+    assert scalars['similarity'].item() == pytest.approx(
+        cosine(student(x, hidden_at=2).hidden, expected).item()
+    )
 
 
 @pytest.mark.parametrize('alpha, temperature', [(0.6, 2.0), (0.0, 1.0)])
 def test_distillation_weighs_data_and_teacher(taught, alpha, temperature):
     folder, teacher, student, x, y = taught
     loss, scalars = distil(folder, alpha, temperature)(student, x, y, START)
-    data, divergence = F.cross_entropy(student(x).logits.flatten(0, 1), y.flatten()), kd_loss(student(x).logits, teacher(x).logits, temperature)
-    assert scalars['data_loss'].item() == pytest.approx(data.item(), rel=1e-5) and scalars['distillation_loss'].item() == pytest.approx(divergence.item(), rel=1e-4)
-    for ours, expected in zip(gradients(loss, student), gradients(alpha * data + (1 - alpha) * divergence, student), strict=True):
+    data, divergence = (
+        F.cross_entropy(student(x).logits.flatten(0, 1), y.flatten()),
+        kd_loss(student(x).logits, teacher(x).logits, temperature),
+    )
+    assert scalars['data_loss'].item() == pytest.approx(data.item(), rel=1e-5) and scalars[
+        'distillation_loss'
+    ].item() == pytest.approx(divergence.item(), rel=1e-4)
+    for ours, expected in zip(
+        gradients(loss, student),
+        gradients(alpha * data + (1 - alpha) * divergence, student),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -181,18 +271,31 @@ def test_salt_is_distillation_first_and_plain_training_then(taught):
 
 def test_a_teacher_of_a_shorter_context_reads_in_windows(taught):
     _, _, student, x, y = taught
-    teacher = small(n_layer=2, block_size=8).float()   # 20 positions: three windows of 7, 7, 6
+    teacher = small(n_layer=2, block_size=8).float()  # 20 positions: three windows of 7, 7, 6
     _, scalars = let.let(teacher, 1)(student, x, y, START)
-    theirs = torch.cat([teacher.residual_stream(x[:, a:b])[0] for a, b in ((0, 7), (7, 14), (14, 20))], 1)
-    assert scalars['similarity'].item() == pytest.approx(cosine(student(x, hidden_at=1).hidden, theirs).item(), rel=1e-5)
+    theirs = torch.cat(
+        [teacher.residual_stream(x[:, a:b])[0] for a, b in ((0, 7), (7, 14), (14, 20))], 1
+    )
+    assert scalars['similarity'].item() == pytest.approx(
+        cosine(student(x, hidden_at=1).hidden, theirs).item(), rel=1e-5
+    )
 
 
 def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
     _, _, student, x, y = taught
     _, scalars = let.let(lambda ids: ids[..., None] * torch.ones(10), 1)(student, x, y, START)
-    assert scalars['similarity'].item() == pytest.approx(cosine(student(x, hidden_at=1).hidden, x[..., None].expand(-1, -1, 10)).item(), rel=1e-5)
+    assert scalars['similarity'].item() == pytest.approx(
+        cosine(student(x, hidden_at=1).hidden, x[..., None].expand(-1, -1, 10)).item(), rel=1e-5
+    )
     transformers = pytest.importorskip('transformers')
-    config = transformers.MistralConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    config = transformers.MistralConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     theirs = transformers.MistralModel(config).eval()
     theirs.save_pretrained(tmp_path / 'mistral')
     opened = open_teacher(tmp_path / 'mistral')
@@ -204,8 +307,12 @@ def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
 
 def test_a_teacher_of_another_vocabulary_is_asked_where_its_tokens_end(taught):
     _, teacher, student, x, y = taught
-    objective = let.let(teacher, 2, tokenizers=('bytes', 'bytes'))   # ids below 61 are the same text in both
-    assert objective(student, x, y, START)[0].item() == pytest.approx(let.let(teacher, 2)(student, x, y, START)[0].item(), rel=1e-6)
+    objective = let.let(
+        teacher, 2, tokenizers=('bytes', 'bytes')
+    )  # ids below 61 are the same text in both
+    assert objective(student, x, y, START)[0].item() == pytest.approx(
+        let.let(teacher, 2)(student, x, y, START)[0].item(), rel=1e-6
+    )
 
 
 def test_objectives_compile_once():
@@ -222,9 +329,21 @@ def test_objectives_compile_once():
 
 # --------------------------------------------------------------------------------------------------------------------- the method
 
+
 def test_pairs_of_layers():
-    assert [pair_layers(p, 30, 24) for p in let.PAIRINGS] == [(30, 3), (30, 12), (30, 24), (15, 3), (15, 12), (15, 24)]
-    assert pair_layers('L1F5', 30, 24) == (30, 5) and pair_layers('L3F1', 12, 4) == (10, 1) and pair_layers('L2E', 2, 4) == (2, 2)
+    assert [pair_layers(p, 30, 24) for p in let.PAIRINGS] == [
+        (30, 3),
+        (30, 12),
+        (30, 24),
+        (15, 3),
+        (15, 12),
+        (15, 24),
+    ]
+    assert (
+        pair_layers('L1F5', 30, 24) == (30, 5)
+        and pair_layers('L3F1', 12, 4) == (10, 1)
+        and pair_layers('L2E', 2, 4) == (2, 2)
+    )
     with pytest.raises(UserError, match='target model has 4 layers, there is no layer 5'):
         pair_layers('L1F5', 2, 4)
     with pytest.raises(UserError, match='teacher has 2 layers'):
@@ -232,15 +351,37 @@ def test_pairs_of_layers():
 
 
 def arguments(data_dir, out, *more):
-    return ['--method=let', f'--data_dir={data_dir}', f'--out_dir={out}', '--size=16x2', '--teacher_size=16x1', '--tokens=1280', '--teacher_tokens=640', '--block_size=16', '--batch_size=4',
-            '--eval_tokens=512', '--log_interval=2', '--learning_rate=0.01', '--device=cpu', '--stop=10', *more]
+    return [
+        '--method=let',
+        f'--data_dir={data_dir}',
+        f'--out_dir={out}',
+        '--size=16x2',
+        '--teacher_size=16x1',
+        '--tokens=1280',
+        '--teacher_tokens=640',
+        '--block_size=16',
+        '--batch_size=4',
+        '--eval_tokens=512',
+        '--log_interval=2',
+        '--learning_rate=0.01',
+        '--device=cpu',
+        '--stop=10',
+        *more,
+    ]
 
 
 @pytest.fixture(scope='module')
 def compared(data_dir, tmp_path_factory):
     """Baseline, LET without strength and in other ways, RKD and SALT: 20 steps each."""
     out = tmp_path_factory.mktemp('let')
-    train.main(arguments(data_dir, out, '--arms=baseline,let,let+0,let+L2M+logsum,let+cca+1.0+L1F1,rkd,salt', '--eval_interval=5'))
+    train.main(
+        arguments(
+            data_dir,
+            out,
+            '--arms=baseline,let,let+0,let+L2M+logsum,let+cca+1.0+L1F1,rkd,salt',
+            '--eval_interval=5',
+        )
+    )
     return out
 
 
@@ -249,48 +390,119 @@ def test_all_arms_run_and_are_reported(compared):
     for arm in ('baseline', 'let', 'let+0', 'let+L2M+logsum', 'let+cca+1.0+L1F1', 'rkd', 'salt'):
         assert f'\n| {arm} ' in report and math.isfinite(Result.of(compared / f'{arm}-0').val_loss)
     assert 'similarity.png' in report and (compared / 'similarity.png').stat().st_size > 5000
-    assert same(compared / 'baseline-0', compared / 'let+0-0') and not same(compared / 'baseline-0', compared / 'let-0')
+    assert same(compared / 'baseline-0', compared / 'let+0-0') and not same(
+        compared / 'baseline-0', compared / 'let-0'
+    )
     lines = [m for m in metrics(compared / 'let-0') if 'loss' in m]
-    assert [m.get('alignment_weight') for m in lines[:5]] == pytest.approx([0.095, 0.075, 0.065, 0.045, 0.03], abs=0.011)
-    assert all({'data_loss', 'alignment_loss', 'similarity'} <= m.keys() for m in lines[:5]) and 'similarity' not in lines[-1]
-    assert 'distillation_loss' in metrics(compared / 'rkd-0')[-1] and 'distillation_loss' not in metrics(compared / 'salt-0')[-1]
+    assert [m.get('alignment_weight') for m in lines[:5]] == pytest.approx(
+        [0.095, 0.075, 0.065, 0.045, 0.03], abs=0.011
+    )
+    assert (
+        all({'data_loss', 'alignment_loss', 'similarity'} <= m.keys() for m in lines[:5])
+        and 'similarity' not in lines[-1]
+    )
+    assert (
+        'distillation_loss' in metrics(compared / 'rkd-0')[-1]
+        and 'distillation_loss' not in metrics(compared / 'salt-0')[-1]
+    )
 
 
 def test_a_resumed_run_goes_on_with_its_weight_of_alignment(compared, data_dir, tmp_path):
     stops = 0
     while True:
         try:
-            train.main(arguments(data_dir, tmp_path / 'run', '--arms=let', '--log_interval=1', '--max_minutes=1e-9'))   # a step at a time
+            train.main(
+                arguments(
+                    data_dir,
+                    tmp_path / 'run',
+                    '--arms=let',
+                    '--log_interval=1',
+                    '--max_minutes=1e-9',
+                )
+            )  # a step at a time
             break
         except SystemExit:
             stops += 1
     assert stops > 20 and same(tmp_path / 'run' / 'let-0', compared / 'let-0')
-    weights = [m['alignment_weight'] for m in metrics(tmp_path / 'run' / 'let-0') if 'alignment_weight' in m]
+    weights = [
+        m['alignment_weight']
+        for m in metrics(tmp_path / 'run' / 'let-0')
+        if 'alignment_weight' in m
+    ]
     assert weights == pytest.approx([0.1 * (1 - step / 10) for step in range(10)])
 
 
 def test_share_of_steps_to_a_loss(tmp_path):
     results = []
     for name, shift in (('a', 0.1), ('b', -0.1)):
-        lines = [dict(step=10, val_loss=3.0 + shift), dict(step=15), dict(step=20, val_loss=2.0 + shift), dict(step=40)]
+        lines = [
+            dict(step=10, val_loss=3.0 + shift),
+            dict(step=15),
+            dict(step=20, val_loss=2.0 + shift),
+            dict(step=40),
+        ]
         (tmp_path / name).mkdir()
         (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-        results.append(Result(name, str(tmp_path / name), 0, 0, 0, 0, 0, 0, val_loss=1.0 + shift, bits_per_byte=0, position=0, seconds=0))
+        results.append(
+            Result(
+                name,
+                str(tmp_path / name),
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                val_loss=1.0 + shift,
+                bits_per_byte=0,
+                position=0,
+                seconds=0,
+            )
+        )
     curve = let._mean_curve(results)
-    assert curve == [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)] and [let._steps_to(curve, loss) for loss in (2.5, 1.5, 0.5)] == [0.375, 0.75, None]
+    assert curve == [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)] and [
+        let._steps_to(curve, loss) for loss in (2.5, 1.5, 0.5)
+    ] == [0.375, 0.75, None]
 
 
 def test_a_grown_model_can_be_taught_by_the_size_before(data_dir, tmp_path):
-    family = ['--method=progressive', f'--data_dir={data_dir}', '--sizes=16x1,16x2', '--tokens=320,640', '--block_size=16', '--batch_size=4', '--eval_tokens=256', '--device=cpu', '--log_interval=1']
+    family = [
+        '--method=progressive',
+        f'--data_dir={data_dir}',
+        '--sizes=16x1,16x2',
+        '--tokens=320,640',
+        '--block_size=16',
+        '--batch_size=4',
+        '--eval_tokens=256',
+        '--device=cpu',
+        '--log_interval=1',
+    ]
     train.main([*family, f'--out_dir={tmp_path}', '--taught=0.3'])
     lines = metrics(tmp_path / '16x2')
-    assert 'similarity' in lines[0] and 'similarity' not in lines[-1] and 'similarity' not in metrics(tmp_path / '16x1')[0]
-    assert 'taught by 16x1: layer 1 to 1' in json.loads((tmp_path / '16x2' / 'stage.json').read_text())['start']
+    assert (
+        'similarity' in lines[0]
+        and 'similarity' not in lines[-1]
+        and 'similarity' not in metrics(tmp_path / '16x1')[0]
+    )
+    assert (
+        'taught by 16x1: layer 1 to 1'
+        in json.loads((tmp_path / '16x2' / 'stage.json').read_text())['start']
+    )
 
 
-@pytest.mark.parametrize('more, word', [
-    (['--pairing=L1F3'], 'target model has 2 layers'), (['--pairing=E2L'], "no pairing 'E2L'"), (['--arms=lett'], 'did you mean let'), (['--arms=let+sinus'], "no pairing 'sinus'"),
-    (['--alignment=dot'], "no alignment 'dot'"), (['--strength=-1'], 'strength'), (['--teacher=nowhere'], 'nowhere is not a model folder'), (['--arms='], 'arms')])
+@pytest.mark.parametrize(
+    'more, word',
+    [
+        (['--pairing=L1F3'], 'target model has 2 layers'),
+        (['--pairing=E2L'], "no pairing 'E2L'"),
+        (['--arms=lett'], 'did you mean let'),
+        (['--arms=let+sinus'], "no pairing 'sinus'"),
+        (['--alignment=dot'], "no alignment 'dot'"),
+        (['--strength=-1'], 'strength'),
+        (['--teacher=nowhere'], 'nowhere is not a model folder'),
+        (['--arms='], 'arms'),
+    ],
+)
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
     with pytest.raises(UserError, match=word):
         train.main(arguments(data_dir, tmp_path / 'run', *more))
@@ -299,7 +511,9 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
 
 def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_path, capsys):
     train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={compared / "teacher"}'))
-    assert f'taught by {compared / "teacher"}' in capsys.readouterr().out and same(tmp_path / 'run' / 'let-0', compared / 'let-0')
+    assert f'taught by {compared / "teacher"}' in capsys.readouterr().out and same(
+        tmp_path / 'run' / 'let-0', compared / 'let-0'
+    )
     folder = tmp_path / 'damaged'
     load(compared / 'teacher').save(folder, 'bytes')
     (folder / 'model.safetensors').write_bytes(b'\0' * 100)
@@ -313,11 +527,29 @@ def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_pat
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):
     pytest.importorskip('tokenizers')
     from test_translate import train as train_tokenizer
+
     for kind in ('byte-level', 'lowercase'):
         folder = Path(train_tokenizer(kind, tmp_path / kind, 300))
-        GPT(train.Run(data_dir='nowhere').model_config('16x1', vocab_size=300, block_size=16)).save(folder)
-    train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={tmp_path / "byte-level"}', '--tokens=256', '--stop=2'))
+        GPT(train.Run(data_dir='nowhere').model_config('16x1', vocab_size=300, block_size=16)).save(
+            folder
+        )
+    train.main(
+        arguments(
+            data_dir,
+            tmp_path / 'run',
+            f'--teacher={tmp_path / "byte-level"}',
+            '--tokens=256',
+            '--stop=2',
+        )
+    )
     assert 'similarity' in metrics(tmp_path / 'run' / 'let-0')[0]
-    for kind, arms, word in (('lowercase', 'let', 'cannot be aligned'), ('byte-level', 'let,rkd', 'need one vocabulary')):
+    for kind, arms, word in (
+        ('lowercase', 'let', 'cannot be aligned'),
+        ('byte-level', 'let,rkd', 'need one vocabulary'),
+    ):
         with pytest.raises(UserError, match=word):
-            train.main(arguments(data_dir, tmp_path / 'other', f'--teacher={tmp_path / kind}', f'--arms={arms}'))
+            train.main(
+                arguments(
+                    data_dir, tmp_path / 'other', f'--teacher={tmp_path / kind}', f'--arms={arms}'
+                )
+            )

@@ -1,4 +1,5 @@
 """On-policy distillation: the gradient against the divergence of whole answers, computed by enumerating them all."""
+
 import itertools
 
 import pytest
@@ -13,13 +14,28 @@ from configurator import Progress
 
 def tiny(seed, vocab_size=3, **more):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**dict(n_layer=1, n_head=1, n_embd=4, n_mlp=4, vocab_size=vocab_size, block_size=8, init_std=0.8), **more})).double()
+    return GPT(
+        GPTConfig(
+            **{
+                **dict(
+                    n_layer=1,
+                    n_head=1,
+                    n_embd=4,
+                    n_mlp=4,
+                    vocab_size=vocab_size,
+                    block_size=8,
+                    init_std=0.8,
+                ),
+                **more,
+            }
+        )
+    ).double()
 
 
 def log_probabilities(model, ids, start):
     """log p of each token of ids (n, T) from `start` on, given those before it: (n, T - start)."""
     logs = model(ids[:, :-1]).logits.log_softmax(-1)
-    return logs.gather(-1, ids[:, 1:, None])[:, start - 1:, 0]
+    return logs.gather(-1, ids[:, 1:, None])[:, start - 1 :, 0]
 
 
 def test_the_expected_gradient_is_that_of_the_divergence_between_answers():
@@ -27,32 +43,54 @@ def test_the_expected_gradient_is_that_of_the_divergence_between_answers():
     student, teacher, length = tiny(0), tiny(1), 3
     ids = torch.tensor([[0, *y] for y in itertools.product(range(3), repeat=length)])
     log_q, log_p = log_probabilities(student, ids, 1), log_probabilities(teacher, ids, 1).detach()
-    exact = torch.autograd.grad((log_q.sum(1).exp() * (log_q.sum(1) - log_p.sum(1))).sum(), student.parameters())
+    exact = torch.autograd.grad(
+        (log_q.sum(1).exp() * (log_q.sum(1) - log_p.sum(1))).sum(), student.parameters()
+    )
     answers = torch.ones_like(ids, dtype=torch.bool)
     answers[:, 0] = False
     pad = torch.zeros(len(ids), 1, dtype=torch.float64)
     log_ratio = torch.cat((pad, (log_p - log_q).detach()), 1)
     estimate = [torch.zeros_like(p) for p in student.parameters()]
-    for i, probability in enumerate(log_q.detach().sum(1).exp()):   # what drawing from the student does on average
+    for i, probability in enumerate(
+        log_q.detach().sum(1).exp()
+    ):  # what drawing from the student does on average
         one = slice(i, i + 1)
-        rollout = dict(ids=ids[one], answers=answers[one], log_q=torch.cat((pad, log_q.detach()), 1)[one], weight=torch.ones_like(log_ratio[one]),
-                       advantage=returns(log_ratio, answers, normalised=False)[one])
+        rollout = dict(
+            ids=ids[one],
+            answers=answers[one],
+            log_q=torch.cat((pad, log_q.detach()), 1)[one],
+            weight=torch.ones_like(log_ratio[one]),
+            advantage=returns(log_ratio, answers, normalised=False)[one],
+        )
         loss, _ = policy_loss(student(ids[one, :-1]).logits, teacher(ids[one, :-1]).logits, rollout)
         for total, g in zip(estimate, torch.autograd.grad(loss * length, student.parameters())):
             total += probability * g
     for ours, wanted in zip(estimate, exact, strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-4)   # log-softmax is in float32
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-4)  # log-softmax is in float32
 
 
 def test_returns_are_of_later_tokens_alone():
-    log_ratio, answers = torch.tensor([[9.0, 1.0, 2.0, 4.0, 7.0]]), torch.tensor([[False, True, True, True, False]])
-    assert returns(log_ratio, answers, normalised=False).tolist() == [[0, 6, 4, 0, 0]] and returns(log_ratio, answers).tolist() == [[0, 3, 4, 0, 0]]
+    log_ratio, answers = (
+        torch.tensor([[9.0, 1.0, 2.0, 4.0, 7.0]]),
+        torch.tensor([[False, True, True, True, False]]),
+    )
+    assert returns(log_ratio, answers, normalised=False).tolist() == [[0, 6, 4, 0, 0]] and returns(
+        log_ratio, answers
+    ).tolist() == [[0, 3, 4, 0, 0]]
 
 
 def test_clipping_stops_what_has_moved_far_enough():
     logits = torch.zeros(1, 1, 3, requires_grad=True)
-    rollout = dict(ids=torch.tensor([[0, 1]]), answers=torch.tensor([[False, True]]), log_q=torch.tensor([[0.0, -3.0]]), weight=torch.ones(1, 2), advantage=torch.tensor([[0.0, 1.0]]))
-    policy_loss(logits, logits.detach(), rollout)[0].backward()   # log q has risen from -3 to -1.1: no further
+    rollout = dict(
+        ids=torch.tensor([[0, 1]]),
+        answers=torch.tensor([[False, True]]),
+        log_q=torch.tensor([[0.0, -3.0]]),
+        weight=torch.ones(1, 2),
+        advantage=torch.tensor([[0.0, 1.0]]),
+    )
+    policy_loss(logits, logits.detach(), rollout)[
+        0
+    ].backward()  # log q has risen from -3 to -1.1: no further
     assert logits.grad.abs().max() < 1e-6
     rollout['log_q'] = torch.tensor([[0.0, -1.1]])
     policy_loss(logits, logits.detach(), rollout)[0].backward()
@@ -63,14 +101,29 @@ def test_clipping_stops_what_has_moved_far_enough():
 def test_answers_to_prompts_of_any_lengths(share):
     student, teacher = tiny(0, 5, block_size=16).float(), tiny(1, 5, block_size=16).float()
     prompts = [torch.tensor(p) for p in ([1], [2, 3, 1], [0, 1, 2, 3, 2])]
-    ids, answers, log_q, log_p, log_mix = answer(student, prompts, 6, end=4, teacher=teacher, share=share, generator=torch.Generator().manual_seed(0))
+    ids, answers, log_q, log_p, log_mix = answer(
+        student,
+        prompts,
+        6,
+        end=4,
+        teacher=teacher,
+        share=share,
+        generator=torch.Generator().manual_seed(0),
+    )
     for row, said, p in zip(ids, answers, prompts):
-        assert row[:len(p)].tolist() == p.tolist() and not said[:len(p)].any() and said[len(p)] and said.sum() <= 6
+        assert (
+            row[: len(p)].tolist() == p.tolist()
+            and not said[: len(p)].any()
+            and said[len(p)]
+            and said.sum() <= 6
+        )
         ended = (row[said] == 4).nonzero()
         assert len(ended) <= 1 and (not len(ended) or int(ended[0]) == said.sum() - 1)
         for model, log in ((student, log_q), (teacher, log_p)):
             alone = model(row[None]).logits.log_softmax(-1)[0, :-1].gather(-1, row[1:, None])[:, 0]
-            torch.testing.assert_close(log[(ids == row).all(1)][0][1:][said[1:]], alone[said[1:]], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                log[(ids == row).all(1)][0][1:][said[1:]], alone[said[1:]], atol=1e-5, rtol=1e-4
+            )
     mixed = (share * log_p.exp() + (1 - share) * log_q.exp()).log()
     torch.testing.assert_close(log_mix[answers], mixed[answers], atol=1e-5, rtol=1e-4)
 
@@ -80,7 +133,10 @@ def test_greedy_answers_are_those_of_generate():
     prompts = [torch.tensor(p) for p in ([1, 2], [3, 1, 2, 5])]
     ids, answers, *_ = answer(model, prompts, 5, end=6, temperature=0)
     for row, said, p in zip(ids, answers, prompts):
-        assert row[said].tolist() == model.generate(p[None], 5, 0.0)[0, len(p):].tolist()[:int(said.sum())]
+        assert (
+            row[said].tolist()
+            == model.generate(p[None], 5, 0.0)[0, len(p) :].tolist()[: int(said.sum())]
+        )
 
 
 def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_dir, tmp_path):
@@ -89,22 +145,46 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
     examples, x = Examples('signatures', data_dir, 'train'), torch.randint(257, (2, 16))
 
     def objective():
-        return minillm(tmp_path / 'teacher', examples, tmp_path, batch_size=2, seed=3, samples=4, epochs=2, length=24)
+        return minillm(
+            tmp_path / 'teacher',
+            examples,
+            tmp_path,
+            batch_size=2,
+            seed=3,
+            samples=4,
+            epochs=2,
+            length=24,
+        )
+
     first = objective()
-    losses = [first(student, x, x, Progress(step, 100))[0].item() for step in range(6)]   # 4 steps a batch of samples
+    losses = [
+        first(student, x, x, Progress(step, 100))[0].item() for step in range(6)
+    ]  # 4 steps a batch of samples
     files = sorted(p.name for p in tmp_path.glob('rollout-*'))
     assert files == ['rollout-000000000-0of1.safetensors', 'rollout-000000004-0of1.safetensors']
     again = objective()
-    assert [again(student, x, x, Progress(step, 100))[0].item() for step in (2, 3, 5)] == [losses[i] for i in (2, 3, 5)]
+    assert [again(student, x, x, Progress(step, 100))[0].item() for step in (2, 3, 5)] == [
+        losses[i] for i in (2, 3, 5)
+    ]
     loss, scalars = first(student, x, x, Progress(6, 100))
     assert {'single_step', 'long_range', 'text_loss', 'answer_tokens'} <= scalars.keys()
-    assert loss.item() == pytest.approx(sum(scalars[k].item() for k in ('single_step', 'long_range', 'text_loss')), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        sum(scalars[k].item() for k in ('single_step', 'long_range', 'text_loss')), rel=1e-5
+    )
 
 
 def test_single_step_part_is_the_reverse_divergence_on_what_was_said():
     student, teacher = tiny(0).float(), tiny(1).float()
     ids = torch.tensor([[0, 1, 2, 1]])
     answers = torch.tensor([[False, True, True, True]])
-    rollout = dict(ids=ids, answers=answers, log_q=torch.zeros(1, 4), weight=torch.ones(1, 4), advantage=torch.zeros(1, 4))
+    rollout = dict(
+        ids=ids,
+        answers=answers,
+        log_q=torch.zeros(1, 4),
+        weight=torch.ones(1, 4),
+        advantage=torch.zeros(1, 4),
+    )
     loss, scalars = policy_loss(student(ids[:, :-1]).logits, teacher(ids[:, :-1]).logits, rollout)
-    assert loss.item() == pytest.approx(reverse_kl(student(ids[:, :-1]).logits, teacher(ids[:, :-1]).logits).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        reverse_kl(student(ids[:, :-1]).logits, teacher(ids[:, :-1]).logits).item(), rel=1e-5
+    )

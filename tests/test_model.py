@@ -1,4 +1,5 @@
 """The model: exact sizes, causality, the cache, and folders that give back what was put in."""
+
 import dataclasses
 import json
 
@@ -9,25 +10,77 @@ import torch.nn.functional as F
 from configurator import UserError
 from model import GPT, SIZES, GPTConfig, load
 
-PAPER_N = {'15m': 14_751_680, '44m': 44_248_800, '0.1b': 98_323_840, '0.2b': 232_623_040, '0.5b': 521_889_760, '1b-reuse': 1_085_859_424}
-TOTAL = {   # all parameters, tied ones once
-    'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_030_080, 'gpt2-xl': 1_557_611_200, '138m': 138_615_552,
-    '220m': 219_567_488, '277m': 277_440_128, '380m': 380_015_616, '537m': 537_284_736, '1b': 1_300_641_792, '2b': 2_348_029_440,
-    '4b': 4_330_780_800, '8b': 8_439_877_632, '1.4b': 1_339_082_752, '7b': 6_738_415_616, 'gpt2-large-32': 695_320_320, 'openllama-3b': 3_426_473_600,
-    'pythia-70m': 70_426_624, '113.63m': 113_625_600, 'pythia-160m': 162_322_944, 'pythia-410m': 405_334_016, 'pythia-1b': 1_011_781_632, 'pythia-1.4b': 1_414_647_808,
-    'qwen3-0.6b': 596_049_920, '1.09b': 1_092_252_160, 'qwen3-1.7b': 1_720_574_976, 'qwen3-4b': 4_022_468_096}
+PAPER_N = {
+    '15m': 14_751_680,
+    '44m': 44_248_800,
+    '0.1b': 98_323_840,
+    '0.2b': 232_623_040,
+    '0.5b': 521_889_760,
+    '1b-reuse': 1_085_859_424,
+}
+TOTAL = {  # all parameters, tied ones once
+    'gpt2': 124_439_808,
+    'gpt2-medium': 354_823_168,
+    'gpt2-large': 774_030_080,
+    'gpt2-xl': 1_557_611_200,
+    '138m': 138_615_552,
+    '220m': 219_567_488,
+    '277m': 277_440_128,
+    '380m': 380_015_616,
+    '537m': 537_284_736,
+    '1b': 1_300_641_792,
+    '2b': 2_348_029_440,
+    '4b': 4_330_780_800,
+    '8b': 8_439_877_632,
+    '1.4b': 1_339_082_752,
+    '7b': 6_738_415_616,
+    'gpt2-large-32': 695_320_320,
+    'openllama-3b': 3_426_473_600,
+    'pythia-70m': 70_426_624,
+    '113.63m': 113_625_600,
+    'pythia-160m': 162_322_944,
+    'pythia-410m': 405_334_016,
+    'pythia-1b': 1_011_781_632,
+    'pythia-1.4b': 1_414_647_808,
+    'qwen3-0.6b': 596_049_920,
+    '1.09b': 1_092_252_160,
+    'qwen3-1.7b': 1_720_574_976,
+    'qwen3-4b': 4_022_468_096,
+}
 
-SHAPES = {   # small models that between them use every switch
-    'llama': {}, 'grouped': dict(n_kv_head=2), 'one key head': dict(n_kv_head=1, tied=True), 'qwen3': dict(qk_norm=True, n_kv_head=2, head_dim=12),
+SHAPES = {  # small models that between them use every switch
+    'llama': {},
+    'grouped': dict(n_kv_head=2),
+    'one key head': dict(n_kv_head=1, tied=True),
+    'qwen3': dict(qk_norm=True, n_kv_head=2, head_dim=12),
     'neox': dict(norm='layer', act='gelu_exact', rotary_fraction=0.5, parallel=True, bias=True),
     'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True),
-    'inheritune': dict(norm='layer', act='gelu', pos='learned', tied=True, attn_scale_by_layer=True), 'opt': dict(norm='layer', act='relu', pos='learned', bias=True)}
+    'inheritune': dict(
+        norm='layer', act='gelu', pos='learned', tied=True, attn_scale_by_layer=True
+    ),
+    'opt': dict(norm='layer', act='relu', pos='learned', bias=True),
+}
 
 
 def small(**changes):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**dict(n_layer=3, n_head=4, n_embd=32, n_mlp=40, vocab_size=61, block_size=24, init_std=0.2), **changes})).double()
-    with torch.no_grad():   # gains and biases that are not 1 and 0, so that a forgotten one shows
+    model = GPT(
+        GPTConfig(
+            **{
+                **dict(
+                    n_layer=3,
+                    n_head=4,
+                    n_embd=32,
+                    n_mlp=40,
+                    vocab_size=61,
+                    block_size=24,
+                    init_std=0.2,
+                ),
+                **changes,
+            }
+        )
+    ).double()
+    with torch.no_grad():  # gains and biases that are not 1 and 0, so that a forgotten one shows
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(0.1 * torch.randn_like(p))
@@ -56,12 +109,27 @@ def test_every_named_size_has_the_papers_parameter_count(name):
 
 def test_sizes_by_width_and_layers():
     config = GPTConfig.named('64x4', vocab_size=257)
-    assert (config.n_embd, config.n_layer, config.n_head, config.head_dim, config.n_mlp, config.vocab_size) == (64, 4, 4, 16, 168, 257)
+    assert (
+        config.n_embd,
+        config.n_layer,
+        config.n_head,
+        config.head_dim,
+        config.n_mlp,
+        config.vocab_size,
+    ) == (64, 4, 4, 16, 168, 257)
 
 
-@pytest.mark.parametrize('make', [
-    lambda: GPTConfig.named('8c'), lambda: GPTConfig.named('60x2'), lambda: GPTConfig(n_head=4, n_kv_head=3), lambda: GPTConfig(norm='batch'),
-    lambda: GPTConfig(n_layer=0), lambda: GPTConfig(n_head=2, head_dim=3)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: GPTConfig.named('8c'),
+        lambda: GPTConfig.named('60x2'),
+        lambda: GPTConfig(n_head=4, n_kv_head=3),
+        lambda: GPTConfig(norm='batch'),
+        lambda: GPTConfig(n_layer=0),
+        lambda: GPTConfig(n_head=2, head_dim=3),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(make):
     with pytest.raises(UserError):
         make()
@@ -72,7 +140,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
     y[0, :5] = -100
     assert model(x, y).logits is None and model(x).loss is None
     expected = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
-    torch.testing.assert_close(model(x, y).loss, expected.to(model(x, y).loss.dtype), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model(x, y).loss, expected.to(model(x, y).loss.dtype), atol=1e-6, rtol=0
+    )
 
 
 def test_no_position_sees_what_comes_after(model):
@@ -80,7 +150,9 @@ def test_no_position_sees_what_comes_after(model):
     changed = x.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 61
     before, after = model(x).logits, model(changed).logits
-    assert torch.equal(before[:, :12], after[:, :12]) and not torch.allclose(before[:, 12:], after[:, 12:])
+    assert torch.equal(before[:, :12], after[:, :12]) and not torch.allclose(
+        before[:, 12:], after[:, 12:]
+    )
 
 
 def test_hidden_state_of_the_last_layer_gives_the_logits(model):
@@ -92,7 +164,9 @@ def test_hidden_state_of_the_last_layer_gives_the_logits(model):
 def test_every_parameter_has_a_gradient(model):
     model(tokens(), tokens()).loss.backward()
     for name, p in model.named_parameters():
-        if not name.endswith('k.bias'):   # without rotation, softmax does not see a shift of all keys
+        if not name.endswith(
+            'k.bias'
+        ):  # without rotation, softmax does not see a shift of all keys
             assert p.grad is not None and p.grad.abs().max() > 1e-12, name
 
 
@@ -113,13 +187,20 @@ def test_cached_generation_is_the_uncached_one(model):
     for _ in range(19):
         expected = torch.cat((expected, model(expected).logits[:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(model.generate(x, 19, temperature=0), expected)
-    assert model.generate(x, 60, temperature=0).shape == (2, 65)   # beyond the context: goes on from its later half
+    assert model.generate(x, 60, temperature=0).shape == (
+        2,
+        65,
+    )  # beyond the context: goes on from its later half
 
 
 def test_generation_stops_and_is_seeded():
     model, x = small(), tokens(2, 5)
-    one, two = (model.generate(x, 10, top_k=5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(model.generate(x, 3, top_k=1), model.generate(x, 3, temperature=0))
+    one, two = (
+        model.generate(x, 10, top_k=5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    assert torch.equal(one, two) and torch.equal(
+        model.generate(x, 3, top_k=1), model.generate(x, 3, temperature=0)
+    )
     first = model.generate(x[:1], 1, temperature=0)[0, -1].item()
     assert model.generate(x[:1], 10, temperature=0, stop=first).shape[1] == 6
 
@@ -127,16 +208,32 @@ def test_generation_stops_and_is_seeded():
 def test_saving_and_loading_is_exact(model, tmp_path):
     model.save(tmp_path)
     again = load(tmp_path)
-    assert again.config == model.config and {p.name for p in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
-    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    assert again.config == model.config and {p.name for p in tmp_path.iterdir()} == {
+        'config.json',
+        'model.safetensors',
+    }
+    for (name, a), (other, b) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b)
     assert torch.equal(model(tokens()).logits, again(tokens()).logits)
 
 
-@pytest.mark.parametrize('damage, word', [
-    (lambda f: (f / 'config.json').unlink(), 'config.json'), (lambda f: (f / 'model.safetensors').unlink(), 'safetensors'),
-    (lambda f: (f / 'config.json').write_text('{'), 'damaged'), (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'),
-    (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-100]), 'damaged')])
+@pytest.mark.parametrize(
+    'damage, word',
+    [
+        (lambda f: (f / 'config.json').unlink(), 'config.json'),
+        (lambda f: (f / 'model.safetensors').unlink(), 'safetensors'),
+        (lambda f: (f / 'config.json').write_text('{'), 'damaged'),
+        (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'),
+        (
+            lambda f: (f / 'model.safetensors').write_bytes(
+                (f / 'model.safetensors').read_bytes()[:-100]
+            ),
+            'damaged',
+        ),
+    ],
+)
 def test_damaged_folders_are_refused(tmp_path, damage, word):
     small().save(tmp_path)
     damage(tmp_path)

@@ -1,4 +1,5 @@
 """Growth operators: exact where they are said to be exact, on shapes drawn at random; gradients, symmetry, and where what comes from."""
+
 import dataclasses
 import random
 
@@ -20,22 +21,54 @@ def draw(seed, integer=False, **fixed):
     while True:
         kv, per_group = rng.choice([1, 2, 3]), rng.choice([1, 2, 3])
         pos = rng.choice(['rope', 'learned'])
-        config = GPTConfig(**{**dict(
-            n_layer=rng.randint(1, 3), n_head=kv * per_group, n_kv_head=kv, head_dim=rng.choice([4, 8]), n_embd=rng.choice([8, 12, 15, 20]),
-            n_mlp=rng.choice([7, 12, 16]), vocab_size=61, block_size=24, norm=rng.choice(['rms', 'layer']), act=rng.choice(['swiglu', 'gelu', 'gelu_exact', 'relu']),
-            pos=pos, rotary_fraction=rng.choice([1.0, 0.5]), qk_norm=rng.random() < 0.3, parallel=rng.random() < 0.3, bias=rng.random() < 0.5,
-            tied=rng.random() < 0.5, attn_scale_by_layer=rng.random() < 0.3, init_std=0.3), **fixed})
+        config = GPTConfig(
+            **{
+                **dict(
+                    n_layer=rng.randint(1, 3),
+                    n_head=kv * per_group,
+                    n_kv_head=kv,
+                    head_dim=rng.choice([4, 8]),
+                    n_embd=rng.choice([8, 12, 15, 20]),
+                    n_mlp=rng.choice([7, 12, 16]),
+                    vocab_size=61,
+                    block_size=24,
+                    norm=rng.choice(['rms', 'layer']),
+                    act=rng.choice(['swiglu', 'gelu', 'gelu_exact', 'relu']),
+                    pos=pos,
+                    rotary_fraction=rng.choice([1.0, 0.5]),
+                    qk_norm=rng.random() < 0.3,
+                    parallel=rng.random() < 0.3,
+                    bias=rng.random() < 0.5,
+                    tied=rng.random() < 0.5,
+                    attn_scale_by_layer=rng.random() < 0.3,
+                    init_std=0.3,
+                ),
+                **fixed,
+            }
+        )
         n = rng.choice([1, 2, 3])
         if integer:
-            target = dataclasses.replace(config, n_head=n * config.n_head, n_kv_head=n * kv, n_embd=n * config.n_embd, n_mlp=n * config.n_mlp)
+            target = dataclasses.replace(
+                config,
+                n_head=n * config.n_head,
+                n_kv_head=n * kv,
+                n_embd=n * config.n_embd,
+                n_mlp=n * config.n_mlp,
+            )
         else:
             new_kv = rng.choice([kv, kv + 1, 2 * kv, 3 * kv])
             target = dataclasses.replace(
-                config, n_kv_head=new_kv, n_head=new_kv * rng.choice([per_group, per_group + 1, 2 * per_group]), n_embd=config.n_embd + rng.randint(0, 2 * config.n_embd),
-                n_mlp=config.n_mlp + rng.randint(0, 2 * config.n_mlp), vocab_size=rng.choice([61, 64]), n_layer=config.n_layer + rng.randint(0, 3))
+                config,
+                n_kv_head=new_kv,
+                n_head=new_kv * rng.choice([per_group, per_group + 1, 2 * per_group]),
+                n_embd=config.n_embd + rng.randint(0, 2 * config.n_embd),
+                n_mlp=config.n_mlp + rng.randint(0, 2 * config.n_mlp),
+                vocab_size=rng.choice([61, 64]),
+                n_layer=config.n_layer + rng.randint(0, 3),
+            )
         try:
             Growth(config, target, 'lossless', 'identity')
-        except UserError:   # some query head would be lost: another draw
+        except UserError:  # some query head would be lost: another draw
             continue
         return config, target
 
@@ -58,6 +91,7 @@ def error(model, grown):
 
 # --------------------------------------------------------------------------------------------------------------------- exactness
 
+
 @pytest.mark.parametrize('noise', [0.0, 0.3])
 def test_lossless_and_identity_keep_the_function_for_any_shape(noise):
     widths = set()
@@ -70,17 +104,25 @@ def test_lossless_and_identity_keep_the_function_for_any_shape(noise):
     assert len(widths) > 50
 
 
-@pytest.mark.parametrize('width, noise', [('fpi', 0.0), ('fpi', 0.3), ('clone', 0.0), ('clone', 0.3)])
+@pytest.mark.parametrize(
+    'width, noise', [('fpi', 0.0), ('fpi', 0.3), ('clone', 0.0), ('clone', 0.3)]
+)
 def test_whole_copies_keep_the_function(width, noise):
     for seed in range(200):
         config, target = draw(seed, integer=True)
-        assert error(model_of(config), grow(model_of(config), target, width, 'identity', noise, seed)) < 1e-10, (seed, config, target)
+        assert (
+            error(model_of(config), grow(model_of(config), target, width, 'identity', noise, seed))
+            < 1e-10
+        ), (seed, config, target)
 
 
 def test_whole_copies_do_not_depend_on_the_operator():
     for seed in range(20):
         config, target = draw(seed, integer=True)
-        models = [grow(model_of(config), target, width).state_dict() for width in ('fpi', 'clone', 'lossless')]
+        models = [
+            grow(model_of(config), target, width).state_dict()
+            for width in ('fpi', 'clone', 'lossless')
+        ]
         for name in models[0]:
             for other in models[1:]:
                 torch.testing.assert_close(other[name], models[0][name], atol=1e-15, rtol=1e-14)
@@ -89,10 +131,23 @@ def test_whole_copies_do_not_depend_on_the_operator():
 @pytest.mark.parametrize('norm', ['rms', 'layer'])
 def test_plain_duplication_at_a_fraction_is_not_exact(norm):
     """The control: outlier dimensions weigh twice in the norm, and that is what `lossless` mends."""
-    config = GPTConfig(n_layer=2, n_head=4, head_dim=4, n_embd=16, n_mlp=16, vocab_size=61, block_size=24, norm=norm, init_std=0.3)
+    config = GPTConfig(
+        n_layer=2,
+        n_head=4,
+        head_dim=4,
+        n_embd=16,
+        n_mlp=16,
+        vocab_size=61,
+        block_size=24,
+        norm=norm,
+        init_std=0.3,
+    )
     model = model_of(config)
     target = dataclasses.replace(config, n_embd=20)
-    assert error(model, grow(model, target, 'fpi')) > 0.05 and error(model, grow(model, target, 'lossless')) < 1e-10
+    assert (
+        error(model, grow(model, target, 'fpi')) > 0.05
+        and error(model, grow(model, target, 'lossless')) < 1e-10
+    )
 
 
 def test_clone_is_refused_where_it_is_not_exact():
@@ -104,32 +159,47 @@ def test_clone_is_refused_where_it_is_not_exact():
 def test_identity_layers_are_bit_exact_in_function_and_gradient():
     for shape in SHAPES.values():
         if shape.get('attn_scale_by_layer'):
-            continue   # exact too, but rescaled queries round
+            continue  # exact too, but rescaled queries round
         model = small(**shape)
         deep = grow(model, dataclasses.replace(model.config, n_layer=5), depth='identity')
         assert torch.equal(deep(tokens()).logits, model(tokens()).logits)
         for m in (model, deep):
             m(tokens(), tokens()).loss.backward()
-        kept = [layer for layer, (_, adds_nothing) in enumerate(layer_map(3, 5, 'identity')) if not adds_nothing]
+        kept = [
+            layer
+            for layer, (_, adds_nothing) in enumerate(layer_map(3, 5, 'identity'))
+            if not adds_nothing
+        ]
         for old, new in enumerate(kept):
-            for (name, a), b in zip(model.blocks[old].named_parameters(), deep.blocks[new].parameters()):
+            for (name, a), b in zip(
+                model.blocks[old].named_parameters(), deep.blocks[new].parameters()
+            ):
                 assert torch.equal(a.grad, b.grad), name
 
 
 def test_new_identity_layers_learn():
     model = small()
     deep = grow(model, dataclasses.replace(model.config, n_layer=4), depth='identity')
-    new = [block for block, (_, adds_nothing) in zip(deep.blocks, layer_map(3, 4, 'identity')) if adds_nothing][0]
+    new = [
+        block
+        for block, (_, adds_nothing) in zip(deep.blocks, layer_map(3, 4, 'identity'))
+        if adds_nothing
+    ][0]
     optimizer = torch.optim.AdamW(deep.parameters(), lr=1e-2)
     for step in range(2):
         deep(tokens(), tokens().roll(1, 1)).loss.backward()
         has_gradient = {name for name, p in new.named_parameters() if p.grad.abs().max() > 0}
-        assert has_gradient == ({'attn.o.weight', 'mlp.down.weight'} if step == 0 else {name for name, _ in new.named_parameters()})
+        assert has_gradient == (
+            {'attn.o.weight', 'mlp.down.weight'}
+            if step == 0
+            else {name for name, _ in new.named_parameters()}
+        )
         optimizer.step()
         optimizer.zero_grad()
 
 
 # --------------------------------------------------------------------------------------------------------------------- gradients and moments
+
 
 def gradients(model):
     model.zero_grad()
@@ -140,12 +210,14 @@ def gradients(model):
 @pytest.mark.parametrize('width', ['lossless', 'fpi', 'clone'])
 def test_gradients_follow_the_dual_map(width):
     for seed in range(60):
-        integer = width != 'lossless' or seed % 3 == 0   # under LayerNorm the dual is exact for whole multiples
+        integer = (
+            width != 'lossless' or seed % 3 == 0
+        )  # under LayerNorm the dual is exact for whole multiples
         config, target = draw(seed, integer, **({} if integer else dict(norm='rms')))
         target = dataclasses.replace(target, vocab_size=61, n_layer=config.n_layer)
         per_group = config.n_head // config.n_kv_head
         if target.n_kv_head != config.n_kv_head and target.n_head // target.n_kv_head != per_group:
-            continue   # a copied key serves other queries than before: its gradient is another sum
+            continue  # a copied key serves other queries than before: its gradient is another sum
         model = model_of(config)
         small_gradients = gradients(model)
         growth = Growth(config, target, width)
@@ -160,7 +232,13 @@ def test_second_moments_follow_the_square_and_stay_positive():
         config, target = draw(seed)
         model = model_of(config)
         g = {name: gradient for name, gradient in gradients(model).items()}
-        moments = grow_optimizer(dict(step=7, exp_avg=g, exp_avg_sq={n: x * x for n, x in g.items()}), config, target, 'lossless', 'stack')
+        moments = grow_optimizer(
+            dict(step=7, exp_avg=g, exp_avg_sq={n: x * x for n, x in g.items()}),
+            config,
+            target,
+            'lossless',
+            'stack',
+        )
         assert moments['step'] == 7
         growth = Growth(config, target, 'lossless', 'stack')
         for name, m in moments['exp_avg'].items():
@@ -175,16 +253,32 @@ def test_second_moments_follow_the_square_and_stay_positive():
 
 # --------------------------------------------------------------------------------------------------------------------- symmetry
 
+
 def distances_after_a_step(width, noise, optimizer_class):
     """Largest difference between the copies of a unit after one step: {what: distance}."""
-    model = model_of(GPTConfig(n_layer=2, n_head=2, head_dim=8, n_embd=16, n_mlp=12, vocab_size=61, block_size=24, init_std=0.3))
+    model = model_of(
+        GPTConfig(
+            n_layer=2,
+            n_head=2,
+            head_dim=8,
+            n_embd=16,
+            n_mlp=12,
+            vocab_size=61,
+            block_size=24,
+            init_std=0.3,
+        )
+    )
     target = dataclasses.replace(model.config, n_head=4, n_kv_head=4, n_embd=32, n_mlp=24)
     big = grow(model, target, width, noise=noise)
     optimizer = optimizer_class(big.parameters(), lr=1e-2)
     big(tokens(), tokens().roll(-1, 1)).loss.backward()
     optimizer.step()
     block, old = big.blocks[0], 16
-    pairs = {'neurons': block.mlp.up.weight.chunk(2), 'heads': block.attn.v.weight.chunk(2), 'residual': (big.wte.weight[:, :old], big.wte.weight[:, old:])}
+    pairs = {
+        'neurons': block.mlp.up.weight.chunk(2),
+        'heads': block.attn.v.weight.chunk(2),
+        'residual': (big.wte.weight[:, :old], big.wte.weight[:, old:]),
+    }
     return {what: (a - b).abs().max().item() for what, (a, b) in pairs.items()}
 
 
@@ -197,47 +291,74 @@ def test_copies_stay_copies_without_noise_and_part_with_it(optimizer_class):
 
 # --------------------------------------------------------------------------------------------------------------------- depth maps
 
+
 def layers(old, new, depth):
     return [layer for layer, _ in layer_map(old, new, depth)]
 
 
 def test_layer_maps():
     assert layers(3, 6, 'stack') == [0, 1, 2, 0, 1, 2] and layers(3, 5, 'stack') == [0, 1, 2, 0, 1]
-    assert layers(18, 22, 'bert2bert') == [*range(18), 14, 15, 16, 17] and layers(2, 7, 'bert2bert') == [0, 1, 0, 1, 0, 1, 1]
+    assert layers(18, 22, 'bert2bert') == [*range(18), 14, 15, 16, 17] and layers(
+        2, 7, 'bert2bert'
+    ) == [0, 1, 0, 1, 0, 1, 1]
     assert layers(3, 6, 'interleave') == [0, 0, 1, 1, 2, 2]
-    for old, new, duplicated in ((18, 22, [2, 6, 11, 15]), (22, 27, [2, 6, 11, 15, 19]), (27, 33, [2, 6, 11, 15, 20, 24])):
+    for old, new, duplicated in (
+        (18, 22, [2, 6, 11, 15]),
+        (22, 27, [2, 6, 11, 15, 19]),
+        (27, 33, [2, 6, 11, 15, 20, 24]),
+    ):
         assert layers(old, new, 'interleave') == sorted([*range(old), *duplicated])
-    for old, new, added in ((18, 22, [5, 10, 16, 21]), (22, 27, [5, 10, 16, 21, 26]), (27, 33, [5, 10, 16, 21, 27, 32])):
-        assert [layer for layer, (_, adds_nothing) in enumerate(layer_map(old, new, 'identity')) if adds_nothing] == added
+    for old, new, added in (
+        (18, 22, [5, 10, 16, 21]),
+        (22, 27, [5, 10, 16, 21, 26]),
+        (27, 33, [5, 10, 16, 21, 27, 32]),
+    ):
+        assert [
+            layer
+            for layer, (_, adds_nothing) in enumerate(layer_map(old, new, 'identity'))
+            if adds_nothing
+        ] == added
 
 
 @pytest.mark.parametrize('depth', DEPTH)
 def test_every_layer_is_used_and_the_count_is_right(depth):
     for old in range(1, 8):
         for new in range(old, 20):
-            assert len(layers(old, new, depth)) == new and set(layers(old, new, depth)) == set(range(old))
+            assert len(layers(old, new, depth)) == new and set(layers(old, new, depth)) == set(
+                range(old)
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------- the rest
 
+
 def test_vocabulary_padding_keeps_the_old_logits_and_adds_the_mean():
     model = small()
     padded = grow(model, dataclasses.replace(model.config, vocab_size=64))
-    torch.testing.assert_close(padded(tokens()).logits[..., :61], model(tokens()).logits, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        padded(tokens()).logits[..., :61], model(tokens()).logits, atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(padded.wte.weight[61:], model.wte.weight.mean(0).expand(3, -1))
 
 
 def test_half_precision_rounds_once():
     model = small(n_embd=48, n_head=4, head_dim=8).to(torch.bfloat16)
     target = dataclasses.replace(model.config, n_embd=80)
-    grown, exact = grow(model, target, 'lossless').state_dict(), grow(model.double(), target, 'lossless').state_dict()
+    grown, exact = (
+        grow(model, target, 'lossless').state_dict(),
+        grow(model.double(), target, 'lossless').state_dict(),
+    )
     for name in grown:
-        assert grown[name].dtype == torch.bfloat16 and torch.equal(grown[name], exact[name].to(torch.float32).to(torch.bfloat16)), name
+        assert grown[name].dtype == torch.bfloat16 and torch.equal(
+            grown[name], exact[name].to(torch.float32).to(torch.bfloat16)
+        ), name
 
 
 def test_noise_depends_on_the_seed_alone():
     model = small()
     target = dataclasses.replace(model.config, n_mlp=80)
-    one, two, other = (grow(model, target, 'fpi', noise=0.1, seed=seed).state_dict() for seed in (1, 1, 2))
+    one, two, other = (
+        grow(model, target, 'fpi', noise=0.1, seed=seed).state_dict() for seed in (1, 1, 2)
+    )
     name = 'blocks.0.mlp.down.weight'
     assert torch.equal(one[name], two[name]) and not torch.equal(one[name], other[name])

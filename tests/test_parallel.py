@@ -1,4 +1,5 @@
 """One model on several processes and in less memory: the same numbers, whatever the knobs say."""
+
 import json
 import re
 from functools import partial
@@ -20,22 +21,39 @@ from parallel import Meter, choose_micro_batch, choose_parallel, recompute, wrap
 from plan import estimate_memory
 from train import Run
 
-TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=1280', '--eval_tokens=500', '--log_interval=1', '--learning_rate=0.01',
-        '--device=cpu', '--eval_interval=10']
+TINY = [
+    '--size=16x2',
+    '--block_size=16',
+    '--batch_size=4',
+    '--tokens=1280',
+    '--eval_tokens=500',
+    '--log_interval=1',
+    '--learning_rate=0.01',
+    '--device=cpu',
+    '--eval_interval=10',
+]
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / '16x2' / 'metrics.jsonl').read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(folder) / '16x2' / 'metrics.jsonl').read_text().splitlines()
+    ]
 
 
 def same_curves(one, other):
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {'tokens_per_second'}:
-            assert a[name] == pytest.approx(b[name], rel=1e-4 if name == 'grad_norm' else 1e-5), (a['step'], name)
+            assert a[name] == pytest.approx(b[name], rel=1e-4 if name == 'grad_norm' else 1e-5), (
+                a['step'],
+                name,
+            )
     tensors = (load(folder / '16x2').state_dict().values() for folder in (one, other))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*tensors, strict=True))
-    assert Result.of(one / '16x2').val_loss == pytest.approx(Result.of(other / '16x2').val_loss, rel=1e-5)
+    assert Result.of(one / '16x2').val_loss == pytest.approx(
+        Result.of(other / '16x2').val_loss, rel=1e-5
+    )
 
 
 @pytest.fixture(scope='module')
@@ -48,49 +66,105 @@ def whole(data_dir, tmp_path_factory):
 
 # --------------------------------------------------------------------------------------------------------------------- processes
 
+
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
 def test_two_processes_train_what_one_does(whole, data_dir, tmp_path, how):
-    outputs = run_processes(2, 'train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', f'--parallel={how}', '--micro_batch_size=1', *TINY)
+    outputs = run_processes(
+        2,
+        'train.py',
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path}',
+        f'--parallel={how}',
+        '--micro_batch_size=1',
+        *TINY,
+    )
     assert f', {how} on 2 processes' in outputs[0]
     same_curves(whole, tmp_path)
 
 
 def test_shards_in_bfloat16_with_recomputed_activations_train_alike(whole, data_dir, tmp_path):
-    run_processes(2, 'train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--parallel=fsdp', '--dtype=bfloat16', '--recompute=selective',
-                  '--micro_batch_size=1', *TINY)
+    run_processes(
+        2,
+        'train.py',
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path}',
+        '--parallel=fsdp',
+        '--dtype=bfloat16',
+        '--recompute=selective',
+        '--micro_batch_size=1',
+        *TINY,
+    )
     for a, b in zip(metrics(whole)[1:], metrics(tmp_path)[1:], strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=0.02)
 
 
-@pytest.mark.parametrize('first, then', [(['ddp', 2], ['fsdp', 1]), (['fsdp', 2], ['ddp', 1]), (['auto', 1], ['fsdp', 2])])
+@pytest.mark.parametrize(
+    'first, then',
+    [(['ddp', 2], ['fsdp', 1]), (['fsdp', 2], ['ddp', 1]), (['auto', 1], ['fsdp', 2])],
+)
 def test_a_run_goes_on_at_another_number_of_processes(whole, data_dir, tmp_path, first, then):
-    for (how, number), more in ((first, ['--max_minutes=1e-9']), (then, [])):   # stops after a step
+    for (how, number), more in ((first, ['--max_minutes=1e-9']), (then, [])):  # stops after a step
         how = 'auto' if number == 1 else how
         run = partial(run_processes, number) if number > 1 else run_command
-        run('train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', f'--parallel={how}', *TINY, *more)
+        run(
+            'train.py',
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path}',
+            f'--parallel={how}',
+            *TINY,
+            *more,
+        )
         assert more == [] or list((tmp_path / '16x2').glob('state-00000000[1-9]'))
     same_curves(whole, tmp_path)
 
 
 def test_a_family_grows_with_its_sharded_optimizer_and_the_best_model_is_kept(data_dir, tmp_path):
-    family = ['--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=640,1280', '--optimizer=grown', '--block_size=16', '--eval_tokens=500',
-              '--device=cpu', '--log_interval=2', f'--data_dir={data_dir}']
+    family = [
+        '--method=progressive',
+        '--sizes=16x2,32x2',
+        '--scratch_tokens=640,1280',
+        '--optimizer=grown',
+        '--block_size=16',
+        '--eval_tokens=500',
+        '--device=cpu',
+        '--log_interval=2',
+        f'--data_dir={data_dir}',
+    ]
     run_processes(2, 'train.py', *family, '--parallel=fsdp', f'--out_dir={tmp_path / "two"}')
     train.main([*family, f'--out_dir={tmp_path / "one"}'])
     for name in ('16x2', '32x2'):
-        assert Result.of(tmp_path / 'one' / name).val_loss == pytest.approx(Result.of(tmp_path / 'two' / name).val_loss, rel=1e-4)
+        assert Result.of(tmp_path / 'one' / name).val_loss == pytest.approx(
+            Result.of(tmp_path / 'two' / name).val_loss, rel=1e-4
+        )
 
 
 def test_shards_are_chosen_when_a_replica_does_not_fit():
     config, run = GPTConfig.named('8b'), Run(device='cpu', block_size=2048, batch_size=64)
     eight_h100 = find_machine(run)._replace(world_size=8, memory=68e9, device=torch.device('cuda'))
-    assert choose_parallel(run, config, eight_h100) == 'fsdp' and choose_parallel(run, GPTConfig.named('1b'), eight_h100) == 'ddp'
-    assert choose_parallel(Run(parallel='ddp'), config, eight_h100) == 'ddp' and choose_parallel(run, config, eight_h100._replace(memory=1e12)) == 'ddp'
+    assert (
+        choose_parallel(run, config, eight_h100) == 'fsdp'
+        and choose_parallel(run, GPTConfig.named('1b'), eight_h100) == 'ddp'
+    )
+    assert (
+        choose_parallel(Run(parallel='ddp'), config, eight_h100) == 'ddp'
+        and choose_parallel(run, config, eight_h100._replace(memory=1e12)) == 'ddp'
+    )
     state, sequence = estimate_memory(config, run, 1)
-    assert state == 16 * config.num_params(embedding=True, head=True) and estimate_memory(config, Run(optimizer_dtype='bfloat16'), 1)[0] == 0.75 * state
-    assert estimate_memory(config, Run(recompute='full'), 1)[1] < estimate_memory(config, Run(recompute='selective'), 1)[1] < sequence
+    assert (
+        state == 16 * config.num_params(embedding=True, head=True)
+        and estimate_memory(config, Run(optimizer_dtype='bfloat16'), 1)[0] == 0.75 * state
+    )
+    assert (
+        estimate_memory(config, Run(recompute='full'), 1)[1]
+        < estimate_memory(config, Run(recompute='selective'), 1)[1]
+        < sequence
+    )
     fits = choose_micro_batch(run, config, eight_h100)
-    assert sum(estimate_memory(config, run, fits, shards=8)) < 68e9 < sum(estimate_memory(config, run, 2 * fits, shards=8))
+    assert (
+        sum(estimate_memory(config, run, fits, shards=8))
+        < 68e9
+        < sum(estimate_memory(config, run, 2 * fits, shards=8))
+    )
     assert estimate_memory(config, run, 1, shards=8)[0] < state / 4
     with pytest.raises(UserError, match='use more of them'):
         choose_micro_batch(run, config, eight_h100._replace(world_size=1))
@@ -99,6 +173,7 @@ def test_shards_are_chosen_when_a_replica_does_not_fit():
 
 
 # --------------------------------------------------------------------------------------------------------------------- memory
+
 
 @pytest.mark.parametrize('how', ['full', 'selective'])
 def test_recomputed_activations_give_the_same_gradients_in_less_memory(how):
@@ -112,29 +187,38 @@ def test_recomputed_activations_give_the_same_gradients_in_less_memory(how):
         return [p.grad.clone() for p in model.parameters()]
 
     def forward(_):
-        return model(x, x).loss   # what is held for the backward pass
+        return model(x, x).loss  # what is held for the backward pass
+
     plain, held = gradients(), peak_memory(forward, None, torch.device('cpu'))
     recompute(model, how)
     again = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
-    assert peak_memory(forward, None, torch.device('cpu')) < (0.8 if how == 'selective' else 0.5) * held
-    with torch.no_grad():   # nothing is kept, so nothing is recomputed
+    assert (
+        peak_memory(forward, None, torch.device('cpu'))
+        < (0.8 if how == 'selective' else 0.5) * held
+    )
+    with torch.no_grad():  # nothing is kept, so nothing is recomputed
         assert torch.equal(model(x).logits, model(x).logits)
 
 
 def test_knobs_of_memory_do_not_change_the_numbers(whole, data_dir, tmp_path):
     for how in ('selective', 'full'):
-        train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path / how}', f'--recompute={how}', *TINY])
+        train.main(
+            [f'--data_dir={data_dir}', f'--out_dir={tmp_path / how}', f'--recompute={how}', *TINY]
+        )
         same_curves(whole, tmp_path / how)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the step
 
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails where the value of a tensor is asked for, for which the host would wait until a GPU is done."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, 'the host waits for the device'
+        assert function is not torch.ops.aten._local_scalar_dense.default, (
+            'the host waits for the device'
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -142,9 +226,13 @@ def step_of(recompute='none', compile_with=None):
     run = Run(device='cpu', block_size=16, batch_size=4, recompute=recompute)
     machine, model = find_machine(run), GPT(GPTConfig.named('16x2', vocab_size=61, block_size=16))
     trained = wrap(model, 'ddp', run, machine)
-    trained = torch.compile(trained, backend=compile_with, fullgraph=True) if compile_with else trained
+    trained = (
+        torch.compile(trained, backend=compile_with, fullgraph=True) if compile_with else trained
+    )
     optimizer, x = make_optimizer(model, run), torch.randint(61, (2, 16))
-    return lambda: train.train_step(next_token, Progress(0, 10), run, machine, model, trained, optimizer, iter([(x, x)] * 2), 2)
+    return lambda: train.train_step(
+        next_token, Progress(0, 10), run, machine, model, trained, optimizer, iter([(x, x)] * 2), 2
+    )
 
 
 def test_nothing_in_a_step_waits_for_the_device():
@@ -159,13 +247,15 @@ def test_nothing_in_a_step_waits_for_the_device():
 def test_a_step_is_one_graph_compiled_once(recompute):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    step = step_of(recompute, counter)   # fullgraph: a break would raise
+    step = step_of(recompute, counter)  # fullgraph: a break would raise
     for _ in range(3):
         step()
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize('capability, first', [((9, 0), 'CUDNN_ATTENTION'), ((8, 0), None), ((10, 0), None)])
+@pytest.mark.parametrize(
+    'capability, first', [((9, 0), 'CUDNN_ATTENTION'), ((8, 0), None), ((10, 0), None)]
+)
 def test_hopper_tries_cudnn_before_flash_attention(monkeypatch, capability, first):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
@@ -176,10 +266,16 @@ def test_hopper_tries_cudnn_before_flash_attention(monkeypatch, capability, firs
 
 
 def test_the_attention_kernel_is_known_by_its_name():
-    assert attention_kernel(GPTConfig.named('16x2'), find_machine(Run(device='cpu'))) in ('flash_attention', 'math')
+    assert attention_kernel(GPTConfig.named('16x2'), find_machine(Run(device='cpu'))) in (
+        'flash_attention',
+        'math',
+    )
 
 
 def test_a_plan_says_what_a_replica_and_a_shard_need(capsys):
     train.main(['--size=8b', '--tokens=1e9', '--dry_run=True', '--data=fineweb_edu'])
-    replica, shard = re.search(r'before activations: (\S+)GB for a replica \(ddp\), (\S+)GB for a shard', capsys.readouterr().out).groups()
+    replica, shard = re.search(
+        r'before activations: (\S+)GB for a replica \(ddp\), (\S+)GB for a shard',
+        capsys.readouterr().out,
+    ).groups()
     assert 120 < float(replica) < 150 and float(shard) < float(replica) / 5

@@ -1,4 +1,5 @@
 """Generation: sampling filters, batches, and speculative decoding that changes nothing but the speed."""
+
 import dataclasses
 
 import pytest
@@ -22,8 +23,12 @@ def test_probabilities():
     torch.testing.assert_close(probabilities(logits), p)
     assert probabilities(logits, temperature=0).tolist() == [[1, 0, 0, 0]]
     torch.testing.assert_close(probabilities(logits, temperature=0.5), (2 * logits).softmax(-1))
-    torch.testing.assert_close(probabilities(logits, top_k=2), p * torch.tensor([1, 1, 0, 0]) / p[0, :2].sum())
-    torch.testing.assert_close(probabilities(logits, top_p=0.7), p * torch.tensor([1, 1, 0, 0]) / p[0, :2].sum())   # the first alone has 0.64
+    torch.testing.assert_close(
+        probabilities(logits, top_k=2), p * torch.tensor([1, 1, 0, 0]) / p[0, :2].sum()
+    )
+    torch.testing.assert_close(
+        probabilities(logits, top_p=0.7), p * torch.tensor([1, 1, 0, 0]) / p[0, :2].sum()
+    )  # the first alone has 0.64
     assert probabilities(logits, top_p=1e-6).tolist() == [[1, 0, 0, 0]]
     torch.testing.assert_close(probabilities(logits, top_k=99), p)
 
@@ -34,20 +39,33 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone():
     for prompt, found in zip(prompts, together):
         assert torch.equal(found, generate(model, [prompt], 6, temperature=0)[0])
     end = together[1][2].item()
-    assert generate(model, prompts, 6, temperature=0, stop=end)[1].tolist() == together[1].tolist()[:together[1].tolist().index(end)]
+    assert (
+        generate(model, prompts, 6, temperature=0, stop=end)[1].tolist()
+        == together[1].tolist()[: together[1].tolist().index(end)]
+    )
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('draft_tokens', [1, 3, 8])
 def test_greedy_speculation_is_greedy_decoding_token_for_token(shape, draft_tokens):
     draft = small(**SHAPES[shape])
-    model = grow(draft, dataclasses.replace(draft.config, n_layer=5), 'fpi', 'stack')   # a relative: agrees sometimes
+    model = grow(
+        draft, dataclasses.replace(draft.config, n_layer=5), 'fpi', 'stack'
+    )  # a relative: agrees sometimes
     prompt = tokens(1, 5)
     plain = model.generate(prompt, 19, temperature=0)
     found, stats = speculate(model, draft, prompt, 19, draft_tokens, temperature=0)
-    assert torch.equal(found, plain) and stats.drafted >= stats.accepted and len(stats.divergences) == stats.drafted
+    assert (
+        torch.equal(found, plain)
+        and stats.drafted >= stats.accepted
+        and len(stats.divergences) == stats.drafted
+    )
     again, alike = speculate(model, model, prompt, 19, draft_tokens, temperature=0)
-    assert torch.equal(again, plain) and alike.acceptance_rate == 1.0 and alike.rounds == -(-19 // (draft_tokens + 1))
+    assert (
+        torch.equal(again, plain)
+        and alike.acceptance_rate == 1.0
+        and alike.rounds == -(-19 // (draft_tokens + 1))
+    )
 
 
 def test_sampled_speculation_has_the_models_distribution():
@@ -57,22 +75,41 @@ def test_sampled_speculation_has_the_models_distribution():
     model, draft = GPT(config), GPT(config)
     prompt, generator, n = torch.tensor([[1, 2]]), seeded(), 4000
     first = probabilities(model(prompt).logits[0, -1], 0.9, 4)
-    expected = torch.stack([first[a] * probabilities(model(torch.tensor([[1, 2, a]])).logits[0, -1], 0.9, 4) for a in range(5)])
+    expected = torch.stack(
+        [
+            first[a] * probabilities(model(torch.tensor([[1, 2, a]])).logits[0, -1], 0.9, 4)
+            for a in range(5)
+        ]
+    )
     counts, accepted, drafted = torch.zeros(5, 5), 0, 0
     for _ in range(n):
-        found, stats = speculate(model, draft, prompt, 2, draft_tokens=2, temperature=0.9, top_k=4, generator=generator)
+        found, stats = speculate(
+            model, draft, prompt, 2, draft_tokens=2, temperature=0.9, top_k=4, generator=generator
+        )
         counts[found[0, 2], found[0, 3]] += 1
         accepted, drafted = accepted + stats.accepted, drafted + stats.drafted
-    assert 0.05 < accepted / drafted < 0.95   # both branches were taken
-    assert (counts / n - expected).abs().max() < 0.03 and ((counts / n - expected) ** 2 / expected.clamp(min=1e-3)).sum() * n < 60
+    assert 0.05 < accepted / drafted < 0.95  # both branches were taken
+    assert (counts / n - expected).abs().max() < 0.03 and (
+        (counts / n - expected) ** 2 / expected.clamp(min=1e-3)
+    ).sum() * n < 60
 
 
 def test_acceptance_is_the_overlap_of_the_distributions():
     torch.manual_seed(1)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
     model, draft, prompt, generator = GPT(config), GPT(config), torch.tensor([[1, 2]]), seeded()
-    overlap = torch.minimum(*(probabilities(m(prompt).logits[0, -1]) for m in (model, draft))).sum().item()
-    rate = sum(speculate(model, draft, prompt, 2, draft_tokens=1, generator=generator)[1].accepted for _ in range(2000)) / 2000
+    overlap = (
+        torch.minimum(*(probabilities(m(prompt).logits[0, -1]) for m in (model, draft)))
+        .sum()
+        .item()
+    )
+    rate = (
+        sum(
+            speculate(model, draft, prompt, 2, draft_tokens=1, generator=generator)[1].accepted
+            for _ in range(2000)
+        )
+        / 2000
+    )
     assert rate == pytest.approx(overlap, abs=0.04)
 
 
@@ -88,12 +125,38 @@ def test_speculation_stops_at_the_end_and_refuses_what_cannot_be():
 
 def test_command_line(tmp_path):
     for name, layers in (('draft', 1), ('model', 2)):
-        GPT(GPTConfig.named(f'16x{layers}', vocab_size=257, block_size=64)).save(tmp_path / name, 'bytes')
-    process = run_command('sample.py', f'--model={tmp_path}/model', f'--draft={tmp_path}/draft', '--prompt=ab', '--samples=2', '--max_new_tokens=20', '--stop=False')
-    assert process.returncode == 0 and process.stdout.count('--- ') == 2 and '| drafted' in process.stdout, process.stderr
+        GPT(GPTConfig.named(f'16x{layers}', vocab_size=257, block_size=64)).save(
+            tmp_path / name, 'bytes'
+        )
+    process = run_command(
+        'sample.py',
+        f'--model={tmp_path}/model',
+        f'--draft={tmp_path}/draft',
+        '--prompt=ab',
+        '--samples=2',
+        '--max_new_tokens=20',
+        '--stop=False',
+    )
+    assert (
+        process.returncode == 0
+        and process.stdout.count('--- ') == 2
+        and '| drafted' in process.stdout
+    ), process.stderr
     (tmp_path / 'prompts').write_text('one\nthree\n')
-    process = run_command('sample.py', f'--model={tmp_path}/model', f'--prompts={tmp_path}/prompts', '--max_new_tokens=5', '--temperature=0')
+    process = run_command(
+        'sample.py',
+        f'--model={tmp_path}/model',
+        f'--prompts={tmp_path}/prompts',
+        '--max_new_tokens=5',
+        '--temperature=0',
+    )
     assert '--- 1\none' in process.stdout and '--- 2\nthree' in process.stdout, process.stderr
-    for argument, word in (('--tokenizer=byte', 'did you mean bytes'), ('--max_new_tokens=0', 'at least 1'), ('--prompts=no', 'no file')):
+    for argument, word in (
+        ('--tokenizer=byte', 'did you mean bytes'),
+        ('--max_new_tokens=0', 'at least 1'),
+        ('--prompts=no', 'no file'),
+    ):
         process = run_command('sample.py', f'--model={tmp_path}/model', argument)
-        assert process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1, process.stderr
+        assert (
+            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
+        ), process.stderr

@@ -1,4 +1,5 @@
 """Decisions by scaling laws: the paper's own, what a person asks, and files that cannot be read."""
+
 import json
 import math
 
@@ -9,7 +10,19 @@ import scaling
 from configurator import UserError
 from conftest import ROOT, run_command
 from laws import LAWS, Fit, predict
-from scaling import advise, compute_optimal, crossing, fit_results, loss_of, of_domain, published, published_sunk_cost_limit, read_fits, read_results, sunk_cost_limit
+from scaling import (
+    advise,
+    compute_optimal,
+    crossing,
+    fit_results,
+    loss_of,
+    of_domain,
+    published,
+    published_sunk_cost_limit,
+    read_fits,
+    read_results,
+    sunk_cost_limit,
+)
 from test_laws import TABLE_6, grid
 
 PAPER = published()
@@ -17,15 +30,24 @@ PAPER = published()
 
 def test_sunk_cost_limit_is_the_papers():
     found = sunk_cost_limit(PAPER['scratch'], PAPER['stk2'], 1e11)
-    assert found == pytest.approx(1.2e13, rel=0.02) and loss_of(PAPER['stk2'], 1e11, found, found) == pytest.approx(loss_of(PAPER['scratch'], 2e11, 0, found))
-    for N in (1e10, 1e11, 1e12):   # Appendix E.1's approximation
-        assert sunk_cost_limit(PAPER['scratch'], PAPER['stk2'], N) == pytest.approx(published_sunk_cost_limit(N), rel=0.1)
+    assert found == pytest.approx(1.2e13, rel=0.02) and loss_of(
+        PAPER['stk2'], 1e11, found, found
+    ) == pytest.approx(loss_of(PAPER['scratch'], 2e11, 0, found))
+    for N in (1e10, 1e11, 1e12):  # Appendix E.1's approximation
+        assert sunk_cost_limit(PAPER['scratch'], PAPER['stk2'], N) == pytest.approx(
+            published_sunk_cost_limit(N), rel=0.1
+        )
     assert published_sunk_cost_limit(1e11) == 13e12
 
 
 def test_crossings():
-    assert crossing(lambda d: 3 * d ** -0.1, lambda d: 10 * d ** -0.2) == pytest.approx((10 / 3) ** 10, rel=1e-6)
-    assert crossing(lambda d: 1.0, lambda d: 0.5) is None and crossing(lambda d: 0.5, lambda d: 1.0) is None
+    assert crossing(lambda d: 3 * d**-0.1, lambda d: 10 * d**-0.2) == pytest.approx(
+        (10 / 3) ** 10, rel=1e-6
+    )
+    assert (
+        crossing(lambda d: 1.0, lambda d: 0.5) is None
+        and crossing(lambda d: 0.5, lambda d: 1.0) is None
+    )
 
 
 @pytest.mark.parametrize('method, factor', [('cpt-code', 1), ('stk2', 2)])
@@ -42,8 +64,13 @@ def test_compute_optimum_is_the_numerical_one(method, factor):
 def test_eq_13_is_how_the_optimum_grows_with_compute():
     p = PAPER['cpt-code'].parameters
     effective = p['alpha2'] - p['alpha3'] * math.log(1e10)
-    (d, n), (d10, n10) = compute_optimal(PAPER['cpt-code'], 1e10, 1e20), compute_optimal(PAPER['cpt-code'], 1e10, 1e21)
-    assert math.log10(d10 / d) == pytest.approx(p['beta'] / (p['beta'] + effective)) and math.log10(n10 / n) == pytest.approx(effective / (p['beta'] + effective))
+    (d, n), (d10, n10) = (
+        compute_optimal(PAPER['cpt-code'], 1e10, 1e20),
+        compute_optimal(PAPER['cpt-code'], 1e10, 1e21),
+    )
+    assert math.log10(d10 / d) == pytest.approx(p['beta'] / (p['beta'] + effective)) and math.log10(
+        n10 / n
+    ) == pytest.approx(effective / (p['beta'] + effective))
 
 
 def test_published_losses_are_fitted():
@@ -52,24 +79,37 @@ def test_published_losses_are_fitted():
     table_9 = {k: [v[i] for i in large] for k, v in data.items()}
     assert len(data['loss']) == 27 and len(large) == 13
     found = scaling.fit('multiplicative', table_9, bootstrap=0)
-    assert found.rms < 1.2e-3 and found.parameters['alpha1'] > 0 and found.parameters['alpha3'] > 0   # Table 9's own error: 0.0012-0.0016
+    assert (
+        found.rms < 1.2e-3 and found.parameters['alpha1'] > 0 and found.parameters['alpha3'] > 0
+    )  # Table 9's own error: 0.0012-0.0016
 
 
 def test_points_that_do_not_determine_a_law_are_said_to():
     """Table 8 is within its own noise: nothing in it tells the additive law's amplitudes apart."""
     data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
     small = [i for i, n in enumerate(data['N']) if n == 14_751_680]
-    with pytest.raises(UserError, match='the fit of additive did not converge: the points do not determine its 5 parameters'):
+    with pytest.raises(
+        UserError,
+        match='the fit of additive did not converge: the points do not determine its 5 parameters',
+    ):
         scaling.fit('additive', {k: [v[i] for i in small] for k, v in data.items()}, bootstrap=0)
 
 
 # --------------------------------------------------------------------------------------------------------------------- advice
 
+
 def test_advice_by_the_published_laws():
     text = advise(of_domain(PAPER, ''), 1e9, 2e12, 1e22)
     rows = [line.split('|')[1].strip() for line in text.splitlines() if line.startswith('| ')][1:]
-    assert rows == ['grow by stk2, 2B', 'continue, 1B', 'start over, 2B', 'start over, 1B'] and 'grow by stk2, 2B is ahead of starting over up to' in text
-    assert 'grow by stk2, 2B is best, in ' in text and 'take it as a guess' in text and 'D1 = 2e+12 (seen: 2.9e+08 to 7.4e+10)' in text
+    assert (
+        rows == ['grow by stk2, 2B', 'continue, 1B', 'start over, 2B', 'start over, 1B']
+        and 'grow by stk2, 2B is ahead of starting over up to' in text
+    )
+    assert (
+        'grow by stk2, 2B is best, in ' in text
+        and 'take it as a guess' in text
+        and 'D1 = 2e+12 (seen: 2.9e+08 to 7.4e+10)' in text
+    )
     inside = advise(of_domain(PAPER, ''), 1e8, 1e10, 6e8 * 2e10)
     assert 'guess' not in inside
     code = advise(of_domain(PAPER, 'code'), 1e9, 1e10, 1e20)
@@ -81,11 +121,30 @@ def test_advice_by_the_published_laws():
 def test_a_far_overtrained_base_is_better_not_grown():
     """Section 5.2: with a law whose curves cross, the budget decides."""
     base = dict(logA=math.log(33.394), alpha1=0.087, alpha2=0.2, alpha3=0.005, logE=math.log(1.0))
-    grown = Fit('multiplicative', base, {}, [list(base.values())], 0, 0, dict(N=(1e8, 1e8), D1=(1e9, 1e12), D2=(1e9, 1e13)))
+    grown = Fit(
+        'multiplicative',
+        base,
+        {},
+        [list(base.values())],
+        0,
+        0,
+        dict(N=(1e8, 1e8), D1=(1e9, 1e12), D2=(1e9, 1e13)),
+    )
     base = dict(logA=math.log(45.0), alpha=0.17, logE=math.log(1.0))
-    scratch = Fit('continuous', base, {}, [list(base.values())], 0, 0, dict(N=(2e8, 2e8), D1=(0, 0), D2=(1e9, 1e13)))
+    scratch = Fit(
+        'continuous',
+        base,
+        {},
+        [list(base.values())],
+        0,
+        0,
+        dict(N=(2e8, 2e8), D1=(0, 0), D2=(1e9, 1e13)),
+    )
     fits = dict(scratch=scratch, stk2=grown)
-    best = [advise(fits, 1e8, 1e11, budget).split('\n\n')[1].split(' is best')[0] for budget in (1.2e19, 1.2e22)]
+    best = [
+        advise(fits, 1e8, 1e11, budget).split('\n\n')[1].split(' is best')[0]
+        for budget in (1.2e19, 1.2e22)
+    ]
     assert best == ['grow by stk2, 200M', 'start over, 200M']
     with pytest.raises(UserError, match='they say nothing about 5,000,000'):
         advise(dict(stk2=grown), 5e6, 1e11, 1e20)
@@ -93,8 +152,12 @@ def test_a_far_overtrained_base_is_better_not_grown():
 
 # --------------------------------------------------------------------------------------------------------------------- files and commands
 
+
 def write(path, data, method='stk2'):
-    rows = [f'{method},{n},{d1},{d2},0,{loss}' for n, d1, d2, loss in zip(data['N'], data['D1'], data['D2'], data['loss'])]
+    rows = [
+        f'{method},{n},{d1},{d2},0,{loss}'
+        for n, d1, d2, loss in zip(data['N'], data['D1'], data['D2'], data['loss'])
+    ]
     path.write_text('\n'.join(['method,N,D1,D2,seed,loss', *rows]) + '\n')
 
 
@@ -103,31 +166,62 @@ def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
     write(tmp_path / 'results.csv', grid('multiplicative', TABLE_6['Stack'], n=4, noise=1e-4))
     scaling.main(['fit', str(tmp_path / 'results.csv'), '--bootstrap=20'])
     out = capsys.readouterr().out
-    assert '| alpha3 ' in out and '| no interaction ' in out and (tmp_path / 'stk2.png').stat().st_size > 10_000
+    assert (
+        '| alpha3 ' in out
+        and '| no interaction ' in out
+        and (tmp_path / 'stk2.png').stat().st_size > 10_000
+    )
     fits = read_fits(tmp_path / 'fit.json')
-    assert len(fits['stk2'].samples) == 20 and fits['stk2'].parameters['alpha1'] == pytest.approx(0.515, rel=0.2)
-    scaling.main(['advise', f'--fit={tmp_path / "fit.json"}', '--base_params=98323840', '--base_tokens=4e9', '--budget=1e19'])
+    assert len(fits['stk2'].samples) == 20 and fits['stk2'].parameters['alpha1'] == pytest.approx(
+        0.515, rel=0.2
+    )
+    scaling.main(
+        [
+            'advise',
+            f'--fit={tmp_path / "fit.json"}',
+            '--base_params=98323840',
+            '--base_tokens=4e9',
+            '--budget=1e19',
+        ]
+    )
     assert 'grow by stk2, 197M is best' in capsys.readouterr().out
 
 
 def test_points_of_two_sizes_are_two_fits():
-    data = {'scratch-code': dict(N=[1e6, 1e6, 2e6], D1=[0, 0, 0], D2=[1, 2, 3]), 'stk2': dict(N=[1e6, 1e6], D1=[1, 1], D2=[1, 2])}
+    data = {
+        'scratch-code': dict(N=[1e6, 1e6, 2e6], D1=[0, 0, 0], D2=[1, 2, 3]),
+        'stk2': dict(N=[1e6, 1e6], D1=[1, 1], D2=[1, 2]),
+    }
     split = scaling.by_size(data)
-    assert list(split) == ['scratch@1000000-code', 'scratch@2000000-code', 'stk2'] and split['scratch@2000000-code']['D2'] == [3]
+    assert list(split) == ['scratch@1000000-code', 'scratch@2000000-code', 'stk2'] and split[
+        'scratch@2000000-code'
+    ]['D2'] == [3]
 
 
 def test_laws_that_points_can_carry():
     single, several = dict(N=[1, 1], D1=[1, 2]), dict(N=[1, 2], D1=[1, 2])
     assert 'multiplicative' in scaling.laws_for(single) and scaling.laws_for(several) == ['joint']
-    assert scaling.laws_for(dict(N=[1, 1], D1=[0, 0])) == ['continuous'] and scaling.laws_for(dict(N=[1, 2], D1=[0, 0])) == ['chinchilla']
+    assert scaling.laws_for(dict(N=[1, 1], D1=[0, 0])) == ['continuous'] and scaling.laws_for(
+        dict(N=[1, 2], D1=[0, 0])
+    ) == ['chinchilla']
 
 
-@pytest.mark.parametrize('text, word', [
-    ('', "no column 'method'"), ('method,N,D1,D2,seed,lost\n', "no column 'loss' .did you mean lost"), ('method,N,D1,D2,seed,loss\n', 'holds no results'),
-    ('method,N,D1,D2,seed,loss\na,1,1,1,0,-1\n', 'row 2: loss, N and D2 must be positive'), ('method,N,D1,D2,seed,loss\na,1,1,0,0,1\n', 'positive'),
-    ('method,N,D1,D2,seed,loss\na,1,1,1,0,nan\n', 'positive numbers'), ('method,N,D1,D2,seed,loss\na,1,x,1,0,1\n', 'does not have a number'),
-    ('method,N,D1,D2,seed,loss\na,1,1,1\n', 'does not have a number'), ('method,N,D1,D2,seed,loss\na,1,1,1,0,1\na,1,1,1,0,2\n', 'row 3 repeats row 2'),
-    ('method,N,D1,D2,seed,loss\na,1,0,1,0,1\na,1,5,1,0,1\n', 'name them apart'), ('\xff\x00', 'no column|no CSV')])
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('', "no column 'method'"),
+        ('method,N,D1,D2,seed,lost\n', "no column 'loss' .did you mean lost"),
+        ('method,N,D1,D2,seed,loss\n', 'holds no results'),
+        ('method,N,D1,D2,seed,loss\na,1,1,1,0,-1\n', 'row 2: loss, N and D2 must be positive'),
+        ('method,N,D1,D2,seed,loss\na,1,1,0,0,1\n', 'positive'),
+        ('method,N,D1,D2,seed,loss\na,1,1,1,0,nan\n', 'positive numbers'),
+        ('method,N,D1,D2,seed,loss\na,1,x,1,0,1\n', 'does not have a number'),
+        ('method,N,D1,D2,seed,loss\na,1,1,1\n', 'does not have a number'),
+        ('method,N,D1,D2,seed,loss\na,1,1,1,0,1\na,1,1,1,0,2\n', 'row 3 repeats row 2'),
+        ('method,N,D1,D2,seed,loss\na,1,0,1,0,1\na,1,5,1,0,1\n', 'name them apart'),
+        ('\xff\x00', 'no column|no CSV'),
+    ],
+)
 def test_files_that_are_no_results(tmp_path, text, word):
     (tmp_path / 'r.csv').write_text(text)
     with pytest.raises(UserError, match=word):
@@ -140,22 +234,53 @@ def test_a_file_of_too_few_points_is_said_in_words(tmp_path):
         fit_results(scaling.Fitting(results=str(tmp_path / 'r.csv')))
 
 
-@pytest.mark.parametrize('content', ['', '{', '[]', '{"a": 1}', '{"a": {"law": "cubic"}}', json.dumps({'a': Fit('joint', {}, {}, [], 0, 0, {})._asdict()})])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '',
+        '{',
+        '[]',
+        '{"a": 1}',
+        '{"a": {"law": "cubic"}}',
+        json.dumps({'a': Fit('joint', {}, {}, [], 0, 0, {})._asdict()}),
+    ],
+)
 def test_files_that_are_no_fits(tmp_path, content):
     (tmp_path / 'fit.json').write_text(content)
     with pytest.raises(UserError, match='not a fit.json'):
         read_fits(tmp_path / 'fit.json')
 
 
-@pytest.mark.parametrize('arguments, word', [
-    (['guess'], "no verb 'guess'"), (['fit'], 'say which results'), (['fit', 'nowhere.csv'], 'there is no nowhere.csv'), (['advise', '--paper=True'], 'base_params must be'),
-    (['advise', '--base_params=1', '--base_tokens=1', '--budget=1'], 'say whose laws')])
+@pytest.mark.parametrize(
+    'arguments, word',
+    [
+        (['guess'], "no verb 'guess'"),
+        (['fit'], 'say which results'),
+        (['fit', 'nowhere.csv'], 'there is no nowhere.csv'),
+        (['advise', '--paper=True'], 'base_params must be'),
+        (['advise', '--base_params=1', '--base_tokens=1', '--budget=1'], 'say whose laws'),
+    ],
+)
 def test_mistakes_at_the_command_line(arguments, word):
     with pytest.raises(UserError, match=word):
         scaling.main(arguments)
 
 
 def test_as_a_program():
-    process = run_command('scaling.py', 'advise', '--paper=True', '--base_params=1e9', '--base_tokens=2e12', '--budget=1e22')
-    assert process.returncode == 0 and 'is best' in process.stdout and run_command('scaling.py', '--help').returncode == 0
-    assert sorted(LAWS) and predict('continuous', [[0.0, 1.0, 0.0]], dict(N=[1], D1=[0], D2=[1])).item() == 2.0
+    process = run_command(
+        'scaling.py',
+        'advise',
+        '--paper=True',
+        '--base_params=1e9',
+        '--base_tokens=2e12',
+        '--budget=1e22',
+    )
+    assert (
+        process.returncode == 0
+        and 'is best' in process.stdout
+        and run_command('scaling.py', '--help').returncode == 0
+    )
+    assert (
+        sorted(LAWS)
+        and predict('continuous', [[0.0, 1.0, 0.0]], dict(N=[1], D1=[0], D2=[1])).item() == 2.0
+    )

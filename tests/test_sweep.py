@@ -1,4 +1,5 @@
 """The grid of a scaling law: nothing is trained twice, and what shares a stable phase is what would have been trained alone."""
+
 import csv
 import math
 
@@ -11,15 +12,37 @@ from test_train import planned
 from optimizer import learning_rate
 from train import Run
 
-TINY = ['--method=sweep', '--sizes=16x1', '--longest=1280', '--first=0.5,1', '--second=0.25,0.5', '--block_size=16', '--batch_size=4', '--eval_tokens=256', '--learning_rate=0.01', '--warmup=2',
-        '--decay_fraction=0.2', '--log_interval=1', '--device=cpu']
+TINY = [
+    '--method=sweep',
+    '--sizes=16x1',
+    '--longest=1280',
+    '--first=0.5,1',
+    '--second=0.25,0.5',
+    '--block_size=16',
+    '--batch_size=4',
+    '--eval_tokens=256',
+    '--learning_rate=0.01',
+    '--warmup=2',
+    '--decay_fraction=0.2',
+    '--log_interval=1',
+    '--device=cpu',
+]
 
 
 @pytest.fixture(scope='module')
 def swept(data_dir, tmp_path_factory):
     """A 2 x 2 grid of continual pretraining, replay, stacking and stacking from the stable phase, and from scratch."""
     out = tmp_path_factory.mktemp('sweep')
-    train.main([*TINY, f'--data_dir={data_dir}', f'--out_dir={out}', '--reuse=cpt,cpt+replay,cpt+stable,stk2,stk2+stable', '--second_data=pycode', '--scratch=0.5'])
+    train.main(
+        [
+            *TINY,
+            f'--data_dir={data_dir}',
+            f'--out_dir={out}',
+            '--reuse=cpt,cpt+replay,cpt+stable,stk2,stk2+stable',
+            '--second_data=pycode',
+            '--scratch=0.5',
+        ]
+    )
     return out
 
 
@@ -27,35 +50,88 @@ def test_every_point_is_in_the_table(swept):
     rows = list(csv.DictReader(open(swept / 'results.csv')))
     found = {(r['method'], float(r['D1']), float(r['D2'])) for r in rows}
     methods = ('cpt-pycode', 'cpt+replay-pycode', 'cpt+stable-pycode', 'stk2', 'stk2+stable')
-    expected = {(m, d1, d2) for m in methods for d1 in (640, 1280) for d2 in (320, 640)} | {('scratch', 0, 640), ('scratch', 0, 1280), ('scratch-pycode', 0, 640)}
-    assert found == expected and len(rows) == len(expected) + 1   # from scratch 640 tokens: the base's shape and the stacked one
-    assert all(float(r['loss']) > 0 and float(r['gradient_norm']) > 0 and float(r['parameter_norm']) > 0 for r in rows)
-    assert Result.of(swept / '16x1-640-stk2-320').val_loss == float(next(r['loss'] for r in rows if r['method'] == 'stk2' and r['D1'] == '640.0' and r['D2'] == '320.0'))
-    assert 'no fit' in (swept / 'report.md').read_text()   # of four points there is none
+    expected = {(m, d1, d2) for m in methods for d1 in (640, 1280) for d2 in (320, 640)} | {
+        ('scratch', 0, 640),
+        ('scratch', 0, 1280),
+        ('scratch-pycode', 0, 640),
+    }
+    assert (
+        found == expected and len(rows) == len(expected) + 1
+    )  # from scratch 640 tokens: the base's shape and the stacked one
+    assert all(
+        float(r['loss']) > 0 and float(r['gradient_norm']) > 0 and float(r['parameter_norm']) > 0
+        for r in rows
+    )
+    assert Result.of(swept / '16x1-640-stk2-320').val_loss == float(
+        next(
+            r['loss']
+            for r in rows
+            if r['method'] == 'stk2' and r['D1'] == '640.0' and r['D2'] == '320.0'
+        )
+    )
+    assert 'no fit' in (swept / 'report.md').read_text()  # of four points there is none
 
 
 def test_a_branch_is_the_run_that_would_have_been_trained_alone(swept, data_dir, tmp_path):
-    train.main(['--size=16x1', '--tokens=1280', '--schedule=wsd', *[a for a in TINY if a.split('=')[0] in ('--block_size', '--batch_size', '--eval_tokens', '--learning_rate', '--warmup', '--decay_fraction',
-                '--device', '--log_interval')], f'--data_dir={data_dir}', f'--out_dir={tmp_path}'])
+    train.main(
+        [
+            '--size=16x1',
+            '--tokens=1280',
+            '--schedule=wsd',
+            *[
+                a
+                for a in TINY
+                if a.split('=')[0]
+                in (
+                    '--block_size',
+                    '--batch_size',
+                    '--eval_tokens',
+                    '--learning_rate',
+                    '--warmup',
+                    '--decay_fraction',
+                    '--device',
+                    '--log_interval',
+                )
+            ],
+            f'--data_dir={data_dir}',
+            f'--out_dir={tmp_path}',
+        ]
+    )
     alone, branch = Result.of(tmp_path / '16x1'), Result.of(swept / '16x1-1.28k')
-    assert branch.val_loss == pytest.approx(alone.val_loss, abs=1e-4) and branch.total_flops == alone.flops and branch.position == alone.position
-    for a, b in zip(load(tmp_path / '16x1').parameters(), load(swept / '16x1-1.28k').parameters(), strict=True):
+    assert (
+        branch.val_loss == pytest.approx(alone.val_loss, abs=1e-4)
+        and branch.total_flops == alone.flops
+        and branch.position == alone.position
+    )
+    for a, b in zip(
+        load(tmp_path / '16x1').parameters(), load(swept / '16x1-1.28k').parameters(), strict=True
+    ):
         assert (a - b).abs().max() < 1e-5
 
 
 def test_learning_rates_of_pieces_are_those_of_the_whole():
-    whole = [learning_rate(s, 100, Run(schedule='wsd', decay_fraction=0.2, warmup=10.0)) for s in range(100)]
+    whole = [
+        learning_rate(s, 100, Run(schedule='wsd', decay_fraction=0.2, warmup=10.0))
+        for s in range(100)
+    ]
     stable = [learning_rate(s, 80, Run(schedule='constant', warmup=10.0)) for s in range(80)]
-    decay = [learning_rate(s, 20, Run(schedule='wsd', decay_fraction=1.0, warmup=0.0)) for s in range(20)]
+    decay = [
+        learning_rate(s, 20, Run(schedule='wsd', decay_fraction=1.0, warmup=0.0)) for s in range(20)
+    ]
     assert whole == pytest.approx(stable + decay)
 
 
 def test_the_papers_grid_costs_its_longest_runs_and_its_decays():
     stages = planned('scaling_stk2.py', '--scratch=')
-    tokens, longest = sum(s.tokens for s, _ in stages if s.name.startswith('0.1b-') and 'stk2' not in s.name), 17600 * 512 * 1024
-    ends = [longest / 2 ** i for i in range(5)]
+    tokens, longest = (
+        sum(s.tokens for s, _ in stages if s.name.startswith('0.1b-') and 'stk2' not in s.name),
+        17600 * 512 * 1024,
+    )
+    ends = [longest / 2**i for i in range(5)]
     assert tokens == pytest.approx(0.9 * longest + 0.1 * sum(ends), rel=1e-3)
-    assert sum('stable' not in s.name and 'stk2' in s.name for s, _ in stages) == 25 and all(s.config.n_layer == 30 for s, _ in stages if 'stk2' in s.name)
+    assert sum('stable' not in s.name and 'stk2' in s.name for s, _ in stages) == 25 and all(
+        s.config.n_layer == 30 for s, _ in stages if 'stk2' in s.name
+    )
 
 
 def test_the_dry_run_says_what_is_shared(capsys):
@@ -64,21 +140,52 @@ def test_the_dry_run_says_what_is_shared(capsys):
 
 
 def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
-    knobs = {s.name: (s.knobs, s.start) for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay,cpt+stable')}
+    knobs = {
+        s.name: (s.knobs, s.start)
+        for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay,cpt+stable')
+    }
     replay, start = next(v for k, v in knobs.items() if 'cpt+replay' in k)
-    assert replay['data'] == 'starcoder:0.75,slimpajama:0.25' and replay['val_data'] == 'starcoder' and replay['warmup'] == 200 and 'optimizer' not in start
+    assert (
+        replay['data'] == 'starcoder:0.75,slimpajama:0.25'
+        and replay['val_data'] == 'starcoder'
+        and replay['warmup'] == 200
+        and 'optimizer' not in start
+    )
     stable, start = next(v for k, v in knobs.items() if 'cpt+stable' in k)
-    assert stable['data'] == 'starcoder' and stable['warmup'] == 0 and start == 'weights of 0.1b-stable-577M and its optimizer'
+    assert (
+        stable['data'] == 'starcoder'
+        and stable['warmup'] == 0
+        and start == 'weights of 0.1b-stable-577M and its optimizer'
+    )
 
 
 def test_seeds_and_sizes(data_dir):
-    names = [s.name for s, _ in planned('scaling_tiny.py', '--sizes=16x1,32x1', '--longest=1e5,2e5', '--seeds=2')]
-    assert '16x1-100k' in names and '32x1-s1-200k-stk2-100k' in names and len(names) == len(set(names)) and math.isclose(len(names) % 4, 0)
+    names = [
+        s.name
+        for s, _ in planned(
+            'scaling_tiny.py', '--sizes=16x1,32x1', '--longest=1e5,2e5', '--seeds=2'
+        )
+    ]
+    assert (
+        '16x1-100k' in names
+        and '32x1-s1-200k-stk2-100k' in names
+        and len(names) == len(set(names))
+        and math.isclose(len(names) % 4, 0)
+    )
 
 
-@pytest.mark.parametrize('more, word', [
-    (['--reuse=stk3'], "no second stage 'stk3'"), (['--reuse=cpt'], '--second_data=NAME'), (['--longest=1,2'], 'longest has 2 values for 1 sizes'), (['--warmup=0.01'], 'warmup counts steps'),
-    (['--reuse=stk2+replay'], 'no second stage'), (['--first=0'], 'first must be'), (['--learning_rates=1,2'], 'learning_rates has 2')])
+@pytest.mark.parametrize(
+    'more, word',
+    [
+        (['--reuse=stk3'], "no second stage 'stk3'"),
+        (['--reuse=cpt'], '--second_data=NAME'),
+        (['--longest=1,2'], 'longest has 2 values for 1 sizes'),
+        (['--warmup=0.01'], 'warmup counts steps'),
+        (['--reuse=stk2+replay'], 'no second stage'),
+        (['--first=0'], 'first must be'),
+        (['--learning_rates=1,2'], 'learning_rates has 2'),
+    ],
+)
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
     with pytest.raises(UserError, match=word):
         train.main([*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', *more])

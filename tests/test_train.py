@@ -1,4 +1,5 @@
 """The loop: the same numbers at any number of processes, after any interruption, for every preset; and plans that cost nothing."""
+
 import json
 import math
 import os
@@ -20,7 +21,16 @@ from model import GPT, load
 from optimizer import learning_rate, make_optimizer
 from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
-TINY = ['--size=16x2', '--block_size=16', '--batch_size=4', '--tokens=1280', '--eval_tokens=512', '--log_interval=2', '--learning_rate=0.01', '--device=cpu']   # 20 steps
+TINY = [
+    '--size=16x2',
+    '--block_size=16',
+    '--batch_size=4',
+    '--tokens=1280',
+    '--eval_tokens=512',
+    '--log_interval=2',
+    '--learning_rate=0.01',
+    '--device=cpu',
+]  # 20 steps
 
 
 def arguments(data_dir, out_dir, *more):
@@ -36,7 +46,10 @@ def weights(folder):
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(weights(one).values(), weights(other).values(), strict=True)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +62,7 @@ def whole(data_dir, tmp_path_factory):
 
 # --------------------------------------------------------------------------------------------------------------------- parts
 
+
 def knobs(**changes):
     return Run(**{**dict(learning_rate=1.0, warmup=10, min_lr_fraction=0.1), **changes})
 
@@ -56,16 +70,28 @@ def knobs(**changes):
 def test_cosine_schedule():
     rates = [learning_rate(step, 110, knobs()) for step in range(110)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and max(rates) == 1.0
-    assert rates[60] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.102 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert (
+        rates[60] == pytest.approx(0.55)
+        and 0.1 < rates[-1] < 0.102
+        and rates[10:] == sorted(rates[10:], reverse=True)
+    )
 
 
 def test_wsd_schedule_is_constant_then_linear():
-    rates = [learning_rate(step, 100, knobs(schedule='wsd', decay_fraction=0.2)) for step in range(100)]
-    assert rates[10:81] == [1.0] * 71 and rates[90] == pytest.approx(0.55) and rates[99] == pytest.approx(0.145)
+    rates = [
+        learning_rate(step, 100, knobs(schedule='wsd', decay_fraction=0.2)) for step in range(100)
+    ]
+    assert (
+        rates[10:81] == [1.0] * 71
+        and rates[90] == pytest.approx(0.55)
+        and rates[99] == pytest.approx(0.145)
+    )
 
 
 def test_constant_schedule_with_warmup_as_a_fraction():
-    rates = [learning_rate(step, 100, knobs(schedule='constant', warmup=0.05)) for step in range(100)]
+    rates = [
+        learning_rate(step, 100, knobs(schedule='constant', warmup=0.05)) for step in range(100)
+    ]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and set(rates[5:]) == {1.0}
 
 
@@ -78,37 +104,70 @@ def test_weight_decay_is_for_matrices_only():
 
 def test_batches_in_tokens_and_a_stages_own_knobs():
     run = Run(data_dir='nowhere', block_size=128, batch_tokens=1024)
-    stage = Stage('a', run.model_config('16x2'), tokens=10_000, params=1.0, knobs=dict(learning_rate=0.5))
-    assert stage_knobs(run, stage).batch_size == 8 and stage_knobs(run, stage).learning_rate == 0.5 and count_steps(stage_knobs(run, stage), stage) == 10
+    stage = Stage(
+        'a', run.model_config('16x2'), tokens=10_000, params=1.0, knobs=dict(learning_rate=0.5)
+    )
+    assert (
+        stage_knobs(run, stage).batch_size == 8
+        and stage_knobs(run, stage).learning_rate == 0.5
+        and count_steps(stage_knobs(run, stage), stage) == 10
+    )
     with pytest.raises(UserError, match='cannot be dealt to 3 processes'):
         stage_knobs(run, stage, world_size=3)
 
 
 # --------------------------------------------------------------------------------------------------------------------- a run
 
+
 def test_a_run_learns_and_its_folder_explains_it(whole):
     result, lines = Result.of(whole / '16x2'), metrics(whole / '16x2')
-    assert [m['step'] for m in lines] == list(range(2, 21, 2)) and lines[-1]['loss'] < lines[0]['loss'] - 0.5
-    assert result.tokens == 1280 and result.flops == 6 * result.params * 1280 == lines[-1]['flops'] and result.position == 1280
+    assert [m['step'] for m in lines] == list(range(2, 21, 2)) and lines[-1]['loss'] < lines[0][
+        'loss'
+    ] - 0.5
+    assert (
+        result.tokens == 1280
+        and result.flops == 6 * result.params * 1280 == lines[-1]['flops']
+        and result.position == 1280
+    )
     assert {'loss', 'lr', 'grad_norm', 'tokens', 'flops', 'tokens_per_second'} <= lines[0].keys()
     run = json.loads((whole / 'run.json').read_text())
-    session, = run['sessions']
-    assert run['knobs']['block_size'] == 16 and session['differences']['block_size'] == 16 and session['torch'] == torch.__version__
-    assert {p.name for p in (whole / '16x2').iterdir()} == {'checksums.json', 'config.json', 'model.safetensors', 'metrics.jsonl', 'result.json', 'stage.json'}
-    assert '16x2' in (whole / 'report.md').read_text() and (whole / 'report.png').stat().st_size > 5000
+    (session,) = run['sessions']
+    assert (
+        run['knobs']['block_size'] == 16
+        and session['differences']['block_size'] == 16
+        and session['torch'] == torch.__version__
+    )
+    assert {p.name for p in (whole / '16x2').iterdir()} == {
+        'checksums.json',
+        'config.json',
+        'model.safetensors',
+        'metrics.jsonl',
+        'result.json',
+        'stage.json',
+    }
+    assert (
+        '16x2' in (whole / 'report.md').read_text() and (whole / 'report.png').stat().st_size > 5000
+    )
 
 
 def test_validation_loss_is_that_of_the_saved_model(whole, data_dir):
     from data.loader import open_corpus, validation_batches
     from evaluate import evaluate
-    found = evaluate(load(whole / '16x2'), validation_batches(open_corpus('pydocs', data_dir).val, 16, 4, 512, 'cpu'))
+
+    found = evaluate(
+        load(whole / '16x2'),
+        validation_batches(open_corpus('pydocs', data_dir).val, 16, 4, 512, 'cpu'),
+    )
     assert found == pytest.approx(Result.of(whole / '16x2').val_loss, abs=1e-6)
 
 
 def test_the_same_command_again_trains_nothing(whole, data_dir, capsys):
     before = (whole / '16x2' / 'model.safetensors').stat().st_mtime_ns
     train.main(arguments(data_dir, whole))
-    assert 'finished before' in capsys.readouterr().out and (whole / '16x2' / 'model.safetensors').stat().st_mtime_ns == before
+    assert (
+        'finished before' in capsys.readouterr().out
+        and (whole / '16x2' / 'model.safetensors').stat().st_mtime_ns == before
+    )
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole, data_dir):
@@ -120,38 +179,70 @@ def test_other_settings_in_the_same_folder_are_refused(whole, data_dir):
 def test_accumulation_gives_the_same_losses(whole, data_dir, tmp_path, micro_batch_size):
     train.main(arguments(data_dir, tmp_path / 'run', f'--micro_batch_size={micro_batch_size}'))
     for a, b in zip(metrics(whole / '16x2'), metrics(tmp_path / 'run' / '16x2'), strict=True):
-        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4)
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['grad_norm'] == pytest.approx(
+            b['grad_norm'], rel=1e-4
+        )
 
 
-@pytest.mark.parametrize('arguments_, word', [
-    (['--device=tpu'], 'device'), (['--schedule=linear'], "no schedule 'linear'"), (['--data=pydocs:x'], 'WEIGHT'), (['--data=openwebtext'], 'data/prepare.py openwebtext'),
-    (['--micro_batch_size=3'], 'does not divide'), (['--init_from=nowhere'], 'not a model folder'), (['--size=16y2'], 'no size'),
-    (['--batch_size=0'], 'batch_size must be at least 1, not 0'), (['--log_interval=0'], 'log_interval'), (['--micro_batch_size=-1'], 'micro_batch_size'), (['--beta1=2'], 'between 0 and 1'),
-    (['--tokens=-1'], 'tokens'), (['--val_data=nope'], 'nope is not prepared'), (['--learning_rate=-1'], 'learning_rate'), (['--warmup=-1'], 'warmup')])
+@pytest.mark.parametrize(
+    'arguments_, word',
+    [
+        (['--device=tpu'], 'device'),
+        (['--schedule=linear'], "no schedule 'linear'"),
+        (['--data=pydocs:x'], 'WEIGHT'),
+        (['--data=openwebtext'], 'data/prepare.py openwebtext'),
+        (['--micro_batch_size=3'], 'does not divide'),
+        (['--init_from=nowhere'], 'not a model folder'),
+        (['--size=16y2'], 'no size'),
+        (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
+        (['--log_interval=0'], 'log_interval'),
+        (['--micro_batch_size=-1'], 'micro_batch_size'),
+        (['--beta1=2'], 'between 0 and 1'),
+        (['--tokens=-1'], 'tokens'),
+        (['--val_data=nope'], 'nope is not prepared'),
+        (['--learning_rate=-1'], 'learning_rate'),
+        (['--warmup=-1'], 'warmup'),
+    ],
+)
 def test_mistakes_are_found_before_training(data_dir, tmp_path, arguments_, word):
     with pytest.raises(UserError, match=word):
         train.main([f'--data_dir={data_dir}', f'--out_dir={tmp_path}', *TINY, *arguments_])
 
 
 def test_a_new_run_from_old_weights_says_so(whole, data_dir, tmp_path, capsys):
-    train.main(arguments(data_dir, tmp_path / 'run', f'--init_from={whole / "16x2"}', '--learning_rate=1e-12', '--warmup=0'))
+    train.main(
+        arguments(
+            data_dir,
+            tmp_path / 'run',
+            f'--init_from={whole / "16x2"}',
+            '--learning_rate=1e-12',
+            '--warmup=0',
+        )
+    )
     assert 'step, schedule and optimizer begin anew' in capsys.readouterr().out
     new = Result.of(tmp_path / 'run' / '16x2-continued')
     assert new.val_loss == pytest.approx(Result.of(whole / '16x2').val_loss, abs=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data_dir, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
+    data_dir, tmp_path, monkeypatch
+):
     def explode(model, x, y, progress):
         loss = model(x, y).loss
         return loss * math.inf if progress.after(0.5) == 1 and progress.step > 10 else loss, {}
+
     monkeypatch.setattr(train, 'next_token', explode)
     with pytest.raises(UserError, match='16x2: loss inf .* at step 1[1-9]'):
         train.main(arguments(data_dir, tmp_path / 'run', '--save_minutes=1e-9'))
     states = sorted(path.name for path in (tmp_path / 'run' / '16x2').glob('state-*'))
-    assert states == ['state-000000010', 'state-000000011'] and not (tmp_path / 'run' / '16x2' / 'model.safetensors').exists()
+    assert (
+        states == ['state-000000010', 'state-000000011']
+        and not (tmp_path / 'run' / '16x2' / 'model.safetensors').exists()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------- interruptions
+
 
 def wait_for(condition, process, seconds=60):
     deadline = time.time() + seconds
@@ -162,8 +253,14 @@ def wait_for(condition, process, seconds=60):
 
 def interrupted(data_dir, out, number, *more):
     """Start a run, send it a signal after step 6, return the ended process and its output."""
-    process = subprocess.Popen([sys.executable, 'train.py', *arguments(data_dir, out, '--tokens=64000', *more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = subprocess.Popen(
+        [sys.executable, 'train.py', *arguments(data_dir, out, '--tokens=64000', *more)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     path = out / '16x2' / 'metrics.jsonl'
     wait_for(lambda: path.is_file() and path.read_text().count('\n') >= 3, process)
     process.send_signal(number)
@@ -178,33 +275,62 @@ def longer(data_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('number, code, more', [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, []), (signal.SIGKILL, -9, ['--save_minutes=1e-9'])])
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(data_dir, tmp_path, longer, number, code, more):
+@pytest.mark.parametrize(
+    'number, code, more',
+    [
+        (signal.SIGINT, 130, []),
+        (signal.SIGTERM, 143, []),
+        (signal.SIGKILL, -9, ['--save_minutes=1e-9']),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    data_dir, tmp_path, longer, number, code, more
+):
     process, (out, err) = interrupted(data_dir, tmp_path / 'run', number, *more)
     assert process.returncode == code, err
     if number != signal.SIGKILL:
         assert 'the same command goes on from there' in out and 'Traceback' not in err
-    stopped_at = [int(p.name[6:]) for p in (tmp_path / 'run' / '16x2').glob('state-*') if p.suffix != '.tmp']
-    assert stopped_at and max(stopped_at) < 1000 and not (tmp_path / 'run' / '16x2' / 'result.json').exists()
+    stopped_at = [
+        int(p.name[6:]) for p in (tmp_path / 'run' / '16x2').glob('state-*') if p.suffix != '.tmp'
+    ]
+    assert (
+        stopped_at
+        and max(stopped_at) < 1000
+        and not (tmp_path / 'run' / '16x2' / 'result.json').exists()
+    )
     train.main(arguments(data_dir, tmp_path / 'run', '--tokens=64000'))
     assert same(tmp_path / 'run' / '16x2', longer / '16x2')
     ours, theirs = (metrics(folder / '16x2') for folder in (tmp_path / 'run', longer))
     steps = [m['step'] for m in ours]
-    assert steps == sorted(set(steps)) and ours[-1]['step'] == 1000 and ours[-1]['grad_norm'] == pytest.approx(theirs[-1]['grad_norm'])
+    assert (
+        steps == sorted(set(steps))
+        and ours[-1]['step'] == 1000
+        and ours[-1]['grad_norm'] == pytest.approx(theirs[-1]['grad_norm'])
+    )
 
 
 def test_max_minutes_saves_and_exits_with_code_0_and_a_family_goes_on(data_dir, tmp_path, capsys):
-    family = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "family"}', '--method=progressive', '--sizes=16x2,32x2', '--scratch_tokens=640,1280', '--block_size=16',
-              '--eval_tokens=512', '--device=cpu']
+    family = [
+        f'--data_dir={data_dir}',
+        f'--out_dir={tmp_path / "family"}',
+        '--method=progressive',
+        '--sizes=16x2,32x2',
+        '--scratch_tokens=640,1280',
+        '--block_size=16',
+        '--eval_tokens=512',
+        '--device=cpu',
+    ]
     stops = 0
     while not (tmp_path / 'family' / '32x2' / 'result.json').exists():
         try:
-            train.main([*family, '--max_minutes=1e-9'])   # one step, or one stage, at a time
+            train.main([*family, '--max_minutes=1e-9'])  # one step, or one stage, at a time
         except SystemExit as exit:
             assert exit.code == 0
             stops += 1
         assert stops < 40
-    train.main([f'--out_dir={tmp_path / "once"}' if a.startswith('--out_dir') else a for a in family])
+    train.main(
+        [f'--out_dir={tmp_path / "once"}' if a.startswith('--out_dir') else a for a in family]
+    )
     assert stops > 5 and same(tmp_path / 'family' / '32x2', tmp_path / 'once' / '32x2')
 
 
@@ -215,9 +341,22 @@ PRESETS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name[0] != '_')
 
 @pytest.mark.parametrize('preset', PRESETS, ids=lambda p: p.stem)
 def test_every_preset_runs_at_toy_size(preset, data_dir, tmp_path):
-    train.main([str(preset), '--toy=True', f'--data_dir={data_dir}', '--data=pydocs', f'--out_dir={tmp_path}', '--device=cpu'])
+    train.main(
+        [
+            str(preset),
+            '--toy=True',
+            f'--data_dir={data_dir}',
+            '--data=pydocs',
+            f'--out_dir={tmp_path}',
+            '--device=cpu',
+        ]
+    )
     results = [Result.of(p.parent) for p in tmp_path.glob('*/result.json')]
-    assert results and all(math.isfinite(r.val_loss) for r in results) and (tmp_path / 'report.png').is_file()
+    assert (
+        results
+        and all(math.isfinite(r.val_loss) for r in results)
+        and (tmp_path / 'report.png').is_file()
+    )
 
 
 @pytest.mark.parametrize('preset', PRESETS, ids=lambda p: p.stem)
@@ -234,22 +373,52 @@ def planned(preset, *more):
 
 def pretend(run, stage):
     tokens = stage.tokens
-    return Result(stage.name, stage.name, 0, stage.params, tokens, 6 * stage.params * tokens, stage.inherited_flops, stage.baseline_flops, 1.0, 1.0, 0, 0.0)
+    return Result(
+        stage.name,
+        stage.name,
+        0,
+        stage.params,
+        tokens,
+        6 * stage.params * tokens,
+        stage.inherited_flops,
+        stage.baseline_flops,
+        1.0,
+        1.0,
+        0,
+        0.0,
+    )
 
 
 def test_the_8b_family_costs_15_4_zettaflops_instead_of_20_4(capsys):
     stages = planned('progressive_8b.py')
     assert [r.tokens for _, r in stages] == [40e9, 60e9, 120e9, 240e9]
-    assert stages[-1][1].total_flops == pytest.approx(15.36e21) and stages[-1][1].baseline_flops == pytest.approx(20.4e21)
-    assert [count_steps(stage_knobs(Run(block_size=1024), s), s) for s, _ in stages][0] == pytest.approx(40_700, rel=1e-3)   # Table 6
+    assert stages[-1][1].total_flops == pytest.approx(15.36e21) and stages[-1][
+        1
+    ].baseline_flops == pytest.approx(20.4e21)
+    assert [count_steps(stage_knobs(Run(block_size=1024), s), s) for s, _ in stages][
+        0
+    ] == pytest.approx(40_700, rel=1e-3)  # Table 6
     train.main([str(ROOT / 'config' / 'progressive_8b.py'), '--dry_run=True', '--data_dir=nowhere'])
-    assert 'the family: 15.4ZFLOPs; every size from scratch: 20.4ZFLOPs; saved: 24.7%' in capsys.readouterr().out
+    assert (
+        'the family: 15.4ZFLOPs; every size from scratch: 20.4ZFLOPs; saved: 24.7%'
+        in capsys.readouterr().out
+    )
 
 
 def test_chinchilla_preset_has_the_papers_tokens():
-    assert [r.tokens for _, r in planned('progressive_8b_chinchilla.py')] == [20e9, 30e9, 60e9, 120e9]   # Table 7
+    assert [r.tokens for _, r in planned('progressive_8b_chinchilla.py')] == [
+        20e9,
+        30e9,
+        60e9,
+        120e9,
+    ]  # Table 7
 
 
 def test_train_help_and_a_run_as_a_program(data_dir, tmp_path):
     process = run_command('train.py', *arguments(data_dir, tmp_path / 'run', '--tokens=128'))
-    assert process.returncode == 0 and '| 16x2' in process.stdout and 'Traceback' not in process.stderr and 'Warning' not in process.stderr, process.stderr
+    assert (
+        process.returncode == 0
+        and '| 16x2' in process.stdout
+        and 'Traceback' not in process.stderr
+        and 'Warning' not in process.stderr
+    ), process.stderr

@@ -1,4 +1,5 @@
 """One text in two tokenizers: partners have read the same bytes, whatever the alphabet, and wherever a sequence is cut."""
+
 import numpy as np
 import pytest
 
@@ -7,20 +8,34 @@ from data.prepare import load_tokenizer
 from data.translate import PROBE, check_alignable, same_tokenizer, token_bytes, translate
 
 tokenizers = pytest.importorskip('tokenizers')
-TEXT = ('Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n\tdef f(x): return "ß"  # Привет\n' * 3)
+TEXT = (
+    'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n\tdef f(x): return "ß"  # Привет\n'
+    * 3
+)
 
 
 def train(kind, folder, vocab_size=400):
     """A small tokenizer of the given kind, saved as a model's folder would hold it."""
     if kind == 'byte-level':
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.decoders.ByteLevel(),
+        )
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    else:   # one that forgets capitals
+    else:  # one that forgets capitals
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.normalizer, tokenizer.pre_tokenizer = tokenizers.normalizers.Lowercase(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder, alphabet = tokenizers.decoders.ByteLevel(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<|endoftext|>'], initial_alphabet=alphabet)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            tokenizers.normalizers.Lowercase(),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        )
+        tokenizer.decoder, alphabet = (
+            tokenizers.decoders.ByteLevel(),
+            tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=['<|endoftext|>'], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator([TEXT[:60], 'The mat and the cat sat'] * 3, trainer)
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))
@@ -29,26 +44,37 @@ def train(kind, folder, vocab_size=400):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    return {kind: train(kind, tmp_path_factory.mktemp('tokenizers') / kind) for kind in ('byte-level', 'lowercase')} | {'bytes': 'bytes'}
+    return {
+        kind: train(kind, tmp_path_factory.mktemp('tokenizers') / kind)
+        for kind in ('byte-level', 'lowercase')
+    } | {'bytes': 'bytes'}
 
 
 def encode(name, text):
     return np.array([int(i) for i in load_tokenizer(name)[0](text)])
 
 
-@pytest.mark.parametrize('student, teacher', [('bytes', 'byte-level'), ('byte-level', 'bytes'), ('byte-level', 'byte-level'), ('bytes', 'bytes')])
+@pytest.mark.parametrize(
+    'student, teacher',
+    [
+        ('bytes', 'byte-level'),
+        ('byte-level', 'bytes'),
+        ('byte-level', 'byte-level'),
+        ('bytes', 'bytes'),
+    ],
+)
 def test_partners_have_read_the_same_text_and_nothing_more(folders, student, teacher):
     student, teacher = folders[student], folders[teacher]
     ours = encode(student, TEXT)[:240]
-    for cut in range(6):   # wherever the sequence begins, within a letter too
-        row = ours[cut:cut + 200]
+    for cut in range(6):  # wherever the sequence begins, within a letter too
+        row = ours[cut : cut + 200]
         theirs, place, partnered = translate(row[None], student, teacher, 1000)
         text = b''.join(token_bytes(student)[i] for i in row)
         assert partnered.any()
         a = b = 0
         for position, i in enumerate(row):
             a, b = b, b + len(token_bytes(student)[i])
-            read = sum(len(token_bytes(teacher)[j]) for j in theirs[0, :place[0, position] + 1])
+            read = sum(len(token_bytes(teacher)[j]) for j in theirs[0, : place[0, position] + 1])
             assert a < read <= b if partnered[0, position] else True
         assert len(text) == b
 
@@ -71,55 +97,124 @@ def test_documents_meet_at_their_end(folders):
     end, their_end = 256, load_tokenizer(folders['byte-level'])[3]
     row = np.concatenate([encode('bytes', 'The cat'), [end], encode('bytes', 'sat')])[None]
     theirs, place, partnered = translate(row, 'bytes', folders['byte-level'], 100)
-    assert partnered[0, 7] and theirs[0, place[0, 7]] == their_end and partnered[0, 10] and place[0, 10] == theirs.shape[1] - 1
+    assert (
+        partnered[0, 7]
+        and theirs[0, place[0, 7]] == their_end
+        and partnered[0, 10]
+        and place[0, 10] == theirs.shape[1] - 1
+    )
 
 
 def test_what_the_teacher_cannot_read_any_more_has_no_partner(folders):
     row = encode('bytes', TEXT)[None, :100]
     theirs, place, partnered = translate(row, 'bytes', folders['byte-level'], 10)
-    assert theirs.shape == (1, 10) and partnered.sum() == 10 and place[partnered].tolist() == list(range(10))
+    assert (
+        theirs.shape == (1, 10)
+        and partnered.sum() == 10
+        and place[partnered].tolist() == list(range(10))
+    )
 
 
 def test_a_text_that_the_tokenizer_changes_has_no_partners(folders):
     rows = np.stack([encode('bytes', 'A Cat sat'), encode('bytes', 'a cat sat')])
     _, _, partnered = translate(rows, 'bytes', folders['lowercase'], 100)
-    assert partnered[1].any()   # lower case has as many bytes, so only the check before training can tell
+    assert partnered[
+        1
+    ].any()  # lower case has as many bytes, so only the check before training can tell
     with pytest.raises(UserError, match='cannot be aligned: .*lowercase does not keep every byte'):
         check_alignable('bytes', folders['lowercase'])
     check_alignable('bytes', folders['byte-level'])
 
 
 def test_sentencepiece_spaces_and_byte_fallback(tmp_path):
-    pieces = ['<unk>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '▁', *'abcdefghijklmnopqrstuvwxyzA', 'at', 'th', '▁c', '▁cat']
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[('a', 't'), ('t', 'h'), ('▁', 'c'), ('▁c', 'at')],
-                                                           unk_token='<unk>', byte_fallback=True))
+    pieces = [
+        '<unk>',
+        '</s>',
+        *(f'<0x{i:02X}>' for i in range(256)),
+        '▁',
+        *'abcdefghijklmnopqrstuvwxyzA',
+        'at',
+        'th',
+        '▁c',
+        '▁cat',
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[('a', 't'), ('t', 'h'), ('▁', 'c'), ('▁c', 'at')],
+            unk_token='<unk>',
+            byte_fallback=True,
+        )
+    )
     tokenizer.add_special_tokens(['<unk>', '</s>'])
-    tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁')])
-    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace('▁', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁')]
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace('▁', ' '),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     ids = encode(str(tmp_path), PROBE)
     assert b''.join(token_bytes(str(tmp_path))[i] for i in ids) == b' ' + PROBE.encode()
     check_alignable('bytes', str(tmp_path))
-    theirs, place, partnered = translate(encode('bytes', 'the cat')[None], 'bytes', str(tmp_path), 100)
+    theirs, place, partnered = translate(
+        encode('bytes', 'the cat')[None], 'bytes', str(tmp_path), 100
+    )
     assert [pieces[i] for i in theirs[0]] == ['▁', 'th', 'e', '▁cat']
-    assert partnered[0].tolist() == [False, True, True, False, False, False, True] and place[0][partnered[0]].tolist() == [1, 2, 3]
+    assert partnered[0].tolist() == [False, True, True, False, False, False, True] and place[0][
+        partnered[0]
+    ].tolist() == [1, 2, 3]
 
 
 def test_the_same_tokenizer_under_two_names(folders, tmp_path):
     (tmp_path / 'copy').mkdir()
-    (tmp_path / 'copy' / 'tokenizer.json').write_bytes(open(f'{folders["byte-level"]}/tokenizer.json', 'rb').read())
-    assert same_tokenizer(folders['byte-level'], str(tmp_path / 'copy')) and not same_tokenizer('bytes', folders['byte-level'])
+    (tmp_path / 'copy' / 'tokenizer.json').write_bytes(
+        open(f'{folders["byte-level"]}/tokenizer.json', 'rb').read()
+    )
+    assert same_tokenizer(folders['byte-level'], str(tmp_path / 'copy')) and not same_tokenizer(
+        'bytes', folders['byte-level']
+    )
 
 
 def test_a_document_that_the_tokenizer_changes_lends_no_future_to_the_one_before(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer = tokenizers.normalizers.NFC(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (
+        tokenizers.normalizers.NFC(),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(['abc xyz'], tokenizers.trainers.BpeTrainer(special_tokens=['<|endoftext|>'], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_tokens(['  '])   # a run of spaces, as GPT-NeoX has them: not special
+    tokenizer.train_from_iterator(
+        ['abc xyz'],
+        tokenizers.trainers.BpeTrainer(
+            special_tokens=['<|endoftext|>'],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer.add_tokens(['  '])  # a run of spaces, as GPT-NeoX has them: not special
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
-    row = np.concatenate([encode('bytes', 'abc'), [256], encode('bytes', 'e\u0301tude'), [256], encode('bytes', 'xyz')])[None]
+    row = np.concatenate(
+        [
+            encode('bytes', 'abc'),
+            [256],
+            encode('bytes', 'e\u0301tude'),
+            [256],
+            encode('bytes', 'xyz'),
+        ]
+    )[None]
     theirs, place, partnered = translate(row, 'bytes', str(tmp_path), 100)
     end = load_tokenizer(str(tmp_path))[3]
-    assert partnered[0, 3] and theirs[0, place[0, 3]] == end and place[0, 3] == theirs[0].tolist().index(end)
-    assert not partnered[0, 4:11].any() and partnered[0, 11] and partnered[0, -1] and token_bytes(str(tmp_path))[-1] == b'  '
+    assert (
+        partnered[0, 3]
+        and theirs[0, place[0, 3]] == end
+        and place[0, 3] == theirs[0].tolist().index(end)
+    )
+    assert (
+        not partnered[0, 4:11].any()
+        and partnered[0, 11]
+        and partnered[0, -1]
+        and token_bytes(str(tmp_path))[-1] == b'  '
+    )

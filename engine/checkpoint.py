@@ -1,0 +1,440 @@
+"""
+What a run's folder holds: resumable states, what each stage is, and what explains the numbers.
+Everything is complete under its name or absent, and recorded in a manifest with checksums.
+
+    out_dir/run.json                  knobs; for every session command, commit, versions, device
+    out_dir/STAGE/stage.json          what the stage is; another stage is refused this folder
+    out_dir/STAGE/metrics.jsonl       one line every few steps
+    out_dir/STAGE/state-000001000/    weights, optimizer, random states; removed at the end
+    out_dir/STAGE/stable-000000900/   the same at the end of a stable phase (wsd), kept
+    out_dir/STAGE/config.json, model.safetensors, result.json, checksums.json     the result
+    out_dir/STAGE/optimizer.safetensors      its AdamW state, where a later stage needs it
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+import subprocess
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from engine.device import barrier, gather, processes
+from engine.errors import UserError, first_line
+from engine.files import (
+    commit_file,
+    digest,
+    find_damage,
+    measure_files,
+    read_json,
+    read_manifest,
+    write_atomically,
+    write_json,
+    write_manifest,
+)
+
+warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process
+
+# ----------------------------------------------------------------------------------------------
+# resumable states
+
+
+def training_state(model, optimizer):
+    """(the tensors of a resumable state, the optimizer's settings)."""
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    random = dict(cpu=torch.get_rng_state())
+    if torch.cuda.is_available():
+        random['cuda'] = torch.cuda.get_rng_state()
+    tensors = dict(model=weights, optimizer=optimizer_state['state'], random=random)
+    return tensors, optimizer_state['param_groups']
+
+
+def saved_states(folder):
+    """The complete states in a stage's folder, the newest last."""
+    found = Path(folder).glob('*-*')
+    states = [path for path in found if re.fullmatch(r'(state|stable)-\d{9,}', path.name)]
+    return sorted(states, key=lambda path: (step_of(path), path.name))
+
+
+def step_of(path):
+    """The step of a saved state or rollout, from its file name: state-000001000."""
+    return int(path.name.split('-')[1].partition('.')[0])
+
+
+def remove_states(folder):
+    """Remove what only resuming needed; states at the end of stable phases are kept."""
+    folder = Path(folder)
+    for path in [*folder.glob('state-*'), *folder.glob('stable-*.tmp'), folder / 'best']:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob('rollout-*'):
+        path.unlink()
+
+
+def save_state(folder, model, optimizer, progress, keep=1, stable=False):
+    """
+    Save a state under a temporary name, write its manifest, rename it, and remove all but the
+    newest `keep`. progress: a dict with 'step'; stable: a state that is kept for good. Called by
+    every process. Raises UserError if it cannot be written; earlier states are untouched then.
+    """
+    rank, world_size = processes()
+    kind = 'stable' if stable else 'state'
+    target = Path(folder) / f'{kind}-{progress["step"]:09d}'
+    unfinished = Path(f'{target}.tmp')
+    if rank == 0:
+        for path in Path(folder).glob('sta*-*.tmp'):  # left by a crash
+            shutil.rmtree(path, ignore_errors=True)
+    barrier()  # nobody writes before that is done
+    files, failure = {}, ''
+    try:
+        dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
+        files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
+    except (Exception, CheckpointException) as error:
+        failure = root_cause(error)
+    failures = [failure]
+    for other_files, other_failure in gather((files, failure)):
+        files |= other_files
+        failures.append(other_failure)
+    failure = max(failures)  # any of them, if there is one
+    if rank == 0 and not failure:
+        failure = commit_state(unfinished, target, files, progress)
+    failure = gather(failure)[0]
+    if failure:
+        report_failed_save(target, failure)
+    if rank == 0:
+        shutil.rmtree(f'{target}.old.tmp', ignore_errors=True)
+        resumable = [path for path in saved_states(folder) if path.name.startswith('state')]
+        for path in resumable[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+    barrier()
+
+
+def commit_state(unfinished, target, files, progress):
+    """Write a state's manifest and give it its name; returns why that failed, or ''."""
+    try:
+        write_manifest(unfinished, files, owner_of(target.parent), progress=progress)
+        if target.exists():  # saved twice at one step
+            os.replace(target, f'{target}.old.tmp')
+        os.replace(unfinished, target)
+    except OSError as error:
+        return root_cause(error)
+    return ''
+
+
+def report_failed_save(target, failure):
+    """Raise the UserError for a state that could not be saved, on every process."""
+    folder = target.parent
+    shutil.rmtree(f'{target}.tmp', ignore_errors=True)
+    free, before = shutil.disk_usage(folder).free / 1e9, saved_states(folder)
+    good = f'{before[-1]} is intact. ' if before else ''
+    raise UserError(
+        f'{target} could not be saved ({failure}; {free:.1f} GB free). {good}When there is room, '
+        'the same command continues'
+    )
+
+
+def root_cause(error):
+    """The innermost reason of a failed save or load, in a few words."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return first_line(error)[:120]
+
+
+class StateReader(dcp.FileSystemReader):
+    """dcp's reader; its index is a pickle, of which only an index's own classes are allowed."""
+
+    def read_metadata(self, *args, **kwargs):
+        """The index of the state."""
+        with open(self.path / '.metadata', 'rb') as file:
+            metadata = IndexUnpickler(file).load()
+        metadata.storage_meta = getattr(metadata, 'storage_meta', None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """An unpickler that knows tensors and how they are stored, and nothing else."""
+
+    allowed = re.compile(
+        r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|'
+        r'MetadataIndex|StorageMeta|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|'
+        r'_MEM_FORMAT_ENCODING))|torch\.(Size|bool|[a-z]+\d+)|'
+        r'torch\.serialization\._get_layout|pathlib\.(_local\.)?\w*Path'
+    )
+
+    def find_class(self, module, name):
+        """The class of this name, if an index may contain it."""
+        if self.allowed.fullmatch(f'{module}.{name}'):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'{module}.{name} is not allowed in a state')
+
+
+def find_damage_together(folder, owner):
+    """find_damage, each process checking its share of the files; all get the same answer."""
+    return max(gather(find_damage(folder, owner, *processes())))
+
+
+def load_state(folder, model, optimizer):
+    """
+    Restore the newest state in the folder, if there is one: fills model, optimizer and random
+    states, and returns the progress it was saved with, or None. Raises UserError naming what is
+    damaged and the last intact state.
+    """
+    states = saved_states(folder)
+    if not states:
+        return None
+    newest, owner = states[-1], owner_of(folder)
+    damage = find_damage_together(newest, owner)
+    if damage:
+        intact = [path.name for path in states[:-1] if not find_damage(path, owner)]
+        good = f'{intact[-1]}, which is intact' if intact else 'the beginning of the stage'
+        raise UserError(f'{damage}. Remove {newest}, and the same command continues from {good}')
+    try:
+        state, settings = training_state(model, optimizer)
+        saved = StateReader(newest).read_metadata().state_dict_metadata
+        if 'random.cuda' not in saved:  # saved where there was no GPU
+            state['random'].pop('cuda', None)
+        dcp.load(state, storage_reader=StateReader(newest))
+        progress = read_manifest(newest)['progress']
+    except (Exception, CheckpointException) as error:
+        raise UserError(
+            f'{newest} is intact but cannot be read ({root_cause(error)}): was it saved by other '
+            'versions of torch or of this code?'
+        ) from error
+    optimizer_state = dict(state=state['optimizer'], param_groups=settings)
+    set_state_dict(
+        model, optimizer, model_state_dict=state['model'], optim_state_dict=optimizer_state
+    )
+    torch.set_rng_state(state['random']['cpu'].cpu())
+    if 'cuda' in state['random']:
+        torch.cuda.set_rng_state(state['random']['cuda'].cpu())
+    return progress
+
+
+# ----------------------------------------------------------------------------------------------
+# the optimizer's state of a finished stage
+
+
+def save_optimizer_state(folder, model, optimizer):
+    """Write AdamW's state by parameter names to optimizer.safetensors. Called by every process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = get_optimizer_state_dict(model, optimizer, options=options)['state']
+    if processes()[0]:
+        return
+    tensors = {}
+    for name, state in states.items():
+        for moment in ('exp_avg', 'exp_avg_sq'):
+            tensors[f'{moment}.{name}'] = state[moment].contiguous()
+    step = int(max(state['step'] for state in states.values()))
+    path = Path(folder) / 'optimizer.safetensors'
+    save_file(tensors, f'{path}.tmp', metadata=dict(step=str(step)))
+    commit_file(f'{path}.tmp', path)
+
+
+def load_optimizer_state(folder):
+    """{'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {...}}, float32. UserError."""
+    try:
+        with safe_open(Path(folder) / 'optimizer.safetensors', 'pt') as file:
+            state = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
+            for key in file.keys():
+                moment, _, name = key.partition('.')
+                tensor = file.get_tensor(key)
+                exact = torch.promote_types(tensor.dtype, torch.float32)
+                state[moment][name] = tensor.to(exact)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
+    return state
+
+
+def set_optimizer_state(model, optimizer, state, dtype=None):
+    """Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'."""
+    fused = optimizer.defaults.get('fused')
+    for name, parameter in model.named_parameters():
+        step = torch.tensor(float(state['step']), device=parameter.device if fused else 'cpu')
+        optimizer.state[parameter]['step'] = step
+        for moment in ('exp_avg', 'exp_avg_sq'):
+            tensor = state[moment][name].to(parameter.device, dtype or parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                tensor = distribute_tensor(tensor, mesh, placements)
+            optimizer.state[parameter][moment] = tensor
+
+
+# ----------------------------------------------------------------------------------------------
+# what a stage is
+
+# knobs that may change when a stage continues: where and how fast it is trained, not what
+MACHINE_KNOBS = {
+    'out_dir',
+    'data_dir',
+    'eval_interval',
+    'micro_batch_size',
+    'device',
+    'dtype',
+    'compile',
+    'log_interval',
+    'save_minutes',
+    'max_minutes',
+    'dry_run',
+    'gpu_tflops',
+    'keep_states',
+    'accept_changes',
+    'parallel',
+    'recompute',
+}
+# the meaning of the steps already done depends on these: they can never change
+FIXED = re.compile(
+    r'origin|teaching|continues_optimizer|parent.*|params|toy|block_size|batch_size|batch_tokens|'
+    r'optimizer_dtype|model\..*'
+)
+
+
+def stage_identity(stage, knobs, texts):
+    """What a stage is, as the content of stage.json. texts: {corpus: checksum}."""
+    identity = dict(
+        origin=asdict(stage.origin),
+        teaching=stage.teaching,
+        continues_optimizer=stage.optimizer_state is not None,
+        parent=None,
+        tokens=stage.tokens,
+        params=stage.params,
+    )
+    if stage.parent:
+        identity |= {
+            'parent': stage.parent.name,
+            'parent.position': stage.parent.position,
+            'parent.val_loss': stage.parent.val_loss,
+        }
+    identity |= {k: v for k, v in asdict(knobs).items() if k not in MACHINE_KNOBS}
+    identity |= {f'model.{k}': v for k, v in asdict(stage.config).items()}
+    identity |= {f'text of {name}': checksum for name, checksum in texts.items()}
+    return json.loads(json.dumps(identity))  # as it will be read back
+
+
+def read_identity(folder):
+    """The content of stage.json, or None if there is none. Raises UserError for a damaged one."""
+    path = Path(folder) / 'stage.json'
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        raise UserError(f'{error}; delete {folder} to train this stage again') from None
+
+
+def owner_of(folder):
+    """What a stage's manifests belong to: a hash of what the stage was when it began."""
+    return (read_identity(folder) or {}).get('owner', '')
+
+
+def claim_folder(folder, identity, accept_changes):
+    """
+    Write stage.json if the folder is new. Returns {key: (before, now)} of accepted changes.
+    Raises UserError, listing the differences, if the folder holds another stage: with
+    accept_changes only for those that would invalidate the steps already done.
+    """
+    found = read_identity(folder)
+    if found is None:
+        if processes()[0] == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_json(Path(folder) / 'stage.json', identity | dict(owner=digest(identity)))
+        return {}
+    # a knob that is newer than the run has its default
+    keys = [key for key in identity if key in found and found[key] != identity[key]]
+    changes = {key: (found[key], identity[key]) for key in keys}
+    fixed = [key for key in changes if FIXED.fullmatch(key)]
+    if fixed or changes and not accept_changes:
+        way_out = '' if fixed else '; --accept_changes=True continues with the new ones'
+        raise UserError(
+            f'{folder} holds a stage with other settings ({describe_changes(changes)}): choose '
+            f'another --out_dir, or delete that folder{way_out}'
+        )
+    return changes
+
+
+def update_identity(folder, identity):
+    """Record the accepted changes of a stage that continues; its owner stays."""
+    if processes()[0] == 0:
+        write_json(Path(folder) / 'stage.json', read_identity(folder) | identity)
+
+
+def describe_changes(changes):
+    """'learning_rate was 0.01, now 0.5; ...' for the first four changes."""
+    shown = [f'{key} was {old!r}, now {new!r}' for key, (old, new) in changes.items()]
+    return '; '.join(shown[:4])
+
+
+# ----------------------------------------------------------------------------------------------
+# metrics, and what a run was
+
+
+def truncate_metrics(path, step):
+    """Drop what metrics.jsonl logged after `step`: it is trained, and logged, again."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            if json.loads(line)['step'] <= step and line.endswith('\n'):  # a crash may cut a line
+                kept.append(line)
+    write_atomically(path, ''.join(kept))
+
+
+def append_metrics(path, line):
+    """Add one line, a dict, to metrics.jsonl."""
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def read_metrics(folder):
+    """The lines of a stage's metrics.jsonl, as dicts. Raises UserError for a damaged file."""
+    path = Path(folder) / 'metrics.jsonl'
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+        assert all(isinstance(line['step'], int) for line in lines)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
+    return lines
+
+
+def record_session(out_dir, knobs, session):
+    """Add a session to run.json, with the commit and versions that explain its numbers."""
+    path = Path(out_dir) / 'run.json'
+    git = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    session = session | dict(
+        started=time.strftime('%Y-%m-%d %H:%M:%S %z'),
+        commit=git.stdout.strip(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
+    try:
+        sessions = read_json(path, sessions=list)['sessions']
+    except (OSError, UserError):
+        sessions = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(knobs=knobs, sessions=[*sessions, session]))

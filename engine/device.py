@@ -1,0 +1,190 @@
+"""Where a run trains: the device, the processes, and the signals and clocks that end it early."""
+
+import contextlib
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.errors import UserError, first_line
+
+# ----------------------------------------------------------------------------------------------
+# processes
+
+
+def processes():
+    """(rank, number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(value):
+    """[value of every process]."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ----------------------------------------------------------------------------------------------
+# hardware
+
+
+class Hardware(NamedTuple):
+    """What this process trains on, and until when."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    compile: bool
+    rank: int
+    world_size: int
+    deadline: float  # seconds since 1970 at which max_minutes are over
+    memory: float  # bytes of the device that a plan may fill; infinite for a CPU
+
+    @property
+    def is_main(self):
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def forward(self):
+        """Context of the forward pass: its dtype, and the fastest attention kernel."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            stack.enter_context(attention_kernels(self.device))
+            yield
+
+
+def attention_kernels(device):
+    """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def attention_kernel(config, hardware):
+    """The name of the attention kernel that torch will use for a model of this shape."""
+    shape = (1, config.n_head, config.block_size, config.head_dim)
+    q = torch.empty(shape, device=hardware.device, dtype=hardware.dtype)
+    k = q[:, : config.n_kv_head]
+    grouped = config.n_kv_head < config.n_head
+    with hardware.forward():
+        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=grouped)
+    return SDPBackend(choice).name.lower()
+
+
+def choose_device(name):
+    """The torch.device of a knob; auto: a CUDA GPU if there is one, else the CPU. UserError."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
+    return device
+
+
+def find_hardware(run):
+    """Choose the device and join the processes that torchrun started. Raises UserError."""
+    name = run.device
+    if name == 'auto' and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        name = 'mps'
+    device = choose_device(name)
+    on_gpu, memory = device.type == 'cuda', math.inf
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+        memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world_size > 1 and not dist.is_initialized():
+        # hours: one process may verify or write a terabyte while the others wait
+        backend = 'nccl' if on_gpu else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(hours=4))
+    bf16 = run.dtype == 'bfloat16'
+    if run.dtype == 'auto' and on_gpu:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    compiled = on_gpu if run.compile == 'auto' else run.compile == 'True'
+    deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
+    return Hardware(device, dtype, compiled, rank, world_size, deadline, memory)
+
+
+def set_threads(device, config, tokens):
+    """
+    On a CPU, use one thread for models too small to share: threads that wait for each other gain
+    little on an idle machine and are ten times slower on a busy one. OMP_NUM_THREADS decides
+    where it is set.
+    """
+    if torch.device(device).type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        small = tokens * config.n_embd < 2**18
+        torch.set_num_threads(1 if small else os.cpu_count() or 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# stopping
+
+SIGNALS = []  # received so far; the loop saves and exits after the current step
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
+
+    def remember(number, frame):
+        if SIGNALS:
+            signal.default_int_handler(number, frame)
+        SIGNALS.append(number)
+        print('\nstopping after this step (again: at once, without saving)', file=sys.stderr)
+
+    SIGNALS.clear()
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
+
+
+def should_stop(hardware, save_at, step_seconds):
+    """
+    (stop now, save now, steps until the next look), the same on every process: a signal, or the
+    deadline, on any of them counts for all. They look again after about five seconds.
+    save_at: the time, in seconds since 1970, of the next regular save.
+    """
+    stop = bool(SIGNALS) or time.time() > hardware.deadline
+    save = stop or time.time() > save_at
+    if hardware.world_size > 1:
+        flags = torch.tensor([float(stop), float(save), step_seconds], device=hardware.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, save, step_seconds = flags.tolist()
+    return stop > 0, save > 0, max(1, int(5 / max(step_seconds, 1e-3)))
+
+
+def exit_saved(message, hardware):
+    """
+    Print what was saved and how to continue, and end the program: exit code 0 after max_minutes,
+    128 + signal after a signal.
+    """
+    if hardware.is_main:
+        command = f'python {shlex.join(sys.argv)}'
+        print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
+    if hardware.world_size > 1:
+        dist.destroy_process_group()
+    raise SystemExit(128 + SIGNALS[0] if SIGNALS else 0)

@@ -1,0 +1,50 @@
+"""Errors that a person can fix: one line on the terminal and exit code 2, never a traceback."""
+
+import difflib
+import errno
+import sys
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # these name no file
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can fix; its message is one line."""
+
+
+def run_as_program(main):
+    """
+    Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
+    code 2, Ctrl-C exits with code 130.
+    """
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:
+            raise
+        where = f': {error.filename}' if error.filename else ''
+        print(f'error: {error.strerror}{where}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
+
+
+def nearest(name, known):
+    """' (did you mean ...?)' with the known name closest to `name`, or '' if none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def unknown(what, name, known):
+    """The UserError for a name that is not one of `known`: suggests the nearest, lists them all."""
+    known = list(known)
+    return UserError(f'no {what} {name!r}{nearest(name, known)}; choose from {", ".join(known)}')
+
+
+def first_line(error):
+    """The type and the first line of an error's message, for use inside a UserError."""
+    message = str(error).splitlines()
+    return f'{type(error).__name__}: {message[0]}' if message else type(error).__name__

@@ -1,0 +1,129 @@
+"""
+Files that are complete or absent, and folders that can be checked: `checksums.json`, a manifest,
+records the size and SHA-256 of the files in a folder and the run they belong to, so that a
+truncated, changed or exchanged file is reported before it is used.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from engine.errors import UserError
+
+# ----------------------------------------------------------------------------------------------
+# atomic writes
+
+
+def commit_file(temporary, path):
+    """Flush a finished file to the disk, then rename it: a power cut leaves the old or the new."""
+    with open(temporary, 'rb') as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_atomically(path, text):
+    """Write a text file so that a reader sees the old content or the new, never a part of it."""
+    temporary = Path(f'{path}.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    commit_file(temporary, path)
+
+
+def write_json(path, content):
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(content, indent=1) + '\n')
+
+
+def read_json(path, **types):
+    """
+    The object in a JSON file, as a dict. `types` gives required keys and their types. Raises
+    UserError for a damaged file, FileNotFoundError for a missing one.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        if not isinstance(content, dict):
+            raise TypeError('not an object')
+        for key, kind in types.items():
+            if not isinstance(content[key], kind) or isinstance(content[key], bool):
+                raise TypeError(f'{key} is {content[key]!r}')
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f'{type(error).__name__}: {str(error)[:80]}'
+        raise UserError(f'{path} is damaged ({reason})') from None
+    return content
+
+
+# ----------------------------------------------------------------------------------------------
+# manifests
+
+
+def checksum(path):
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def measure_files(paths):
+    """{name: [bytes, SHA-256]} of files, flushed to the disk first."""
+    entries = {}
+    for path in map(Path, paths):
+        with open(path, 'rb') as file:
+            os.fsync(file.fileno())
+        entries[path.name] = [path.stat().st_size, checksum(path)]
+    return entries
+
+
+def measure_text(text):
+    """[bytes, SHA-256] of a file that will be written with this content."""
+    content = text.encode('utf-8')
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
+def digest(content):
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder, files, owner, **more):
+    """
+    Write checksums.json. files: entries as measure_files returns them; owner: a hash that
+    identifies the run; `more` is stored beside them.
+    """
+    content = dict(owner=owner, files=files, **more)
+    write_json(Path(folder) / 'checksums.json', content | dict(checksum=digest(content)))
+
+
+def read_manifest(folder):
+    """The content of checksums.json. Raises UserError if it is missing or damaged."""
+    path = Path(folder) / 'checksums.json'
+    try:
+        content = read_json(path, owner=str, files=dict, checksum=str)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing') from None
+    expected = content.pop('checksum')
+    if expected != digest(content):
+        raise UserError(f'{path} is damaged')
+    return content
+
+
+def find_damage(folder, owner=None, rank=0, world_size=1):
+    """
+    The first problem with the files listed in a folder's manifest, as a sentence that starts with
+    the file's name, or ''. owner: the run they must belong to; None accepts any. Several
+    processes can each check their share.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return str(error)
+    if owner is not None and manifest['owner'] != owner:
+        return f'{folder} belongs to another run'
+    for name, (size, expected) in sorted(manifest['files'].items())[rank::world_size]:
+        path = Path(folder) / name
+        if not path.is_file():
+            return f'{path} is missing'
+        found = path.stat().st_size
+        if found != size:
+            return f'{path} is damaged: it has {found:,} bytes instead of {size:,}'
+        if checksum(path) != expected:
+            return f'{path} is damaged: its checksum does not match checksums.json'
+    return ''

@@ -1,0 +1,74 @@
+"""The Hugging Face hub: models by name, and errors within seconds where it cannot be reached."""
+
+import functools
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from engine.errors import UserError
+
+WAY_OUT = (
+    'offline, use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
+)
+
+
+def within(seconds, function, what, way_out=WAY_OUT):
+    """function(); UserError if it raises an OSError or has not returned after `seconds`."""
+    outcome = {}
+
+    def call():
+        try:
+            outcome['value'] = function()
+        except OSError as error:
+            outcome['error'] = error
+
+    thread = threading.Thread(target=call, daemon=True)  # a call that hangs must not block exit
+    thread.start()
+    thread.join(seconds)
+    if 'value' in outcome:
+        return outcome['value']
+    reason = f'no answer within {seconds} s'
+    if 'error' in outcome:
+        reason = type(outcome['error']).__name__
+    raise UserError(f'{what} cannot be reached ({reason}); {way_out}')
+
+
+def reach_hub(what, way_out=WAY_OUT):
+    """
+    Raise UserError within seconds if the hub does not answer: its own client retries for minutes
+    where packets are dropped. Offline mode (HF_HUB_OFFLINE) asks nothing: the cache decides.
+    """
+    from huggingface_hub import constants
+
+    def ask():
+        request = urllib.request.Request(constants.ENDPOINT, method='HEAD')
+        try:
+            urllib.request.urlopen(request, timeout=8)
+        except urllib.error.HTTPError:
+            pass  # it answered, which is all that was asked
+        return True
+
+    if not os.environ.get('HF_HUB_OFFLINE'):
+        within(10, ask, f'the Hugging Face hub, needed for {what},', way_out)
+
+
+@functools.cache
+def model_folder(name):
+    """The folder of a model: `name` itself, or the download of that hub model. UserError."""
+    if Path(name).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
+        return Path(name)
+    import huggingface_hub
+
+    way_out = 'give the path of a folder that holds it'
+    reach_hub(name, way_out)
+    try:
+        patterns = ['*.json', '*.safetensors']
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+    except OSError as error:
+        reason = type(error).__name__
+        raise UserError(
+            f'{name} is not a folder, and the hub does not provide it ({reason}); {way_out}'
+        ) from error

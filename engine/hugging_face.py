@@ -1,0 +1,446 @@
+"""
+Our models as Hugging Face folders and back: which architecture of transformers computes the same
+function, its config.json, and the names and layouts in which it stores our tensors. GPT-2, Llama
+(also OpenLLaMA, SmolLM2), Qwen3, GPT-NeoX (Pythia) and OPT can be read; what we save opens there.
+"""
+
+import re
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+
+from engine.errors import UserError, unknown
+
+
+class Family(NamedTuple):
+    """How transformers describes one architecture."""
+
+    architecture: str
+    layer: str  # prefix of the names in layer {}
+    names: dict  # our names -> theirs
+    fields: dict  # our configuration's fields -> theirs
+    switches: dict  # fields of ours that the architecture fixes
+    demands: dict  # fields of theirs that must have this value for our block to be the same
+
+
+LLAMA_NAMES = {
+    'wte': 'model.embed_tokens',
+    'norm': 'model.norm',
+    'lm_head': 'lm_head',
+    'norm1': 'input_layernorm',
+    'norm2': 'post_attention_layernorm',
+    'attn.q': 'self_attn.q_proj',
+    'attn.k': 'self_attn.k_proj',
+    'attn.v': 'self_attn.v_proj',
+    'attn.o': 'self_attn.o_proj',
+    'mlp.gate': 'mlp.gate_proj',
+    'mlp.up': 'mlp.up_proj',
+    'mlp.down': 'mlp.down_proj',
+}
+LLAMA_FIELDS = {
+    'n_embd': 'hidden_size',
+    'n_mlp': 'intermediate_size',
+    'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads',
+    'n_kv_head': 'num_key_value_heads',
+    'head_dim': 'head_dim',
+    'block_size': 'max_position_embeddings',
+    'norm_eps': 'rms_norm_eps',
+    'bias': 'attention_bias',
+}
+LLAMA_SWITCHES = dict(
+    norm='rms',
+    act='swiglu',
+    pos='rope',
+    rotary_fraction=1.0,
+    qk_norm=False,
+    parallel=False,
+    attn_scale_by_layer=False,
+)
+GPT2_NAMES = {
+    'wte': 'transformer.wte',
+    'wpe': 'transformer.wpe',
+    'norm': 'transformer.ln_f',
+    'lm_head': 'lm_head',
+    'norm1': 'ln_1',
+    'norm2': 'ln_2',
+    'attn.q': 'attn.c_attn',
+    'attn.k': 'attn.c_attn',
+    'attn.v': 'attn.c_attn',
+    'attn.o': 'attn.c_proj',
+    'mlp.up': 'mlp.c_fc',
+    'mlp.down': 'mlp.c_proj',
+}
+GPT2_FIELDS = {
+    'n_embd': 'n_embd',
+    'n_mlp': 'n_inner',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'block_size': 'n_positions',
+    'norm_eps': 'layer_norm_epsilon',
+    'attn_scale_by_layer': 'scale_attn_by_inverse_layer_idx',
+    'act': 'activation_function',
+}
+NEOX_NAMES = {
+    'wte': 'gpt_neox.embed_in',
+    'norm': 'gpt_neox.final_layer_norm',
+    'lm_head': 'embed_out',
+    'norm1': 'input_layernorm',
+    'norm2': 'post_attention_layernorm',
+    'attn.q': 'attention.query_key_value',
+    'attn.k': 'attention.query_key_value',
+    'attn.v': 'attention.query_key_value',
+    'attn.o': 'attention.dense',
+    'mlp.up': 'mlp.dense_h_to_4h',
+    'mlp.down': 'mlp.dense_4h_to_h',
+}
+NEOX_FIELDS = {
+    'n_embd': 'hidden_size',
+    'n_mlp': 'intermediate_size',
+    'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads',
+    'block_size': 'max_position_embeddings',
+    'norm_eps': 'layer_norm_eps',
+    'parallel': 'use_parallel_residual',
+    'act': 'hidden_act',
+}
+NEOX_SWITCHES = dict(norm='layer', pos='rope', qk_norm=False, bias=True, attn_scale_by_layer=False)
+OPT_NAMES = {
+    'wte': 'model.decoder.embed_tokens',
+    'wpe': 'model.decoder.embed_positions',
+    'norm': 'model.decoder.final_layer_norm',
+    'lm_head': 'lm_head',
+    'norm1': 'self_attn_layer_norm',
+    'norm2': 'final_layer_norm',
+    'attn.q': 'self_attn.q_proj',
+    'attn.k': 'self_attn.k_proj',
+    'attn.v': 'self_attn.v_proj',
+    'attn.o': 'self_attn.out_proj',
+    'mlp.up': 'fc1',
+    'mlp.down': 'fc2',
+}
+OPT_FIELDS = {
+    'n_embd': 'hidden_size',
+    'n_mlp': 'ffn_dim',
+    'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads',
+    'block_size': 'max_position_embeddings',
+    'act': 'activation_function',
+}
+OPT_SWITCHES = dict(
+    norm='layer',
+    norm_eps=1e-5,
+    pos='learned',
+    qk_norm=False,
+    parallel=False,
+    bias=True,
+    attn_scale_by_layer=False,
+)
+FAMILIES = {
+    'llama': Family(
+        'LlamaForCausalLM',
+        'model.layers.{}.',
+        LLAMA_NAMES,
+        LLAMA_FIELDS,
+        LLAMA_SWITCHES,
+        dict(hidden_act='silu'),
+    ),
+    'qwen3': Family(
+        'Qwen3ForCausalLM',
+        'model.layers.{}.',
+        LLAMA_NAMES | {'attn.q_norm': 'self_attn.q_norm', 'attn.k_norm': 'self_attn.k_norm'},
+        LLAMA_FIELDS,
+        LLAMA_SWITCHES | dict(qk_norm=True, bias=False),
+        dict(hidden_act='silu', use_sliding_window=False),
+    ),
+    'gpt2': Family(
+        'GPT2LMHeadModel',
+        'transformer.h.{}.',
+        GPT2_NAMES,
+        GPT2_FIELDS,
+        dict(norm='layer', pos='learned', qk_norm=False, parallel=False),
+        dict(scale_attn_weights=True),
+    ),
+    'gpt_neox': Family(
+        'GPTNeoXForCausalLM',
+        'gpt_neox.layers.{}.',
+        NEOX_NAMES,
+        NEOX_FIELDS,
+        NEOX_SWITCHES,
+        dict(attention_bias=True),
+    ),
+    'opt': Family(
+        'OPTForCausalLM',
+        'model.decoder.layers.{}.',
+        OPT_NAMES,
+        OPT_FIELDS,
+        OPT_SWITCHES,
+        dict(do_layer_norm_before=True, enable_bias=True, layer_norm_elementwise_affine=True),
+    ),
+}
+ACTIVATIONS = {'gelu': 'gelu_new', 'gelu_exact': 'gelu', 'relu': 'relu'}  # ours -> theirs
+FROM_ACTIVATIONS = {
+    'gelu_new': 'gelu',
+    'gelu_pytorch_tanh': 'gelu',
+    'gelu_fast': 'gelu',
+    'gelu': 'gelu_exact',
+    'relu': 'relu',
+}
+TIED_BY_DEFAULT = {'llama': False, 'qwen3': False, 'gpt2': True, 'gpt_neox': False, 'opt': True}
+BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # no weights
+
+
+def family_of(config):
+    """The model type of the transformers architecture that computes the same as ours, or None."""
+    if config.channels:
+        return None
+    heads_fill_width = config.n_head * config.head_dim == config.n_embd
+    plain_heads = heads_fill_width and config.n_kv_head == config.n_head
+    candidates = ['llama', 'qwen3']
+    if plain_heads and config.act in ACTIVATIONS:
+        if config.act == 'relu' and config.bias:
+            candidates.append('opt')
+        candidates += ['gpt2', 'gpt_neox']
+    for model_type in candidates:
+        switches = FAMILIES[model_type].switches
+        if all(getattr(config, field) == value for field, value in switches.items()):
+            return model_type
+    return None
+
+
+# ----------------------------------------------------------------------------------------------
+# tensors
+
+
+class Stored(NamedTuple):
+    """A tensor of transformers: our tensors in it, and how they are packed."""
+
+    names: list  # ours; empty: a bias of zeros, where we have none
+    packed: str = ''  # '' (rows one below the other), transposed, by head, or offset
+
+
+def layout(config, names):
+    """
+    How transformers stores our tensors `names`: {its name: Stored}. What no architecture of
+    transformers equals is stored as it is.
+    """
+    model_type = family_of(config)
+    if model_type is None:
+        return {name: Stored([name]) for name in names}
+    family, stored = FAMILIES[model_type], {}
+    for name in names:
+        layer, stem, kind = re.match(r'(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)$', name).groups()
+        packed = ''
+        if model_type == 'gpt2' and layer and kind == 'weight' and 'norm' not in stem:
+            packed = 'transposed'
+        elif model_type == 'gpt_neox' and stem in ('attn.q', 'attn.k', 'attn.v'):
+            packed = 'by head'
+        elif model_type == 'opt' and stem == 'wpe':
+            packed = 'offset'
+        prefix = family.layer.format(layer) if layer else ''
+        theirs = f'{prefix}{family.names[stem]}.{kind}'
+        stored.setdefault(theirs, Stored([], packed)).names.append(name)
+    if model_type == 'gpt2' and not config.bias:
+        for theirs in list(stored):
+            if theirs.startswith(('transformer.h.', 'transformer.ln_f.')):
+                stored[theirs.replace('.weight', '.bias')] = Stored([])
+    return stored
+
+
+def pack(parts, packed, config):
+    """Our tensors as the one that transformers stores."""
+    if packed == 'by head':  # GPT-NeoX: q, k and v of a head stand together
+        heads = [p.view(config.n_head, 1, config.head_dim, *p.shape[1:]) for p in parts]
+        return torch.cat(heads, 1).flatten(0, 2)
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if packed == 'offset':  # OPT's positions begin at row 2
+        return torch.cat((tensor.new_zeros(2, tensor.shape[1]), tensor))
+    return tensor.T if packed == 'transposed' else tensor
+
+
+def unpack(tensor, packed, config, sizes):
+    """The tensor that transformers stores as ours, of `sizes` rows each."""
+    if packed == 'by head':
+        parts = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:]).unbind(1)
+        return [part.flatten(0, 1) for part in parts]
+    if packed == 'offset':
+        return [tensor[2:]]
+    return list((tensor.T if packed == 'transposed' else tensor).split(sizes))
+
+
+def stored_shape(stored, shapes):
+    """The shape of the tensor that transformers stores for ours; shapes: {our name: shape}."""
+    rows = sum(shapes[name][0] for name in stored.names)
+    if stored.packed == 'offset':
+        rows += 2
+    shape = (rows, *shapes[stored.names[0]][1:])
+    return shape[::-1] if stored.packed == 'transposed' else shape
+
+
+def find_tensors(config, found, template):
+    """
+    {transformers' name: the name in the folder} for the tensor names `found` in a folder of a
+    model with the tensors `template`. Raises UserError listing missing and surplus tensors.
+    """
+    known = {name: name for name in found if not BUFFERS.search(name)}
+    if family_of(config) == 'gpt2' and not any(n.startswith('transformer.') for n in known):
+        prefixed = {f'transformer.{name}': name for name in known if name != 'lm_head.weight'}
+        known = prefixed | {name: name for name in known if name == 'lm_head.weight'}
+    if config.tied:  # some save the head too
+        known = {n: o for n, o in known.items() if not n.startswith(('lm_head.', 'embed_out.'))}
+    stored = layout(config, template)
+    missing = [theirs for theirs in stored if stored[theirs].names and theirs not in known]
+    surplus = [theirs for theirs in known if theirs not in stored]
+    problems = []
+    for what, names in (('missing', missing), ('surplus', surplus)):
+        if names:
+            more = ', ...' if len(names) > 6 else ''
+            problems.append(f'tensors {what}: {", ".join(sorted(names)[:6])}{more}')
+    if problems:
+        raise UserError('; '.join(problems))
+    return {theirs: known[theirs] for theirs in stored if theirs in known}
+
+
+def tensors_to_hugging_face(config, state):
+    """Our tensors, {name: tensor}, as transformers stores them."""
+    tensors = {}
+    for theirs, stored in layout(config, state).items():
+        if stored.names:
+            parts = [state[name] for name in stored.names]
+            tensors[theirs] = pack(parts, stored.packed, config).contiguous()
+        else:
+            weight = tensors[theirs.replace('.bias', '.weight')]
+            tensors[theirs] = weight.new_zeros(weight.shape[-1])
+    return tensors
+
+
+def tensors_from_hugging_face(config, tensors, template, contiguous=True):
+    """
+    Our tensors, with the names and shapes of `template`, from a folder's. contiguous=False gives
+    views where they are packed. Raises UserError for what does not fit.
+    """
+    names = find_tensors(config, tensors, template)
+    shapes = {name: tuple(tensor.shape) for name, tensor in template.items()}
+    state = {}
+    for theirs, stored in layout(config, template).items():
+        if not stored.names:
+            continue
+        tensor, expected = tensors[names[theirs]], stored_shape(stored, shapes)
+        if tuple(tensor.shape) != expected:
+            found = tuple(tensor.shape)
+            raise UserError(f'{theirs} has shape {found}, the configuration says {expected}')
+        sizes = [shapes[name][0] for name in stored.names]
+        for name, part in zip(stored.names, unpack(tensor, stored.packed, config, sizes)):
+            state[name] = part.contiguous() if contiguous else part
+    return state
+
+
+# ----------------------------------------------------------------------------------------------
+# config.json
+
+
+def config_to_hugging_face(config, dtype='float32'):
+    """The content of config.json. `nanofamily` holds our fields: reading it back is exact."""
+    content = dict(
+        nanofamily=asdict(config),
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=config.tied,
+        torch_dtype=dtype,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model_type = family_of(config)
+    if model_type is None:
+        return content | dict(architectures=['GPT'], model_type='nanofamily')
+    family = FAMILIES[model_type]
+    content |= dict(architectures=[family.architecture], model_type=model_type) | family.demands
+    for field, theirs in family.fields.items():
+        value = getattr(config, field)
+        content[theirs] = ACTIVATIONS[value] if field == 'act' else value
+    if config.pos == 'rope':
+        content |= dict(rope_theta=config.rope_theta, rope_scaling=rope_scaling(config))
+    if model_type == 'llama':
+        content |= dict(mlp_bias=config.bias)
+    elif model_type == 'opt':
+        content |= dict(word_embed_proj_dim=config.n_embd, dropout=0.0, pad_token_id=None)
+    elif model_type == 'gpt_neox':
+        content |= dict(rotary_pct=config.rotary_fraction, rotary_emb_base=config.rope_theta)
+    elif model_type == 'gpt2':
+        content |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    return content
+
+
+def rope_scaling(config):
+    """Llama 3's entry in config.json for RoPE stretched to a longer context, or None."""
+    if not config.rope_scaling:
+        return None
+    factor, low, high, original = config.rope_scaling
+    return dict(
+        rope_type='llama3',
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=int(original),
+    )
+
+
+def config_from_hugging_face(content):
+    """The fields of GPTConfig that a config.json describes. UserError: not what we compute."""
+    if 'nanofamily' in content:
+        fields = content['nanofamily']
+        return fields | dict(rope_scaling=tuple(fields.get('rope_scaling', ())))
+    model_type = content.get('model_type')
+    if model_type not in FAMILIES:
+        raise unknown('model type that can be read', str(model_type), FAMILIES)
+    family = FAMILIES[model_type]
+    check_supported(model_type, content)
+    fields = dict(family.switches, vocab_size=content['vocab_size'])
+    fields['tied'] = content.get('tie_word_embeddings', TIED_BY_DEFAULT[model_type])
+    for field, theirs in family.fields.items():
+        if content.get(theirs) is not None:
+            fields[field] = content[theirs]
+    if model_type == 'gpt2':
+        fields['bias'] = True
+    if 'act' in family.fields and 'act' in fields:
+        if fields['act'] not in FROM_ACTIVATIONS:
+            raise UserError(f'{model_type} with the activation {fields["act"]!r} cannot be read')
+        fields['act'] = FROM_ACTIVATIONS[fields['act']]
+    if fields['pos'] == 'rope':
+        fields |= rope_from_hugging_face(content)
+        if model_type != 'gpt_neox':
+            fields['rotary_fraction'] = 1.0
+    return fields
+
+
+def check_supported(model_type, content):
+    """Raise UserError for a config.json that asks for what our block does not compute."""
+    for field, value in FAMILIES[model_type].demands.items():
+        if content.get(field, value) != value:
+            found = content[field]
+            raise UserError(f'{model_type} with {field}={found!r} cannot be read, only {value!r}')
+    if model_type == 'opt' and 'word_embed_proj_dim' in content:
+        if content['word_embed_proj_dim'] != content['hidden_size']:
+            raise UserError('opt with a word_embed_proj_dim other than its width cannot be read')
+    if model_type == 'llama':
+        if content.get('mlp_bias', False) != content.get('attention_bias', False):
+            raise UserError('llama with biases in attention or MLP alone cannot be read')
+
+
+def rope_from_hugging_face(content):
+    """RoPE's fields, which config.json has held in three ways over the years."""
+    rope = {**(content.get('rope_scaling') or {}), **(content.get('rope_parameters') or {})}
+    theta = content.get('rope_theta', content.get('rotary_emb_base', 1e4))
+    fraction = rope.get('partial_rotary_factor', content.get('rotary_pct', 0.25))
+    fields = dict(rope_theta=float(rope.get('rope_theta', theta)), rotary_fraction=float(fraction))
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind == 'llama3':
+        fields['rope_scaling'] = (
+            float(rope['factor']),
+            float(rope['low_freq_factor']),
+            float(rope['high_freq_factor']),
+            float(rope['original_max_position_embeddings']),
+        )
+    elif kind != 'default':
+        raise UserError(f'RoPE of type {kind!r} cannot be read, only default and llama3')
+    return fields

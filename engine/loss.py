@@ -1,0 +1,206 @@
+"""
+The head and its losses without the logits: (B T, V) float32 numbers would be the largest tensor
+of a training step, and nothing needs them all at once. `fused_linear_cross_entropy` goes through
+the positions in chunks; since the loss is a scalar, it makes the gradients of hidden states and
+head in the same pass, and each chunk's logits are computed once and forgotten.
+
+    loss = CE(targets)                                                          without a teacher
+    loss = alpha CE(targets) + (1 - alpha) T^2 KL(teacher / T || student / T)   with one
+           (reverse: KL(student || teacher))
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from engine.device import gather
+
+IGNORED = -100  # the target of positions excluded from the loss
+
+
+class Distillation(NamedTuple):
+    """A teacher's part in the loss."""
+
+    hidden: torch.Tensor  # (..., C'), after its final norm
+    weight: torch.Tensor  # its head (V', C'); rows beyond the student's V are ignored
+    alpha: float = 0.5  # weight of the data; 1 - alpha is the teacher's
+    temperature: float = 1.0  # T
+    reverse: bool = False  # KL(student || teacher) instead of KL(teacher || student)
+
+
+def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
+    """
+    (loss, cross entropy, divergence), scalars in nats, means over the positions whose target is
+    not -100; only the loss has a gradient. hidden (..., C), after the final norm; weight (V, C);
+    targets (...) int64; teacher: a Distillation or None. Matrix products run in autocast's dtype,
+    everything else at least in float32.
+    """
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    teacher_hidden = teacher_weight = None
+    alpha, temperature, reverse = 1.0, 1.0, False
+    if teacher:
+        teacher_hidden, teacher_weight, alpha, temperature, reverse = teacher
+        teacher_hidden = teacher_hidden.detach().flatten(0, -2)
+        teacher_weight = teacher_weight.detach()
+    how = (alpha, temperature, reverse, dtype, learning)
+    flat, targets = hidden.flatten(0, -2), targets.flatten()
+    return _FusedLoss.apply(flat, weight, targets, teacher_hidden, teacher_weight, how)
+
+
+def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
+    """The same with full logits: for reading, and for the tests to compare with."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    logits, targets = F.linear(hidden, weight).flatten(0, -2).to(exact), targets.flatten()
+    data_loss = F.cross_entropy(logits, targets)
+    if teacher is None:
+        return data_loss, data_loss.detach(), torch.zeros_like(data_loss)
+    theirs = F.linear(teacher.hidden, teacher.weight).detach().flatten(0, -2).to(exact)
+    log_p = (theirs[:, : len(weight)] / teacher.temperature).log_softmax(-1)
+    log_q = (logits / teacher.temperature).log_softmax(-1)
+    if teacher.reverse:
+        log_p, log_q = log_q, log_p
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != IGNORED].mean()
+    divergence = teacher.temperature**2 * divergence
+    loss = teacher.alpha * data_loss + (1 - teacher.alpha) * divergence
+    return loss, data_loss.detach(), divergence.detach()
+
+
+def chunk_positions(vocab_size, device):
+    """Positions whose logits exist at once: 16 MB of them on a CPU, 512 MB on a GPU."""
+    return max(256, 2 ** (22 if device.type == 'cpu' else 27) // vocab_size)
+
+
+def padded_head(weight, dtype):
+    """
+    The (V, C) head in `dtype`. Where that makes a copy anyway, rows of zeros are added up to a
+    multiple of 64, since GPUs multiply matrices of odd sizes slower. No model, file or loss
+    knows of this padding.
+    """
+    if weight.dtype == dtype and (dtype.itemsize > 2 or len(weight) % 64 == 0):
+        return weight
+    padded = weight.new_zeros(-(-len(weight) // 64) * 64, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    return padded
+
+
+def softmax_(logits):
+    """Turn logits (n, V) into probabilities in place; returns their logsumexp (n, 1)."""
+    highest = logits.amax(-1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    logits.div_(total)
+    return total.log() + highest
+
+
+def forward_divergence(student, teacher):
+    """(slope in each logit, KL(teacher || student) (n, 1)) of logits (n, V), overwritten."""
+    gap = teacher - student
+    normaliser = softmax_(student) - softmax_(teacher)
+    value = torch.linalg.vecdot(teacher, gap)[:, None] + normaliser
+    return student.sub_(teacher), value
+
+
+def reverse_divergence(student, teacher):
+    """(slope in each logit, KL(student || teacher) (n, 1)) of logits (n, V), overwritten."""
+    gap = student - teacher
+    gap += softmax_(teacher) - softmax_(student)
+    value = torch.linalg.vecdot(student, gap)[:, None]
+    return gap.sub_(value).mul_(student), value
+
+
+class _FusedLoss(torch.autograd.Function):
+    """hidden (n, C), weight (V, C), targets (n,), the teacher's hidden and head or None."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, teacher_hidden, teacher_weight, how):
+        alpha, temperature, reverse, dtype, learning = how
+        taught = teacher_hidden is not None
+        V, step = len(weight), chunk_positions(len(weight), hidden.device)
+        exact = torch.promote_types(dtype, torch.float32)
+        counted = (targets != IGNORED).to(exact)
+        shares = counted / counted.sum().clamp(min=1)  # of each position in the mean
+        data_loss, divergence = counted.new_zeros(()), counted.new_zeros(())
+        head = padded_head(weight, dtype)
+        teacher_head = teacher_weight[:V].to(dtype) if taught else None
+        diverge = reverse_divergence if reverse else forward_divergence
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            h, share = hidden[rows].to(dtype), shares[rows][:, None]
+            target = targets[rows].clamp(min=0)[:, None]
+            logits = (h @ head.T).to(exact)
+            logits[:, V:] = -torch.inf  # the padding
+            at_target = logits.gather(-1, target)
+            if taught:
+                theirs = (teacher_hidden[rows].to(dtype) @ teacher_head.T).to(exact)
+                ours = logits[:, :V] / temperature
+                apart, value = diverge(ours, theirs.div_(temperature))
+                divergence = divergence + temperature**2 * (value * share).sum()
+            # in place from here: this is the largest tensor of the step, and memory is the limit
+            highest = logits.amax(-1, keepdim=True)
+            p = logits.sub_(highest).exp_()
+            total = p.sum(-1, keepdim=True)
+            data_loss = data_loss + ((total.log() + highest - at_target) * share).sum()
+            if not learning:
+                continue
+            # the slope of the cross entropy in each logit: its probability, less 1 at the target
+            slope = p.mul_(alpha * share / total).scatter_add_(-1, target, -alpha * share)
+            if taught:
+                slope[:, :V] += apart.mul_((1 - alpha) * temperature * share)
+            slope = slope.to(dtype)
+            d_hidden[rows] = slope @ head
+            if exact == dtype:
+                d_head.addmm_(slope.T, h)
+            else:
+                d_head += (slope.T @ h)[:V]
+        if learning:
+            ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(data_loss, divergence)
+        return alpha * data_loss + (1 - alpha) * divergence, data_loss, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope, *_):
+        d_hidden, d_head = ctx.saved_tensors  # scaled in place: large, and used only here
+        return d_hidden.mul_(slope), d_head.mul_(slope), None, None, None, None
+
+
+# ----------------------------------------------------------------------------------------------
+# measuring without learning
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    """
+    Mean next-token loss in nats over `batches` of (x, y, number of real targets), as
+    data.loader.validation_batches yields them; over all processes under torch.distributed.
+    """
+    was_training = model.training
+    model.eval()
+    losses, counts = [], []  # the losses stay on the device: nothing waits for them before the end
+    for x, y, count in batches:
+        losses.append(model(x, y).loss)
+        counts.append(count)
+    model.train(was_training)
+    counts = torch.tensor(counts, dtype=torch.float64)
+    sums = [(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()]
+    loss, targets = torch.tensor(gather(sums), dtype=torch.float64).sum(0).tolist()
+    return loss / targets
+
+
+def bits_per_byte(loss, bytes_per_token):
+    """Nats per token -> bits per byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def kl_of_logits(logits_p, logits_q):
+    """D(P || Q) in nats at each position: logits (..., V) of both -> (...)."""
+    exact = torch.promote_types(logits_p.dtype, torch.float32)
+    log_p, log_q = logits_p.to(exact).log_softmax(-1), logits_q.to(exact).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

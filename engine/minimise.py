@@ -1,0 +1,47 @@
+"""Many small robust least-squares problems at once, side by side."""
+
+import torch
+from torch.func import jacfwd, vmap
+
+
+def huber(residual):
+    """0.5 r^2 up to |r| = 1, then |r| - 0.5."""
+    size = residual.abs()
+    return torch.where(size <= 1, 0.5 * size**2, size - 0.5)
+
+
+def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-9):
+    """
+    Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta (P,)
+    -> residuals (n,) in units of the Huber loss's knee; theta (B, P) float64 starts; weight
+    (B, n). Each step solves (J^T W J + damping diag) step = -J^T W r with Huber's weights
+    W = weight / max(1, |r|); a step that does not improve is not taken, and the damping grows.
+    Returns (theta, values (B,), relative decrease over the last 20 steps (B,): 0 if converged).
+    """
+    residuals, jacobian = vmap(function), vmap(jacfwd(function))
+    value = (weight * huber(residuals(theta))).sum(1)
+    damping = torch.full_like(value, 1e-2)
+    before, decrease = value.clone(), torch.full_like(value, torch.inf)
+    working = torch.arange(len(theta))  # problems that have not converged
+    for step in range(1, steps + 1):
+        r, J = residuals(theta[working]), jacobian(theta[working])
+        w = weight[working] / r.abs().clamp(min=1)
+        gradient = torch.einsum('bnp,bn->bp', J, w * r)
+        H = torch.einsum('bnp,bn,bnq->bpq', J, w, J)
+        diagonal = H.diagonal(dim1=1, dim2=2)
+        damped = H + torch.diag_embed(damping[working, None] * diagonal + 1e-300)
+        change, failed = torch.linalg.solve_ex(damped, -gradient)
+        new = theta[working] + change
+        new_value = (weight[working] * huber(residuals(new))).sum(1)
+        better = (new_value < value[working]) & (failed == 0)  # False where it is not a number
+        improved = working[better]
+        theta[improved], value[improved] = new[better], new_value[better]
+        factor = torch.where(better, 0.3, 5.0)
+        damping[working] = (damping[working] * factor).clamp(1e-15, 1e15)
+        if step % 20 == 0:
+            decrease[working] = (before - value)[working] / value[working].clamp(min=1e-2)
+            before = value.clone()
+            working = working[decrease[working] > tolerance]
+            if not len(working):
+                break
+    return theta, value, decrease

@@ -1,0 +1,202 @@
+"""
+How one model trains on several processes, and in less memory: replicas (DDP) while one fits into
+a GPU, shards (FSDP2) when it does not; torch.compile; activations recomputed in the backward pass.
+"""
+
+import contextlib
+import warnings
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from engine.errors import UserError
+from engine.plan import all_params, estimate_memory
+
+# ----------------------------------------------------------------------------------------------
+# choices
+
+
+def choose_strategy(knobs, config, hardware):
+    """'ddp' or 'fsdp': the knob, or ddp while a replica with one sequence fits. UserError."""
+    if hardware.world_size == 1 and knobs.parallel == 'fsdp':
+        raise UserError('parallel=fsdp needs several processes: start them with torchrun')
+    if knobs.parallel != 'auto':
+        return knobs.parallel
+    fits = sum(estimate_memory(config, knobs, 1)) < hardware.memory
+    return 'ddp' if hardware.world_size == 1 or fits else 'fsdp'
+
+
+def choose_micro_batch(knobs, config, hardware):
+    """Sequences per process at once: the knob, or the largest divisor of its share that fits."""
+    share = knobs.batch_size // hardware.world_size
+    if knobs.micro_batch_size:
+        if share % knobs.micro_batch_size:
+            raise UserError(
+                f'micro_batch_size {knobs.micro_batch_size} does not divide the {share} sequences '
+                'of a process'
+            )
+        return knobs.micro_batch_size
+    sharded = choose_strategy(knobs, config, hardware) == 'fsdp'
+    shards = hardware.world_size if sharded else 1
+    state = estimate_memory(config, knobs, 1, shards)[0]
+    if state > hardware.memory:
+        raise UserError(
+            f'{all_params(config):,} parameters need {state / 1e9:.0f} GB of training state on '
+            f'each of {hardware.world_size} GPUs, which have {hardware.memory / 1e9:.0f} GB for '
+            'it: use more of them, or --optimizer_dtype=bfloat16'
+        )
+    limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
+    for size in range(share, 1, -1):
+        memory = sum(estimate_memory(config, knobs, size, shards))
+        small_enough = size * config.block_size <= limit and memory < hardware.memory
+        if share % size == 0 and small_enough:
+            return size
+    return 1
+
+
+# ----------------------------------------------------------------------------------------------
+# placing and wrapping the model
+
+
+def place(model, strategy, hardware):
+    """The model in float32 on its device: whole, or under fsdp this process's shards."""
+    model = model.float()
+    if strategy != 'fsdp':
+        return model.to(hardware.device)
+    mesh = init_device_mesh(hardware.device.type, (hardware.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if hardware.dtype == torch.float32 else hardware.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # RoPE's tables stay float32
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy).to(hardware.device)
+
+
+def wrap(model, strategy, knobs, hardware):
+    """What the loop calls: the placed model, recomputing, compiled, exchanging gradients."""
+    if knobs.recompute != 'none':
+        recompute(model, knobs.recompute)
+    if hardware.compile:
+        torch.compiler.reset()  # the stages before count towards torch's limit on compilations
+    if strategy == 'fsdp':
+        if hardware.compile:
+            for block in model.blocks:  # one by one: shards are fetched between them
+                block.compile()
+        return model
+    ddp_model = torch.compile(model) if hardware.compile else model
+    if hardware.world_size == 1:
+        return ddp_model
+    with warnings.catch_warnings():  # torch 2.13 renamed an argument that older ones need
+        warnings.simplefilter('ignore', FutureWarning)
+        return DistributedDataParallel(
+            ddp_model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+
+def unwrap(model):
+    """The bare GPT inside what `wrap` returned."""
+    model = getattr(model, 'module', model)
+    return getattr(model, '_orig_mod', model)
+
+
+def recompute(model, which):
+    """Let blocks compute activations again in the backward pass: all ('full') or half of them."""
+    contexts = dict(context_fn=keep_half) if which == 'selective' else {}
+    for block in model.blocks:
+        block.recompute = partial(checkpoint, use_reentrant=False, **contexts)
+
+
+def keep_half():
+    """Selective recomputation: keep attention's output and every second matrix product."""
+    aten = torch.ops.aten
+    products = {aten.mm.default, aten.addmm.default}
+    attention = {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+    seen = {True: 0, False: 0}
+
+    def policy(context, operation, *args, **kwargs):
+        kept = operation in attention
+        if operation in products:
+            seen[context.is_recompute] += 1
+            kept = seen[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def gradient_sync(model, last):
+    """Context of a micro-batch: replicas exchange gradients once, in the last one of a step."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()  # shards reduce every time: whole gradients would not fit
+
+
+# ----------------------------------------------------------------------------------------------
+# whole tensors
+
+
+def full_state(model):
+    """{name: tensor} of all parameters; of a sharded model only on process 0. For every process."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def load_full_state(model, state):
+    """Fill the model, sharded or not, with whole tensors."""
+    if not isinstance(model, FSDPModule):
+        model.load_state_dict(state)
+        return
+    model.reshard()  # after an evaluation it is whole
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def full_tensor(tensor):
+    """All of a tensor of which each process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Meter:
+    """Means of each step's scalars, kept on the device: the host waits only when they are read."""
+
+    def __init__(self):
+        self.steps = 0
+        self.sums = {}  # name: (sum, number of values)
+
+    def add(self, scalars):
+        """Add one step's scalars, {name: tensor without dimensions}."""
+        for name, value in scalars.items():
+            total, n = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value.float(), n + 1
+        self.steps += 1
+
+    def read(self, world_size):
+        """{name: mean since the last call, over the steps that had it and the processes}."""
+        means = torch.stack([total / (n * world_size) for total, n in self.sums.values()])
+        if world_size > 1:
+            dist.all_reduce(means)
+        means = dict(zip(self.sums, means.tolist()))
+        self.__init__()
+        return means

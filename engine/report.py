@@ -1,0 +1,383 @@
+"""
+Every table and picture of the project. Methods and tools return data: records (a list of dicts)
+become a Markdown table, Panels of Lines a picture, and what a stage is becomes a sentence.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.checkpoint import read_metrics
+from engine.errors import UserError
+from engine.files import commit_file, write_atomically
+from engine.plan import all_params, estimate_memory, totals
+from engine.stage import Result
+
+# ----------------------------------------------------------------------------------------------
+# numbers and tables
+
+
+def format_si(number, letters=('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z', 'Y')):
+    """1234567 -> '1.23M', with SI letters; the empty string for zero."""
+    if not number:
+        return ''
+    power = max(0, min(len(letters) - 1, int(math.log10(abs(number)) // 3)))
+    return f'{number / 1000**power:.3g}{letters[power]}'
+
+
+def format_count(number):
+    """Parameters or tokens as the field writes them: 8.44B."""
+    return format_si(number, ('', 'k', 'M', 'B', 'T'))
+
+
+def format_bytes(number):
+    """Bytes with SI letters: 1.5GB."""
+    return f'{format_si(number)}B'
+
+
+COUNTS = ('N', 'tokens')
+FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
+BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory')
+PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak', 'of peak, causal')
+WHOLE = ('tokens/s', 'GPU-hours', 'GFLOP/s')
+
+
+def format_cell(column, value):
+    """A value as text, by its column; None and NaN are empty."""
+    if value is None or value != value:
+        return ''
+    if isinstance(value, str):
+        return value
+    if column in COUNTS:
+        return format_count(value)
+    if column in FLOPS:
+        return format_si(value)
+    if column in BYTES:
+        return format_bytes(value)
+    if column in PERCENT:
+        return f'{value:.1%}'
+    if isinstance(value, int) or column in WHOLE:
+        return f'{value:,.0f}'
+    if column.startswith('against '):
+        return f'{value:+.4f}'
+    return f'{value:.4f}' if 1e-3 <= abs(value) < 1e5 or not value else f'{value:.3g}'
+
+
+def table(records):
+    """Records, dicts of one or more columns, as a Markdown table with aligned columns."""
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    rows = [columns]
+    for record in records:
+        rows.append([format_cell(column, record.get(column)) for column in columns])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append(f'| {" | ".join(cells)} |')
+    rule = ['-' * (widths[0] + 2)] + ['-' * (width + 1) + ':' for width in widths[1:]]
+    lines.insert(1, f'|{"|".join(rule)}|')
+    return '\n'.join(lines)
+
+
+def spread(values):
+    """The standard deviation of some numbers, None for fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def by_label(results, label):
+    """{value of a label: its results}, in order of training."""
+    groups = {}
+    for result in results:
+        if label in result.labels:
+            groups.setdefault(result.labels[label], []).append(result)
+    return groups
+
+
+def compare_variants(results, baseline):
+    """
+    Records of the runs labelled variant and seed: the mean and standard deviation of each
+    variant's validation loss, and of its difference from the baseline's, paired by seed.
+    """
+    groups = by_label(results, 'variant')
+    reference = {r.labels['seed']: r.val_loss for r in groups.get(baseline, [])}
+    records = []
+    for variant, runs in groups.items():
+        losses = [r.val_loss for r in runs]
+        paired = [r for r in runs if r.labels['seed'] in reference]
+        differences = [r.val_loss - reference[r.labels['seed']] for r in paired]
+        record = {'variant': variant, 'seeds': len(runs), 'val loss': statistics.mean(losses)}
+        record['sd'] = spread(losses)
+        if differences:
+            record[f'against {baseline}'] = statistics.mean(differences)
+            record['sd of the difference'] = spread(differences)
+        records.append(record)
+    return records
+
+
+# ----------------------------------------------------------------------------------------------
+# pictures
+
+
+@dataclass
+class Line:
+    """A line of a picture, or with style 'o' its points."""
+
+    x: list
+    y: list
+    label: str = ''
+    style: str = '-'
+    color: str | None = None
+    band: list | None = None  # half the height of a band around the line
+
+
+@dataclass
+class Panel:
+    """One pair of axes."""
+
+    xlabel: str
+    ylabel: str
+    lines: list = field(default_factory=list)
+    title: str = ''
+    log: str = ''  # the logarithmic axes: 'x', 'y' or 'xy'
+    ylim: tuple | None = None
+
+
+def pyplot():
+    """matplotlib's pyplot, drawing to files only."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_panels(panels, path):
+    """Draw Panels side by side into a PNG file, atomically."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        for line in panel.lines:
+            label = line.label or None
+            (drawn,) = ax.plot(line.x, line.y, line.style, color=line.color, label=label, lw=1.4)
+            if line.band:
+                low = [y - half for y, half in zip(line.y, line.band)]
+                high = [y + half for y, half in zip(line.y, line.band)]
+                ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
+        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=panel.ylim)
+        ax.set_title(panel.title, fontsize=9)
+        ax.grid(alpha=0.25)
+        if 'x' in panel.log:
+            ax.set_xscale('log')
+        if 'y' in panel.log:
+            ax.set_yscale('log')
+        labels = sum(bool(line.label) for line in panel.lines)
+        if 0 < labels <= 24:
+            ax.legend(frameon=False, fontsize=8 if labels <= 12 else 5)
+    save_figure(figure, path)
+
+
+def draw_images(images, path, xlabel, ylabel):
+    """Draw (title, 2-d array) pairs side by side into a PNG file, atomically."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3), squeeze=False)
+    for ax, (title, image) in zip(axes[0], images):
+        shown = ax.imshow(image, cmap='viridis')
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        figure.colorbar(shown, ax=ax, fraction=0.046)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Write a figure to a PNG file, atomically."""
+    figure.tight_layout()
+    figure.savefig(f'{path}.tmp', format='png', dpi=140)
+    pyplot().close(figure)
+    commit_file(f'{path}.tmp', path)
+
+
+# ----------------------------------------------------------------------------------------------
+# the report of a run
+
+
+def describe(stage):
+    """Where a stage's weights come from and what teaches it, in words."""
+    origin = stage.origin
+    words = 'random initialisation'
+    if origin.kind != 'random':
+        words = f'{origin.kind} of {" and ".join(origin.models)}{in_brackets(origin.settings)}'
+    if stage.optimizer_state:
+        words += ' with its optimizer state'
+    if stage.teaching:
+        settings = {k: v for k, v in stage.teaching.items() if k != 'objective'}
+        words += f', objective {stage.teaching["objective"]}{in_brackets(settings)}'
+    return words
+
+
+def in_brackets(settings):
+    """' (key value, key value)' of a dict, or ''."""
+    shown = [f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in settings.items()]
+    return f' ({", ".join(shown)})' if shown else ''
+
+
+def finished_stages(folder):
+    """The results of a run's finished stages, in order of training. Raises UserError for none."""
+    paths = sorted(Path(folder).glob('*/result.json'), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError(f'{folder} holds no finished stage')
+    return [Result.of(path.parent) for path in paths]
+
+
+def family_cost(result):
+    """FLOPs spent on this model and the smaller ones of its family, inherited or from scratch."""
+    if result.inherited_flops:
+        return result.total_flops
+    return result.baseline_flops or result.flops
+
+
+def result_records(results):
+    """Sizes, budgets and losses, and the cost of the family against training all from scratch."""
+    records = []
+    for r in results:
+        record = {'stage': r.name, 'N': r.n_params, 'tokens': r.tokens, 'FLOPs': r.flops}
+        record |= {'val loss': r.val_loss, 'bits/byte': r.bits_per_byte}
+        record |= {'cumulative FLOPs': family_cost(r), 'independent': r.baseline_flops}
+        record['saved'] = None
+        if r.baseline_flops and r.inherited_flops:
+            record['saved'] = 1 - family_cost(r) / r.baseline_flops
+        records.append(record)
+    return records
+
+
+def training_curve(result, points=80):
+    """(cumulative FLOPs, smoothed training loss on the data) of a stage: two lists."""
+    metrics = [m for m in read_metrics(result.folder) if 'loss' in m]
+    width = max(1, len(metrics) // points)
+    start, flops, losses = family_cost(result) - result.flops, [], []
+    for i in range(0, len(metrics), width):
+        group = metrics[i : i + width]
+        flops.append(start + group[-1]['flops'])
+        losses.append(statistics.mean(m.get('data_loss', m['loss']) for m in group))
+    return flops, losses
+
+
+def loss_panel(results):
+    """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
+    panel = Panel('cumulative training FLOPs', 'loss (nats per token)')
+    panel.title = 'training loss; dots: validation loss'
+    sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
+    for r in results:  # a size has one colour, dashed where it was trained alone to compare
+        color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'
+        style = '--' if r.labels.get('independent') else '-'
+        panel.lines.append(Line(*training_curve(r), r.name, style, color))
+        panel.lines.append(Line([family_cost(r)], [r.val_loss], '', 'o', color))
+    losses = [r.val_loss for r in results]
+    panel.ylim = min(losses) * 0.93, max(losses) * 1.4
+    return panel
+
+
+def render(blocks, folder=None):
+    """
+    Text of blocks, paragraphs apart: a text as it is, records as a table; (file, Panels) is drawn
+    into `folder` and linked.
+    """
+    parts = []
+    for block in blocks:
+        if isinstance(block, str):
+            parts.append(block)
+        elif isinstance(block, tuple):
+            name, panels = block
+            draw_panels(panels, Path(folder) / name)
+            parts.append(f'![{Path(name).stem}]({name})')
+        elif block:
+            parts.append(table(block))
+    return '\n\n'.join(parts)
+
+
+def report(folder, summary=()):
+    """
+    Write report.md and report.png into a run's folder and return the text; summary: the method's
+    own blocks. Raises UserError if nothing is finished.
+    """
+    results = finished_stages(folder)
+    picture = ('report.png', [loss_panel(results)])
+    text = render([result_records(results), *summary, picture], folder)
+    write_atomically(Path(folder) / 'report.md', text + '\n')
+    return text
+
+
+def steps_to_loss(curve, loss):
+    """
+    Where a curve, [(share of the steps, loss)], first reaches `loss`, linear between its points;
+    None if it never does.
+    """
+    for (before, high), (after, low) in zip(curve, curve[1:]):
+        if low <= loss:
+            if high <= loss:
+                return before
+            return before + (after - before) * (high - loss) / (high - low)
+    return None
+
+
+def validation_curve(result):
+    """[(step, validation loss)] of a stage, its end included."""
+    lines = read_metrics(result.folder)
+    curve = [(m['step'], m['val_loss']) for m in lines if 'val_loss' in m]
+    return curve + [(lines[-1]['step'], result.val_loss)]
+
+
+# ----------------------------------------------------------------------------------------------
+# the dry run
+
+
+def plan_text(run, planned):
+    """The plan of a run: what each PlannedStage costs, and the sums."""
+    records = []
+    for stage, knobs, steps, result in planned:
+        state, sequence = estimate_memory(stage.config, knobs, 1)
+        record = {'stage': stage.name, 'from': describe(stage), 'N': stage.config.num_params()}
+        record |= {'all parameters': all_params(stage.config), 'tokens': stage.tokens}
+        record |= {'steps': steps, 'batch': knobs.batch_size}
+        record |= {'max LR': f'{knobs.learning_rate:g}', 'FLOPs': result.flops}
+        record |= {'GPU-hours': gpu_hours(run, result.flops), 'GPU memory': state}
+        record |= {'+ one sequence': sequence, 'disk': 4 * all_params(stage.config)}
+        records.append(record)
+    total = totals(run, planned)
+    lines = [
+        table(records),
+        f'\nthis run: {format_si(total["flops"])}FLOPs, {gpu_hours(run, total["flops"]):,.0f} '
+        f'GPU-hours at {run.gpu_tflops:g} TFLOP/s',
+    ]
+    if total['baseline']:
+        family, baseline = total['family'], total['baseline']
+        lines.append(
+            f'the family: {format_si(family)}FLOPs; every size from scratch: '
+            f'{format_si(baseline)}FLOPs; saved: {1 - family / baseline:.1%}'
+        )
+    if total['shared'] and total['alone'] > total['flops']:
+        lines.append(
+            f'stages that several others continue are trained once: separately they would cost '
+            f'{format_si(total["alone"])}FLOPs; saved: {1 - total["flops"] / total["alone"]:.1%}'
+        )
+    largest = max(planned, key=lambda p: p.stage.config.num_params())
+    replica, shard = (
+        estimate_memory(largest.stage.config, largest.knobs, 1, shards)[0] for shards in (1, 8)
+    )
+    lines.append(
+        f'GPU memory of the largest before activations: {format_bytes(replica)} for a replica '
+        f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, chosen if a replica does not fit)'
+    )
+    lines.append(
+        f'disk: {format_bytes(total["disk"])} kept (models, states of stable phases), '
+        f'{format_bytes(total["saved_states"])} for saved states, '
+        f'{format_bytes(2 * total["unique"])} of tokens ({format_count(total["drawn"])} drawn, '
+        f'{format_count(total["unique"])} unique, from {run.data})'
+    )
+    return '\n'.join(lines)
+
+
+def gpu_hours(run, flops):
+    """Hours of one GPU that sustains run.gpu_tflops."""
+    return flops / (run.gpu_tflops * 1e12) / 3600

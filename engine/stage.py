@@ -1,0 +1,131 @@
+"""
+What a method and the training loop say to each other.
+
+A method (progressive training, Inheritune, ...) is a dataclass of knobs with one generator,
+`stages(run)`. It yields a `Stage`; train.py trains it and sends back its `Result`.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from engine.errors import UserError
+from engine.files import read_json, write_atomically
+
+
+@dataclass
+class Origin:
+    """Where a stage's starting weights come from: data. engine/report.py turns it into words."""
+
+    kind: str = 'random'  # random, weights, growth, layers, half width, subset, interpolation
+    models: tuple[str, ...] = ()  # names of the models the weights are made from
+    settings: dict = field(default_factory=dict)  # how: {'width': 'aki', 'depth': 'stack'}
+
+
+@dataclass
+class Stage:
+    """One training run of a method: what to train, from which weights, on how many tokens."""
+
+    name: str  # its folder under out_dir
+    config: Any  # GPTConfig of the model that is trained
+    tokens: float  # training tokens T, rounded up to whole batches
+    params: float  # X in FLOPs = 6 X T, as the method's paper counts it
+    origin: Origin = field(default_factory=Origin)
+    model: Callable | None = None  # builds the starting model, when the stage runs; None: random
+    parent: Optional['Result'] = None  # its compute is inherited, its data position continued
+    data_after: Optional['Result'] = None  # continue this one's data position instead
+    optimizer_state: Callable | None = None  # builds AdamW's starting state; None: fresh
+    knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
+    objective: Callable | None = (
+        None  # (model, x, y, Progress) -> (loss, scalars); None: next_token
+    )
+    teaching: dict = field(default_factory=dict)  # what the objective is, as data
+    source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
+    score: Callable | None = None  # model -> float; the best model is kept; None: the last one
+    baseline_flops: float = 0.0  # cost of training every model up to this one from scratch
+    labels: dict = field(default_factory=dict)  # for the report: {'variant': 'let', 'seed': 0}
+
+    @property
+    def inherited_flops(self):
+        """FLOPs already spent on the weights this stage starts from, all ancestors counted."""
+        return self.parent.total_flops if self.parent else 0.0
+
+    @property
+    def position(self):
+        """Tokens drawn from the data order by the stages before this one."""
+        before = self.data_after or self.parent
+        return before.position if before else 0
+
+
+class Progress(NamedTuple):
+    """How far a stage is: `step` of `steps`, from 0."""
+
+    step: int
+    steps: int
+
+    def fraction_of(self, limit):
+        """Share of the way to `limit` (steps, or below 1 a fraction of all steps), at most 1."""
+        if not limit:
+            return 1.0
+        target = limit * self.steps if limit < 1 else limit
+        return min(1.0, self.step / max(1.0, target))
+
+
+def next_token(model, x, y, progress):
+    """The default objective: mean cross entropy of the next token, in nats."""
+    return model(x, y).loss, {}
+
+
+@dataclass
+class Result:
+    """What a finished stage left: `result.json` in its folder, written last and atomically."""
+
+    name: str
+    folder: str  # the trained model, a Hugging Face folder
+    n_params: int  # N: parameters without embeddings and head
+    params: float  # X in FLOPs = 6 X T
+    tokens: int  # T: tokens trained on in this stage
+    flops: float  # 6 X T of this stage
+    inherited_flops: float  # ... of all its ancestors
+    baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
+    val_loss: float  # nats per token on the validation split
+    bits_per_byte: float  # the same per byte of text: comparable between tokenizers
+    position: int  # tokens drawn from the data order so far; the next stage continues here
+    seconds: float  # wall-clock time of this stage
+    labels: dict = field(default_factory=dict)  # the stage's
+
+    @property
+    def total_flops(self):
+        """Compute in this model: this stage's and its ancestors'."""
+        return self.flops + self.inherited_flops
+
+    def text(self):
+        """The content of result.json."""
+        return json.dumps(asdict(self), indent=1) + '\n'
+
+    def write(self):
+        """Save as result.json in the stage's folder."""
+        write_atomically(Path(self.folder) / 'result.json', self.text())
+
+    @classmethod
+    def of(cls, folder):
+        """Read the result of a finished stage. Raises UserError for a missing or damaged one."""
+        path = Path(folder) / 'result.json'
+        if not path.is_file():
+            raise UserError(f'{folder} holds no finished stage (no result.json)')
+        types = {f.name: (float, int) if f.type is float else f.type for f in fields(cls)}
+        try:
+            content = read_json(path, **types)
+        except UserError as error:
+            raise UserError(f'{error}; delete it to train this stage again') from None
+        values = {name: content[name] for name in types}
+        return cls(**values | dict(folder=str(folder)))  # the folder may have been moved
+
+    @classmethod
+    def given(cls, name, folder, n_params=0, val_loss=float('nan')):
+        """The Result of a model that was not trained here, at unknown cost."""
+        nothing = dict(params=0.0, tokens=0, flops=0.0, inherited_flops=0.0, baseline_flops=0.0)
+        unknown = dict(bits_per_byte=float('nan'), position=0, seconds=0.0)
+        return cls(name, str(folder), n_params, val_loss=val_loss, **nothing, **unknown)

@@ -1,0 +1,326 @@
+"""
+One stage in training: everything the loop in train.py needs, and the life of the stage's folder.
+Nothing here decides what is learned; that is the stage, and the loop.
+"""
+
+import gc
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from data.loader import batches, open_corpus, text_source
+from engine import checkpoint
+from engine.device import SIGNALS, attention_kernel, barrier, exit_saved, set_threads
+from engine.errors import UserError
+from engine.files import measure_files, measure_text, write_manifest
+from engine.loss import bits_per_byte, evaluate
+from engine.optimizer import make_optimizer, stable_steps
+from engine.parallel import (
+    Meter,
+    choose_micro_batch,
+    choose_strategy,
+    full_state,
+    full_tensor,
+    load_full_state,
+    place,
+    wrap,
+)
+from engine.report import describe
+from engine.stage import Progress, Result, next_token
+from model import GPT, load
+
+
+class Training:
+    """A stage, its folder, its model and optimizer, and how far it is."""
+
+    def __init__(self, stage, knobs, hardware, steps):
+        """knobs: the general knobs as they hold for the stage; steps: of the whole stage."""
+        self.stage, self.knobs, self.hardware, self.steps = stage, knobs, hardware, steps
+        self.folder = Path(knobs.out_dir) / stage.name
+        self.objective = stage.objective or next_token
+        self.step_tokens = knobs.batch_size * knobs.block_size
+        self.stable_step = stable_steps(steps, knobs)
+        self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self.changes = {}  # knobs that changed since the stage began: {key: (before, now)}
+
+    # ------------------------------------------------------------------------------------------
+    # before the first step
+
+    def finished_before(self):
+        """
+        Take possession of the folder: the Result if the stage was finished before, else None. A
+        stage asked for more tokens continues from the end of its stable phase. UserError.
+        """
+        texts = {}
+        if not self.stage.source:
+            for name in self.knobs.corpora:
+                splits = open_corpus(name, self.knobs.data_dir).meta['splits']
+                texts[name] = splits['train'].get('sha256')
+        identity = checkpoint.stage_identity(self.stage, self.knobs, texts)
+        accept = self.knobs.accept_changes
+        self.changes = checkpoint.claim_folder(self.folder, identity, accept)
+        result = self.read_result()
+        if result and not self.extends(result):
+            if self.hardware.is_main:
+                changes = checkpoint.describe_changes(self.changes)
+                settings = f', with other settings ({changes})' if changes else ''
+                print(f'{self.stage.name}: finished before{settings}')
+                checkpoint.remove_states(self.folder)
+            return result
+        if result:
+            barrier()  # everyone has seen it
+            if self.hardware.is_main:
+                checkpoint.remove_states(self.folder)  # a crash may have left some
+                (self.folder / 'result.json').unlink()
+        if self.changes:
+            checkpoint.update_identity(self.folder, identity)
+        barrier()  # stage.json is there
+        return None
+
+    def read_result(self):
+        """The Result in the folder, its files checked, or None. Raises UserError for damage."""
+        if not (self.folder / 'result.json').is_file():
+            return None
+        if (self.folder / 'checksums.json').is_file():
+            owner = checkpoint.owner_of(self.folder)
+            if damage := checkpoint.find_damage_together(self.folder, owner):
+                raise UserError(
+                    f'{damage}. Remove {self.folder / "result.json"} to train the stage again, '
+                    'from its last state if it has one'
+                )
+        return Result.of(self.folder)
+
+    def extends(self, result):
+        """Whether more tokens are wanted than a finished stage had, and a stable state is kept."""
+        states = checkpoint.saved_states(self.folder)
+        more = 'tokens' in self.changes and self.stage.tokens > result.tokens
+        return more and any(path.name.startswith('stable') for path in states)
+
+    def begin(self):
+        """Build model and optimizer, restore the newest state, open the data, say what follows."""
+        stage, knobs, hardware = self.stage, self.knobs, self.hardware
+        torch.manual_seed(knobs.seed)
+        self.strategy = choose_strategy(knobs, stage.config, hardware)
+        fresh = not checkpoint.saved_states(self.folder)  # else the weights are read below
+        model = stage.model() if stage.model and fresh else GPT(stage.config)
+        self.raw_model = place(model, self.strategy, hardware)
+        self.optimizer = make_optimizer(self.raw_model, knobs)
+        if stage.optimizer_state and fresh:
+            dtype = getattr(torch, knobs.optimizer_dtype)
+            state = stage.optimizer_state()
+            checkpoint.set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
+        progress = checkpoint.load_state(self.folder, self.raw_model, self.optimizer)
+        if progress:
+            self.step, self.seconds = progress['step'], progress['seconds']
+            self.best = progress.get('best', self.best)
+        if self.step > self.steps:
+            raise UserError(
+                f'{stage.name} is at step {self.step:,}, beyond the {self.steps:,} asked'
+            )
+        self.micro_batch_size = choose_micro_batch(knobs, stage.config, hardware)
+        self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
+        self.source = (stage.source or text_source)(knobs)
+        if hardware.is_main:
+            checkpoint.truncate_metrics(self.folder / 'metrics.jsonl', self.step)
+            self.announce()
+        self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
+        set_threads(hardware.device, stage.config, self.micro_batch_size * knobs.block_size)
+        self.start_clock()
+
+    def start_clock(self):
+        """Open the stream of micro-batches, and start the bar and the clocks."""
+        knobs, hardware = self.knobs, self.hardware
+        self.first = self.stage.position // knobs.block_size  # sequences drawn before the stage
+        position = self.first + self.step * knobs.batch_size
+        read, sizes = self.source.read, (knobs.batch_size, self.micro_batch_size)
+        self.batches = batches(read, position, *sizes, hardware)
+        self.meter = Meter()
+        self.started = time.time() - self.seconds
+        self.logged = time.time()
+        self.save_at = self.logged + 60 * knobs.save_minutes
+        if hardware.device.type == 'cuda':  # what exists stays: searching it would stall a step
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+        self.bar = tqdm(
+            desc=self.stage.name,
+            total=self.steps * self.step_tokens,
+            initial=self.step * self.step_tokens,
+            unit='tok',
+            unit_scale=True,
+            disable=not hardware.is_main,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+
+    def announce(self):
+        """Print what is about to be trained, and how."""
+        name, knobs, hardware = self.stage.name, self.knobs, self.hardware
+        details = [describe(self.stage), f'N = {self.stage.config.num_params():,}']
+        batch = f'{knobs.batch_size} x {knobs.block_size} tokens'
+        details.append(f'{self.steps:,} steps of {batch}')
+        if self.step:
+            details.append(f'from step {self.step:,}')
+        if hardware.world_size > 1:
+            details.append(f'{self.strategy} on {hardware.world_size} processes')
+        if hardware.device.type == 'cuda':
+            details.append(f'attention: {attention_kernel(self.stage.config, hardware)}')
+        if self.changes:
+            print(f'{name}: {checkpoint.describe_changes(self.changes)}')
+        print(f'{name}: {", ".join(details)}', flush=True)
+
+    # ------------------------------------------------------------------------------------------
+    # between steps
+
+    @property
+    def progress(self):
+        """How far the stage is, for its objective."""
+        return Progress(self.step, self.steps)
+
+    def count_step(self):
+        """One more step is done."""
+        self.step += 1
+        self.seconds = time.time() - self.started
+        self.bar.update(self.step_tokens)
+
+    @property
+    def step_seconds(self):
+        """Seconds per step since the last line of metrics."""
+        return (time.time() - self.logged) / max(1, self.meter.steps)
+
+    def validate(self, stoppable=False):
+        """Validation loss in nats per token; stoppable: a signal saves and ends the program."""
+        hardware = self.hardware
+        found = self.source.validation(self.micro_batch_size, hardware)
+        with hardware.forward():
+            return evaluate(self.ddp_model, self.watched(found) if stoppable else found)
+
+    def watched(self, found):
+        """The same batches; a signal between them saves and ends a program of one process."""
+        for batch in found:
+            if SIGNALS and self.hardware.world_size == 1:
+                self.save()
+                self.exit()
+            yield batch
+
+    def measure(self, rate):
+        """A line of metrics: means since the last one. Raises UserError if they are not finite."""
+        line = dict(step=self.step, tokens=self.step * self.step_tokens)
+        line['flops'] = 6.0 * self.stage.params * line['tokens']
+        line['lr'] = rate
+        speed = self.step_tokens / self.step_seconds
+        line |= self.meter.read(self.hardware.world_size)
+        line['param_norm'] = full_tensor(get_total_norm(self.raw_model.parameters())).item()
+        line['tokens_per_second'] = round(speed)
+        if not math.isfinite(line['loss'] + line['grad_norm']):  # before anything is saved
+            raise UserError(
+                f'{self.stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at '
+                f'step {self.step}, learning rate {rate:.2g}; the last good state is kept. Try a '
+                'smaller --learning_rate or a longer --warmup, with another --out_dir or after '
+                f'removing {self.folder}'
+            )
+        return line
+
+    def log(self, line):
+        """Append a line to metrics.jsonl, and show its losses on the bar."""
+        shown = [f'{key} {line[key]:.3f}' for key in ('loss', 'val_loss') if key in line]
+        self.bar.set_postfix_str(', '.join(shown), refresh=False)
+        if self.hardware.is_main:
+            checkpoint.append_metrics(self.folder / 'metrics.jsonl', line)
+        self.logged = time.time()
+
+    def keep_best(self):
+        """The model's score by its stage; the best model so far is saved in `best`."""
+        self.raw_model.eval()
+        with self.hardware.forward():
+            score = torch.tensor(self.stage.score(self.raw_model), device=self.hardware.device)
+        self.raw_model.train()
+        if self.hardware.world_size > 1:  # one decision for all
+            dist.broadcast(score, 0)
+        score = score.item()
+        if score > self.best:
+            state = full_state(self.raw_model)
+            if self.hardware.is_main:
+                self.raw_model.save(self.folder / 'best', state=state)
+            self.best = score
+        barrier()
+        return score
+
+    def save(self, stable=False):
+        """Save a resumable state."""
+        progress = dict(step=self.step, seconds=self.seconds)
+        if self.stage.score:
+            progress['best'] = self.best
+        save = partial(checkpoint.save_state, self.folder, self.raw_model, self.optimizer)
+        save(progress, self.knobs.keep_states, stable)
+        self.logged = time.time()
+        self.save_at = self.logged + 60 * self.knobs.save_minutes
+
+    def exit(self):
+        """Say that the stage is saved, and end the program."""
+        self.bar.close()
+        exit_saved(
+            f'{self.stage.name} is saved at step {self.step:,} of {self.steps:,}', self.hardware
+        )
+
+    # ------------------------------------------------------------------------------------------
+    # after the last step
+
+    def finish(self):
+        """Evaluate and save the trained model, then write its Result: the stage is finished."""
+        self.bar.close()
+        self.batches.close()
+        stage, knobs = self.stage, self.knobs
+        if stage.score:
+            best = load(self.folder / 'best', self.hardware.device)
+            load_full_state(self.raw_model, best.state_dict())
+        loss = self.validate(stoppable=True)
+        sequences = self.steps * knobs.batch_size
+        tokens = sequences * knobs.block_size
+        result = Result(
+            stage.name,
+            str(self.folder),
+            stage.config.num_params(),
+            stage.params,
+            tokens,
+            flops=6.0 * stage.params * tokens,
+            inherited_flops=stage.inherited_flops,
+            baseline_flops=0.0 if knobs.toy else stage.baseline_flops,
+            val_loss=loss,
+            bits_per_byte=bits_per_byte(loss, self.source.bytes_per_token),
+            position=(self.first + sequences) * knobs.block_size,
+            seconds=self.seconds,
+            labels=stage.labels,
+        )
+        try:
+            self.save_result(result)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f'{self.folder}: the trained model could not be saved ({error}); its last state is '
+                'kept: when there is room on the disk, the same command continues'
+            ) from error
+        barrier()
+        return result
+
+    def save_result(self, result):
+        """Write the model, its manifest and, last, result.json; then drop the states."""
+        state = full_state(self.raw_model)
+        if self.knobs.keep_optimizer:
+            checkpoint.save_optimizer_state(self.folder, self.raw_model, self.optimizer)
+        if not self.hardware.is_main:
+            return
+        self.raw_model.save(self.folder, self.source.tokenizer, state)
+        names = ('config.json', 'model.safetensors', 'optimizer.safetensors')
+        saved = [self.folder / name for name in names if (self.folder / name).is_file()]
+        files = measure_files(saved) | {'result.json': measure_text(result.text())}
+        write_manifest(self.folder, files, checkpoint.owner_of(self.folder))
+        result.write()
+        checkpoint.remove_states(self.folder)

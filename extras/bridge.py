@@ -1,0 +1,151 @@
+"""
+Text in, text out: the answers of any model, in any vocabulary, as a supervised set that another
+model learns from (the bridge of Chain-of-Learngene, section 3.2, and sequence-level distillation),
+and how good answers are.
+"""
+
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.instruct import FIELDS, prompt, write_supervised
+from data.prepare import Preparation
+from data.vocabulary import load_tokenizer, tokenizer_of_model
+from engine.device import choose_device, processes
+from engine.errors import UserError
+from engine.files import read_json
+from engine.teacher import is_ours, transformers_model
+from extras.minillm import Answering, answer
+from model import load
+
+
+def text_generator(name, device='cpu', max_new_tokens=256):
+    """prompts -> answers (lists of texts), greedy, of any model that load() or transformers opens."""
+    tokenizer = load_tokenizer(tokenizer_of_model(name))
+    ours = is_ours(name)
+    model = load(name) if ours else transformers_model(name, 'AutoModelForCausalLM')
+    model.to(device).eval()
+    generate = generate_ours if ours else generate_theirs
+
+    def answers(prompts):
+        ids = [[int(i) for i in tokenizer.encode(text)] or [tokenizer.end] for text in prompts]
+        found = generate(model, ids, max_new_tokens, tokenizer.end)
+        return [tokenizer.text(row).strip() for row in found]
+
+    return answers
+
+
+def generate_ours(model, ids, max_new_tokens, end):
+    """The greedy answers of a GPT to prompts of ids, as lists of ids."""
+    device, room = model.wte.weight.device, max(1, model.config.block_size - max_new_tokens)
+    prompts = [torch.tensor(row[-room:], device=device) for row in ids]
+    found = answer(model, prompts, Answering(max_new_tokens, end, temperature=0))
+    return [row[mask].tolist() for row, mask in zip(found.ids, found.mask)]
+
+
+@torch.no_grad()
+def generate_theirs(model, ids, max_new_tokens, end):
+    """The same of a model of transformers, which wants prompts of one length, padded at the left."""
+    longest = max(map(len, ids))
+    padding = [longest - len(row) for row in ids]
+    batch = [[end] * n + row for n, row in zip(padding, ids)]
+    mask = [[0] * n + [1] * len(row) for n, row in zip(padding, ids)]
+    how = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end)
+    batch, mask = (torch.tensor(rows, device=model.device) for rows in (batch, mask))
+    return model.generate(batch, attention_mask=mask, **how)[:, longest:].tolist()
+
+
+def write_answers(generate, examples, path, style='paper', batch_size=16):
+    """
+    Let `generate` (prompts -> answers) answer examples, [dict(instruction, input)], and append
+    them to the .jsonl file `path` batch by batch: an interrupted run continues. Returns the path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    if path.is_file():
+        lines = path.read_text(encoding='utf-8').split('\n')[:-1]  # the last may be cut short
+    path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    starts = range(len(lines), len(examples), batch_size)
+    with open(path, 'a', encoding='utf-8') as file:
+        for i in tqdm(starts, desc=f'answers for {path.parent.name}', leave=False):
+            chunk = examples[i : i + batch_size]
+            prompts = [prompt(e['instruction'], e['input'], style) for e in chunk]
+            for example, output in zip(chunk, generate(prompts)):
+                line = json.dumps(dict(example, output=output), ensure_ascii=False)
+                file.write(f'{line}\n')
+            file.flush()
+    return path
+
+
+def read_examples(path):
+    """The examples of a .jsonl file, a list of dicts. Raises UserError for a damaged one."""
+    try:
+        lines = Path(path).read_text(encoding='utf-8').split('\n')
+        examples = [json.loads(line) for line in lines if line]
+        assert all(isinstance(example[key], str) for example in examples for key in FIELDS)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
+    return examples
+
+
+def pseudo_answers(ancestor, name, run, out, limit=0):
+    """
+    A supervised set in the folder `out` (made once) with the prompts of the prepared set `name`
+    and the ancestor's answers to them (Eq. 2), in the tokenizer of `name`. limit: answers at most,
+    0: all. Returns `out`.
+    """
+    what = f'{limit or "all"} answers of {ancestor} to {name}'
+    meta_file = Path(out) / 'meta.json'
+    while processes()[0] and not meta_file.is_file():
+        time.sleep(1)  # one process writes, the others wait for it
+    if meta_file.is_file():
+        found = read_json(meta_file).get('corpus')
+        if found != what:
+            again = f'remove it and {out}.answers, or choose another --out_dir'
+            raise UserError(f'{out} holds {found}, not {what}: {again}')
+        return out
+    source = Path(run.data_dir) / name
+    meta = read_json(source / 'meta.json', options=dict, tokenizer=str)
+    style, length = meta['options']['prompt'], min(256, run.block_size // 2)
+    generate = text_generator(ancestor, choose_device(run.device), length)
+    examples = []
+    for split, most in (('train', limit), ('val', max(1, limit // 8))):
+        wanted = read_examples(source / f'{split}.jsonl')
+        if limit:
+            wanted = wanted[:most]
+        path = write_answers(generate, wanted, Path(f'{out}.answers') / f'{split}.jsonl', style)
+        examples += [(e, split == 'val') for e in read_examples(path) if e['output']]
+    options = Preparation(what, str(out), tokenizer=meta['tokenizer'], prompt=style)
+    return write_supervised(examples, options, Path(out))
+
+
+def rouge_l(text, reference):
+    """Rouge-L (Eq. 8, beta = 1): the F-measure of the longest common subsequence of words."""
+    a, b = (re.findall(r'[a-z0-9]+', t.lower()) for t in (text, reference))
+    before = [0] * (len(b) + 1)
+    for word in a:
+        now = [0]
+        for j, other in enumerate(b):
+            now.append(before[j] + 1 if word == other else max(before[j + 1], now[j]))
+        before = now
+    common = before[-1]
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+def answer_scores(model, examples, n=64, max_new_tokens=48):
+    """(mean Rouge-L, share of exact answers) of greedy answers to the first n Examples."""
+    tokenizer = load_tokenizer(examples.tokenizer)
+    n = min(n, len(examples))
+    length = min(max_new_tokens, model.config.block_size // 2)
+    room = model.config.block_size - length
+    prompts = [examples.prompt(i, room).tolist() for i in range(n)]
+    said = [tokenizer.text(row) for row in generate_ours(model, prompts, length, examples.end)]
+    right = [e['output'] for e in read_examples(examples.folder / 'val.jsonl')[:n]]
+    exact = [a.strip() == b.strip() for a, b in zip(said, right)]
+    return statistics.mean(map(rouge_l, said, right)), statistics.mean(exact)

@@ -1,0 +1,219 @@
+"""
+Why reuse saturates (scaling laws of model reuse, sections 5.1 and 5.3, Appendices E.4 and E.5):
+what a base model's training and its surroundings in weight space say about its second stage, and
+a toy model in which the exponent falls with log D1.
+
+    python scaling.py diagnose out/scaling_tiny/48x2-* --data=pycode
+    python scaling.py toy
+
+The paper finds that gradient norms in the second stage grow with D1; parameter norms, the variance
+of the loss curve and the largest eigenvalue of the Hessian show no clear trend.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from configurator import Count, NonNegative, Positive, Range, configure
+from data.loader import Share, check_vocabulary, open_corpus, validation_batches
+from engine.checkpoint import read_metrics
+from engine.device import choose_device
+from engine.errors import UserError
+from engine.files import read_json
+from engine.report import Line, Panel, draw_panels, table
+from model import load
+
+
+def loss_variance(losses, width=20):
+    """Mean variance of a training curve within windows of `width`, each less its own trend."""
+    losses = np.asarray(losses, np.float64)
+    width = min(width, len(losses))
+    if width < 4:
+        return math.nan
+    windows = losses[: len(losses) // width * width].reshape(-1, width)
+    x = np.vander(np.arange(width), 2)
+    residual = windows.T - x @ np.linalg.lstsq(x, windows.T, rcond=None)[0]
+    return float((residual**2).sum(0).mean() / (width - 2))
+
+
+def hessian_vector_product(model, x, y, vector):
+    """H v for the Hessian H of the mean cross entropy on (x, y), v like model.parameters()."""
+    parameters = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
+        logits = model(x).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        slope = sum((g * v).sum() for g, v in zip(gradient, vector))
+        return torch.autograd.grad(slope, parameters)
+
+
+def norm(vector):
+    """The Euclidean norm of a list of tensors."""
+    return math.sqrt(sum(v.double().square().sum().item() for v in vector))
+
+
+def mean_over(batches, function):
+    """The mean over batches of a function that returns a list of tensors."""
+    total = None
+    for x, y in batches:
+        parts = [part / len(batches) for part in function(x, y)]
+        total = parts if total is None else [a + b for a, b in zip(total, parts)]
+    return total
+
+
+def largest_eigenvalue(model, batches, iterations=10, seed=0):
+    """
+    The eigenvalue of the Hessian of the mean cross entropy over `batches` of (x, y) that is
+    largest in size, with its sign, by power iteration (the paper: 10 iterations, 128 samples).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vector = [torch.randn(p.shape, generator=generator).to(p) for p in model.parameters()]
+    value = math.nan
+    for _ in tqdm(range(iterations), desc='power iteration', leave=False):
+        length = norm(vector)
+        vector = [v / length for v in vector]
+        product = mean_over(batches, lambda x, y: hessian_vector_product(model, x, y, vector))
+        value = sum((p.double() * v.double()).sum().item() for p, v in zip(product, vector))
+        vector = product
+    return value
+
+
+# ----------------------------------------------------------------------------------------------
+# the toy model
+
+
+@dataclass
+class Toy:
+    """The toy model of section 5.3: scaling.py toy."""
+
+    branching: Annotated[float, Range(1.01)] = 4.0  # k, before the first stage
+    decay: Positive = 1.0  # lambda: P(depth) ~ exp(-lambda depth)
+    growth: NonNegative = 0.05  # delta: k grows as D1^delta
+    features: Annotated[int, Range(1000)] = 1000000  # ranks that are summed over
+
+
+def toy_exponents(D1, toy):
+    """
+    Features are nodes of a tree whose branching factor k = branching x D1^growth the first stage
+    has widened; the one of rank r is met with probability ~ r^-(1 + alpha), alpha = decay / log k,
+    and known once it was met (Hutter): after D2 samples the loss is sum P (1 - P)^D2. Returns for
+    every D1 the slope of -log loss in log D2 and alpha, float64 arrays; the slope is alpha /
+    (1 + alpha), which is alpha where alpha is small.
+    """
+    D2, rank = np.logspace(2, 4, 9), np.arange(1, toy.features + 1, dtype=np.float64)
+    slopes, alphas = [], []
+    for d1 in D1:
+        alpha = toy.decay / math.log(toy.branching * d1**toy.growth)
+        p = rank ** -(1 + alpha)
+        p /= p.sum()
+        loss = np.array([(p * np.exp(d2 * np.log1p(-p))).sum() for d2 in D2])
+        slopes.append(-np.polyfit(np.log(D2), np.log(loss), 1)[0])
+        alphas.append(alpha)
+    return np.array(slopes), np.array(alphas)
+
+
+def toy_command(argv):
+    """scaling.py toy"""
+    toy, _, _ = configure(argv, Toy, program='scaling.py toy')
+    D1 = np.logspace(0, 8, 9)
+    slopes, alphas = toy_exponents(D1, toy)
+    log_k = math.log(toy.branching)
+    records = []
+    for d1, slope, alpha in zip(D1, slopes, alphas):
+        first_order = toy.decay / log_k - toy.decay * toy.growth / log_k**2 * math.log(d1)
+        record = {'D1': f'{d1:.0e}', 'log D1': f'{math.log(d1):.1f}', 'measured exponent': slope}
+        record |= {'alpha': alpha, 'alpha/(1 + alpha)': alpha / (1 + alpha)}
+        records.append(record | {'to first order': first_order})
+    print(table(records))
+
+
+# ----------------------------------------------------------------------------------------------
+# models
+
+
+@dataclass
+class Diagnosis:
+    """Norms, variance and curvature of models: scaling.py diagnose FOLDER [FOLDER ...]."""
+
+    data: str = 'pydocs'  # prepared corpus for curvature and gradient, its validation split
+    data_dir: str = 'data'  # where prepared corpora are
+    samples: Count = 128  # sequences
+    block_size: Count = 128  # tokens in each
+    iterations: Count = 10  # of power iteration
+    out: str = '.'  # folder for norms.png, the norms along training
+    device: str = 'auto'  # cuda or cpu
+
+
+def training_curves(folder):
+    """
+    {step, loss, grad_norm, param_norm} of a run, float64 arrays: a stage that continues its
+    parent's optimizer state is one run with it.
+    """
+    folder = Path(folder)
+    lines = [m for m in read_metrics(folder) if 'loss' in m]
+    curves = {}
+    for name in ('step', 'loss', 'grad_norm', 'param_norm'):
+        curves[name] = np.array([m.get(name, math.nan) for m in lines])
+    identity = read_json(folder / 'stage.json')
+    if identity.get('continues_optimizer'):
+        before = training_curves(folder.parent / identity['parent'])
+        curves['step'] = curves['step'] + before['step'][-1]
+        curves = {name: np.concatenate([before[name], curves[name]]) for name in curves}
+    return curves
+
+
+def diagnose(folder, options):
+    """One model's record: gradient norm, parameter norm, curvature, and its training curve's."""
+    device = choose_device(options.device)
+    model = load(folder, device).float().eval()
+    corpus = open_corpus(options.data, options.data_dir)
+    check_vocabulary(corpus, model.config, folder)
+    length = min(options.block_size, model.config.block_size)
+    how = (length, min(8, options.samples), options.samples * length, Share(device))
+    batches = [(x, y) for x, y, _ in validation_batches(corpus.val, *how)]
+    parameters = list(model.parameters())
+    gradient = mean_over(batches, lambda x, y: torch.autograd.grad(model(x, y).loss, parameters))
+    record = {'model': Path(folder).name, 'gradient norm': norm(gradient)}
+    record['parameter norm'] = norm(parameters)
+    record['largest eigenvalue'] = largest_eigenvalue(model, batches, options.iterations)
+    if (Path(folder) / 'metrics.jsonl').is_file():
+        curves = training_curves(folder)
+        half = len(curves['grad_norm']) // 2
+        record['variance of the loss curve'] = loss_variance(curves['loss'])
+        record['gradient norm in training'] = float(np.nanmean(curves['grad_norm'][half:]))
+    return record
+
+
+def norm_panels(folders):
+    """Gradient and parameter norms over the steps, a line per run (Figures 4, 12 and 13)."""
+    panels = [Panel('step', 'gradient norm'), Panel('step', 'parameter norm')]
+    for folder in folders:
+        curves = training_curves(folder)
+        width = max(1, len(curves['step']) // 40)  # of a moving average: single steps are noise
+        steps = curves['step'][width - 1 :].tolist()
+        for panel, key in zip(panels, ('grad_norm', 'param_norm')):
+            smooth = np.convolve(curves[key], np.ones(width) / width, 'valid').tolist()
+            panel.lines.append(Line(steps, smooth, Path(folder).name))
+    return panels
+
+
+def diagnose_command(argv):
+    """scaling.py diagnose FOLDER [FOLDER ...]"""
+    folders = [arg for arg in argv if not arg.startswith('-')]
+    knobs = [arg for arg in argv if arg.startswith('-')]
+    options, _, _ = configure(knobs, Diagnosis, program='scaling.py diagnose FOLDER ...')
+    if not folders:
+        raise UserError('say which models: scaling.py diagnose FOLDER [FOLDER ...]')
+    print(table([diagnose(folder, options) for folder in folders]))
+    trained = [folder for folder in folders if (Path(folder) / 'metrics.jsonl').is_file()]
+    if trained:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        draw_panels(norm_panels(trained), Path(options.out) / 'norms.png')
+        print(f'\nnorms.png is in {options.out}/')

@@ -1,0 +1,216 @@
+"""
+The grid of runs behind a scaling law of model reuse (Liew and Kato, sections 2 and 3): base models
+of D1 tokens, and from each of them second stages of D2 tokens, by continual pretraining or growth.
+
+    python train.py config/scaling_tiny.py
+    python train.py config/scaling_stk2.py --dry_run=True
+
+Every run has a warmup, a stable phase and a decay (WSD), and nothing is trained twice. The points
+go to results.csv, and scaling.py fits them.
+"""
+
+import csv
+import statistics
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from configurator import Count, Fraction, NonNegative, Positive
+from engine.checkpoint import load_optimizer_state, read_metrics
+from engine.errors import UserError, unknown
+from engine.report import format_si
+from engine.stage import Origin, Stage
+from expand import RELATIVE_SIZES, Operators, grow_stage
+from model import load
+from scaling import COLUMNS, Fitting, fit_results
+
+
+@dataclass
+class Sweep:
+    """The grid of a scaling law of model reuse (Liew and Kato), fitted at its end."""
+
+    sizes: tuple[str, ...] = ('48x2',)  # of the base models
+    longest: tuple[Positive, ...] = (1e6,)  # tokens of the longest run of each size
+    first: tuple[Positive, ...] = (0.125, 0.25, 0.5, 1.0)  # D1, as fractions of that
+    second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of that
+    reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; with +stable, cpt also +replay
+    second_data: str = ''  # corpus of cpt; its loss counts there
+    replay: Fraction = 0.25  # share of the base's data under cpt+replay
+    scratch: tuple[
+        Positive, ...
+    ] = ()  # also the second stages' shapes from scratch, D as fractions
+    learning_rates: tuple[NonNegative, ...] = ()  # of each size; empty: learning_rate
+    batch_sizes: tuple[Count, ...] = ()  # of each size; empty: batch_size
+    warmups: tuple[Count, ...] = ()  # of each size, in steps; empty: warmup
+    seeds: Count = 1  # runs of the whole grid
+
+    toy_corpora = dict(second_data='pycode')
+
+    def stages(self, run):
+        """For every seed and size: the bases, their second stages, and the runs from scratch."""
+        self.check(run)
+        if run.toy:  # a corner of the grid has all its kinds of stages
+            self.sizes, self.first, self.second = self.sizes[:2], self.first[:1], self.second[:2]
+            self.scratch = self.scratch[:1]
+        for seed in range(self.seeds):
+            for i, size in enumerate(self.sizes):
+                yield from self.of_size(i, size, seed, run)
+
+    def of_size(self, i, size, seed, run):
+        """The grid of one size and seed."""
+        config, longest = run.model_config(size), self.longest[i if len(self.longest) > 1 else 0]
+        name = f'{size}-s{seed}' if seed else size
+        series = Series(run, self.knobs_of(i, run, seed))
+        first, second, scratch = (
+            {f * longest for f in fractions}
+            for fractions in (self.first, self.second, self.scratch)
+        )
+        stable = first if any('+stable' in reuse for reuse in self.reuse) else set()
+        labels = dict(method='scratch', N=config.num_params(), D1=0.0, seed=seed)
+        bases, phases = yield from series.runs(name, config, first, labels, stable)
+        for reuse in self.reuse:
+            kind, variants = reuse.partition('+')[0], reuse.split('+')[1:]
+            shape = RELATIVE_SIZES[kind](config) if kind in RELATIVE_SIZES else config
+            corpus = f'-{self.second_data}' if kind == 'cpt' else ''
+            data = self.data_of(run, kind, variants)
+            for D1 in sorted(first):
+                continues = 'stable' in variants
+                base = phases[D1] if continues else bases[D1]
+                start = self.second_stage(shape, base, config, kind, continues)
+                labels = dict(method=reuse + corpus, N=config.num_params(), D1=D1, seed=seed)
+                grid = f'{name}-{format_si(D1)}-{reuse}'
+                yield from series.with_data(data).runs(grid, shape, second, labels, (), start)
+        for kind in sorted({reuse.partition('+')[0] for reuse in self.reuse}) if scratch else []:
+            shape = RELATIVE_SIZES[kind](config) if kind in RELATIVE_SIZES else config
+            corpus = f'-{self.second_data}' if kind == 'cpt' else ''
+            labels = dict(method=f'scratch{corpus}', N=shape.num_params(), D1=0.0, seed=seed)
+            own = series.with_data(self.data_of(run, kind, []))
+            yield from own.runs(f'{name}-scratch-{kind}', shape, scratch, labels)
+
+    def second_stage(self, shape, base, config, kind, continues):
+        """A Stage that starts as a second stage does: continued pretraining, or a growth."""
+        stage = Stage('', shape, 0, 0.0, parent=base)
+        if kind == 'cpt':
+            return continue_from(stage, base, continues)
+        grow_stage(stage, base, config, Operators('fpi', 'stack'), continues)  # Appendix C.5
+        return stage
+
+    def data_of(self, run, kind, variants):
+        """The general knobs that say what a second stage reads."""
+        if kind != 'cpt':
+            return {}
+        data = self.second_data
+        if 'replay' in variants:
+            parts = [f'{data}:{1 - self.replay:g}']
+            parts += [f'{name}:{self.replay * weight:g}' for name, weight in run.corpora.items()]
+            data = ','.join(parts)
+        return dict(data=data, val_data=self.second_data)
+
+    def knobs_of(self, i, run, seed):
+        """The general knobs that size i sets for itself."""
+        batch_size = self.batch_sizes[i] if self.batch_sizes else run.sequences
+        knobs = dict(seed=run.seed + seed, batch_size=batch_size, batch_tokens=0)
+        if self.learning_rates:
+            knobs['learning_rate'] = self.learning_rates[i]
+        return knobs | dict(warmup=float(self.warmups[i] if self.warmups else run.warmup))
+
+    def check(self, run):
+        """Raise UserError for knobs that do not fit together, before anything is trained."""
+        lengths = dict(longest=1, learning_rates=0, batch_sizes=0, warmups=0)
+        for name, allowed in lengths.items():
+            found = len(getattr(self, name))
+            if found not in (allowed, len(self.sizes)):
+                raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
+        for reuse in self.reuse:
+            kind, *variants = reuse.split('+')
+            allowed = {'stable', 'replay'} if kind == 'cpt' else {'stable'}
+            if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
+                known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
+                raise unknown('second stage', reuse, known)
+            if kind == 'cpt' and not self.second_data:
+                raise UserError('cpt needs a corpus to continue on: --second_data=NAME')
+        if run.warmup < 1 and not self.warmups:
+            raise UserError(
+                f'in a sweep warmup counts steps, the same for every run: {run.warmup:g}'
+            )
+
+    @property
+    def corpora(self):
+        """Corpora that the stages read besides the run's."""
+        return [self.second_data] if self.second_data else []
+
+    def summary(self, results):
+        """Write results.csv, fit the laws, and return their tables."""
+        out = Path(results[0].folder).parent
+        columns = (*COLUMNS, 'gradient_norm', 'parameter_norm')
+        with open(out / 'results.csv', 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            for result in results:
+                if 'D2' in result.labels:
+                    lines = read_metrics(result.folder)
+                    norms = [m['grad_norm'] for m in lines if 'grad_norm' in m]
+                    row = result.labels | dict(loss=result.val_loss)
+                    row |= dict(gradient_norm=statistics.mean(norms))
+                    writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
+        try:
+            return fit_results(Fitting(results=str(out / 'results.csv')))
+        except UserError as error:
+            return [f'no fit: {error}']
+
+
+@dataclass
+class Series:
+    """
+    Runs of several lengths that share one stable phase (Haegele et al.): it goes as far as the
+    longest needs, and each length is a short decay branch from it. Nothing is trained twice.
+    """
+
+    run: object
+    knobs: dict  # general knobs of all of them
+
+    def with_data(self, data):
+        """The same with the general knobs that say what is read."""
+        return replace(self, knobs=self.knobs | data)
+
+    def runs(self, name, config, ends, labels, stable=(), first=None):
+        """
+        Yield the pieces of the stable phase and the decay branches of runs of `ends` tokens.
+        first: a Stage that says how the phase starts; stable: tokens at which its own state is
+        needed too. Returns ({tokens: decayed Result}, {tokens: stable Result}).
+        """
+        run, X = self.run, config.num_params(head=True)
+        step = self.knobs['batch_size'] * min(run.block_size, config.block_size)  # in tokens
+        steps = {end: max(2, round(end / step)) for end in {*ends, *stable}}
+        branch = {end: max(1, round((1 - run.decay_fraction) * steps[end])) for end in ends}
+        at, decayed, before, done = {}, {}, None, 0
+        for stop in sorted({*branch.values(), *(steps[end] for end in stable)}):
+            stage = first or Stage('', config, 0, X)
+            if before:
+                stage = continue_from(Stage('', config, 0, X, parent=before), before, True)
+            tokens = (stop - done) * step
+            stage = replace(stage, name=f'{name}-stable-{format_si(stop * step)}', tokens=tokens)
+            stage.params = X
+            constant = dict(schedule='constant', keep_optimizer=True)
+            stage.knobs = self.knobs | stage.knobs | constant
+            at[stop] = before = yield stage
+            done = stop
+            for end in sorted(branch):
+                if branch[end] != stop:
+                    continue
+                stage = continue_from(Stage(f'{name}-{format_si(end)}', config, 0, X), before, True)
+                stage.tokens = (steps[end] - stop) * step
+                stage.knobs = self.knobs | stage.knobs | dict(schedule='wsd', decay_fraction=1.0)
+                stage.labels = labels | dict(D2=end)
+                decayed[end] = yield stage
+        return decayed, {end: at[steps[end]] for end in stable}
+
+
+def continue_from(stage, before, with_optimizer):
+    """Let a stage continue the Result `before`: with its optimizer state, or a new warmup."""
+    stage.parent, stage.model = before, partial(load, before.folder)
+    stage.origin = Origin('weights', (before.name,))
+    if with_optimizer:
+        stage.optimizer_state = partial(load_optimizer_state, before.folder)
+        stage.knobs = dict(warmup=0.0)
+    return stage
