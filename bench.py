@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -204,18 +205,18 @@ def make_variant(name, options, hardware):
     return step, held
 
 
-def peak_memory(step, device):
-    """Bytes that one step allocates at its peak, above what is held between steps."""
+def peak_memory(function, device):
+    """Bytes that a call allocates at its peak, above what was held before."""
     if device.type == 'cuda':
         synchronise(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        train.train_step(step)
+        function()
         synchronise(device)
         return torch.cuda.max_memory_allocated() - before
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        train.train_step(step)
+        function()
     events = profile.profiler.kineto_results.events()
     now = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -248,9 +249,10 @@ def measure(options):
     for name in options.variants:
         variants[name], held = make_variant(name, options, hardware)
         variants[name].batches = stream
-        train.train_step(variants[name])
-        train.train_step(variants[name])
-        found[name] = Measured(held, peak_memory(variants[name], hardware.device), [])
+        step = partial(train.train_step, variants[name])
+        step()
+        step()
+        found[name] = Measured(held, peak_memory(step, hardware.device), [])
     tokens = options.steps * options.batch_size * options.block_size
     for turn in tqdm(range(options.rounds), desc='measuring', leave=False):
         rates.append(matrix_product_rate(hardware.device, hardware.dtype))

@@ -134,8 +134,7 @@ def read_config_file(path):
         raise UserError(f'{path} cannot be read: {reason}') from error
     finally:
         sys.path.pop(0)
-    private = (ModuleType, type(print), type(check), type)
-    return {k: v for k, v in values.items() if k[0] != '_' and not isinstance(v, private)}
+    return {k: v for k, v in values.items() if k[0] != '_' and not isinstance(v, ModuleType)}
 
 
 def read_arguments(argv):
@@ -159,6 +158,8 @@ def apply_settings(settings, kinds):
     """{knob: checked value} of Settings, for knobs of the types `kinds`. Raises UserError."""
     values = {}
     for where, knob, value, is_text in settings:
+        if knob not in kinds and callable(value):
+            continue  # a function that the config file imported or defined for itself
         if knob not in kinds:
             raise UserError(f'{where}: no knob {knob!r}{nearest(knob, kinds)}; see --help')
         try:

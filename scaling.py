@@ -71,12 +71,12 @@ def hybrid(p, x):
 
 def continuous(p, x):
     """L = A (D1 + D2)^-alpha + E   (Eq. 11)"""
-    return p.logA - p.alpha * torch.logaddexp(x.D1, x.D2), p.logE
+    return p.logA - p.alpha * x.D, p.logE
 
 
 def chinchilla(p, x):
-    """L = A D2^-alpha + B N^-beta + E: one stage, from scratch"""
-    return p.logA - p.alpha * x.D2, p.logB - p.beta * x.N, p.logE
+    """L = A (D1 + D2)^-alpha + B N^-beta + E: one stage, from scratch"""
+    return p.logA - p.alpha * x.D, p.logB - p.beta * x.N, p.logE
 
 
 def joint(p, x):
@@ -128,8 +128,9 @@ LAWS = {
 
 
 def logarithms(data):
-    """log D1, log D2, log N as float64 tensors (n,), from columns of numbers; log D1 = 0 at 0."""
+    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2, float64 tensors (n,), from columns of numbers."""
     columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in ('D1', 'D2', 'N')}
+    columns['D'] = columns['D1'] + columns['D2']
     columns['D1'] = columns['D1'].clamp(min=1)
     return SimpleNamespace(**{name: column.log() for name, column in columns.items()})
 
@@ -191,8 +192,11 @@ def starts_of(law, x, target):
     return starts
 
 
-def solve(law, data, weight, starts):
-    """The best parameters (F, P) from any start, for each row of weights (F, n) of the points."""
+def solve(law, data, weight, starts, steps=400):
+    """
+    For each row of weights (F, n) of the points, where the starts (S, P) lead, the best first:
+    (theta (F, S, P), by how much their last steps still improved them (F, S)).
+    """
     x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
 
     def residuals(theta):
@@ -201,10 +205,10 @@ def solve(law, data, weight, starts):
     weight = weight / weight.sum(1, keepdim=True)
     problems = weight.repeat_interleave(len(starts), 0)
     theta = starts.repeat(len(weight), 1)
-    theta, value, decrease = levenberg_marquardt(residuals, theta, problems)
-    best = value.nan_to_num(math.inf).view(len(weight), -1).argmin(1)
-    best += torch.arange(len(weight)) * len(starts)
-    return theta[best], decrease[best]
+    theta, value, decrease = levenberg_marquardt(residuals, theta, problems, steps)
+    order = value.nan_to_num(math.inf).view(len(weight), -1).argsort(1)
+    rows = order + torch.arange(len(weight))[:, None] * len(starts)
+    return theta[rows], decrease[rows]
 
 
 def check_points(law, data):
@@ -221,18 +225,21 @@ def check_points(law, data):
 
 def fit(law, data, bootstrap=200, seed=0):
     """
-    Fit a law (its name) to columns N, D1, D2, loss: the best of a grid of starts; from there the
-    points left out one at a time, and `bootstrap` resamplings for the intervals. Raises UserError.
+    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Where they lead are the
+    starts, a few of all ranks, for the points left out one at a time, and the best one for
+    `bootstrap` resamplings, from which the intervals are. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
     x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
     everything = torch.ones(1, n, dtype=torch.float64)
-    theta, decrease = solve(shape, data, everything, starts_of(shape, x, target))
-    if not theta.isfinite().all() or decrease.max() > 1e-2:
+    (found,), _ = solve(shape, data, everything, starts_of(shape, x, target))
+    candidates = found[:: max(1, len(found) // 16)]
+    (theta,), decrease = solve(shape, data, everything, candidates[:1], steps=1500)
+    if not theta.isfinite().all() or decrease > 1e-2:
         raise UserError(f'the fit of {law} did not converge: the points do not determine it')
     left_out = 1 - torch.eye(n, dtype=torch.float64)
-    others, _ = solve(shape, data, left_out, theta)
+    others = solve(shape, data, left_out, candidates)[0][:, 0]
     residual = log_loss(shape, theta, x)[0] - target
     held_out = (log_loss(shape, others, x) - target).diagonal()
     samples = theta
@@ -240,7 +247,7 @@ def fit(law, data, bootstrap=200, seed=0):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(n, (bootstrap, n), generator=generator)
         counts = torch.nn.functional.one_hot(drawn, n).sum(1).double()
-        samples, _ = solve(shape, data, counts, theta)
+        samples = solve(shape, data, counts, theta)[0][:, 0]
     ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return Fit(
         law,

@@ -236,10 +236,10 @@ def load_state(folder, model, optimizer):
 def save_optimizer_state(folder, model, optimizer):
     """Write AdamW's state by parameter names to optimizer.safetensors. Called by every process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    states = get_optimizer_state_dict(model, optimizer, options=options)['state']
+    found = get_optimizer_state_dict(model, optimizer, options=options)
     if processes()[0]:
         return
-    tensors = {}
+    tensors, states = {}, found['state']
     for name, state in states.items():
         for moment in ('exp_avg', 'exp_avg_sq'):
             tensors[f'{moment}.{name}'] = state[moment].contiguous()

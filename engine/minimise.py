@@ -29,7 +29,8 @@ def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-9):
         gradient = torch.einsum('bnp,bn->bp', J, w * r)
         H = torch.einsum('bnp,bn,bnq->bpq', J, w, J)
         diagonal = H.diagonal(dim1=1, dim2=2)
-        damped = H + torch.diag_embed(damping[working, None] * diagonal + 1e-300)
+        least = 1e-8 * diagonal.amax(1, keepdim=True)  # else a term that vanishes runs away
+        damped = H + torch.diag_embed(damping[working, None] * diagonal.maximum(least))
         change, failed = torch.linalg.solve_ex(damped, -gradient)
         new = theta[working] + change
         new_value = (weight[working] * huber(residuals(new))).sum(1)
@@ -39,7 +40,7 @@ def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-9):
         factor = torch.where(better, 0.3, 5.0)
         damping[working] = (damping[working] * factor).clamp(1e-15, 1e15)
         if step % 20 == 0:
-            decrease[working] = (before - value)[working] / value[working].clamp(min=1e-2)
+            decrease[working] = (before - value)[working] / value[working].clamp(min=1e-8)
             before = value.clone()
             working = working[decrease[working] > tolerance]
             if not len(working):

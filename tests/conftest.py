@@ -122,3 +122,53 @@ def run_processes(number, *arguments, timeout=120, **environment):
             process.kill()
     assert all(process.returncode == 0 for process in started), '\n'.join(outputs)
     return outputs
+
+
+DOCUMENTS = [
+    f'Document number {i} tells of {"apples pears plums"[i % 11 :]} and ends with é{i}.'
+    for i in range(300)
+]
+
+
+def write_texts(folder, kind):
+    """The documents as local files of one kind; returns a glob of them."""
+    folder.mkdir(exist_ok=True)
+    if kind == 'txt':
+        for i, text in enumerate(DOCUMENTS):
+            (folder / f'{i:03d}.txt').write_text(text, encoding='utf-8')
+    elif kind == 'jsonl':
+        (folder / 'a.jsonl').write_text(
+            ''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8'
+        )
+    else:
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(dict(body=DOCUMENTS)), folder / 'a.parquet')
+    return str(folder / f'*.{kind}')
+
+
+TEXT = (
+    'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n\tdef f(x): return "ß"  # Привет\n'
+    * 3
+)
+
+
+def train_tokenizer(kind, folder, vocab_size=400):
+    """Save a small tokenizer in a folder, as a model's has it: byte-level, or lowercase."""
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if kind == 'lowercase':  # forgets capitals
+        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=['<|endoftext|>'],
+        initial_alphabet=byte_level.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT[:60], 'The mat and the cat sat'] * 3, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    return str(folder)

@@ -2,15 +2,12 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
 import bench
-from bench import Bench, flops_per_token, measure, peak_memory, shape
-from configurator import UserError
-from conftest import write_corpus
-from data.loader import open_corpus
+from bench import Bench, flops_per_token, peak_memory
+from engine.errors import UserError
 from model import GPT
 
 TINY = dict(
@@ -41,38 +38,39 @@ def test_all_variants_side_by_side(capsys):
 def test_transformers_model_is_of_our_shape():
     pytest.importorskip('transformers')
     for gpt2 in (False, True):  # transformers' GPT-2 has biases, whatever one says
-        config = shape(Bench(**TINY, gpt2=gpt2), '64x2')
-        sizes = [p.numel() for p in bench.transformers_model(config).parameters() if p.ndim > 1]
+        options = Bench(**TINY, gpt2=gpt2)
+        config = options.config('64x2')
+        peer = bench.transformers_peer(config, options)
+        sizes = [p.numel() for p in peer.parameters() if p.ndim > 1]
         assert sum(sizes) == sum(p.numel() for p in GPT(config).parameters() if p.ndim > 1)
 
 
 def test_real_data_go_through_the_loader(data_dir):
-    measured, _, _ = measure(
-        Bench(**{**TINY, 'vocab_size': 257}, data='real', data_dir=str(data_dir))
-    )
-    ((speeds, held, height),) = measured.values()
-    assert len(speeds) == 2 and min(speeds) > 0
-    config = shape(Bench(**{**TINY, 'vocab_size': 257}), '64x2')
-    assert held == 12 * config.num_params(
+    options = Bench(**{**TINY, 'vocab_size': 257}, data='real', data_dir=str(data_dir))
+    found, _, _ = bench.measure(options)
+    measured = found['baseline']
+    assert len(measured.speeds) == 2 and min(measured.speeds) > 0
+    config = options.config('64x2')
+    assert measured.held == 12 * config.num_params(
         embedding=True, head=True
     )  # float32 weights and two moments
 
 
 def test_flops_of_gpt2_are_those_that_everyone_quotes():
-    config = shape(Bench(size='gpt2', vocab_size=50304, block_size=1024), 'gpt2')
+    config = Bench(size='gpt2', vocab_size=50304, block_size=1024).config('gpt2')
     assert flops_per_token(config, causal=False) == pytest.approx(
         854.7e6, rel=2e-3
     ) and flops_per_token(config, causal=True) == pytest.approx(798e6, rel=2e-3)
 
 
 def test_peak_memory_sees_what_is_there_at_once():
-    def step(stream):
+    def step():
         a = torch.empty(2**20)
         b = torch.empty(2**20)
         del a, b
         torch.empty(2**19)
 
-    assert peak_memory(step, None, torch.device('cpu')) == pytest.approx(2 * 2**22, rel=0.01)
+    assert peak_memory(step, torch.device('cpu')) == pytest.approx(2 * 2**22, rel=0.01)
 
 
 def test_the_loader_outruns_the_model(data_dir, capsys):
@@ -86,30 +84,14 @@ def test_the_loader_outruns_the_model(data_dir, capsys):
     )
 
 
-def test_preparation_beside_the_bare_tokenizer(data_dir, tmp_path, capsys):
-    text = np.array(open_corpus('pydocs', data_dir).train)
-    text[::500] = 256  # documents
-    write_corpus(tmp_path / 'documents', text, text[:600])
-    bench.main(
-        [
-            '--what=preparation',
-            '--tokenizer=bytes',
-            '--megabytes=1',
-            f'--data_dir={tmp_path}',
-            '--corpus=documents',
-        ]
-    )
-    assert '| data/prepare.py |' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     'more, word',
     [
         (['--variants=fast'], "no variant 'fast'"),
         (['--variants=nanogpt'], '--nanogpt=FOLDER'),
-        (['--data=random'], "no data 'random'"),
+        (['--data=random'], 'data must be one of synthetic, real'),
         (['--rounds=0'], 'rounds'),
-        (['--what=speed'], "no measurement 'speed'"),
+        (['--what=speed'], 'what must be one of steps, loader'),
     ],
 )
 def test_mistakes(more, word):

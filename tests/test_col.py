@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_train import metrics
 
 import col
 import train
 from col import default_alpha, learngene_layers, linit, neighbours, subset
-from configurator import UserError
+from engine.errors import UserError
 from expand import grow
 from model import GPT, GPTConfig, load
-from test_train import metrics
 
 FAMILIES = {  # small shapes of the chains' architectures
     'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True),
@@ -138,19 +138,20 @@ def test_sizes_of_the_chains_and_their_descendants():
     } == {('gpt2-medium', 'gpt2-large')}
 
 
-@pytest.mark.parametrize('how', ['van', 'auto'])
-def test_earlier_learngenes_keep_layers_by_their_gradients(how):
+@pytest.mark.parametrize('which', ['van', 'auto'])
+def test_earlier_learngenes_keep_layers_by_their_gradients(which):
     model, x = shaped('llama', 2, 6), torch.randint(31, (4, 12))
     with (
         torch.no_grad()
     ):  # layer 5 adds almost nothing: its own gradients stay, but its gate would hardly be missed
         model.blocks[4].attn.o.weight.mul_(1e-6), model.blocks[4].mlp.down.weight.mul_(1e-6)
-    kept = learngene_layers(model, [(x, x.roll(-1, 1))], 3, how)
+    kept = learngene_layers(model, [(x, x.roll(-1, 1))], 3, which)
     assert kept == sorted(set(kept)) and len(kept) == 3
-    assert kept == [3, 4, 5] if how == 'van' else 4 not in kept
+    assert kept == [3, 4, 5] if which == 'van' else 4 not in kept
 
 
-# --------------------------------------------------------------------------------------------------------------------- the method
+# ----------------------------------------------------------------------------------------------
+# the method
 
 
 def arguments(data_dir, out, *more):
@@ -215,9 +216,9 @@ def test_everything_is_trained_and_reported(chain):
         '32x2-linit',
         '32x2-linit-on-signatures',
     } <= names
-    assert {f'32x2-{kind}' for kind in col.BASELINES} <= names
+    assert {f'32x2-{start}' for start in col.STARTS} <= names
     report = (chain / 'report.md').read_text()
-    assert all(f'|{kind}|' in report.replace(' ', '') for kind in ('linit', *col.BASELINES))
+    assert all(f'|{kind}|' in report.replace(' ', '') for kind in col.STARTS)
     assert 'loss at step 0' in report and 'Rouge-L' in report
     assert json.loads((chain / 'chain.json').read_text()) == {
         'ancestor': 'ancestor-sft',
@@ -283,10 +284,10 @@ def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_p
     'more, word',
     [
         (['--descendants=64x2'], 'lie outside the chain'),
-        (['--start=nothing'], "no start 'nothing'"),
+        (['--start=nothing'], 'start must be one of public, subset, random'),
         (['--distillation=minillm'], '--sft_data=NAME'),
         (['--baselines=seqkd'], '--sft_data=NAME'),
-        (['--baselines=rand'], 'did you mean random'),
+        (['--baselines=rand'], "baselines must be .*random.* not 'rand'"),
         (['--start=public', '--public=a'], 'public has 1 checkpoints for a chain of 2'),
         (['--alpha=2'], 'alpha'),
         (['--sft_data=pydocs'], 'is text'),

@@ -1,20 +1,15 @@
 """Knobs: what is merged, what is refused, and with which words."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
-
-from configurator import (
-    Result,
-    Stage,
-    UserError,
-    check,
-    configure,
-    differences,
-    parse,
-    write_atomically,
-)
 from conftest import run_command
+
+from configurator import Count, Fraction, Positive, check, configure, differences, parse
+from engine.errors import UserError
+from engine.files import write_atomically
+from engine.stage import Result, Stage
 
 
 @dataclass
@@ -110,6 +105,11 @@ def test_parse_refuses(text, kind):
 @pytest.mark.parametrize(
     'value, kind',
     [
+        (0, Count),
+        (1.5, Fraction),
+        (0.0, Positive),
+        ('linear', Literal['cosine', 'wsd']),
+        ((3, 0), tuple[Count, ...]),
         (True, int),
         (1, bool),
         ('1', float),
@@ -128,8 +128,8 @@ def test_check_refuses(value, kind):
     'argv, words',
     [
         (['--learning_rat=1'], ['learning_rat', 'did you mean learning_rate?']),
-        (['--learning_rate=fast'], ['learning_rate wants a number', 'fast']),
-        (['--n_layer=2.5'], ['n_layer wants a whole number']),
+        (['--learning_rate=fast'], ['learning_rate must be a number', 'fast']),
+        (['--n_layer=2.5'], ['n_layer must be a whole number']),
         (['--sizes'], ['--sizes=VALUE']),
         (['n_layer=3'], ['neither a config file']),
         (['--method=wlak'], ['did you mean walk?']),

@@ -5,29 +5,22 @@ import math
 
 import pytest
 import torch
-
-from configurator import UserError
 from conftest import run_command
-from data.prepare import load_tokenizer
+from test_model import small, tokens
+
+from data.vocabulary import load_tokenizer
+from engine.errors import UserError
 from evaluate import (
+    Evaluation,
     bits_per_byte,
     compare,
-    count,
     evaluate,
-    family_cost,
     harness_model,
-    human,
     kl_divergence,
-    report,
-    result_table,
     run_tasks,
     sliding_window_loss,
-    table,
-    training_curve,
 )
 from model import GPT, GPTConfig
-from test_configurator import result
-from test_model import small, tokens
 
 
 def test_the_mean_is_over_targets_not_over_batches():
@@ -45,86 +38,8 @@ def test_bits_per_byte():
     ) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    'number, text',
-    [
-        (15.36e21, '15.4Z'),
-        (0, ''),
-        (7, '7'),
-        (999.9e3, '1e+03k'),
-        (1234567, '1.23M'),
-        (2e30, '2e+06Y'),
-    ],
-)
-def test_human(number, text):
-    assert human(number) == text
-
-
-def test_count():
-    assert count(8.44e9) == '8.44B' and count(240e9) == '240B'
-
-
-def test_table_is_aligned_markdown():
-    assert table([['a', 'bb'], ['ccc', '1']]) == '| a   | bb |\n|-----|---:|\n| ccc |  1 |'
-
-
-def test_cost_of_a_family(tmp_path):
-    grown = result(tmp_path, inherited_flops=30.0, flops=12.0, baseline_flops=60.0)
-    alone = result(tmp_path, inherited_flops=0.0, flops=12.0, baseline_flops=60.0)
-    single = result(tmp_path, inherited_flops=0.0, flops=12.0)
-    assert [family_cost(r) for r in (grown, alone, single)] == [42.0, 60.0, 12.0]
-    assert '30.0%' in result_table([grown]) and '%' not in result_table([alone])
-
-
-def test_report_is_written_from_the_folder_alone(tmp_path):
-    for i, name in enumerate(('small', 'large', 'independent-large')):
-        folder = tmp_path / name
-        folder.mkdir()
-        result(
-            folder,
-            name=name,
-            val_loss=2.0 - i / 10,
-            inherited_flops=12.0 if i == 1 else 0.0,
-            baseline_flops=24.0 if i else 12.0,
-        ).write()
-        (folder / 'metrics.jsonl').write_text(
-            ''.join(
-                json.dumps(dict(step=s, flops=s * 1.2, loss=3 - s / 10)) + '\n'
-                for s in range(1, 11)
-            )
-        )
-    text = report(tmp_path)
-    assert [line.split('|')[1].strip() for line in text.splitlines()[2:]] == [
-        'small',
-        'large',
-        'independent-large',
-    ]
-    assert (tmp_path / 'report.md').read_text().startswith(text) and (
-        tmp_path / 'report.png'
-    ).read_bytes()[:4] == b'\x89PNG'
-
-
-def test_training_curve_starts_where_the_family_was(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text(
-        ''.join(json.dumps(dict(step=s, flops=float(s), loss=s)) + '\n' for s in range(1, 13))
-    )
-    flops, loss = training_curve(result(tmp_path), points=6)
-    assert flops == [30 + s for s in (2, 4, 6, 8, 10, 12)] and loss == [
-        1.5,
-        3.5,
-        5.5,
-        7.5,
-        9.5,
-        11.5,
-    ]
-
-
-def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(UserError, match='no finished stage'):
-        report(tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------------------------- how alike
+# ----------------------------------------------------------------------------------------------
+# how alike
 
 
 def test_kl_divergence_is_the_mean_over_positions_then_examples():
@@ -180,7 +95,8 @@ def test_sliding_window_scores_every_token_once_with_context():
     assert one_by_one == pytest.approx((first - sum(logits[1:])) / 59, rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the command line, and tasks
+# ----------------------------------------------------------------------------------------------
+# the command line, and tasks
 
 
 def test_evaluating_folders(data_dir, tmp_path):
@@ -269,19 +185,19 @@ def test_downstream_tasks_run_through_the_harness(tmp_path):
     model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
     for fewshot in (0, 1):
         tasks = ('choose', 'write') if fewshot else ('choose', 'roll', 'write')
-        outcome = run_tasks(model, 'bytes', tasks, fewshot, include_path=str(tmp_path))
+        options = Evaluation(tasks=tasks, num_fewshot=fewshot, task_folder=str(tmp_path))
+        outcome = run_tasks(model, 'bytes', options)
         assert 0 <= outcome['choose']['acc'] <= 1 and outcome['write']['exact_match'] == 0
         if not fewshot:  # a model that knows nothing finds every byte as likely: 256 of them
             assert 150 < outcome['roll']['byte_perplexity'] < 600
-    with pytest.raises(UserError, match='there is no task .chose.'):
-        run_tasks(model, 'bytes', ['chose'], 0, include_path=str(tmp_path))
+    with pytest.raises(UserError, match='no task .chose.'):
+        run_tasks(model, 'bytes', Evaluation(tasks=('chose',), task_folder=str(tmp_path)))
 
 
 def test_log_likelihoods_are_those_of_the_model():
     pytest.importorskip('lm_eval')
-    encode, decode, _, end = load_tokenizer('bytes')
     model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
-    lm = harness_model(model, encode, decode, end)
+    lm = harness_model(model, load_tokenizer('bytes'))
     context, continuation = lm.tok_encode('The answer'), lm.tok_encode(' is no')
     ((score, greedy),) = lm._loglikelihood_tokens(
         [(None, context, continuation)], disable_tqdm=True

@@ -6,14 +6,18 @@ import os
 
 import pytest
 import torch
+from conftest import run_command
+from test_model import SHAPES, small, tokens
 
 import expand
 import train
-from checkpoint import load_moments, save_moments, set_moments
-from configurator import Result, UserError
-from conftest import run_command
+from engine.checkpoint import load_optimizer_state, save_optimizer_state, set_optimizer_state
+from engine.errors import UserError
+from engine.report import describe
+from engine.stage import Result
 from expand import (
     GrowthComparison,
+    Operators,
     Progressive,
     allocate_tokens,
     deepen,
@@ -23,7 +27,6 @@ from expand import (
     widen,
 )
 from model import GPT, GPTConfig, load
-from test_model import SHAPES, small, tokens
 from train import Run, stages_of
 
 
@@ -41,7 +44,8 @@ def double_width(config):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------- width
+# ----------------------------------------------------------------------------------------------
+# width
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -120,7 +124,8 @@ def test_aki_in_full_differs_from_fpi_only_in_new_rows_of_linear_layers():
         assert torch.equal(fpi[name][: len(fpi[name]) // 2], aki[name][: len(fpi[name]) // 2])
 
 
-# --------------------------------------------------------------------------------------------------------------------- depth
+# ----------------------------------------------------------------------------------------------
+# depth
 
 
 def test_stacking_twice_is_stacking_fourfold():
@@ -141,7 +146,8 @@ def test_copied_layers_share_no_memory():
     assert len(set(pointers)) == len(pointers)
 
 
-# --------------------------------------------------------------------------------------------------------------------- both
+# ----------------------------------------------------------------------------------------------
+# both
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -196,7 +202,8 @@ def test_unknown_operators_name_the_nearest(call):
         call(small())
 
 
-# --------------------------------------------------------------------------------------------------------------------- the optimizer
+# ----------------------------------------------------------------------------------------------
+# the optimizer
 
 
 def trained(steps=5):
@@ -212,15 +219,15 @@ def trained(steps=5):
 
 def test_moments_survive_the_disk_and_go_into_a_fresh_optimizer(tmp_path):
     model, optimizer = trained()
-    save_moments(tmp_path, model, optimizer)
-    moments = load_moments(tmp_path)
+    save_optimizer_state(tmp_path, model, optimizer)
+    moments = load_optimizer_state(tmp_path)
     fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    set_moments(model, fresh, moments)
+    set_optimizer_state(model, fresh, moments)
     for parameter in model.parameters():
         for key, value in optimizer.state[parameter].items():
             assert torch.equal(fresh.state[parameter][key], value)
     with pytest.raises(UserError, match='optimizer.safetensors'):
-        load_moments(tmp_path / 'nowhere')
+        load_optimizer_state(tmp_path / 'nowhere')
 
 
 def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
@@ -244,14 +251,15 @@ def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
     )
     big = grow(model, target, 'lossless')
     again = torch.optim.AdamW(big.parameters(), lr=1e-2)
-    set_moments(big, again, moments)
+    set_optimizer_state(big, again, moments)
     big(tokens(), tokens().roll(-1, 1)).loss.backward()
     again.step()
     up = big.blocks[1].mlp.up.weight
     torch.testing.assert_close(up[:40], up[40:], atol=1e-12, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------------------------- on disk
+# ----------------------------------------------------------------------------------------------
+# on disk
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -261,9 +269,8 @@ def test_growing_a_folder_is_growing_the_model_bit_for_bit(tmp_path, shape, dtyp
     model.save(tmp_path / 'small')
     target = dataclasses.replace(double_width(model.config), n_layer=5, n_mlp=99, vocab_size=64)
     for width, depth, noise in (('aki', 'bert2bert', 0.0), ('lossless', 'identity', 0.1)):
-        grow_folder(
-            tmp_path / 'small', tmp_path / width, lambda config: target, width, depth, noise
-        )
+        operators = Operators(width, depth, noise)
+        grow_folder(tmp_path / 'small', tmp_path / width, lambda config: target, operators)
         found, expected = load(tmp_path / width), grow(model, target, width, depth, noise)
         assert found.config == target and not (tmp_path / f'{width}.partial').exists()
         for (name, a), b in zip(
@@ -289,9 +296,7 @@ def test_grown_models_open_in_transformers_with_the_same_logits(tmp_path, shape)
         tmp_path / 'small',
         tmp_path / 'large',
         lambda config: target,
-        'lossless',
-        'identity',
-        noise=0.1,
+        Operators('lossless', 'identity', noise=0.1),
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / 'large', dtype=torch.float32
@@ -319,34 +324,14 @@ def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(expand.Growth, 'pieces', pull_the_plug)
         with pytest.raises(KeyboardInterrupt):
-            grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
+            grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target, Operators())
     assert not (tmp_path / 'large').exists()
     with pytest.raises(UserError):
         load(tmp_path / 'large.partial')
-    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
+    grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target, Operators())
     assert load(tmp_path / 'large').config == target
-    with pytest.raises(UserError, match='is there already'):
-        grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target)
-
-
-WATCH_MEMORY = """
-import re, sys, threading, torch
-from expand import main
-import numpy, safetensors.torch
-peak, done = 0, False
-def anonymous():
-    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-torch.zeros(10, 10) @ torch.zeros(10, 10)
-before = anonymous()
-thread = threading.Thread(target=watch); thread.start()
-main(sys.argv[1:])
-done = True; thread.join()
-print('PEAK', peak - before)
-"""
+    with pytest.raises(UserError, match='exists: choose another'):
+        grow_folder(tmp_path / 'small', tmp_path / 'large', lambda config: target, Operators())
 
 
 @pytest.mark.skipif(
@@ -358,7 +343,11 @@ def test_growing_a_folder_never_holds_a_model(tmp_path):
     config = GPTConfig(n_layer=4, n_head=8, n_embd=512, n_mlp=2048, vocab_size=20000, block_size=64)
     GPT(config).save(tmp_path / 'small')
     process = run_command(
-        '-c', WATCH_MEMORY, tmp_path / 'small', tmp_path / 'large', '--to=stk2', '--width=aki'
+        'tests/programs/watch_memory.py',
+        tmp_path / 'small',
+        tmp_path / 'large',
+        '--to=stk2',
+        '--width=aki',
     )
     peak, largest = int(process.stdout.split('PEAK')[1]), 20000 * 512 * 4
     assert (tmp_path / 'large' / 'model.safetensors').stat().st_size > 4 * largest
@@ -392,7 +381,7 @@ def test_growing_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     'damage, word',
     [
-        (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'),
+        (lambda f: (f / 'model.safetensors').write_bytes(b''), 'cannot be read'),
         (lambda f: (f / 'model.safetensors').unlink(), 'tensors missing'),
         (lambda f: (f / 'config.json').write_text('{'), 'damaged'),
         (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba'),
@@ -402,10 +391,11 @@ def test_damaged_folders_are_not_grown(tmp_path, damage, word):
     small().save(tmp_path / 'small')
     damage(tmp_path / 'small')
     with pytest.raises(UserError, match=word):
-        grow_folder(tmp_path / 'small', tmp_path / 'large', double_width)
+        grow_folder(tmp_path / 'small', tmp_path / 'large', double_width, Operators())
 
 
-# --------------------------------------------------------------------------------------------------------------------- the method
+# ----------------------------------------------------------------------------------------------
+# the method
 
 
 @pytest.mark.parametrize('factor', [1, 2])
@@ -461,11 +451,11 @@ def test_stages_of_the_tiny_family():
         'independent-64x2',
         'independent-64x4',
     ]
-    assert [s.start for s, _ in stages][:4] == [
+    assert [describe(s) for s, _ in stages][:4] == [
         'random initialisation',
-        '32x2 + aki',
-        '48x2 + aki',
-        '64x2 + stack',
+        'growth of 32x2 (width aki)',
+        'growth of 48x2 (width aki)',
+        'growth of 64x2 (depth stack)',
     ]
     largest, alone = stages[3][1], stages[6][1]
     assert (
@@ -492,7 +482,6 @@ def test_independent_training_at_its_own_learning_rate_starts_with_the_smallest(
         (dict(sizes=('64x4', '32x2')), 'ascending'),
         (dict(sizes=()), 'ascending'),
         (dict(batch_sizes=(1, 2)), 'batch_sizes has 2 values for 4 sizes'),
-        (dict(compare='baseline'), 'independent'),
         (dict(width='fpj'), 'did you mean fpi'),
         (dict(depth='stuck'), 'did you mean stack'),
         (dict(sizes=('32x2', 'gpt2')), 'cannot grow'),
@@ -506,18 +495,15 @@ def test_mistakes_are_found_before_anything_is_trained(knobs, words):
 def test_sizes_relative_to_the_one_before():
     stages = planned(sizes=('32x2', 'exp', 'stk2'), tokens=(1e5, 1e5, 1e5), width='fpi')
     assert [s.name for s, _ in stages] == ['32x2', '32x2-exp', '32x2-exp-stk2'] and [
-        s.start for s, _ in stages
-    ][1:] == ['32x2 + fpi', '32x2-exp + stack']
+        s.origin.settings for s, _ in stages
+    ][1:] == [dict(width='fpi'), dict(depth='stack')]
     exp, stk2 = stages[1][0].config, stages[2][0].config
     assert (exp.n_embd, exp.n_head, exp.n_mlp, exp.n_layer) == (48, 3, 132, 2) and (
         stk2.n_embd,
         stk2.n_layer,
     ) == (48, 4)
     width = GPTConfig.named('0.1b')
-    assert (
-        expand.SECOND_STAGES['exp'](width).n_embd == 880
-        and expand.SECOND_STAGES['stk4'](width).n_layer == 60
-    )
+    assert expand.exp(width).n_embd == 880 and expand.stk4(width).n_layer == 60
 
 
 def test_the_random_control_inherits_nothing_on_the_same_tokens():
@@ -547,7 +533,9 @@ def test_a_family_with_grown_optimizers(data_dir, tmp_path):
     first = json.loads((tmp_path / '32x3' / 'metrics.jsonl').read_text().splitlines()[0])
     last = json.loads((tmp_path / '16x2' / 'metrics.jsonl').read_text().splitlines()[-1])
     assert first['lr'] == pytest.approx(1e-3, rel=1e-2)  # no warmup
-    assert first['loss'] < last['loss'] + 0.3 and load_moments(tmp_path / '32x3')['step'] > 5
+    assert (
+        first['loss'] < last['loss'] + 0.3 and load_optimizer_state(tmp_path / '32x3')['step'] > 5
+    )
 
 
 def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
@@ -561,7 +549,7 @@ def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
             '--base_tokens=640',
             '--tokens=320',
             '--seeds=2',
-            '--arms=random,fpi+stack,lossless+identity+noise+grown',
+            '--variants=random,fpi+stack,lossless+identity+noise+grown',
             '--block_size=16',
             '--batch_size=4',
             '--eval_tokens=512',
@@ -580,11 +568,11 @@ def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
     )
 
 
-def test_an_unknown_arm_is_refused_before_training():
-    for arm, words in (
+def test_an_unknown_variant_is_refused_before_training():
+    for variant, words in (
         ('losless+stack', 'did you mean lossless'),
-        ('fpi', 'neither random nor'),
-        ('fpi+stack+nois', 'neither random nor'),
+        ('fpi', 'must be random or WIDTH'),
+        ('fpi+stack+nois', 'must be random or WIDTH'),
     ):
         with pytest.raises(UserError, match=words):
-            list(stages_of(GrowthComparison(arms=(arm,)), Run(block_size=128), None))
+            list(stages_of(GrowthComparison(variants=(variant,)), Run(block_size=128), None))

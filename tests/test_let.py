@@ -10,24 +10,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import small, tokens
+from test_train import metrics, same
 
 import let
 import train
-from configurator import Progress, Result, UserError, next_token
+from engine import teacher as teachers
+from engine.errors import UserError
+from engine.report import steps_to_loss
+from engine.stage import Progress, Result, next_token
+from engine.teacher import hidden_states, open_teacher
 from let import (
+    Alignment,
     alignment_loss,
-    cosine,
+    cosine_similarity,
     distil,
-    hidden_states,
     kd_loss,
     match_width,
-    open_teacher,
     pair_layers,
     reverse_kl,
 )
 from model import GPT, load
-from test_model import small, tokens
-from test_train import metrics, same
 
 START = Progress(0, 100)
 
@@ -36,7 +39,8 @@ def drawn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------
+# losses
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_cosine_alignment_is_the_mean_over_positions_that_have_a_partner():
         for rows in zip(match_width(target, 4), teacher)
     ]
     assert alignment_loss(target, teacher).item() == pytest.approx(-np.mean(one_by_one))
-    assert cosine(target, teacher, covered).item() == pytest.approx(
+    assert cosine_similarity(target, teacher, covered).item() == pytest.approx(
         np.array(one_by_one)[covered.numpy()].mean()
     )
     assert alignment_loss(target, 3 * target).item() == pytest.approx(-1)
@@ -95,17 +99,16 @@ def test_cca_is_the_mean_squared_canonical_correlation_and_sees_through_linear_m
         for x in (target, teacher)
     ]
     correlations = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
-    assert let._cca(target, teacher, None, ridge=0).item() == pytest.approx(
+    assert let.cca(target, teacher, None, ridge=0).item() == pytest.approx(
         -(correlations**2).mean()
     )
     assert (
-        let._cca(target, target @ drawn(6, 6, seed=2), None, ridge=1e-12).item()
-        == pytest.approx(-1)
+        let.cca(target, target @ drawn(6, 6, seed=2), None, ridge=1e-12).item() == pytest.approx(-1)
         and alignment_loss(target, target, 'cca').item() < -0.99
     )
     half = torch.arange(50).expand(4, 50) < 25
-    assert let._cca(target, teacher, half, 0).item() == pytest.approx(
-        let._cca(target[:, :25], teacher[:, :25], None, 0).item()
+    assert let.cca(target, teacher, half, 0).item() == pytest.approx(
+        let.cca(target[:, :25], teacher[:, :25], None, 0).item()
     )
 
 
@@ -151,7 +154,8 @@ def test_reverse_kl():
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------- objectives
+# ----------------------------------------------------------------------------------------------
+# objectives
 
 
 @pytest.fixture
@@ -170,7 +174,7 @@ def gradients(loss, model):
 
 def test_let_adds_the_weighted_alignment_and_decays_it_to_nothing(taught):
     folder, teacher, student, x, y = taught
-    objective = let.let(folder, target_layer=2, strength=0.3, stop=40)
+    objective = let.let(folder, Alignment(target_layer=2, lambda0=0.3, s_stop=40))
     theirs = teacher.residual_stream(x)[0]
     for step, weight in ((0, 0.3), (10, 0.225), (39, 0.0075)):
         loss, scalars = objective(student, x, y, Progress(step, 100))
@@ -190,16 +194,16 @@ def test_let_adds_the_weighted_alignment_and_decays_it_to_nothing(taught):
 
 def test_progress_counts_steps_or_fractions():
     assert (
-        [Progress(step, 200).after(0.5) for step in (0, 50, 100, 150)]
+        [Progress(step, 200).fraction_of(0.5) for step in (0, 50, 100, 150)]
         == [0, 0.5, 1, 1]
-        == [Progress(step, 200).after(100) for step in (0, 50, 100, 150)]
+        == [Progress(step, 200).fraction_of(100) for step in (0, 50, 100, 150)]
     )
-    assert Progress(0, 10).after(0) == 1
+    assert Progress(0, 10).fraction_of(0) == 1
 
 
-def test_strength_zero_is_next_token_prediction_to_the_bit(taught):
+def test_lambda_zero_is_next_token_prediction_to_the_bit(taught):
     folder, _, student, x, y = taught
-    loss, scalars = let.let('nowhere', 2, strength=0.0)(student, x, y, START)
+    loss, scalars = let.let('nowhere', Alignment(2, lambda0=0.0))(student, x, y, START)
     plain, _ = next_token(student, x, y, START)
     assert (
         scalars == {}
@@ -210,18 +214,22 @@ def test_strength_zero_is_next_token_prediction_to_the_bit(taught):
 
 @pytest.mark.parametrize(
     'make',
-    [lambda teacher: let.let(teacher, 2, stop=0.5), lambda teacher: distil(teacher, stop=0.5)],
+    [
+        lambda teacher: let.let(teacher, Alignment(2, s_stop=0.5)),
+        lambda teacher: distil(teacher, s_stop=0.5),
+    ],
+    ids=['let', 'salt'],
 )
 def test_from_the_stop_on_the_teacher_is_gone(taught, make, monkeypatch):
     folder, _, student, x, y = taught
     opened = []
-    monkeypatch.setattr(
-        let,
-        'open_teacher',
-        lambda name, device: (
-            opened.append(weakref.ref(model := open_teacher(name, device))) or model
-        ),
-    )
+
+    def remember(name, device):
+        model = open_teacher(name, device)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(teachers, 'open_teacher', remember)
     objective = make(folder)
     objective(student, x, y, Progress(49, 100))[0].backward()
     assert opened[0]() is not None
@@ -237,9 +245,9 @@ def test_the_teachers_head_and_later_layers_are_never_run(taught):
     expected = teacher.residual_stream(x, layers=1)[0]
     teacher.forward = teacher.norm.forward = teacher.blocks[1].forward = None  # calling them fails
     del teacher.lm_head
-    loss, scalars = let.let(teacher, 2, teacher_layer=1)(student, x, y, START)
+    loss, scalars = let.let(teacher, Alignment(2, teacher_layer=1))(student, x, y, START)
     assert scalars['similarity'].item() == pytest.approx(
-        cosine(student(x, hidden_at=2).hidden, expected).item()
+        cosine_similarity(student(x, hidden_at=2).hidden, expected).item()
     )
 
 
@@ -264,7 +272,7 @@ def test_distillation_weighs_data_and_teacher(taught, alpha, temperature):
 
 def test_salt_is_distillation_first_and_plain_training_then(taught):
     folder, _, student, x, y = taught
-    objective = distil(folder, 0.5, stop=20)
+    objective = distil(folder, 0.5, s_stop=20)
     assert 'distillation_loss' in objective(student, x, y, Progress(19, 100))[1]
     assert objective(student, x, y, Progress(20, 100))[1] == {}
 
@@ -272,20 +280,23 @@ def test_salt_is_distillation_first_and_plain_training_then(taught):
 def test_a_teacher_of_a_shorter_context_reads_in_windows(taught):
     _, _, student, x, y = taught
     teacher = small(n_layer=2, block_size=8).float()  # 20 positions: three windows of 7, 7, 6
-    _, scalars = let.let(teacher, 1)(student, x, y, START)
+    _, scalars = let.let(teacher, Alignment(1))(student, x, y, START)
     theirs = torch.cat(
         [teacher.residual_stream(x[:, a:b])[0] for a, b in ((0, 7), (7, 14), (14, 20))], 1
     )
     assert scalars['similarity'].item() == pytest.approx(
-        cosine(student(x, hidden_at=1).hidden, theirs).item(), rel=1e-5
+        cosine_similarity(student(x, hidden_at=1).hidden, theirs).item(), rel=1e-5
     )
 
 
 def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
     _, _, student, x, y = taught
-    _, scalars = let.let(lambda ids: ids[..., None] * torch.ones(10), 1)(student, x, y, START)
+    _, scalars = let.let(lambda ids: ids[..., None] * torch.ones(10), Alignment(1))(
+        student, x, y, START
+    )
     assert scalars['similarity'].item() == pytest.approx(
-        cosine(student(x, hidden_at=1).hidden, x[..., None].expand(-1, -1, 10)).item(), rel=1e-5
+        cosine_similarity(student(x, hidden_at=1).hidden, x[..., None].expand(-1, -1, 10)).item(),
+        rel=1e-5,
     )
     transformers = pytest.importorskip('transformers')
     config = transformers.MistralConfig(
@@ -302,16 +313,16 @@ def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
     states = theirs(x, output_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden_states(opened)(x), states[2])
     torch.testing.assert_close(hidden_states(opened, 1)(x), states[1])
-    let.let(tmp_path / 'mistral', 2)(student, x, y, START)[0].backward()
+    let.let(tmp_path / 'mistral', Alignment(2))(student, x, y, START)[0].backward()
 
 
 def test_a_teacher_of_another_vocabulary_is_asked_where_its_tokens_end(taught):
     _, teacher, student, x, y = taught
     objective = let.let(
-        teacher, 2, tokenizers=('bytes', 'bytes')
+        teacher, Alignment(2), ('bytes', 'bytes')
     )  # ids below 61 are the same text in both
     assert objective(student, x, y, START)[0].item() == pytest.approx(
-        let.let(teacher, 2)(student, x, y, START)[0].item(), rel=1e-6
+        let.let(teacher, Alignment(2))(student, x, y, START)[0].item(), rel=1e-6
     )
 
 
@@ -320,31 +331,32 @@ def test_objectives_compile_once():
     teacher, student, x = small(n_layer=1).float(), small(n_layer=1).float(), tokens()
     torch.compiler.reset()
     compiled = torch.compile(student)
-    for objective in (let.let(teacher, 1), distil(teacher)):
+    for objective in (let.let(teacher, Alignment(1)), distil(teacher)):
         for step in range(3):
             objective(compiled, x, x.roll(-1, 1), Progress(step, 100))[0].backward()
         with torch.compiler.set_stance('fail_on_recompile'):
             objective(compiled, x.flip(0), x.roll(-1, 1), Progress(5, 100))[0].backward()
 
 
-# --------------------------------------------------------------------------------------------------------------------- the method
+# ----------------------------------------------------------------------------------------------
+# the method
 
 
 def test_pairs_of_layers():
     assert [pair_layers(p, 30, 24) for p in let.PAIRINGS] == [
-        (30, 3),
-        (30, 12),
-        (30, 24),
-        (15, 3),
-        (15, 12),
-        (15, 24),
+        (3, 30),
+        (12, 30),
+        (24, 30),
+        (3, 15),
+        (12, 15),
+        (24, 15),
     ]
     assert (
-        pair_layers('L1F5', 30, 24) == (30, 5)
-        and pair_layers('L3F1', 12, 4) == (10, 1)
+        pair_layers('L1F5', 30, 24) == (5, 30)
+        and pair_layers('L3F1', 12, 4) == (1, 10)
         and pair_layers('L2E', 2, 4) == (2, 2)
     )
-    with pytest.raises(UserError, match='target model has 4 layers, there is no layer 5'):
+    with pytest.raises(UserError, match='target has 4 layers, there is no layer 5'):
         pair_layers('L1F5', 2, 4)
     with pytest.raises(UserError, match='teacher has 2 layers'):
         pair_layers('L3F1', 2, 4)
@@ -365,7 +377,7 @@ def arguments(data_dir, out, *more):
         '--log_interval=2',
         '--learning_rate=0.01',
         '--device=cpu',
-        '--stop=10',
+        '--s_stop=10',
         *more,
     ]
 
@@ -378,17 +390,19 @@ def compared(data_dir, tmp_path_factory):
         arguments(
             data_dir,
             out,
-            '--arms=baseline,let,let+0,let+L2M+logsum,let+cca+1.0+L1F1,rkd,salt',
+            '--variants=baseline,let,let+0,let+L2M+logsum,let+cca+1.0+L1F1,rkd,salt',
             '--eval_interval=5',
         )
     )
     return out
 
 
-def test_all_arms_run_and_are_reported(compared):
+def test_all_variants_run_and_are_reported(compared):
     report = (compared / 'report.md').read_text()
-    for arm in ('baseline', 'let', 'let+0', 'let+L2M+logsum', 'let+cca+1.0+L1F1', 'rkd', 'salt'):
-        assert f'\n| {arm} ' in report and math.isfinite(Result.of(compared / f'{arm}-0').val_loss)
+    variants = ('baseline', 'let', 'let+0', 'let+L2M+logsum', 'let+cca+1.0+L1F1', 'rkd', 'salt')
+    for variant in variants:
+        assert f'\n| {variant} ' in report
+        assert math.isfinite(Result.of(compared / f'{variant}-0').val_loss)
     assert 'similarity.png' in report and (compared / 'similarity.png').stat().st_size > 5000
     assert same(compared / 'baseline-0', compared / 'let+0-0') and not same(
         compared / 'baseline-0', compared / 'let-0'
@@ -415,7 +429,7 @@ def test_a_resumed_run_goes_on_with_its_weight_of_alignment(compared, data_dir, 
                 arguments(
                     data_dir,
                     tmp_path / 'run',
-                    '--arms=let',
+                    '--variants=let',
                     '--log_interval=1',
                     '--max_minutes=1e-9',
                 )
@@ -459,9 +473,9 @@ def test_share_of_steps_to_a_loss(tmp_path):
                 seconds=0,
             )
         )
-    curve = let._mean_curve(results)
+    curve = let.mean_curve(results)
     assert curve == [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)] and [
-        let._steps_to(curve, loss) for loss in (2.5, 1.5, 0.5)
+        steps_to_loss(curve, loss) for loss in (2.5, 1.5, 0.5)
     ] == [0.375, 0.75, None]
 
 
@@ -484,23 +498,21 @@ def test_a_grown_model_can_be_taught_by_the_size_before(data_dir, tmp_path):
         and 'similarity' not in lines[-1]
         and 'similarity' not in metrics(tmp_path / '16x1')[0]
     )
-    assert (
-        'taught by 16x1: layer 1 to 1'
-        in json.loads((tmp_path / '16x2' / 'stage.json').read_text())['start']
-    )
+    teaching = json.loads((tmp_path / '16x2' / 'stage.json').read_text())['teaching']
+    assert (teaching['teacher'], teaching['target_layer'], teaching['lambda0']) == ('16x1', 1, 0.3)
 
 
 @pytest.mark.parametrize(
     'more, word',
     [
-        (['--pairing=L1F3'], 'target model has 2 layers'),
+        (['--pairing=L1F3'], 'target has 2 layers'),
         (['--pairing=E2L'], "no pairing 'E2L'"),
-        (['--arms=lett'], 'did you mean let'),
-        (['--arms=let+sinus'], "no pairing 'sinus'"),
-        (['--alignment=dot'], "no alignment 'dot'"),
-        (['--strength=-1'], 'strength'),
+        (['--variants=lett'], 'did you mean let'),
+        (['--variants=let+sinus'], "no pairing 'sinus'"),
+        (['--alignment=dot'], 'alignment must be one of cosine'),
+        (['--lambda0=-1'], 'lambda0 must be a number, at least 0'),
         (['--teacher=nowhere'], 'nowhere is not a model folder'),
-        (['--arms='], 'arms'),
+        (['--variants='], 'variants'),
     ],
 )
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
@@ -511,7 +523,7 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
 
 def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_path, capsys):
     train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={compared / "teacher"}'))
-    assert f'taught by {compared / "teacher"}' in capsys.readouterr().out and same(
+    assert 'objective let (teacher teacher' in capsys.readouterr().out and same(
         tmp_path / 'run' / 'let-0', compared / 'let-0'
     )
     folder = tmp_path / 'damaged'
@@ -526,7 +538,7 @@ def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_pat
 
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):
     pytest.importorskip('tokenizers')
-    from test_translate import train as train_tokenizer
+    from conftest import train_tokenizer
 
     for kind in ('byte-level', 'lowercase'):
         folder = Path(train_tokenizer(kind, tmp_path / kind, 300))
@@ -539,17 +551,20 @@ def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):
             tmp_path / 'run',
             f'--teacher={tmp_path / "byte-level"}',
             '--tokens=256',
-            '--stop=2',
+            '--s_stop=2',
         )
     )
     assert 'similarity' in metrics(tmp_path / 'run' / 'let-0')[0]
-    for kind, arms, word in (
+    for kind, variants, word in (
         ('lowercase', 'let', 'cannot be aligned'),
-        ('byte-level', 'let,rkd', 'need one vocabulary'),
+        ('byte-level', 'let,rkd', 'need one tokenizer'),
     ):
         with pytest.raises(UserError, match=word):
             train.main(
                 arguments(
-                    data_dir, tmp_path / 'other', f'--teacher={tmp_path / kind}', f'--arms={arms}'
+                    data_dir,
+                    tmp_path / 'other',
+                    f'--teacher={tmp_path / kind}',
+                    f'--variants={variants}',
                 )
             )

@@ -4,17 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-
-from configurator import UserError
 from conftest import run_command
-from expand import grow
-from model import GPT, GPTConfig, probabilities
-from sample import generate, speculate
 from test_model import SHAPES, small, tokens
 
+from engine.errors import UserError
+from expand import grow
+from model import GPT, GPTConfig, probabilities
+from sample import Sampling, generate, speculate
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+GREEDY = Sampling(temperature=0)
 
 
 def test_probabilities():
@@ -35,12 +33,12 @@ def test_probabilities():
 
 def test_prompts_of_different_lengths_are_continued_as_if_alone():
     model, prompts = small(), [tokens()[0, :n] for n in (3, 7, 3, 1)]
-    together = generate(model, prompts, 6, temperature=0)
+    together = generate(model, prompts, 6, GREEDY)
     for prompt, found in zip(prompts, together):
-        assert torch.equal(found, generate(model, [prompt], 6, temperature=0)[0])
+        assert torch.equal(found, generate(model, [prompt], 6, GREEDY)[0])
     end = together[1][2].item()
     assert (
-        generate(model, prompts, 6, temperature=0, stop=end)[1].tolist()
+        generate(model, prompts, 6, GREEDY._replace(stop=end))[1].tolist()
         == together[1].tolist()[: together[1].tolist().index(end)]
     )
 
@@ -54,13 +52,13 @@ def test_greedy_speculation_is_greedy_decoding_token_for_token(shape, draft_toke
     )  # a relative: agrees sometimes
     prompt = tokens(1, 5)
     plain = model.generate(prompt, 19, temperature=0)
-    found, stats = speculate(model, draft, prompt, 19, draft_tokens, temperature=0)
+    found, stats = speculate(model, draft, prompt, 19, draft_tokens, GREEDY)
     assert (
         torch.equal(found, plain)
         and stats.drafted >= stats.accepted
         and len(stats.divergences) == stats.drafted
     )
-    again, alike = speculate(model, model, prompt, 19, draft_tokens, temperature=0)
+    again, alike = speculate(model, model, prompt, 19, draft_tokens, GREEDY)
     assert (
         torch.equal(again, plain)
         and alike.acceptance_rate == 1.0
@@ -73,7 +71,7 @@ def test_sampled_speculation_has_the_models_distribution():
     torch.manual_seed(0)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
     model, draft = GPT(config), GPT(config)
-    prompt, generator, n = torch.tensor([[1, 2]]), seeded(), 4000
+    prompt, n, sampling = torch.tensor([[1, 2]]), 4000, Sampling(0.9, top_k=4)
     first = probabilities(model(prompt).logits[0, -1], 0.9, 4)
     expected = torch.stack(
         [
@@ -83,9 +81,7 @@ def test_sampled_speculation_has_the_models_distribution():
     )
     counts, accepted, drafted = torch.zeros(5, 5), 0, 0
     for _ in range(n):
-        found, stats = speculate(
-            model, draft, prompt, 2, draft_tokens=2, temperature=0.9, top_k=4, generator=generator
-        )
+        found, stats = speculate(model, draft, prompt, 2, draft_tokens=2, sampling=sampling)
         counts[found[0, 2], found[0, 3]] += 1
         accepted, drafted = accepted + stats.accepted, drafted + stats.drafted
     assert 0.05 < accepted / drafted < 0.95  # both branches were taken
@@ -97,17 +93,14 @@ def test_sampled_speculation_has_the_models_distribution():
 def test_acceptance_is_the_overlap_of_the_distributions():
     torch.manual_seed(1)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
-    model, draft, prompt, generator = GPT(config), GPT(config), torch.tensor([[1, 2]]), seeded()
+    model, draft, prompt = GPT(config), GPT(config), torch.tensor([[1, 2]])
     overlap = (
         torch.minimum(*(probabilities(m(prompt).logits[0, -1]) for m in (model, draft)))
         .sum()
         .item()
     )
     rate = (
-        sum(
-            speculate(model, draft, prompt, 2, draft_tokens=1, generator=generator)[1].accepted
-            for _ in range(2000)
-        )
+        sum(speculate(model, draft, prompt, 2, draft_tokens=1)[1].accepted for _ in range(2000))
         / 2000
     )
     assert rate == pytest.approx(overlap, abs=0.04)
@@ -116,7 +109,9 @@ def test_acceptance_is_the_overlap_of_the_distributions():
 def test_speculation_stops_at_the_end_and_refuses_what_cannot_be():
     model = small()
     end = model.generate(tokens(1, 5), 1, temperature=0)[0, -1].item()
-    assert speculate(model, model, tokens(1, 5), 10, stop=end, temperature=0)[0].shape == (1, 6)
+    assert speculate(model, model, tokens(1, 5), 10, sampling=GREEDY._replace(stop=end))[
+        0
+    ].shape == (1, 6)
     with pytest.raises(UserError, match='vocabulary of 61, its draft one of 60'):
         speculate(model, small(vocab_size=60), tokens(1, 5), 4)
     with pytest.raises(UserError, match='25 tokens do not fit'):

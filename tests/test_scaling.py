@@ -5,25 +5,27 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT, run_command
+from test_scaling_laws import TABLE_6, grid
 
 import scaling
-from configurator import UserError
-from conftest import ROOT, run_command
-from laws import LAWS, Fit, predict
+from engine.errors import UserError
 from scaling import (
+    LAWS,
+    Fit,
     advise,
     compute_optimal,
     crossing,
     fit_results,
     loss_of,
     of_domain,
+    predict,
     published,
     published_sunk_cost_limit,
     read_fits,
     read_results,
     sunk_cost_limit,
 )
-from test_laws import TABLE_6, grid
 
 PAPER = published()
 
@@ -84,18 +86,17 @@ def test_published_losses_are_fitted():
     )  # Table 9's own error: 0.0012-0.0016
 
 
-def test_points_that_do_not_determine_a_law_are_said_to():
-    """Table 8 is within its own noise: nothing in it tells the additive law's amplitudes apart."""
+def test_a_law_that_points_do_not_determine_has_wide_intervals():
+    """Table 8 is within its own noise: it does not tell the additive law's amplitudes apart."""
     data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
     small = [i for i, n in enumerate(data['N']) if n == 14_751_680]
-    with pytest.raises(
-        UserError,
-        match='the fit of additive did not converge: the points do not determine its 5 parameters',
-    ):
-        scaling.fit('additive', {k: [v[i] for i in small] for k, v in data.items()}, bootstrap=0)
+    table_8 = {k: [v[i] for i in small] for k, v in data.items()}
+    low, high = scaling.fit('additive', table_8, bootstrap=20).intervals['logA']
+    assert high - low > 10
 
 
-# --------------------------------------------------------------------------------------------------------------------- advice
+# ----------------------------------------------------------------------------------------------
+# advice
 
 
 def test_advice_by_the_published_laws():
@@ -108,7 +109,7 @@ def test_advice_by_the_published_laws():
     assert (
         'grow by stk2, 2B is best, in ' in text
         and 'take it as a guess' in text
-        and 'D1 = 2e+12 (seen: 2.9e+08 to 7.4e+10)' in text
+        and 'D1 = 2e+12 (2.9e+08 to 7.4e+10 seen)' in text
     )
     inside = advise(of_domain(PAPER, ''), 1e8, 1e10, 6e8 * 2e10)
     assert 'guess' not in inside
@@ -146,11 +147,12 @@ def test_a_far_overtrained_base_is_better_not_grown():
         for budget in (1.2e19, 1.2e22)
     ]
     assert best == ['grow by stk2, 200M', 'start over, 200M']
-    with pytest.raises(UserError, match='they say nothing about 5,000,000'):
+    with pytest.raises(UserError, match='not for 5,000,000'):
         advise(dict(stk2=grown), 5e6, 1e11, 1e20)
 
 
-# --------------------------------------------------------------------------------------------------------------------- files and commands
+# ----------------------------------------------------------------------------------------------
+# files and commands
 
 
 def write(path, data, method='stk2'):
@@ -162,13 +164,13 @@ def write(path, data, method='stk2'):
 
 
 def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scaling, 'laws_for', lambda data: ['multiplicative', 'no interaction'])
+    monkeypatch.setattr(scaling, 'laws_for', lambda data: ['multiplicative', 'no_interaction'])
     write(tmp_path / 'results.csv', grid('multiplicative', TABLE_6['Stack'], n=4, noise=1e-4))
     scaling.main(['fit', str(tmp_path / 'results.csv'), '--bootstrap=20'])
     out = capsys.readouterr().out
     assert (
         '| alpha3 ' in out
-        and '| no interaction ' in out
+        and '| no_interaction ' in out
         and (tmp_path / 'stk2.png').stat().st_size > 10_000
     )
     fits = read_fits(tmp_path / 'fit.json')
@@ -215,11 +217,11 @@ def test_laws_that_points_can_carry():
         ('method,N,D1,D2,seed,loss\na,1,1,1,0,-1\n', 'row 2: loss, N and D2 must be positive'),
         ('method,N,D1,D2,seed,loss\na,1,1,0,0,1\n', 'positive'),
         ('method,N,D1,D2,seed,loss\na,1,1,1,0,nan\n', 'positive numbers'),
-        ('method,N,D1,D2,seed,loss\na,1,x,1,0,1\n', 'does not have a number'),
-        ('method,N,D1,D2,seed,loss\na,1,1,1\n', 'does not have a number'),
+        ('method,N,D1,D2,seed,loss\na,1,x,1,0,1\n', 'a number is missing'),
+        ('method,N,D1,D2,seed,loss\na,1,1,1\n', 'a number is missing'),
         ('method,N,D1,D2,seed,loss\na,1,1,1,0,1\na,1,1,1,0,2\n', 'row 3 repeats row 2'),
-        ('method,N,D1,D2,seed,loss\na,1,0,1,0,1\na,1,5,1,0,1\n', 'name them apart'),
-        ('\xff\x00', 'no column|no CSV'),
+        ('method,N,D1,D2,seed,loss\na,1,0,1,0,1\na,1,5,1,0,1\n', 'points from scratch'),
+        ('\xff\x00', 'no column|not a CSV'),
     ],
 )
 def test_files_that_are_no_results(tmp_path, text, word):
@@ -256,8 +258,7 @@ def test_files_that_are_no_fits(tmp_path, content):
     [
         (['guess'], "no verb 'guess'"),
         (['fit'], 'say which results'),
-        (['fit', 'nowhere.csv'], 'there is no nowhere.csv'),
-        (['advise', '--paper=True'], 'base_params must be'),
+        (['advise', '--paper=True'], 'say the base_params'),
         (['advise', '--base_params=1', '--base_tokens=1', '--budget=1'], 'say whose laws'),
     ],
 )

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run_command
 
 import train
-from configurator import Result, Stage, UserError
-from conftest import ROOT, run_command
+from engine import training
+from engine.errors import UserError
+from engine.optimizer import learning_rate, make_optimizer
+from engine.stage import Result, Stage
 from model import GPT, load
-from optimizer import learning_rate, make_optimizer
 from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
 TINY = [
@@ -60,7 +62,8 @@ def whole(data_dir, tmp_path_factory):
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------------- parts
+# ----------------------------------------------------------------------------------------------
+# parts
 
 
 def knobs(**changes):
@@ -112,11 +115,12 @@ def test_batches_in_tokens_and_a_stages_own_knobs():
         and stage_knobs(run, stage).learning_rate == 0.5
         and count_steps(stage_knobs(run, stage), stage) == 10
     )
-    with pytest.raises(UserError, match='cannot be dealt to 3 processes'):
+    with pytest.raises(UserError, match='cannot be divided among 3 processes'):
         stage_knobs(run, stage, world_size=3)
 
 
-# --------------------------------------------------------------------------------------------------------------------- a run
+# ----------------------------------------------------------------------------------------------
+# a run
 
 
 def test_a_run_learns_and_its_folder_explains_it(whole):
@@ -156,7 +160,7 @@ def test_validation_loss_is_that_of_the_saved_model(whole, data_dir):
 
     found = evaluate(
         load(whole / '16x2'),
-        validation_batches(open_corpus('pydocs', data_dir).val, 16, 4, 512, 'cpu'),
+        validation_batches(open_corpus('pydocs', data_dir).val, 16, 4, 512),
     )
     assert found == pytest.approx(Result.of(whole / '16x2').val_loss, abs=1e-6)
 
@@ -188,13 +192,13 @@ def test_accumulation_gives_the_same_losses(whole, data_dir, tmp_path, micro_bat
     'arguments_, word',
     [
         (['--device=tpu'], 'device'),
-        (['--schedule=linear'], "no schedule 'linear'"),
+        (['--schedule=linear'], 'schedule must be one of cosine, wsd, constant'),
         (['--data=pydocs:x'], 'WEIGHT'),
         (['--data=openwebtext'], 'data/prepare.py openwebtext'),
         (['--micro_batch_size=3'], 'does not divide'),
         (['--init_from=nowhere'], 'not a model folder'),
         (['--size=16y2'], 'no size'),
-        (['--batch_size=0'], 'batch_size must be at least 1, not 0'),
+        (['--batch_size=0'], 'batch_size must be a whole number, at least 1'),
         (['--log_interval=0'], 'log_interval'),
         (['--micro_batch_size=-1'], 'micro_batch_size'),
         (['--beta1=2'], 'between 0 and 1'),
@@ -229,9 +233,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
 ):
     def explode(model, x, y, progress):
         loss = model(x, y).loss
-        return loss * math.inf if progress.after(0.5) == 1 and progress.step > 10 else loss, {}
+        return loss * math.inf if progress.fraction_of(
+            0.5
+        ) == 1 and progress.step > 10 else loss, {}
 
-    monkeypatch.setattr(train, 'next_token', explode)
+    monkeypatch.setattr(training, 'next_token', explode)
     with pytest.raises(UserError, match='16x2: loss inf .* at step 1[1-9]'):
         train.main(arguments(data_dir, tmp_path / 'run', '--save_minutes=1e-9'))
     states = sorted(path.name for path in (tmp_path / 'run' / '16x2').glob('state-*'))
@@ -241,7 +247,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------- interruptions
+# ----------------------------------------------------------------------------------------------
+# interruptions
 
 
 def wait_for(condition, process, seconds=60):
@@ -289,7 +296,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
     process, (out, err) = interrupted(data_dir, tmp_path / 'run', number, *more)
     assert process.returncode == code, err
     if number != signal.SIGKILL:
-        assert 'the same command goes on from there' in out and 'Traceback' not in err
+        assert 'the same command continues from there' in out and 'Traceback' not in err
     stopped_at = [
         int(p.name[6:]) for p in (tmp_path / 'run' / '16x2').glob('state-*') if p.suffix != '.tmp'
     ]
@@ -334,7 +341,8 @@ def test_max_minutes_saves_and_exits_with_code_0_and_a_family_goes_on(data_dir, 
     assert stops > 5 and same(tmp_path / 'family' / '32x2', tmp_path / 'once' / '32x2')
 
 
-# --------------------------------------------------------------------------------------------------------------------- presets and plans
+# ----------------------------------------------------------------------------------------------
+# presets and plans
 
 PRESETS = sorted(p for p in (ROOT / 'config').glob('*.py') if p.name[0] != '_')
 

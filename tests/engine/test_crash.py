@@ -1,7 +1,7 @@
 """
 kill -9 at random moments, and the same command again: what comes out is bit for bit what an undisturbed run gives.
 
-    KILLS=200 python -m pytest tests/test_crash.py -s      # the long form; 4 kills of each kind by default
+    KILLS=200 python -m pytest tests/engine/test_crash.py -s      # 4 kills of each kind by default
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import saved_states
-from configurator import Result
 from data import prepare
+from engine.checkpoint import saved_states
+from engine.stage import Result
 from model import load
 
 KILLS = int(os.environ.get('KILLS', 4))
@@ -49,7 +49,7 @@ def prepare_in_small_pieces(options):
 def processes():
     """Makes processes that need not import torch again: they are forked from one that has."""
     context = get_context('forkserver')
-    context.set_forkserver_preload(['train', 'datasets', 'test_crash'])
+    context.set_forkserver_preload(['train', 'datasets'])
     return context
 
 
@@ -140,7 +140,7 @@ def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
 
 
 def test_preparation_survives_kills_anywhere(processes, tmp_path):
-    from test_data import write_texts
+    from conftest import write_texts
 
     options = dict(corpus=write_texts(tmp_path / 'texts', 'jsonl'), tokenizer='bytes', processes=1)
     timed(

@@ -4,21 +4,23 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
+from conftest import run_command, run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from bench import peak_memory
-from configurator import Progress, Result, UserError, next_token
-from conftest import run_command, run_processes
-from machine import attention_kernel, attention_kernels, find_machine
+from engine.device import attention_kernel, attention_kernels, find_hardware
+from engine.errors import UserError
+from engine.optimizer import make_optimizer
+from engine.parallel import Meter, choose_micro_batch, choose_strategy, recompute, wrap
+from engine.plan import estimate_memory
+from engine.stage import Progress, Result, next_token
 from model import GPT, GPTConfig, load
-from optimizer import make_optimizer
-from parallel import Meter, choose_micro_batch, choose_parallel, recompute, wrap
-from plan import estimate_memory
 from train import Run
 
 TINY = [
@@ -64,7 +66,8 @@ def whole(data_dir, tmp_path_factory):
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------------- processes
+# ----------------------------------------------------------------------------------------------
+# processes
 
 
 @pytest.mark.parametrize('how', ['ddp', 'fsdp'])
@@ -140,14 +143,14 @@ def test_a_family_grows_with_its_sharded_optimizer_and_the_best_model_is_kept(da
 
 def test_shards_are_chosen_when_a_replica_does_not_fit():
     config, run = GPTConfig.named('8b'), Run(device='cpu', block_size=2048, batch_size=64)
-    eight_h100 = find_machine(run)._replace(world_size=8, memory=68e9, device=torch.device('cuda'))
+    eight_h100 = find_hardware(run)._replace(world_size=8, memory=68e9, device=torch.device('cuda'))
     assert (
-        choose_parallel(run, config, eight_h100) == 'fsdp'
-        and choose_parallel(run, GPTConfig.named('1b'), eight_h100) == 'ddp'
+        choose_strategy(run, config, eight_h100) == 'fsdp'
+        and choose_strategy(run, GPTConfig.named('1b'), eight_h100) == 'ddp'
     )
     assert (
-        choose_parallel(Run(parallel='ddp'), config, eight_h100) == 'ddp'
-        and choose_parallel(run, config, eight_h100._replace(memory=1e12)) == 'ddp'
+        choose_strategy(Run(parallel='ddp'), config, eight_h100) == 'ddp'
+        and choose_strategy(run, config, eight_h100._replace(memory=1e12)) == 'ddp'
     )
     state, sequence = estimate_memory(config, run, 1)
     assert (
@@ -168,11 +171,12 @@ def test_shards_are_chosen_when_a_replica_does_not_fit():
     assert estimate_memory(config, run, 1, shards=8)[0] < state / 4
     with pytest.raises(UserError, match='use more of them'):
         choose_micro_batch(run, config, eight_h100._replace(world_size=1))
-    with pytest.raises(UserError, match='there is one'):
-        choose_parallel(Run(parallel='fsdp'), config, eight_h100._replace(world_size=1))
+    with pytest.raises(UserError, match='needs several processes'):
+        choose_strategy(Run(parallel='fsdp'), config, eight_h100._replace(world_size=1))
 
 
-# --------------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------
+# memory
 
 
 @pytest.mark.parametrize('how', ['full', 'selective'])
@@ -186,17 +190,14 @@ def test_recomputed_activations_give_the_same_gradients_in_less_memory(how):
         model(x, x).loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    def forward(_):
+    def forward():
         return model(x, x).loss  # what is held for the backward pass
 
-    plain, held = gradients(), peak_memory(forward, None, torch.device('cpu'))
+    plain, held = gradients(), peak_memory(forward, torch.device('cpu'))
     recompute(model, how)
     again = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
-    assert (
-        peak_memory(forward, None, torch.device('cpu'))
-        < (0.8 if how == 'selective' else 0.5) * held
-    )
+    assert peak_memory(forward, torch.device('cpu')) < (0.8 if how == 'selective' else 0.5) * held
     with torch.no_grad():  # nothing is kept, so nothing is recomputed
         assert torch.equal(model(x).logits, model(x).logits)
 
@@ -209,7 +210,8 @@ def test_knobs_of_memory_do_not_change_the_numbers(whole, data_dir, tmp_path):
         same_curves(whole, tmp_path / how)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------------
+# the step
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -223,16 +225,21 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 def step_of(recompute='none', compile_with=None):
+    """A function that trains one step of two micro-batches."""
     run = Run(device='cpu', block_size=16, batch_size=4, recompute=recompute)
-    machine, model = find_machine(run), GPT(GPTConfig.named('16x2', vocab_size=61, block_size=16))
-    trained = wrap(model, 'ddp', run, machine)
-    trained = (
-        torch.compile(trained, backend=compile_with, fullgraph=True) if compile_with else trained
+    model, x = (
+        GPT(GPTConfig.named('16x2', vocab_size=61, block_size=16)),
+        torch.randint(61, (2, 16)),
     )
-    optimizer, x = make_optimizer(model, run), torch.randint(61, (2, 16))
-    return lambda: train.train_step(
-        next_token, Progress(0, 10), run, machine, model, trained, optimizer, iter([(x, x)] * 2), 2
-    )
+    hardware = find_hardware(run)
+    ddp_model = wrap(model, 'ddp', run, hardware)
+    if compile_with:
+        ddp_model = torch.compile(ddp_model, backend=compile_with, fullgraph=True)
+    training = SimpleNamespace(raw_model=model, ddp_model=ddp_model, hardware=hardware, knobs=run)
+    training.optimizer, training.objective = make_optimizer(model, run), next_token
+    training.progress, training.accumulate = Progress(0, 10), 2
+    training.batches = iter(lambda: (x, x), None)
+    return partial(train.train_step, training)
 
 
 def test_nothing_in_a_step_waits_for_the_device():
@@ -266,7 +273,7 @@ def test_hopper_tries_cudnn_before_flash_attention(monkeypatch, capability, firs
 
 
 def test_the_attention_kernel_is_known_by_its_name():
-    assert attention_kernel(GPTConfig.named('16x2'), find_machine(Run(device='cpu'))) in (
+    assert attention_kernel(GPTConfig.named('16x2'), find_hardware(Run(device='cpu'))) in (
         'flash_attention',
         'math',
     )
@@ -275,7 +282,7 @@ def test_the_attention_kernel_is_known_by_its_name():
 def test_a_plan_says_what_a_replica_and_a_shard_need(capsys):
     train.main(['--size=8b', '--tokens=1e9', '--dry_run=True', '--data=fineweb_edu'])
     replica, shard = re.search(
-        r'before activations: (\S+)GB for a replica \(ddp\), (\S+)GB for a shard',
+        r'before activations: (\S+)GB for a replica \(ddp\), (\S+)GB for each of 8 shards',
         capsys.readouterr().out,
     ).groups()
     assert 120 < float(replica) < 150 and float(shard) < float(replica) / 5

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-import bridge
+import extras.bridge as bridge
 import train
-from bridge import rouge_l, text_generator, write_answers
-from configurator import UserError
 from data.instruct import Examples
+from engine.errors import UserError
+from extras.bridge import rouge_l, text_generator, write_answers
 from model import GPT, GPTConfig
 
 
@@ -28,7 +28,7 @@ def test_rouge_l_is_that_of_the_package():
 
 def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
     pytest.importorskip('tokenizers')
-    from test_translate import train as train_tokenizer
+    from conftest import train_tokenizer
 
     train_tokenizer('byte-level', tmp_path / 'ancestor', 300)
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
 def test_any_model_of_transformers_can_answer(tmp_path):
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('tokenizers')
-    from test_translate import train as train_tokenizer
+    from conftest import train_tokenizer
 
     train_tokenizer('byte-level', tmp_path / 'm', 300)
     config = transformers.MistralConfig(

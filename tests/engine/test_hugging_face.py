@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-
-import hugging_face
-from configurator import UserError
-from expand import grow_folder
-from hugging_face import config_to_hugging_face, family_of, model_folder, tensors_to_hugging_face
-from model import GPTConfig, load
 from test_model import small, tokens
+
+from engine.errors import UserError
+from engine.hub import model_folder
+from engine.hugging_face import config_to_hugging_face, family_of, tensors_to_hugging_face
+from expand import Operators, grow_folder
+from model import GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.set_verbosity_error()
@@ -213,8 +213,7 @@ def test_public_models_grow_on_disk_without_changing_what_they_say(tmp_path, nam
                 'n_kv_head': 2 * c.n_kv_head,
             }
         ),
-        'lossless',
-        'identity',
+        Operators('lossless', 'identity'),
     )
     large = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / 'large', dtype=torch.float64
@@ -257,10 +256,10 @@ def test_family_of_every_kind():
 @pytest.mark.parametrize(
     'changes, words',
     [
-        (dict(model_type='mamba'), 'model type that is read here .mamba.'),
-        (dict(hidden_act='gelu'), "hidden_act='gelu' is not read here"),
+        (dict(model_type='mamba'), 'no model type that can be read .mamba.'),
+        (dict(hidden_act='gelu'), "hidden_act='gelu' cannot be read"),
         (dict(mlp_bias=True), 'attention or MLP alone'),
-        (dict(rope_parameters=dict(rope_type='yarn', factor=2)), 'RoPE of the type .yarn.'),
+        (dict(rope_parameters=dict(rope_type='yarn', factor=2)), 'RoPE of type .yarn.'),
         (dict(num_attention_heads=3, head_dim=None), 'n_kv_head'),
         (dict(vocab_size=60), 'shape'),
         (dict(num_hidden_layers=2), 'surplus.*layers.2'),
@@ -282,11 +281,11 @@ def test_pickles_are_refused_with_the_reason(tmp_path):
 
 
 def test_hub_names_without_a_network(monkeypatch):
-    with pytest.raises(UserError, match='someone/something is no folder here'):
+    with pytest.raises(UserError, match='someone/something is not a folder'):
         model_folder('someone/something')
     monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
     monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
     with pytest.raises(
-        UserError, match='the Hugging Face hub, where other/thing is, cannot be reached'
+        UserError, match='the Hugging Face hub, needed for other/thing, cannot be reached'
     ):
-        hugging_face.model_folder('other/thing')
+        model_folder('other/thing')

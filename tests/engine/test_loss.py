@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-import head
-from head import head_loss, plain_head_loss
+import engine.loss as head
+from engine.loss import (
+    Distillation,
+    fused_linear_cross_entropy,
+    padded_head,
+    plain_linear_cross_entropy,
+)
 
 
 def drawn(seed=0, n=(3, 7), width=8, vocab=11, dtype=torch.float64):
@@ -39,11 +44,10 @@ def test_values_and_gradients_are_those_of_the_plain_computation(
     monkeypatch.setattr(head, 'chunk_positions', lambda vocab_size, device: chunk)
     hidden, weight, targets, teacher = drawn()
     results = []
-    for function in (head_loss, plain_head_loss):
+    how = Distillation(*teacher, alpha, temperature, reverse) if taught else None
+    for function in (fused_linear_cross_entropy, plain_linear_cross_entropy):
         hidden.grad = weight.grad = None
-        values = function(
-            hidden, weight, targets, teacher if taught else None, alpha, temperature, reverse
-        )
+        values = function(hidden, weight, targets, how)
         (3 * values[0]).backward()
         results.append([*(v.detach().double() for v in values), hidden.grad, weight.grad])
     for ours, plain in zip(*results, strict=True):
@@ -53,15 +57,18 @@ def test_values_and_gradients_are_those_of_the_plain_computation(
 def test_without_gradients_only_the_values_are_made():
     hidden, weight, targets, _ = drawn()
     with torch.no_grad():
-        loss, data, _ = head_loss(hidden, weight, targets)
-    assert not loss.requires_grad and loss == data == head_loss(hidden, weight, targets)[1]
+        loss, data, _ = fused_linear_cross_entropy(hidden, weight, targets)
+    assert (
+        not loss.requires_grad
+        and loss == data == fused_linear_cross_entropy(hidden, weight, targets)[1]
+    )
 
 
 def test_bfloat16_keeps_the_loss_in_float32():
     hidden, weight, targets, teacher = drawn(n=(16, 64), width=32, vocab=300, dtype=torch.float32)
-    exact = head_loss(hidden, weight, targets)[0]
+    exact = fused_linear_cross_entropy(hidden, weight, targets)[0]
     with torch.autocast('cpu', torch.bfloat16):
-        rounded = head_loss(hidden, weight, targets)[0]
+        rounded = fused_linear_cross_entropy(hidden, weight, targets)[0]
     assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(
         exact.item(), rel=2e-3
     )
@@ -71,28 +78,31 @@ def test_bfloat16_keeps_the_loss_in_float32():
 
 def test_it_compiles_without_graph_breaks():
     hidden, weight, targets, _ = drawn(dtype=torch.float32)
-    compiled = torch.compile(lambda h, w: head_loss(2 * h, w, targets)[0], fullgraph=True)
+    compiled = torch.compile(
+        lambda h, w: fused_linear_cross_entropy(2 * h, w, targets)[0], fullgraph=True
+    )
     compiled(hidden, weight).backward()
     ours, hidden.grad = hidden.grad, None
-    head_loss(2 * hidden, weight, targets)[0].backward()
+    fused_linear_cross_entropy(2 * hidden, weight, targets)[0].backward()
     torch.testing.assert_close(ours, hidden.grad)
 
 
 @pytest.mark.parametrize('taught', [False, True])
 def test_a_vocabulary_of_an_odd_size_is_padded_where_nobody_sees_it(monkeypatch, taught):
     hidden, weight, targets, teacher = drawn(n=(4, 16), width=16, vocab=61, dtype=torch.float32)
-    padded = head.aligned(weight.detach(), torch.bfloat16)
+    padded = padded_head(weight.detach(), torch.bfloat16)
     assert (
         padded.shape == (64, 16)
         and not padded[61:].any()
-        and head.aligned(weight, torch.float32) is weight
+        and padded_head(weight, torch.float32) is weight
     )
     results = []
-    for align in (head.aligned, lambda weight, dtype: weight.to(dtype)):
-        monkeypatch.setattr(head, 'aligned', align)
+    how = Distillation(*teacher) if taught else None
+    for pad in (padded_head, lambda weight, dtype: weight.to(dtype)):
+        monkeypatch.setattr(head, 'padded_head', pad)
         hidden.grad = weight.grad = None
         with torch.autocast('cpu', torch.bfloat16):
-            values = head_loss(hidden, weight, targets, teacher if taught else None)
+            values = fused_linear_cross_entropy(hidden, weight, targets, how)
         values[0].backward()
         results.append([*(v.detach() for v in values), hidden.grad, weight.grad])
     for ours, plain in zip(*results, strict=True):

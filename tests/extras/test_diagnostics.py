@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import scaling
-from configurator import UserError
-from diagnostics import (
+from engine.errors import UserError
+from extras.diagnostics import (
+    Toy,
     hessian_vector_product,
     largest_eigenvalue,
     loss_variance,
@@ -72,7 +73,7 @@ def test_variance_of_a_curve_is_that_around_its_trend():
 
 def test_the_toy_models_exponent_falls_with_log_D1():
     D1 = np.logspace(0, 8, 9)
-    measured, alpha = toy_exponents(D1, features=10**5)
+    measured, alpha = toy_exponents(D1, Toy(features=10**5))
     assert (np.diff(measured) < 0).all() and np.allclose(measured, alpha / (1 + alpha), atol=0.02)
     straight = np.polyval(
         np.polyfit(np.log(D1), alpha, 1), np.log(D1)
@@ -81,13 +82,15 @@ def test_the_toy_models_exponent_falls_with_log_D1():
 
 
 def test_a_run_in_pieces_is_one_curve(tmp_path):
-    for name, parent, start, steps in (
-        ('a', None, 'random initialisation', 3),
-        ('b', 'a', 'weights of a and its optimizer', 2),
-        ('c', 'b', 'weights of b', 2),
+    for name, parent, continues, steps in (
+        ('a', None, False, 3),
+        ('b', 'a', True, 2),
+        ('c', 'b', False, 2),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'stage.json').write_text(json.dumps(dict(parent=parent, start=start)))
+        (tmp_path / name / 'stage.json').write_text(
+            json.dumps(dict(parent=parent, continues_optimizer=continues))
+        )
         (tmp_path / name / 'metrics.jsonl').write_text(
             '\n'.join(
                 json.dumps(dict(step=i, loss=1.0, grad_norm=1.0, param_norm=2.0))

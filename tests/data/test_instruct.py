@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import train
-from configurator import Result, UserError
 from data.instruct import SETS, Examples, is_supervised, prompt, shuffled, supervised_source
-from data.loader import open_corpus
+from data.loader import Share, open_corpus
 from data.prepare import Preparation, prepare
-from model import load
+from engine.errors import UserError
+from engine.stage import Result
+from model import GPT, load
 
 ROWS = {  # a row of each set as its repository has it -> what is answered
     'dolly': (dict(instruction='Who?', context='', response='Me.', category='open_qa'), 'Me.'),
@@ -34,7 +35,7 @@ ROWS = {  # a row of each set as its repository has it -> what is answered
 @pytest.mark.parametrize('name', SETS)
 def test_every_set_says_its_rows_in_words(name):
     row, answer = ROWS[name]
-    instruction, given, output = SETS[name][-1](row)
+    instruction, given, output = SETS[name].convert(row)
     assert output == answer and instruction and isinstance(given, str)
 
 
@@ -107,7 +108,7 @@ def test_what_is_too_long_loses_the_beginning_of_its_prompt(prepared):
 def test_prompts_do_not_teach(prepared):
     """The gradient is that of the answers' cross entropy alone."""
     torch.manual_seed(0)
-    model = train.GPT(train.Run(data_dir='nowhere').model_config('16x1', block_size=64))
+    model = GPT(train.Run(data_dir='nowhere').model_config('16x1', block_size=64))
     x, y = map(torch.from_numpy, Examples('mine', prepared, 'train').rows([3, 4], 64))
     logits = model(x).logits.log_softmax(-1)
     asked = y != -100
@@ -145,7 +146,7 @@ def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path, capsys):
         < 4
     )
     assert load(tmp_path / 'b' / '16x1-continued').config.vocab_size == 257
-    with pytest.raises(UserError, match='not mixed'):
+    with pytest.raises(UserError, match='cannot be mixed'):
         open_corpus('mine', prepared)
         (prepared / 'other').mkdir(exist_ok=True)
         for file in (prepared / 'mine').iterdir():
@@ -192,8 +193,8 @@ def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
     with pytest.raises(UserError, match='is text, not instructions'):
         Examples('pydocs', data_dir, 'train')
     source = supervised_source(train.Run(data='mine', data_dir=str(prepared), block_size=32))
-    assert sum(count for *_, count in source.validation(4, 'cpu', 0, 1)) == sum(
-        count for rank in (0, 1) for *_, count in source.validation(4, 'cpu', rank, 2)
+    assert sum(count for *_, count in source.validation(4, Share())) == sum(
+        count for rank in (0, 1) for *_, count in source.validation(4, Share('cpu', rank, 2))
     )
 
 

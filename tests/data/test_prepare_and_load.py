@@ -4,15 +4,18 @@ import json
 import socket
 import threading
 import time
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from conftest import DOCUMENTS, ROOT, run_command, write_corpus, write_texts
 
+import data.offline as offline
 import data.prepare as prepare
-from configurator import UserError
-from conftest import ROOT, run_command, write_corpus
 from data.loader import (
+    Order,
+    Share,
     batches,
     offsets,
     open_corpus,
@@ -22,8 +25,13 @@ from data.loader import (
     split_by_weight,
     validation_batches,
 )
+from data.vocabulary import bytes_encoding, load_tokenizer
+from engine.errors import UserError
+from engine.files import checksum
+from engine.hub import within
 
-# --------------------------------------------------------------------------------------------------------------------- order
+# ----------------------------------------------------------------------------------------------
+# order
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7, 100, 1000, 4097])
@@ -42,9 +50,7 @@ def test_permute_needs_no_table_and_looks_random():
 
 
 def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order():
-    first, second = (
-        offsets(np.arange(e * 12, e * 12 + 12), 100, 8, 'epoch', seed=5) for e in (0, 1)
-    )
+    first, second = (offsets(np.arange(e * 12, e * 12 + 12), 100, Order(8, seed=5)) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(0, 96, 8)) and not np.array_equal(
         first, second
     )
@@ -52,16 +58,16 @@ def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order():
 
 def test_a_cap_on_unique_tokens_changes_nothing_until_it_is_reached():
     positions = np.arange(40)
-    free, capped = (offsets(positions, 1000, 8, 'epoch', 5, cap) for cap in (0, 20 * 8))
+    free, capped = (offsets(positions, 1000, Order(8, 'epoch', 5, cap)) for cap in (0, 20 * 8))
     assert np.array_equal(free[:20], capped[:20])
     assert sorted(capped[20:]) == sorted(capped[:20]) and len(set(free)) == 40
     assert not np.array_equal(capped[20:], capped[:20])
 
 
 def test_random_order_draws_any_offset_with_replacement():
-    starts = offsets(np.arange(20000), 500, 8, 'random', seed=1)
+    starts = offsets(np.arange(20000), 500, Order(8, 'random', seed=1))
     assert starts.min() == 0 and starts.max() == 491 and len(set(starts)) == 492
-    capped = offsets(np.arange(2000), 500, 8, 'random', seed=1, unique_tokens=40)
+    capped = offsets(np.arange(2000), 500, Order(8, 'random', seed=1, unique_tokens=40))
     assert len(set(capped)) == 5
 
 
@@ -96,7 +102,7 @@ def numbers(tmp_path):
 
 
 def test_a_sequence_is_a_window_and_the_token_after_it(numbers):
-    tokens = sequences(numbers, [0.75, 0.25], np.arange(16), block_size=10)
+    tokens = sequences(numbers, [0.75, 0.25], Order(10), np.arange(16))
     assert (
         tokens.shape == (16, 11)
         and (np.diff(tokens) == 1).all()
@@ -104,10 +110,10 @@ def test_a_sequence_is_a_window_and_the_token_after_it(numbers):
     )
 
 
-def collect(numbers, position, batch, micro, rank, world, count):
-    stream = batches(
-        lambda p: sequences(numbers, [0.5, 0.5], p, 10), position, batch, micro, 'cpu', rank, world
-    )
+def collect(numbers, position, micro, count, share=Share()):  # noqa: B008
+    """The first tokens of the sequences in some micro-batches, of batches of 8."""
+    read = partial(sequences, numbers, [0.5, 0.5], Order(10))
+    stream = batches(read, position, 8, micro, share)
     pieces = [next(stream) for _ in range(count)]
     stream.close()
     assert all((x[:, 1:] == y[:, :-1]).all() for x, y in pieces)
@@ -115,21 +121,22 @@ def collect(numbers, position, batch, micro, rank, world, count):
 
 
 def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a_resume(numbers):
-    whole = collect(numbers, 0, 8, 8, 0, 1, 3)
-    assert collect(numbers, 0, 8, 2, 0, 1, 12) == whole
-    assert collect(numbers, 16, 8, 8, 0, 1, 1) == whole[16:]
-    by_rank = [collect(numbers, 0, 8, 2, rank, 2, 6) for rank in (0, 1)]
+    whole = collect(numbers, 0, 8, 3)
+    assert collect(numbers, 0, 2, 12) == whole
+    assert collect(numbers, 16, 8, 1) == whole[16:]
+    by_rank = [collect(numbers, 0, 2, 6, Share('cpu', rank, 2)) for rank in (0, 1)]
     assert [by_rank[i % 2][i // 2] for i in range(24)] == whole
 
 
 def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers):
-    found = list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu'))
+    found = list(validation_batches(numbers[0].val, 10, 4, 0))
     assert [count for *_, count in found] == [40, 40, 10] and [x.shape for x, *_ in found] == [
         (4, 10)
     ] * 3
     assert (found[-1][1][1:] == -100).all() and (found[-1][1][0] >= 0).all()
-    assert sum(count for *_, count in validation_batches(numbers[0].val, 10, 4, 50, 'cpu')) == 50
-    split = [list(validation_batches(numbers[0].val, 10, 4, 0, 'cpu', rank, 2)) for rank in (0, 1)]
+    assert sum(count for *_, count in validation_batches(numbers[0].val, 10, 4, 50)) == 50
+    shares = [Share('cpu', rank, 2) for rank in (0, 1)]
+    split = [list(validation_batches(numbers[0].val, 10, 4, 0, share)) for share in shares]
     assert sum(count for part in split for *_, count in part) == 90
 
 
@@ -139,7 +146,7 @@ def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers
         (lambda f: (f / 'meta.json').unlink(), 'is not prepared'),
         (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
         (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'),
-        (lambda f: (f / 'val.bin').unlink(), 'has lost its val.bin'),
+        (lambda f: (f / 'val.bin').unlink(), 'val.bin is missing'),
     ],
 )
 def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
@@ -151,36 +158,15 @@ def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
 
 def test_a_corpus_shorter_than_a_sequence_is_refused(numbers):
     for use in (
-        lambda: offsets(np.arange(2), 10, 10, 'epoch', 0),
-        lambda: next(validation_batches(numbers[0].val, 100, 1, 0, 'cpu')),
+        lambda: offsets(np.arange(2), 10, Order(10)),
+        lambda: next(validation_batches(numbers[0].val, 100, 1, 0)),
     ):
         with pytest.raises(UserError, match='too short'):
             use()
 
 
-# --------------------------------------------------------------------------------------------------------------------- preparation
-
-DOCUMENTS = [
-    f'Document number {i} tells of {"apples pears plums"[i % 11 :]} and ends with é{i}.'
-    for i in range(300)
-]
-
-
-def write_texts(folder, kind):
-    """The documents as local files of one kind; returns a glob of them."""
-    folder.mkdir(exist_ok=True)
-    if kind == 'txt':
-        for i, text in enumerate(DOCUMENTS):
-            (folder / f'{i:03d}.txt').write_text(text, encoding='utf-8')
-    elif kind == 'jsonl':
-        (folder / 'a.jsonl').write_text(
-            ''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8'
-        )
-    else:
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table(dict(body=DOCUMENTS)), folder / 'a.parquet')
-    return str(folder / f'*.{kind}')
+# ----------------------------------------------------------------------------------------------
+# preparation
 
 
 def decoded(corpus):
@@ -203,13 +189,13 @@ def test_local_files_become_tokens(tmp_path, kind):
         out=str(tmp_path / 'c'),
         tokenizer='bytes',
         processes=1,
-        text_column='body' if kind == 'parquet' else '',
+        text_column='body' if kind == 'parquet' else 'text',
     )
     prepare.prepare(options)
     corpus = open_corpus('c', tmp_path)
     train, val = decoded(corpus)
     assert sorted(train + val) == sorted(DOCUMENTS) and 3 < len(val) < 40
-    assert corpus.meta['splits']['val']['sha256'] == prepare.checksum(tmp_path / 'c' / 'val.bin')
+    assert corpus.meta['splits']['val']['sha256'] == checksum(tmp_path / 'c' / 'val.bin')
     assert corpus.bytes_per_token == pytest.approx(1, abs=0.05) and not list(
         tmp_path.glob('*.partial')
     )
@@ -331,21 +317,22 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(tmp_path, monkeypat
 
 def test_within_gives_up_on_a_call_that_hangs():
     with pytest.raises(UserError, match='the moon cannot be reached .no answer within 0.1 s.'):
-        prepare.within(0.1, threading.Event().wait, 'the moon')
-    assert prepare.within(5, lambda: 7, 'the moon') == 7
+        within(0.1, threading.Event().wait, 'the moon')
+    assert within(5, lambda: 7, 'the moon') == 7
 
 
 def test_bytes_tokenizer_is_the_tiktoken_encoding_it_says_it_is():
-    encode, decode, vocab_size, end = prepare.load_tokenizer('bytes')
+    encode, decode, vocab_size, end = load_tokenizer('bytes')
     text = 'naïve 漢字 🙂\n'
     assert (
-        list(encode(text)) == prepare.bytes_encoding().encode_ordinary(text)
+        list(encode(text)) == bytes_encoding().encode_ordinary(text)
         and decode(list(encode(text))) == text
     )
-    assert (vocab_size, end, prepare.bytes_encoding().eot_token) == (257, 256, 256)
+    assert (vocab_size, end, bytes_encoding().eot_token) == (257, 256, 256)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the offline corpora
+# ----------------------------------------------------------------------------------------------
+# the offline corpora
 
 MODULE = '''# Copyright 2020 Somebody. All rights reserved.
 """What this module is for, said in more than forty characters."""
@@ -373,11 +360,11 @@ def licensed():
 def test_documentation_and_code_of_a_file(tmp_path):
     file = tmp_path / 'module.py'
     file.write_text(MODULE)
-    assert prepare.read_source(('pydocs', file)) == [
+    assert offline.read_source(('pydocs', file)) == [
         'What this module is for, said in more than forty characters.',
         'A thing,\n\n    indented as people indent, and long enough to be kept.\n\nAnd on.',
     ]
-    (code,) = prepare.read_source(('pycode', file))
+    (code,) = offline.read_source(('pycode', file))
     assert (
         code.startswith('import os')
         and 'Copyright' not in code
@@ -385,28 +372,19 @@ def test_documentation_and_code_of_a_file(tmp_path):
         and 'def licensed' in code
     )
     file.write_text('print "python 2"')
-    assert prepare.read_source(('pydocs', file)) == []
+    assert offline.read_source(('pydocs', file)) == []
 
 
 def test_near_duplicates_go_and_the_first_copy_stays():
     text = ' '.join(f'word{chr(97 + i % 26)}{chr(97 + i // 26)}' for i in range(60))
     changed, other = text.replace('wordba', 'wordzz'), ' '.join(reversed(text.split()))
-    kept = list(
-        prepare.without_near_duplicates(
-            [
-                (text, True),
-                (text, False),
-                (changed, False),
-                (text.upper() + ' 12', False),
-                (other, False),
-            ]
-        )
-    )
-    assert kept == [(text, True), (other, False)]
+    seen = set()
+    texts = [text, text, changed, text.upper() + ' 12', other]
+    assert [offline.is_new(one, seen) for one in texts] == [True, False, False, False, True]
 
 
 def test_offline_sources_leave_out_tests_and_vendored_copies_and_are_named_alike_everywhere():
-    names = [name for name, _ in prepare.source_files('project')]
+    names = [name for name, _ in offline.source_files('project')]
     assert (
         names == sorted(names)
         and len(names) > 2000
@@ -419,10 +397,10 @@ def test_offline_sources_leave_out_tests_and_vendored_copies_and_are_named_alike
 def test_offline_corpus_is_deterministic_and_split_by_file(tmp_path, monkeypatch):
     files = [
         f
-        for f in prepare.source_files('project')
+        for f in offline.source_files('project')
         if f[0].startswith('python/') and f[0].count('/') == 1
     ]
-    monkeypatch.setattr(prepare, 'source_files', lambda packages: files)
+    monkeypatch.setattr(offline, 'source_files', lambda packages: files)
     for name in ('one', 'two'):
         prepare.prepare(
             prepare.Preparation(

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 pytest.importorskip('sktime')
+from test_train import metrics
+
 import train  # noqa: E402
-from model import GPT, GPTConfig, load  # noqa: E402
-from test_train import metrics  # noqa: E402
-from timeseries import accuracy, japanese_vowels, vowel_source  # noqa: E402
+from data.loader import Share  # noqa: E402
+from extras.timeseries import accuracy, japanese_vowels, vowel_source
+from model import GPT, GPTConfig, load
 
 
 def test_the_data_are_those_of_the_publication():
@@ -39,9 +41,13 @@ def test_every_epoch_reads_every_utterance_once_in_a_new_order():
         *(np.sort(e[0].reshape(270, -1).sum(1)) for e in (first, second))
     )
     assert (
-        sum(count for _, _, count in source.validation(64, 'cpu', 0, 1))
+        sum(count for _, _, count in source.validation(64, Share()))
         == 370
-        == sum(count for rank in range(3) for _, _, count in source.validation(64, 'cpu', rank, 3))
+        == sum(
+            count
+            for rank in range(3)
+            for _, _, count in source.validation(64, Share('cpu', rank, 3))
+        )
     )
 
 

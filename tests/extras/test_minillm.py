@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from data.instruct import Examples
+from engine.stage import Progress
+from extras.minillm import Answering, MiniLLM, answer, minillm, policy_loss, returns
 from let import reverse_kl
-from minillm import answer, minillm, policy_loss, returns
 from model import GPT, GPTConfig
-from configurator import Progress
 
 
 def tiny(seed, vocab_size=3, **more):
@@ -101,15 +101,9 @@ def test_clipping_stops_what_has_moved_far_enough():
 def test_answers_to_prompts_of_any_lengths(share):
     student, teacher = tiny(0, 5, block_size=16).float(), tiny(1, 5, block_size=16).float()
     prompts = [torch.tensor(p) for p in ([1], [2, 3, 1], [0, 1, 2, 3, 2])]
-    ids, answers, log_q, log_p, log_mix = answer(
-        student,
-        prompts,
-        6,
-        end=4,
-        teacher=teacher,
-        share=share,
-        generator=torch.Generator().manual_seed(0),
-    )
+    generator = torch.Generator().manual_seed(0)
+    how = Answering(6, end=4, share=share)
+    ids, answers, log_q, log_p, log_mix = answer(student, prompts, how, teacher, generator)
     for row, said, p in zip(ids, answers, prompts):
         assert (
             row[: len(p)].tolist() == p.tolist()
@@ -131,7 +125,7 @@ def test_answers_to_prompts_of_any_lengths(share):
 def test_greedy_answers_are_those_of_generate():
     model = tiny(0, 7, block_size=24).float()
     prompts = [torch.tensor(p) for p in ([1, 2], [3, 1, 2, 5])]
-    ids, answers, *_ = answer(model, prompts, 5, end=6, temperature=0)
+    ids, answers, *_ = answer(model, prompts, Answering(5, end=6, temperature=0))
     for row, said, p in zip(ids, answers, prompts):
         assert (
             row[said].tolist()
@@ -145,16 +139,8 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
     examples, x = Examples('signatures', data_dir, 'train'), torch.randint(257, (2, 16))
 
     def objective():
-        return minillm(
-            tmp_path / 'teacher',
-            examples,
-            tmp_path,
-            batch_size=2,
-            seed=3,
-            samples=4,
-            epochs=2,
-            length=24,
-        )
+        settings = MiniLLM(batch_size=2, seed=3, samples=4, inner_epochs=2, length=24)
+        return minillm(tmp_path / 'teacher', examples, tmp_path, settings)
 
     first = objective()
     losses = [

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from checkpoint import load_moments, load_state, save_moments, save_state, set_moments
+from engine.checkpoint import (
+    load_optimizer_state,
+    load_state,
+    save_optimizer_state,
+    save_state,
+    set_optimizer_state,
+)
+from engine.optimizer import CompactAdamW, make_optimizer, round_stochastically, stable_steps
 from model import GPT, GPTConfig
-from optimizer import CompactAdamW, make_optimizer, round_at_random, stable_steps
 from train import Run
 
 
@@ -14,7 +20,7 @@ def test_rounding_at_random_is_right_in_the_mean():
     x = torch.randn(1000)
     draws = torch.stack(
         [
-            round_at_random(x, torch.randint(2**16, x.shape, dtype=torch.int32)).float()
+            round_stochastically(x, torch.randint(2**16, x.shape, dtype=torch.int32)).float()
             for _ in range(2000)
         ]
     )
@@ -85,12 +91,12 @@ def test_its_state_survives_the_disk(tmp_path, dtype):
     knobs = Run(learning_rate=0.01, optimizer_dtype=dtype)
     model, optimizer, _ = trained(knobs)
     save_state(tmp_path, model, optimizer, dict(step=30))
-    save_moments(tmp_path, model, optimizer)
+    save_optimizer_state(tmp_path, model, optimizer)
     again = GPT(model.config)
-    fresh, progress = make_optimizer(again, knobs), dict(step=0)
-    load_state(tmp_path, again, fresh, progress)
+    fresh = make_optimizer(again, knobs)
+    progress = load_state(tmp_path, again, fresh)
     other = make_optimizer(GPT(model.config), knobs)
-    set_moments(again, other, load_moments(tmp_path), getattr(torch, dtype))
+    set_optimizer_state(again, other, load_optimizer_state(tmp_path), getattr(torch, dtype))
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         for key in ('exp_avg', 'exp_avg_sq', 'step'):
             assert torch.equal(optimizer.state[p][key], fresh.state[q][key]) and torch.equal(

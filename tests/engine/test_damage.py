@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-import bridge
+import extras.bridge as bridge
 import scaling
-from checkpoint import keep_metrics, read_stage
-from checksums import find_damage
-from configurator import Result, UserError, configure, read_json
+from configurator import configure
 from data import prepare
 from data.instruct import Examples, file_examples
 from data.loader import open_corpus, verify_corpus
-from diagnostics import training_curves
-from evaluate import read_metrics
+from engine.checkpoint import read_identity, read_metrics, truncate_metrics
+from engine.errors import UserError
+from engine.files import find_damage, read_json
+from engine.stage import Result
+from extras.diagnostics import training_curves
 from model import GPT, GPTConfig, load
 from train import METHODS, Run, main
 
@@ -126,12 +127,12 @@ def read_set(folder):
 
 READERS = {
     'stage/result.json': lambda f: Result.of(f / 'stage'),
-    'stage/stage.json': lambda f: (read_stage(f / 'stage'), training_curves(f / 'stage')),
+    'stage/stage.json': lambda f: (read_identity(f / 'stage'), training_curves(f / 'stage')),
     'stage/checksums.json': read_checksums,
     'stage/config.json': lambda f: load(f / 'stage'),
     'stage/model.safetensors': lambda f: load(f / 'stage'),
     'stage/metrics.jsonl': lambda f: (
-        keep_metrics(f / 'stage' / 'metrics.jsonl', 3),
+        truncate_metrics(f / 'stage' / 'metrics.jsonl', 3),
         read_metrics(f / 'stage'),
     ),
     'signatures/meta.json': lambda f: (
@@ -219,8 +220,7 @@ def test_commands_of_any_text_are_understood_or_refused(tmp_path):
             f'--{chance.choice(names)}={value}',
         ] + ['--' + value] * (chance.random() < 0.1)
         try:
-            run, _, _ = configure(argv, Run, METHODS)
-            run.check()
+            configure(argv, Run, METHODS)
         except UserError as error:
             assert '\n' not in str(error) or '\n' in value
 

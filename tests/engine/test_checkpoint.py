@@ -8,14 +8,15 @@ import sys
 
 import pytest
 import torch
+from conftest import run_command
 
 import train
-from checkpoint import _IndexUnpickler, load_state, saved_states
-from checksums import find_damage, measure, seal
-from configurator import Result, UserError
-from conftest import run_command
+from engine.checkpoint import IndexUnpickler, load_state, saved_states
+from engine.errors import UserError
+from engine.files import find_damage, measure_files, write_manifest
+from engine.optimizer import make_optimizer
+from engine.stage import Result
 from model import GPT, load
-from optimizer import make_optimizer
 
 TINY = [
     '--size=16x2',
@@ -80,7 +81,8 @@ def empty(path):
 DAMAGES = [truncate, flip_a_bit, empty, lambda path: path.unlink()]
 
 
-# --------------------------------------------------------------------------------------------------------------------- states
+# ----------------------------------------------------------------------------------------------
+# states
 
 
 def test_the_last_states_are_kept_and_none_of_a_finished_stage(data_dir, tmp_path, half, whole):
@@ -106,7 +108,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_offered(
     with pytest.raises(UserError) as error:
         train.main(arguments(data_dir, tmp_path / 'run'))
     path = re.search(
-        r'Remove (\S+), and the same command goes on from state-000000002, which is whole',
+        r'Remove (\S+), and the same command continues from state-000000002, which is intact',
         str(error.value),
     )[1]
     assert f'state-000000003/{name}' in str(error.value)
@@ -159,7 +161,7 @@ def test_a_state_of_another_run_is_refused_and_the_beginning_offered(data_dir, t
     shutil.copytree(half / 'state-000000003', folder / 'state-000000003')
     with pytest.raises(
         UserError,
-        match='state-000000003 belongs to another run. Remove .* goes on from the beginning of the stage',
+        match='state-000000003 belongs to another run. Remove .* continues from the beginning',
     ):
         train.main(arguments(data_dir, tmp_path, '--seed=3'))
 
@@ -171,21 +173,21 @@ def test_a_state_runs_nothing_that_its_files_say(tmp_path, half):
 
     with open(tmp_path / 'evil', 'wb') as file:
         pickle.dump(Evil(), file)
-    with pytest.raises(pickle.UnpicklingError, match='builtins.print has no place in a state'):
-        _IndexUnpickler(open(tmp_path / 'evil', 'rb')).load()
-    shutil.copytree(half, tmp_path / '16x2')  # sealed by somebody, and yet with a pickle of his own
+    with pytest.raises(pickle.UnpicklingError, match='builtins.print is not allowed in a state'):
+        IndexUnpickler(open(tmp_path / 'evil', 'rb')).load()
+    shutil.copytree(half, tmp_path / '16x2')  # a valid manifest around a foreign pickle
     state = tmp_path / '16x2' / 'state-000000003'
     shutil.copy(tmp_path / 'evil', state / '.metadata')
     sealed = json.loads((state / 'checksums.json').read_text())
-    seal(
+    write_manifest(
         state,
-        measure([state / name for name in sealed['files']]),
+        measure_files([state / name for name in sealed['files']]),
         sealed['owner'],
         progress=sealed['progress'],
     )
     model = GPT(load_config(half))
-    with pytest.raises(UserError, match='cannot be read .*no place in a state'):
-        load_state(tmp_path / '16x2', model, make_optimizer(model, train.Run()), {})
+    with pytest.raises(UserError, match='cannot be read .*not allowed in a state'):
+        load_state(tmp_path / '16x2', model, make_optimizer(model, train.Run()))
 
 
 def load_config(folder):
@@ -194,14 +196,6 @@ def load_config(folder):
     stage = json.loads((folder / 'stage.json').read_text())
     fields = {key[6:]: value for key, value in stage.items() if key.startswith('model.')}
     return GPTConfig(**fields | dict(rope_scaling=tuple(fields['rope_scaling'])))
-
-
-FULL_DISK = """
-import resource, sys, train
-from configurator import run_as_program
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)   # as a full disk does, a write fails in the middle
-run_as_program(train.main)
-"""
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no limits on file sizes')
@@ -218,15 +212,14 @@ def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(
     shutil.copytree(half.parent, tmp_path / 'run')
     folder = tmp_path / 'run' / '16x2'
     process = run_command(
-        '-c',
-        FULL_DISK,
+        'tests/programs/full_disk.py',
         limit,
         *arguments(data_dir, tmp_path / 'run', *['--save_minutes=1e-9'] * (limit < 50_000)),
     )
     assert (
         process.returncode == 2
         and word in process.stderr
-        and 'the same command goes on' in process.stderr
+        and 'the same command continues' in process.stderr
         and 'Traceback' not in process.stderr
     )
     assert [path.name for path in saved_states(folder)] == ['state-000000002', 'state-000000003']
@@ -239,7 +232,8 @@ def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(
     assert same(folder, whole)
 
 
-# --------------------------------------------------------------------------------------------------------------------- finished stages
+# ----------------------------------------------------------------------------------------------
+# finished stages
 
 
 @pytest.mark.parametrize(
@@ -263,14 +257,15 @@ def test_a_model_of_another_run_is_refused(data_dir, tmp_path, whole):
         train.main(arguments(data_dir, tmp_path, '--seed=3'))
 
 
-# --------------------------------------------------------------------------------------------------------------------- changed knobs
+# ----------------------------------------------------------------------------------------------
+# changed knobs
 
 
 def test_changed_knobs_are_shown_refused_and_on_request_accepted(data_dir, tmp_path, half, capsys):
     shutil.copytree(half.parent, tmp_path / 'run')
     changed = ['--learning_rate=0.02', '--weight_decay=0']
     with pytest.raises(
-        UserError, match='weight_decay was 0.1, now 0.0.*--accept_changes=True goes on'
+        UserError, match='weight_decay was 0.1, now 0.0.*--accept_changes=True continues'
     ) as error:
         train.main(arguments(data_dir, tmp_path / 'run', *changed))
     assert 'learning_rate was 0.01, now 0.02' in str(error.value)
@@ -293,9 +288,7 @@ def test_changed_knobs_are_shown_refused_and_on_request_accepted(data_dir, tmp_p
 
 def test_fewer_steps_than_are_done_already_are_refused(data_dir, tmp_path, half):
     shutil.copytree(half.parent, tmp_path / 'run')
-    with pytest.raises(
-        UserError, match='16x2 is at step 3 already, beyond the 2 that it is asked for'
-    ):
+    with pytest.raises(UserError, match='16x2 is at step 3, beyond the 2 asked'):
         train.main(arguments(data_dir, tmp_path / 'run', '--tokens=128', '--accept_changes=True'))
 
 
@@ -327,7 +320,8 @@ def test_a_longer_run_goes_on_from_the_end_of_the_stable_phase(data_dir, tmp_pat
     assert [path.name for path in saved_states(folder)] == ['stable-000000008', 'stable-000000016']
 
 
-# --------------------------------------------------------------------------------------------------------------------- the text
+# ----------------------------------------------------------------------------------------------
+# the text
 
 
 def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
@@ -339,7 +333,7 @@ def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
     def prepare(first):
         (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([first, 0] * 60))
         for split in ('train', 'val'):
-            meta['splits'][split]['sha256'] = measure(
+            meta['splits'][split]['sha256'] = measure_files(
                 [tmp_path / 'data' / 'mine' / f'{split}.bin']
             )[f'{split}.bin'][1]
         (tmp_path / 'data' / 'mine' / 'meta.json').write_text(json.dumps(meta))

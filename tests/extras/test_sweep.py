@@ -4,12 +4,14 @@ import csv
 import math
 
 import pytest
+from test_train import planned
 
 import train
-from configurator import Result, UserError
+from engine.errors import UserError
+from engine.optimizer import learning_rate
+from engine.report import describe
+from engine.stage import Result
 from model import load
-from test_train import planned
-from optimizer import learning_rate
 from train import Run
 
 TINY = [
@@ -136,26 +138,26 @@ def test_the_papers_grid_costs_its_longest_runs_and_its_decays():
 
 def test_the_dry_run_says_what_is_shared(capsys):
     train.main(['config/scaling_tiny.py', '--dry_run=True', '--data_dir=nowhere'])
-    assert '64.1% are saved' in capsys.readouterr().out
+    assert 'saved: 64.1%' in capsys.readouterr().out
 
 
 def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
     knobs = {
-        s.name: (s.knobs, s.start)
+        s.name: (s.knobs, s)
         for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay,cpt+stable')
     }
-    replay, start = next(v for k, v in knobs.items() if 'cpt+replay' in k)
+    replay, stage = next(v for k, v in knobs.items() if 'cpt+replay' in k)
     assert (
         replay['data'] == 'starcoder:0.75,slimpajama:0.25'
         and replay['val_data'] == 'starcoder'
         and replay['warmup'] == 200
-        and 'optimizer' not in start
+        and stage.optimizer_state is None
     )
-    stable, start = next(v for k, v in knobs.items() if 'cpt+stable' in k)
+    stable, stage = next(v for k, v in knobs.items() if 'cpt+stable' in k)
     assert (
         stable['data'] == 'starcoder'
         and stable['warmup'] == 0
-        and start == 'weights of 0.1b-stable-577M and its optimizer'
+        and describe(stage) == 'weights of 0.1b-stable-577M with its optimizer state'
     )
 
 

@@ -2,50 +2,19 @@
 
 import numpy as np
 import pytest
+from conftest import TEXT, train_tokenizer
 
-from configurator import UserError
-from data.prepare import load_tokenizer
 from data.translate import PROBE, check_alignable, same_tokenizer, token_bytes, translate
+from data.vocabulary import load_tokenizer
+from engine.errors import UserError
 
 tokenizers = pytest.importorskip('tokenizers')
-TEXT = (
-    'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n\tdef f(x): return "ß"  # Привет\n'
-    * 3
-)
-
-
-def train(kind, folder, vocab_size=400):
-    """A small tokenizer of the given kind, saved as a model's folder would hold it."""
-    if kind == 'byte-level':
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            tokenizers.decoders.ByteLevel(),
-        )
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    else:  # one that forgets capitals
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.normalizer, tokenizer.pre_tokenizer = (
-            tokenizers.normalizers.Lowercase(),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        )
-        tokenizer.decoder, alphabet = (
-            tokenizers.decoders.ByteLevel(),
-            tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=['<|endoftext|>'], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator([TEXT[:60], 'The mat and the cat sat'] * 3, trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / 'tokenizer.json'))
-    return str(folder)
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     return {
-        kind: train(kind, tmp_path_factory.mktemp('tokenizers') / kind)
+        kind: train_tokenizer(kind, tmp_path_factory.mktemp('tokenizers') / kind)
         for kind in ('byte-level', 'lowercase')
     } | {'bytes': 'bytes'}
 
