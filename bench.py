@@ -294,8 +294,9 @@ def print_steps(options):
         f'\n{options.size}: N = {format_count(config.num_params())}, '
         f'{format_count(all_params(config))} with embeddings; {options.batch_size} x '
         f'{options.block_size} tokens per step, vocabulary {config.vocab_size}; {full / 1e6:.1f} '
-        f'MFLOP per token (attention in full), {causal / 1e6:.1f} (causal)\n{where}, {dtype}, torch '
-        f'{torch.__version__}, allocator {allocator}; peak: {statistics.median(rates) / 1e9:,.0f} '
+        f'MFLOP per token (attention in full), {causal / 1e6:.1f} (causal)\n{where}, {dtype}, '
+        f'torch {torch.__version__}, allocator {allocator}; '
+        f'peak: {statistics.median(rates) / 1e9:,.0f} '
         f'GFLOP/s {source}; medians of {options.rounds} rounds and of their ratios'
     )
 

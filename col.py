@@ -24,8 +24,9 @@ from typing import Annotated, Any, Literal
 import torch
 
 from configurator import Count, Natural, NonNegative, Positive, Range, configure, with_positionals
+from data.corpus import check_vocabulary, open_corpus
 from data.instruct import Examples, supervised_source
-from data.loader import Share, check_vocabulary, open_corpus, text_source
+from data.loader import Share, text_source
 from data.vocabulary import tokenizer_of_model
 from engine.device import processes
 from engine.errors import UserError, run_as_program
@@ -34,8 +35,6 @@ from engine.hub import model_folder
 from engine.report import by_label, format_count, validation_curve
 from engine.stage import Origin, Result, Stage
 from expand import Growth, Operators, grow
-from extras.bridge import answer_scores, pseudo_answers
-from extras.minillm import MiniLLM, minillm
 from inheritune import inherit
 from let import distil
 from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
@@ -373,6 +372,8 @@ class ChainOfLearngene:
         if self.bridge:
             name, epochs = 'bridge', 10.0
             if not (run.toy or run.dry_run):
+                from extras.bridge import pseudo_answers
+
                 out = Path(run.out_dir) / 'bridge-data'
                 data = pseudo_answers(self.bridge, data, run, out, self.bridge_answers)
         if data:
@@ -416,6 +417,9 @@ class ChainOfLearngene:
 
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
+        from extras.bridge import answer_scores, pseudo_answers
+        from extras.minillm import MiniLLM, minillm
+
         stage.teaching = dict(objective=distillation, teacher=teacher.name)
         out = Path(run.out_dir)
         if distillation == 'seqkd':
@@ -494,6 +498,8 @@ class ChainOfLearngene:
 
     def summary(self, results):
         """Each descendant's loss at step 0 and after recovery; each tuned one's scores."""
+        from extras.bridge import answer_scores
+
         records, tuned = [], []
         for size, runs in by_label(results, 'size').items():
             curves = {r.labels['start']: validation_curve(r) for r in runs}

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import Natural, configure
-from data.loader import Share, check_vocabulary, open_corpus, validation_batches
+from data.corpus import check_vocabulary, open_corpus
+from data.loader import Share, validation_batches
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, run_as_program, unknown
@@ -86,6 +87,16 @@ def sliding_window_loss(model, tokens, window, stride, device):
 # downstream tasks
 
 
+@torch.no_grad()
+def log_likelihood(model, context, continuation):
+    """(log-likelihood of a continuation, is it the greedy one) after a context, lists of ids."""
+    ids = (context + continuation)[-model.config.block_size - 1 :]
+    ids, n = torch.tensor(ids, device=model.wte.weight.device), len(continuation)
+    logits = model(ids[None, :-1]).logits[0, -n:].float()
+    scores = logits.log_softmax(-1).gather(-1, ids[-n:, None])
+    return scores.sum().item(), bool((logits.argmax(-1) == ids[-n:]).all())
+
+
 def harness_model(model, tokenizer):
     """Our model as an LM of lm-evaluation-harness, which has tasks, prompts and metrics."""
     from lm_eval.api.model import TemplateLM
@@ -101,16 +112,10 @@ def harness_model(model, tokenizer):
         def tok_encode(self, string, **kwargs):
             return [int(token) for token in tokenizer.encode(string)]
 
-        @torch.no_grad()
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
             answers = []
             for _, context, continuation in tqdm(requests, disable=disable_tqdm):
-                ids = torch.tensor((context + continuation)[-longest - 1 :], device=device)
-                asked = ids[-len(continuation) :]
-                logits = model(ids[None, :-1]).logits[0, -len(continuation) :].float()
-                scores = logits.log_softmax(-1).gather(-1, asked[:, None])
-                greedy = bool((logits.argmax(-1) == asked).all())
-                answers.append((scores.sum().item(), greedy))
+                answers.append(log_likelihood(model, context, continuation))
             return answers
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):

@@ -33,11 +33,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from configurator import Count, Natural, NonNegative, Positive, configure, with_positionals
-from engine.checkpoint import load_optimizer_state
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import write_json
 from engine.growth import PIECE, Axis, by_head, copy_of, grow_tensor, round_robin
 from engine.hugging_face import config_to_hugging_face
+from engine.optimizer import load_optimizer_state
 from engine.report import compare_variants
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Stage

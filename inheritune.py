@@ -29,7 +29,8 @@ import torch
 from tqdm import tqdm
 
 from configurator import Count, Fraction, Natural, Positive, Range, configure, with_positionals
-from data.loader import Share, check_vocabulary, open_corpus, validation_batches
+from data.corpus import check_vocabulary, open_corpus
+from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import write_atomically
@@ -52,7 +53,7 @@ def fewest(shares, threshold):
 
 
 def attention_rank(attention, threshold=0.9):
-    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> int64 (...)."""
+    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> (...)."""
     attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
     squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
     return fewest(squares.clamp(min=0), threshold)
@@ -349,7 +350,7 @@ class Inheritune:
         return config
 
     def summary(self, results):
-        """Whether the last child matches, and every model's loss and cost beside the reference's."""
+        """Whether the last child matches; every model's loss and cost beside the reference's."""
         reference = results[0] if results[0].name == 'reference' else self.given
         child = [r for r in results if 'child' in r.labels][-1]
         records = []

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from configurator import Count, Fraction, NonNegative, Positive
-from data.loader import check_vocabulary, open_corpus
+from data.corpus import check_vocabulary, open_corpus
 from data.translate import check_alignable, same_tokenizer, translate
 from data.vocabulary import tokenizer_of_model
-from engine.checkpoint import read_metrics
 from engine.errors import UserError, unknown
 from engine.loss import Distillation, kl_of_logits
+from engine.metrics import read_metrics
 from engine.report import (
     Line,
     Panel,

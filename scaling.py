@@ -128,7 +128,7 @@ LAWS = {
 
 
 def logarithms(data):
-    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2, float64 tensors (n,), from columns of numbers."""
+    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2, float64 tensors (n,)."""
     columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in ('D1', 'D2', 'N')}
     columns['D'] = columns['D1'] + columns['D2']
     columns['D1'] = columns['D1'].clamp(min=1)

@@ -22,7 +22,6 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 
-import data.prepare
 from col import ChainOfLearngene
 from configurator import (
     Count,
@@ -34,7 +33,9 @@ from configurator import (
     configure,
     differences,
 )
-from data.loader import open_corpus, parse_mixture, verify_corpus
+from data.corpus import OFFLINE, open_corpus, verify_corpus
+from data.loader import parse_mixture
+from data.prepare import prepare_offline
 from engine.checkpoint import record_session
 from engine.device import attention_kernels, barrier, catch_signals, find_hardware, should_stop
 from engine.errors import UserError, run_as_program
@@ -123,7 +124,7 @@ class Run:
         """Of the corpora's common tokenizer; of an unprepared corpus, its default tokenizer's."""
         sizes = {}
         for name in self.corpora:
-            sizes[name] = 257 if name in data.prepare.OFFLINE else 50257
+            sizes[name] = 257 if name in OFFLINE else 50257
             if (Path(self.data_dir) / name / 'meta.json').is_file():
                 sizes[name] = open_corpus(name, self.data_dir).meta['vocab_size']
         if len(set(sizes.values())) > 1:
@@ -350,8 +351,8 @@ def find_corpora(run, method):
     """Prepare offline corpora that are used; verify the others. UserError: missing or damaged."""
     names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
     for name in filter(None, names):
-        if name in data.prepare.OFFLINE and not (Path(run.data_dir) / name).is_dir():
-            data.prepare.prepare_offline(name, Path(run.data_dir) / name)
+        if name in OFFLINE and not (Path(run.data_dir) / name).is_dir():
+            prepare_offline(name, Path(run.data_dir) / name)
         verify_corpus(name, run.data_dir)
 
 

@@ -1,5 +1,6 @@
-# What the runs of paper 004 share: Appendix C.1. Everyone is fine-tuned on Dolly (3 epochs); the chain is distilled on-policy for
-# 5000 steps, the best by Rouge-L; descendants recover on 78M tokens of OpenWebText and are fine-tuned on each task (10 epochs).
+# What the runs of Chain-of-Learngene share: Appendix C.1. Everyone is fine-tuned on Dolly (3
+# epochs); the chain is distilled on-policy for 5000 steps, the best by Rouge-L; descendants
+# recover on 78M tokens of OpenWebText and are fine-tuned on each task (10 epochs).
 method = 'col'
 start = 'public'
 sft_data = 'dolly'

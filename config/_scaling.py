@@ -1,6 +1,8 @@
-# What the sweeps of paper 001 share: Appendix B, Tables 3 and 4, for the base of 0.1B: 17600 iterations of 512 x 1024 tokens are
-# the longest run, and both stages have five budgets up to it.
-#   python data/prepare.py slimpajama --tokenizer=FOLDER      (a folder with Llama's tokenizer.json: 32,000 tokens)
+# What the sweeps of Scaling laws of model reuse (Liew and Kato) share: Appendix B, Tables 3 and
+# 4, for the base of 0.1B: 17600 iterations of 512 x 1024 tokens are the longest run, and both
+# stages have five budgets up to it.
+#   python data/prepare.py slimpajama --tokenizer=FOLDER
+# FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens
 method = 'sweep'
 sizes = ('0.1b',)
 longest = (17600 * 512 * 1024,)

@@ -1,4 +1,5 @@
-# The six base models of paper 001, Table 4, and their longest runs.
+# The six base models of Scaling laws of model reuse (Liew and Kato), Table 4, and their longest
+# runs.
 sizes = ('15m', '44m', '0.1b', '0.2b', '0.5b', '1b-reuse')
 longest = tuple(
     steps * batch * 1024

@@ -1,5 +1,6 @@
-# Paper 004, Table 2: the chain Pythia-1.4b -> 1b -> 410m -> 160m -> 70m and a DesNet of 113.63M between the last two.
-# Sets and text are prepared with Pythia's tokenizer: --tokenizer=FOLDER.
+# Chain-of-Learngene, Table 2: the chain Pythia-1.4b -> 1b -> 410m -> 160m -> 70m and a DesNet of
+# 113.63M between the last two. Sets and text are prepared with Pythia's tokenizer:
+# --tokenizer=FOLDER.
 from _col import *
 
 ancestor = 'EleutherAI/pythia-1.4b'

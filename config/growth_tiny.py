@@ -1,5 +1,6 @@
-# Papers 000, 001 and 004 grow models by different operators: here each of them starts the same second stage, from the same
-# base, on the same tokens, beside random initialisation. Three seeds, about ten minutes on a CPU; ends with the ranking.
+# Three of the papers grow models by different operators: here each of them starts the same second
+# stage, from the same base, on the same tokens, beside random initialisation. Three seeds, about
+# ten minutes on a CPU; ends with the ranking.
 method = 'growth'
 base = '48x2'
 target = '64x4'

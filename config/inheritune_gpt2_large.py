@@ -1,4 +1,4 @@
-# Paper 003, Table 1, GPT-2 large: 36 layers, a child of 18.
+# Inheritune (Sanyal et al.), Table 1, GPT-2 large: 36 layers, a child of 18.
 from inheritune_gpt2_medium import *
 
 size = 'gpt2-large'

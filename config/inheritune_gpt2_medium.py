@@ -1,4 +1,5 @@
-# Paper 003, Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with the baselines of Table 2 and Figure 3.
+# Inheritune (Sanyal et al.), Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with
+# the baselines of Table 2 and Figure 3.
 method = 'inheritune'
 size = 'gpt2-medium'
 no_bias = True  # Appendix D: GELU, no biases, no dropout,

@@ -1,5 +1,7 @@
-# Paper 003, Appendix A (low data): the first 13 of OpenLLaMA-3B's 26 layers, trained on 1B tokens for 8 epochs.
-#   python data/prepare.py slimpajama --tokenizer=FOLDER --max_tokens=1e9      (a folder with OpenLLaMA's tokenizer.json)
+# Inheritune (Sanyal et al.), Appendix A (low data): the first 13 of OpenLLaMA-3B's 26 layers,
+# trained on 1B tokens for 8 epochs.
+#   python data/prepare.py slimpajama --tokenizer=FOLDER --max_tokens=1e9
+# FOLDER is a folder with OpenLLaMA's tokenizer.json
 method = 'inheritune'
 reference = 'openlm-research/open_llama_3b'
 size = 'openllama-3b'  # its shape, for --toy=True, which trains a small one in its place

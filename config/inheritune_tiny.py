@@ -1,5 +1,5 @@
-# Paper 003 at a ten-thousandth of its scale: Algorithm 1 and every baseline of its Tables 1 and 2 and Figure 3, on the
-# offline corpus. About ten minutes on a CPU.
+# Inheritune (Sanyal et al.) at a ten-thousandth of the scale: Algorithm 1 and every baseline of
+# its Tables 1 and 2 and Figure 3, on the offline corpus. About ten minutes on a CPU.
 method = 'inheritune'
 size = '64x8'
 tokens = 1.2e6

@@ -1,4 +1,5 @@
-# Paper 002, Table 1: a 7B target model taught by SmolLM2-1.7B, for 1500 steps.
+# Late-to-Early Training (Zhao et al.), Table 1: a 7B target model taught by SmolLM2-1.7B, for
+# 1500 steps.
 from _let import *
 
 size = '7b'

@@ -1,4 +1,5 @@
-# Paper 002, Appendix E, on one of its ten data sets: Japanese vowels. Needs requirements-extras.txt; a minute on a CPU.
+# Late-to-Early Training (Zhao et al.), Appendix E, on one of its ten data sets: Japanese vowels.
+# Needs requirements-extras.txt; a minute on a CPU.
 method = 'timeseries'
 size = '64x4'
 teacher_size = '32x2'

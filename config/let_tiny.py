@@ -1,5 +1,6 @@
-# Paper 002's Table 1 at a ten-thousandth of its scale, offline: a small teacher is trained first, then the same target model
-# eight times its size from nothing, with LET (also ten times as strong), with RKD and with SALT, at equal steps.
+# Late-to-Early Training (Zhao et al.), Table 1 at a ten-thousandth of the scale, offline: a small
+# teacher is trained first, then the same target model eight times its size from nothing, with LET
+# (also ten times as strong), with RKD and with SALT, at equal steps.
 method = 'let'
 size = '64x4'
 tokens = 1.2e6

@@ -1,5 +1,5 @@
-# Paper 000, Table 3: 1B -> 2B -> 4B -> 8B at 2x Chinchilla, maximum learning rate adjusted to the size. The headline:
-# 15.4 ZFLOPs for the family instead of 20.4.
+# Progressive training (Yano et al.), Table 3: 1B -> 2B -> 4B -> 8B at 2x Chinchilla, maximum
+# learning rate adjusted to the size. The headline: 15.4 ZFLOPs for the family instead of 20.4.
 #   python data/prepare.py fineweb_edu --max_tokens=470e9
 #   torchrun --standalone --nproc_per_node=8 train.py config/progressive_8b.py
 method = 'progressive'

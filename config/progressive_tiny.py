@@ -1,5 +1,6 @@
-# A family of four sizes on the offline corpus, minutes on a CPU: paper 000's method at a hundred-thousandth of its scale.
-# Each size has about twice the parameters of the one before: two width growths, then a depth growth.
+# A family of four sizes on the offline corpus, minutes on a CPU: Progressive training (Yano et
+# al.) at a hundred-thousandth of the scale. Each size has about twice the parameters of the one
+# before: two width growths, then a depth growth.
 method = 'progressive'
 sizes = ('32x2', '48x2', '64x2', '64x4')
 width = 'aki'

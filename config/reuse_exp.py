@@ -1,6 +1,7 @@
-# Paper 001, Table 1: the second stage "exp" of a 0.1B base model, width expansion by sqrt 2, function preserving
-# (section 3.2, Appendix B).
-#   python data/prepare.py slimpajama --tokenizer=FOLDER      (a folder with Llama's tokenizer.json: 32,000 tokens)
+# Scaling laws of model reuse (Liew and Kato), Table 1: the second stage "exp" of a 0.1B base
+# model, width expansion by sqrt 2, function preserving (section 3.2, Appendix B).
+#   python data/prepare.py slimpajama --tokenizer=FOLDER
+# FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens
 method = 'progressive'
 sizes = ('0.1b', 'exp')  # exp: relative to the base
 width = 'fpi'  # lossless is exact at this ratio, which fpi is not

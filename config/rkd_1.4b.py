@@ -1,4 +1,5 @@
-# Paper 002, Table 1, reverse distillation: SmolLM2-135M is the teacher of the 1.4B model for all of its steps.
+# Late-to-Early Training (Zhao et al.), Table 1, reverse distillation: SmolLM2-135M is the teacher
+# of the 1.4B model for all of its steps.
 from _let import *
 
 teacher = 'HuggingFaceTB/SmolLM2-135M'

@@ -1,4 +1,5 @@
-# Paper 002, Table 1, SALT (Rawat et al., without selecting data): distillation for the first 1500 steps.
+# Late-to-Early Training (Zhao et al.), Table 1, SALT (Rawat et al., without selecting data):
+# distillation for the first 1500 steps.
 from _let import *
 
 teacher = 'HuggingFaceTB/SmolLM2-135M'

@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column Code: continual pretraining of a 0.1B base on code.
+# Scaling laws of model reuse (Liew and Kato), Table 1, column Code: continual pretraining of a
+# 0.1B base on code.
 #   python data/prepare.py starcoder --tokenizer=FOLDER
 from _scaling import *
 

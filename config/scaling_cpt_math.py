@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column Math: continual pretraining of a 0.1B base on mathematics.
+# Scaling laws of model reuse (Liew and Kato), Table 1, column Math: continual pretraining of a
+# 0.1B base on mathematics.
 #   python data/prepare.py openwebmath --tokenizer=FOLDER
 from _scaling import *
 

@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column CPT (rep): a quarter of the second stage's data is the base's.
+# Scaling laws of model reuse (Liew and Kato), Table 1, column CPT (rep): a quarter of the second
+# stage's data is the base's.
 from _scaling import *
 
 reuse = ('cpt+replay',)

@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column CPT (sta): from the stable phase, without warming up again.
+# Scaling laws of model reuse (Liew and Kato), Table 1, column CPT (sta): from the stable phase,
+# without warming up again.
 from _scaling import *
 
 reuse = ('cpt+stable',)

@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column Stk x2: stacked twice; and the stacked shape from scratch (section 5.2).
+# Scaling laws of model reuse (Liew and Kato), Table 1, column Stk x2: stacked twice; and the
+# stacked shape from scratch (section 5.2).
 from _scaling import *
 
 reuse = ('stk2',)

@@ -1,4 +1,5 @@
-# Paper 001, Table 1, column Stk (sta): stacked from the stable phase.
+# Scaling laws of model reuse (Liew and Kato), Table 1, column Stk (sta): stacked from the stable
+# phase.
 from _scaling import *
 
 reuse = ('stk2+stable',)

@@ -1,5 +1,6 @@
-# Paper 001 at a ten-thousandth of its scale, offline: 4 x 4 grids of continual pretraining on code and of stacking, and the
-# stacked shape from scratch; then the laws of its Table 1 fitted to them.
+# Scaling laws of model reuse (Liew and Kato) at a ten-thousandth of the scale, offline: 4 x 4
+# grids of continual pretraining on code and of stacking, and the stacked shape from scratch; then
+# the laws of its Table 1 fitted to them.
 method = 'sweep'
 sizes = ('48x2',)
 longest = (2**20,)

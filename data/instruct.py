@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.loader import Source, hash_key, open_corpus, permute, to_device
+from data.corpus import SPLITS, finish_corpus, open_corpus
+from data.loader import Source, hash_key, permute, text_source, to_device
 from data.offline import is_held_out, signatures
-from data.prepare import SPLITS, finish_corpus
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
@@ -307,3 +307,13 @@ def supervised_source(knobs, name=''):
     answer_bytes = open_corpus(name, knobs.data_dir).meta['splits']['val']['bytes']
     bytes_per_token = answer_bytes / int(val.spans[:, 2].sum())
     return Source(read, validation, bytes_per_token, train.tokenizer)
+
+
+def run_source(knobs):
+    """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
+    kinds = {open_corpus(name, knobs.data_dir).meta.get('kind', 'text') for name in knobs.corpora}
+    if 'supervised' not in kinds:
+        return text_source(knobs)
+    if len(knobs.corpora) > 1:
+        raise UserError(f'data={knobs.data}: instructions cannot be mixed with other corpora')
+    return supervised_source(knobs)

@@ -5,107 +5,17 @@ on any number of processes, after any resume and from stage to stage, and evalua
 disturb it.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from data.corpus import open_corpus
 from engine.errors import UserError
-from engine.files import checksum, read_json, write_json
-
-# ----------------------------------------------------------------------------------------------
-# corpora
-
-
-@dataclass
-class Corpus:
-    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
-
-    name: str
-    meta: dict
-    train: np.ndarray
-    val: np.ndarray
-
-    @property
-    def bytes_per_token(self):
-        """Bytes of text per token, on the validation split."""
-        return self.meta['splits']['val']['bytes'] / self.meta['splits']['val']['tokens']
-
-
-def open_corpus(name, data_dir='data'):
-    """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
-    folder = Path(data_dir) / name
-    again = f'delete {folder} and prepare it again'
-    try:
-        types = dict(splits=dict, dtype=str, tokenizer=str, vocab_size=int)
-        meta = read_json(folder / 'meta.json', **types)
-        meta['checksums'] = dict(meta.get('checksums', {}))  # of other files in the folder
-        dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
-        sizes = [
-            int(meta['splits'][split]['tokens']) * dtype.itemsize for split in ('train', 'val')
-        ]
-    except FileNotFoundError:
-        command = f'python data/prepare.py {name}'
-        raise UserError(f'{folder} is not prepared: run  {command}') from None
-    except UserError as error:
-        raise UserError(f'{error}: {again}') from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
-    arrays = []
-    for split, size in zip(('train', 'val'), sizes):
-        path = folder / f'{split}.bin'
-        if not path.is_file():
-            raise UserError(f'{path} is missing: {again}')
-        found = path.stat().st_size
-        if found != size:
-            raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
-        arrays.append(np.memmap(path, dtype, mode='r'))
-    return Corpus(name, meta, *arrays)
-
-
-def verify_corpus(name, data_dir='data'):
-    """
-    Raise UserError when a corpus is not what was prepared. Reads all of it, but only once: what
-    was intact is recorded in verified.json, until a file changes.
-    """
-    folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
-    wanted = dict(meta['checksums'])
-    for split, counts in meta['splits'].items():
-        if 'sha256' in counts:
-            wanted[f'{split}.bin'] = counts['sha256']
-    found = {}
-    for file in wanted:
-        if (folder / file).is_file():
-            status = (folder / file).stat()
-            found[file] = [status.st_size, status.st_mtime_ns]
-    with contextlib.suppress(OSError, UserError):
-        if read_json(folder / 'verified.json') == found:
-            return
-    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False):
-        if file not in found or checksum(folder / file) != wanted[file]:
-            raise UserError(
-                f'{folder / file} is damaged: its checksum does not match meta.json; delete '
-                f'{folder} and prepare it again'
-            )
-    with contextlib.suppress(OSError):  # a read-only folder is verified every time
-        write_json(folder / 'verified.json', found)
-
-
-def check_vocabulary(corpus, config, name):
-    """Raise UserError if a corpus has more tokens than a model of this configuration."""
-    if corpus.meta['vocab_size'] > config.vocab_size:
-        raise UserError(
-            f'{name} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
-            f'{corpus.meta["vocab_size"]}: choose another --data'
-        )
 
 
 def parse_mixture(text):
@@ -325,14 +235,8 @@ class Source(NamedTuple):
 
 
 def text_source(knobs):
-    """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
+    """The Source of a run's corpora of text; knobs: train.Run. Raises UserError."""
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
-    if any(corpus.meta.get('kind') == 'supervised' for corpus in corpora):
-        if len(corpora) > 1:
-            raise UserError(f'data={knobs.data}: instructions cannot be mixed with other corpora')
-        from data.instruct import supervised_source
-
-        return supervised_source(knobs)
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)

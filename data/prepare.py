@@ -15,10 +15,8 @@ preparation continues where it stopped (hub and files) or starts again (offline)
 
 import contextlib
 import glob
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -35,10 +33,12 @@ from tqdm import tqdm
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import Natural, Range, configure, with_positionals
-from data.offline import is_held_out, offline_documents, project_packages
+from data.corpus import OFFLINE, SPLITS, finish_corpus
+from data.instruct import SETS, is_supervised, prepare_supervised
+from data.offline import is_held_out, offline_documents
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line, nearest, run_as_program
-from engine.files import checksum, read_json, write_atomically, write_json
+from engine.files import read_json, write_atomically
 from engine.hub import WAY_OUT, reach_hub
 
 HUB = {  # name: (repository, configuration, split, column with the text)
@@ -50,9 +50,7 @@ HUB = {  # name: (repository, configuration, split, column with the text)
     'openwebmath': ('open-web-math/open-web-math', None, 'train', 'text'),
     'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
 }
-OFFLINE = ('pydocs', 'pycode', 'signatures')
 BUILDERS = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}  # of `datasets`, by suffix
-SPLITS = ('train', 'val')
 
 
 @dataclass
@@ -71,8 +69,6 @@ class Preparation:
 
     def folder(self):
         """Fill in what depends on the corpus; returns the folder of the result."""
-        from data.instruct import SETS
-
         named = self.corpus in (*OFFLINE, *HUB, *SETS)
         name = self.corpus if named else Path(self.corpus).stem.strip('*_-.') or 'local'
         offline, from_hub = self.corpus in OFFLINE, self.corpus in HUB
@@ -209,11 +205,10 @@ def stream_batches(stream, column, options, rows=256):
 
 def prepare(options):
     """Make the corpus that `options` describe, unless it exists; returns its folder."""
-    from data.instruct import is_supervised, prepare_supervised
-
     out = options.folder()
     if out.exists():
         return prepared_before(out, options)
+    load_tokenizer(options.tokenizer)  # complain before reading anything
     if is_supervised(options.corpus):
         return prepare_supervised(options, out)
     offline = options.corpus in OFFLINE
@@ -321,39 +316,6 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
                 write_atomically(unfinished / 'progress.json', json.dumps(state))
             if options.max_tokens and counts['train']['tokens'] >= options.max_tokens:
                 break
-
-
-def finish_corpus(unfinished, out, counts, options, **more):
-    """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
-    for split in SPLITS:
-        if not counts[split]['tokens']:
-            raise UserError(
-                f'{options.corpus} gave no {split} documents: there must be several, of which '
-                f'--val_fraction={options.val_fraction} are held out'
-            )
-        counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
-    tokenizer = load_tokenizer(options.tokenizer)
-    versions = {}
-    if options.corpus in OFFLINE:
-        versions = {name: importlib.metadata.version(name) for name in project_packages()}
-    meta = dict(
-        corpus=options.corpus,
-        tokenizer=options.tokenizer,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end,
-        dtype=np.dtype(tokenizer.dtype).name,
-        options=vars(options),
-        python=platform.python_version(),
-        packages=versions,
-        splits=counts,
-    )
-    (unfinished / 'progress.json').unlink(missing_ok=True)
-    write_json(unfinished / 'meta.json', meta | more)
-    os.replace(unfinished, out)
-    shown = [f'{counts[split]["tokens"]:,} {split}' for split in SPLITS]
-    documents = sum(counts[split]['documents'] for split in SPLITS)
-    print(f'{out}: {" and ".join(shown)} tokens ({options.tokenizer}), {documents:,} documents')
-    return out
 
 
 def main(argv):

@@ -11,7 +11,6 @@ Everything is complete under its name or absent, and recorded in a manifest with
     out_dir/STAGE/optimizer.safetensors      its AdamW state, where a later stage needs it
 """
 
-import contextlib
 import json
 import os
 import pickle
@@ -26,28 +25,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from engine.device import barrier, gather, processes
 from engine.errors import UserError, first_line
 from engine.files import (
-    commit_file,
     digest,
     find_damage,
     measure_files,
     read_json,
     read_manifest,
-    write_atomically,
     write_json,
     write_manifest,
 )
@@ -230,55 +219,6 @@ def load_state(folder, model, optimizer):
 
 
 # ----------------------------------------------------------------------------------------------
-# the optimizer's state of a finished stage
-
-
-def save_optimizer_state(folder, model, optimizer):
-    """Write AdamW's state by parameter names to optimizer.safetensors. Called by every process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found = get_optimizer_state_dict(model, optimizer, options=options)
-    if processes()[0]:
-        return
-    tensors, states = {}, found['state']
-    for name, state in states.items():
-        for moment in ('exp_avg', 'exp_avg_sq'):
-            tensors[f'{moment}.{name}'] = state[moment].contiguous()
-    step = int(max(state['step'] for state in states.values()))
-    path = Path(folder) / 'optimizer.safetensors'
-    save_file(tensors, f'{path}.tmp', metadata=dict(step=str(step)))
-    commit_file(f'{path}.tmp', path)
-
-
-def load_optimizer_state(folder):
-    """{'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {...}}, float32. UserError."""
-    try:
-        with safe_open(Path(folder) / 'optimizer.safetensors', 'pt') as file:
-            state = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
-            for key in file.keys():
-                moment, _, name = key.partition('.')
-                tensor = file.get_tensor(key)
-                exact = torch.promote_types(tensor.dtype, torch.float32)
-                state[moment][name] = tensor.to(exact)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
-    return state
-
-
-def set_optimizer_state(model, optimizer, state, dtype=None):
-    """Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'."""
-    fused = optimizer.defaults.get('fused')
-    for name, parameter in model.named_parameters():
-        step = torch.tensor(float(state['step']), device=parameter.device if fused else 'cpu')
-        optimizer.state[parameter]['step'] = step
-        for moment in ('exp_avg', 'exp_avg_sq'):
-            tensor = state[moment][name].to(parameter.device, dtype or parameter.dtype)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                tensor = distribute_tensor(tensor, mesh, placements)
-            optimizer.state[parameter][moment] = tensor
-
-
-# ----------------------------------------------------------------------------------------------
 # what a stage is
 
 # knobs that may change when a stage continues: where and how fast it is trained, not what
@@ -383,37 +323,7 @@ def describe_changes(changes):
 
 
 # ----------------------------------------------------------------------------------------------
-# metrics, and what a run was
-
-
-def truncate_metrics(path, step):
-    """Drop what metrics.jsonl logged after `step`: it is trained, and logged, again."""
-    path = Path(path)
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            if json.loads(line)['step'] <= step and line.endswith('\n'):  # a crash may cut a line
-                kept.append(line)
-    write_atomically(path, ''.join(kept))
-
-
-def append_metrics(path, line):
-    """Add one line, a dict, to metrics.jsonl."""
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(line) + '\n')
-
-
-def read_metrics(folder):
-    """The lines of a stage's metrics.jsonl, as dicts. Raises UserError for a damaged file."""
-    path = Path(folder) / 'metrics.jsonl'
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-        assert all(isinstance(line['step'], int) for line in lines)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
-    return lines
+# what a run was
 
 
 def record_session(out_dir, knobs, session):

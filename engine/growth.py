@@ -67,9 +67,10 @@ def grow_tensor(old, donor, axes, how):
     step = max(1, size // n_columns)
     for start in range(0, n_rows, step):
         stop = min(n_rows, start + step)
-        rows = old[start:stop].clone()
         if rows_axis:
             rows = gather_rows((old, donor, mean), rows_axis, start, stop)
+        else:
+            rows = old[start:stop].clone()
         dtype = rows.dtype
         rows = rows.to(torch.promote_types(dtype, torch.float32))  # rounded once, at the end
         if rows_axis:

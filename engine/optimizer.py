@@ -1,10 +1,16 @@
-"""AdamW, the schedule of the learning rate, and AdamW with its state in half the bytes."""
+"""AdamW, the schedule of its learning rate, its state on disk, and its state in half the bytes."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from engine.device import processes
+from engine.errors import UserError
+from engine.files import commit_file
 
 
 def learning_rate(step, steps, knobs):
@@ -41,6 +47,59 @@ def make_optimizer(model, knobs):
         compiled = device == 'cuda' and knobs.compile != 'False'
         return CompactAdamW(groups, compiled=compiled, **settings)
     return torch.optim.AdamW(groups, fused=device in ('cuda', 'cpu'), **settings)
+
+
+# ----------------------------------------------------------------------------------------------
+# the state of a finished stage's optimizer on disk
+
+
+def save_optimizer_state(folder, model, optimizer):
+    """Write AdamW's state by parameter names to optimizer.safetensors. Called by every process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_optimizer_state_dict(model, optimizer, options=options)
+    if processes()[0]:
+        return
+    tensors, states = {}, found['state']
+    for name, state in states.items():
+        for moment in ('exp_avg', 'exp_avg_sq'):
+            tensors[f'{moment}.{name}'] = state[moment].contiguous()
+    step = int(max(state['step'] for state in states.values()))
+    path = Path(folder) / 'optimizer.safetensors'
+    save_file(tensors, f'{path}.tmp', metadata=dict(step=str(step)))
+    commit_file(f'{path}.tmp', path)
+
+
+def load_optimizer_state(folder):
+    """{'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {...}}, float32. UserError."""
+    try:
+        with safe_open(Path(folder) / 'optimizer.safetensors', 'pt') as file:
+            state = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
+            for key in file.keys():
+                moment, _, name = key.partition('.')
+                tensor = file.get_tensor(key)
+                exact = torch.promote_types(tensor.dtype, torch.float32)
+                state[moment][name] = tensor.to(exact)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
+    return state
+
+
+def set_optimizer_state(model, optimizer, state, dtype=None):
+    """Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    fused = optimizer.defaults.get('fused')
+    for name, parameter in model.named_parameters():
+        step = torch.tensor(float(state['step']), device=parameter.device if fused else 'cpu')
+        optimizer.state[parameter]['step'] = step
+        for moment in ('exp_avg', 'exp_avg_sq'):
+            tensor = state[moment][name].to(parameter.device, dtype or parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                tensor = distribute_tensor(tensor, mesh, placements)
+            optimizer.state[parameter][moment] = tensor
 
 
 # ----------------------------------------------------------------------------------------------
@@ -99,7 +158,7 @@ class CompactAdamW(torch.optim.Optimizer):
         step = int(state['step'])
         flat = []
         for tensor in (p, p.grad, state['exp_avg'], state['exp_avg_sq']):
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = tensor.to_local() if hasattr(tensor, 'to_local') else tensor  # a shard
             flat.append(local.detach().view(-1))
         device = flat[0].device
         generator = torch.Generator(device).manual_seed(step * 1_000_003 + index)

@@ -8,9 +8,9 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.checkpoint import read_metrics
 from engine.errors import UserError
 from engine.files import commit_file, write_atomically
+from engine.metrics import read_metrics
 from engine.plan import all_params, estimate_memory, totals
 from engine.stage import Result
 
@@ -367,7 +367,7 @@ def plan_text(run, planned):
     )
     lines.append(
         f'GPU memory of the largest before activations: {format_bytes(replica)} for a replica '
-        f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, chosen if a replica does not fit)'
+        f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, if a replica does not fit)'
     )
     lines.append(
         f'disk: {format_bytes(total["disk"])} kept (models, states of stable phases), '

@@ -16,13 +16,16 @@ from safetensors import SafetensorError
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from data.loader import batches, open_corpus, text_source
+from data.corpus import open_corpus
+from data.instruct import run_source
+from data.loader import batches
 from engine import checkpoint
 from engine.device import SIGNALS, attention_kernel, barrier, exit_saved, set_threads
 from engine.errors import UserError
 from engine.files import measure_files, measure_text, write_manifest
 from engine.loss import bits_per_byte, evaluate
-from engine.optimizer import make_optimizer, stable_steps
+from engine.metrics import append_metrics, truncate_metrics
+from engine.optimizer import make_optimizer, save_optimizer_state, set_optimizer_state, stable_steps
 from engine.parallel import (
     Meter,
     choose_micro_batch,
@@ -116,7 +119,7 @@ class Training:
         if stage.optimizer_state and fresh:
             dtype = getattr(torch, knobs.optimizer_dtype)
             state = stage.optimizer_state()
-            checkpoint.set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
+            set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
         progress = checkpoint.load_state(self.folder, self.raw_model, self.optimizer)
         if progress:
             self.step, self.seconds = progress['step'], progress['seconds']
@@ -127,9 +130,9 @@ class Training:
             )
         self.micro_batch_size = choose_micro_batch(knobs, stage.config, hardware)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
-        self.source = (stage.source or text_source)(knobs)
+        self.source = (stage.source or run_source)(knobs)
         if hardware.is_main:
-            checkpoint.truncate_metrics(self.folder / 'metrics.jsonl', self.step)
+            truncate_metrics(self.folder / 'metrics.jsonl', self.step)
             self.announce()
         self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
         set_threads(hardware.device, stage.config, self.micro_batch_size * knobs.block_size)
@@ -234,7 +237,7 @@ class Training:
         shown = [f'{key} {line[key]:.3f}' for key in ('loss', 'val_loss') if key in line]
         self.bar.set_postfix_str(', '.join(shown), refresh=False)
         if self.hardware.is_main:
-            checkpoint.append_metrics(self.folder / 'metrics.jsonl', line)
+            append_metrics(self.folder / 'metrics.jsonl', line)
         self.logged = time.time()
 
     def keep_best(self):
@@ -314,7 +317,7 @@ class Training:
         """Write the model, its manifest and, last, result.json; then drop the states."""
         state = full_state(self.raw_model)
         if self.knobs.keep_optimizer:
-            checkpoint.save_optimizer_state(self.folder, self.raw_model, self.optimizer)
+            save_optimizer_state(self.folder, self.raw_model, self.optimizer)
         if not self.hardware.is_main:
             return
         self.raw_model.save(self.folder, self.source.tokenizer, state)

@@ -25,7 +25,7 @@ from model import load
 
 
 def text_generator(name, device='cpu', max_new_tokens=256):
-    """prompts -> answers (lists of texts), greedy, of any model that load() or transformers opens."""
+    """prompts -> answers (lists of texts), greedy, of any model we or transformers can open."""
     tokenizer = load_tokenizer(tokenizer_of_model(name))
     ours = is_ours(name)
     model = load(name) if ours else transformers_model(name, 'AutoModelForCausalLM')
@@ -50,7 +50,7 @@ def generate_ours(model, ids, max_new_tokens, end):
 
 @torch.no_grad()
 def generate_theirs(model, ids, max_new_tokens, end):
-    """The same of a model of transformers, which wants prompts of one length, padded at the left."""
+    """The same of a model of transformers, whose prompts are padded at the left."""
     longest = max(map(len, ids))
     padding = [longest - len(row) for row in ids]
     batch = [[end] * n + row for n, row in zip(padding, ids)]

@@ -22,11 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from configurator import Count, NonNegative, Positive, Range, configure
-from data.loader import Share, check_vocabulary, open_corpus, validation_batches
-from engine.checkpoint import read_metrics
+from data.corpus import check_vocabulary, open_corpus
+from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import read_json
+from engine.metrics import read_metrics
 from engine.report import Line, Panel, draw_panels, table
 from model import load
 

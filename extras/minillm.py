@@ -174,7 +174,7 @@ class Rollouts:
 
     def next_rows(self, step, n, student, teacher):
         """The answers that the next n rows of this process's share of a step learn from."""
-        settings, (rank, world) = self.settings, processes()
+        settings, world = self.settings, processes()[1]
         first = step // settings.steps * settings.steps
         if self.first != first:
             self.first, self.current = first, self.read_or_draw(first, student, teacher)

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from configurator import Count, Fraction, NonNegative, Positive
-from engine.checkpoint import load_optimizer_state, read_metrics
 from engine.errors import UserError, unknown
+from engine.metrics import read_metrics
+from engine.optimizer import load_optimizer_state
 from engine.report import format_si
 from engine.stage import Origin, Stage
 from expand import RELATIVE_SIZES, Operators, grow_stage

@@ -59,7 +59,7 @@ def japanese_vowels():
 
 
 def vowel_source(knobs):
-    """The Source of the vowels: every epoch a new permutation; all of the test split to validate."""
+    """The Source of the vowels: every epoch a new permutation; the test split to validate."""
     train_x, train_y = japanese_vowels()['train']
     test_x, test_y = japanese_vowels()['test']
     n = len(test_x)

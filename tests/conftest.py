@@ -1,4 +1,7 @@
-"""What the tests share: a small prepared corpus, and a way to run the project's commands as a person does."""
+"""
+What the tests share: a small prepared corpus, and a way to run the project's commands as a person
+does.
+"""
 
 import argparse
 import inspect
@@ -47,7 +50,10 @@ def write_corpus(folder, train, val, vocab_size=257):
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-    """A folder of two corpora of real text that need not be made: some of the files that came with Python."""
+    """
+    A folder of two corpora of real text that need not be made: some of the files that came with
+    Python.
+    """
     folder = tmp_path_factory.mktemp('data')
     for name, modules in dict(
         pydocs=[argparse, inspect, typing], pycode=[json.decoder, subprocess]
@@ -80,7 +86,10 @@ def data_dir(tmp_path_factory):
 
 
 def run_command(*arguments, timeout=120, **environment):
-    """Run `python ARGUMENTS` in the project's folder; returns the finished process with its output as text."""
+    """
+    Run `python ARGUMENTS` in the project's folder; returns the finished process with its output
+    as text.
+    """
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -92,7 +101,10 @@ def run_command(*arguments, timeout=120, **environment):
 
 
 def run_processes(number, *arguments, timeout=120, **environment):
-    """Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None of them may fail."""
+    """
+    Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None
+    of them may fail.
+    """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
@@ -147,9 +159,9 @@ def write_texts(folder, kind):
     return str(folder / f'*.{kind}')
 
 
-TEXT = (
-    'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n\tdef f(x): return "ß"  # Привет\n'
-    * 3
+TEXT = 3 * (
+    'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n'
+    '\tdef f(x): return "ß"  # Привет\n'
 )
 
 

@@ -1,4 +1,7 @@
-"""The benchmark: every variant trains, FLOPs and memory are what they should be, mistakes are one line."""
+"""
+The benchmark: every variant trains, FLOPs and memory are what they should be, mistakes are one
+line.
+"""
 
 import re
 

@@ -178,7 +178,10 @@ def arguments(data_dir, out, *more):
 
 @pytest.fixture(scope='module')
 def chain(data_dir, tmp_path_factory):
-    """A chain of two with every baseline, fine-tuned, distilled on-policy, and one descendant in between."""
+    """
+    A chain of two with every baseline, fine-tuned, distilled on-policy, and one descendant in
+    between.
+    """
     out = tmp_path_factory.mktemp('col')
     train.main(
         [

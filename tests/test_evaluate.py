@@ -167,7 +167,8 @@ def test_downstream_tasks_run_through_the_harness(tmp_path):
     kinds = dict(
         choose=(
             'multiple_choice',
-            'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]',
+            'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\n'
+            'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]',
         ),
         roll=(
             'loglikelihood_rolling',
@@ -175,7 +176,9 @@ def test_downstream_tasks_run_through_the_harness(tmp_path):
         ),
         write=(
             'generate_until',
-            'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]',
+            'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\n'
+            'generation_kwargs: {until: ["?"], max_gen_toks: 4}\n'
+            'metric_list: [{metric: exact_match}]',
         ),
     )
     for name, (kind, more) in kinds.items():

@@ -11,8 +11,8 @@ from test_model import SHAPES, small, tokens
 
 import expand
 import train
-from engine.checkpoint import load_optimizer_state, save_optimizer_state, set_optimizer_state
 from engine.errors import UserError
+from engine.optimizer import load_optimizer_state, save_optimizer_state, set_optimizer_state
 from engine.report import describe
 from engine.stage import Result
 from expand import (
@@ -84,7 +84,10 @@ def test_grouped_queries_keep_the_function(old, new):
 
 
 def test_a_fractional_residual_width_is_near_but_not_exact():
-    """RMSNorm's mean square counts the duplicated dimensions twice: known, and why lossless operators exist."""
+    """
+    RMSNorm's mean square counts the duplicated dimensions twice: known, and why lossless
+    operators exist.
+    """
     model = small()
     wide = widen(model, grown(model, n_embd=40, head_dim=8), 'fpi')
     error = (wide(tokens()).logits - model(tokens()).logits).abs().max()
@@ -231,7 +234,10 @@ def test_moments_survive_the_disk_and_go_into_a_fresh_optimizer(tmp_path):
 
 
 def test_a_grown_optimizer_takes_the_step_that_the_duplicated_model_needs():
-    """At 2x every copy's moments are those of its unit times the dual factor, so Adam moves all copies of a unit alike."""
+    """
+    At 2x every copy's moments are those of its unit times the dual factor, so Adam moves all
+    copies of a unit alike.
+    """
     model, optimizer = trained()
     target = double_width(model.config)
     moments = grow_optimizer(
@@ -339,7 +345,10 @@ def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeyp
     reason='reads the memory of a process as Linux shows it',
 )
 def test_growing_a_folder_never_holds_a_model(tmp_path):
-    """Peak memory: under 1.3 times the largest tensor and 16 MB of buffers, for a model five times as large as that."""
+    """
+    Peak memory: under 1.3 times the largest tensor and 16 MB of buffers, for a model five times
+    as large as that.
+    """
     config = GPTConfig(n_layer=4, n_head=8, n_embd=512, n_mlp=2048, vocab_size=20000, block_size=64)
     GPT(config).save(tmp_path / 'small')
     process = run_command(

@@ -1,4 +1,7 @@
-"""Inheritune: the measures on closed cases, what is inherited from where, and Algorithm 1's control flow."""
+"""
+Inheritune: the measures on closed cases, what is inherited from where, and Algorithm 1's control
+flow.
+"""
 
 import dataclasses
 
@@ -144,7 +147,7 @@ def test_chosen_layers_come_from_where_they_are_said_to():
     ]
     assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21] and alternate_layers(
         24, 12
-    ) == list(range(0, 24, 2))  # paper 003, section 4
+    ) == list(range(0, 24, 2))  # section 4
 
 
 def test_growing_keeps_the_trained_layers_and_adds_the_references_next():

@@ -1,4 +1,7 @@
-"""Learning from a teacher: losses and objectives against direct computations, and Late-to-Early Training as a method."""
+"""
+Learning from a teacher: losses and objectives against direct computations, and Late-to-Early
+Training as a method.
+"""
 
 import gc
 import json
@@ -327,7 +330,9 @@ def test_a_teacher_of_another_vocabulary_is_asked_where_its_tokens_end(taught):
 
 
 def test_objectives_compile_once():
-    """A changing teacher's state is an input of the compiled step, not a reason to compile it again."""
+    """
+    A changing teacher's state is an input of the compiled step, not a reason to compile it again.
+    """
     teacher, student, x = small(n_layer=1).float(), small(n_layer=1).float(), tokens()
     torch.compiler.reset()
     compiled = torch.compile(student)

@@ -1,4 +1,7 @@
-"""Growth operators: exact where they are said to be exact, on shapes drawn at random; gradients, symmetry, and where what comes from."""
+"""
+Growth operators: exact where they are said to be exact, on shapes drawn at random; gradients,
+symmetry, and where what comes from.
+"""
 
 import dataclasses
 import random
@@ -15,7 +18,10 @@ DRAWS = 250
 
 
 def draw(seed, integer=False, **fixed):
-    """A random shape and a larger one that it can be grown to; every width by its own ratio, or all by a whole one."""
+    """
+    A random shape and a larger one that it can be grown to; every width by its own ratio, or all
+    by a whole one.
+    """
     rng = random.Random(seed)
     while True:
         kv, per_group = rng.choice([1, 2, 3]), rng.choice([1, 2, 3])
@@ -73,7 +79,10 @@ def draw(seed, integer=False, **fixed):
 
 
 def model_of(config, seed=0):
-    """A float64 model with gains and biases that are not 1 and 0, and two outlier dimensions in its residual stream."""
+    """
+    A float64 model with gains and biases that are not 1 and 0, and two outlier dimensions in its
+    residual stream.
+    """
     torch.manual_seed(seed)
     model = GPT(config).double()
     with torch.no_grad():
@@ -130,7 +139,9 @@ def test_whole_copies_do_not_depend_on_the_operator():
 
 @pytest.mark.parametrize('norm', ['rms', 'layer'])
 def test_plain_duplication_at_a_fraction_is_not_exact(norm):
-    """The control: outlier dimensions weigh twice in the norm, and that is what `lossless` mends."""
+    """
+    The control: outlier dimensions weigh twice in the norm, and that is what `lossless` mends.
+    """
     config = GPTConfig(
         n_layer=2,
         n_head=4,

@@ -1,4 +1,7 @@
-"""Generation: sampling filters, batches, and speculative decoding that changes nothing but the speed."""
+"""
+Generation: sampling filters, batches, and speculative decoding that changes nothing but the
+speed.
+"""
 
 import dataclasses
 
@@ -67,7 +70,10 @@ def test_greedy_speculation_is_greedy_decoding_token_for_token(shape, draft_toke
 
 
 def test_sampled_speculation_has_the_models_distribution():
-    """Two tokens after a prompt: frequencies over many samples against the model's own probabilities."""
+    """
+    Two tokens after a prompt: frequencies over many samples against the model's own
+    probabilities.
+    """
     torch.manual_seed(0)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
     model, draft = GPT(config), GPT(config)

@@ -84,7 +84,7 @@ def test_a_law_predicts_what_its_equation_says():
         'additive': A * 3e9**-0.1 + F * 5e9**-0.2 + E,
         'hybrid': (A * 3e9**-0.1 + F) * 5e9**-0.2 + E,
         'continuous': A * 8e9**-0.15 + E,
-        'chinchilla': A * 5e9**-0.15 + B * 1e8**-0.2 + E,
+        'chinchilla': A * 8e9**-0.15 + B * 1e8**-0.2 + E,
         'joint': main(3e9, 5e9) + B * 1e8**-0.2 + E,
         'saturated_D1': main(1 / (1 / 3e9 + 1 / 1e10), 5e9) + E,
         'saturated_D2': main(3e9, 1 / (1 / 5e9 + 1 / 1e10)) + E,

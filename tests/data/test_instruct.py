@@ -1,4 +1,7 @@
-"""Instructions and answers: the papers' prompts, masked in the loss; every set's rows in words; files that are none."""
+"""
+Instructions and answers: the papers' prompts, masked in the loss; every set's rows in words;
+files that are none.
+"""
 
 import json
 
@@ -7,8 +10,9 @@ import pytest
 import torch
 
 import train
+from data.corpus import open_corpus
 from data.instruct import SETS, Examples, is_supervised, prompt, shuffled, supervised_source
-from data.loader import Share, open_corpus
+from data.loader import Share
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Result

@@ -1,4 +1,7 @@
-"""Data: the order of sequences is a function of seed and position; prepared corpora are whole, or not there."""
+"""
+Data: the order of sequences is a function of seed and position; prepared corpora are whole, or
+not there.
+"""
 
 import json
 import socket
@@ -13,12 +16,12 @@ from conftest import DOCUMENTS, ROOT, run_command, write_corpus, write_texts
 
 import data.offline as offline
 import data.prepare as prepare
+from data.corpus import open_corpus
 from data.loader import (
     Order,
     Share,
     batches,
     offsets,
-    open_corpus,
     parse_mixture,
     permute,
     sequences,
@@ -348,8 +351,10 @@ class Thing:
     """
     def method(self):
         """short"""
-        return os.getcwd()  # a comment that stays because it is part of the code, which is long enough
-        # and another comment, so that what remains of this file has more than the two hundred characters that are asked for
+        return os.getcwd()  # a comment that stays because it is part of the code
+        # and another one, so that what remains of this file has more than
+        # the two hundred characters that are asked for
+
 
 
 def licensed():

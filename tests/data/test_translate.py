@@ -1,4 +1,7 @@
-"""One text in two tokenizers: partners have read the same bytes, whatever the alphabet, and wherever a sequence is cut."""
+"""
+One text in two tokenizers: partners have read the same bytes, whatever the alphabet, and wherever
+a sequence is cut.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""States: whole or not there, sealed, kept as many as asked for; what is damaged is named, and what is good is offered."""
+"""
+States: whole or not there, sealed, kept as many as asked for; what is damaged is named, and what
+is good is offered.
+"""
 
 import json
 import pickle

@@ -1,5 +1,6 @@
 """
-kill -9 at random moments, and the same command again: what comes out is bit for bit what an undisturbed run gives.
+kill -9 at random moments, and the same command again: the result is bit for bit that of an
+undisturbed run.
 
     KILLS=200 python -m pytest tests/engine/test_crash.py -s      # 4 kills of each kind by default
 """
@@ -55,8 +56,9 @@ def processes():
 
 def disturb(processes, log, out, seconds, chance, function, *arguments):
     """
-    Kill the function after a random part of `seconds`, again and again, until it has come through; returns the number of kills,
-    and how many of them left a file half written below `out`. It may never fail by itself.
+    Kill the function after a random part of `seconds`, again and again, until it has come through;
+    returns the number of kills, and how many of them left a file half written below `out`. It may
+    never fail by itself.
     """
     kills = halves = 0
     while True:
@@ -134,9 +136,7 @@ def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
                 and not list((out / name).glob('state-*'))
                 and len(saved_states(out / name)) == 1
             )
-    print(
-        f'\n{kills} kills in {runs} runs of {whole:.1f} s, {halves} of them while something was being written'
-    )
+    print(f'\n{kills} kills in {runs} runs of {whole:.1f} s, {halves} of them during a write')
 
 
 def test_preparation_survives_kills_anywhere(processes, tmp_path):

@@ -1,4 +1,7 @@
-"""Whatever a file or a command line holds: it is read, or there is one clear error. Nothing else, and nothing is executed."""
+"""
+Whatever a file or a command line holds: it is read, or there is one clear error. Nothing else,
+and nothing is executed.
+"""
 
 import json
 import random
@@ -11,11 +14,12 @@ import extras.bridge as bridge
 import scaling
 from configurator import configure
 from data import prepare
+from data.corpus import open_corpus, verify_corpus
 from data.instruct import Examples, file_examples
-from data.loader import open_corpus, verify_corpus
-from engine.checkpoint import read_identity, read_metrics, truncate_metrics
+from engine.checkpoint import read_identity
 from engine.errors import UserError
 from engine.files import find_damage, read_json
+from engine.metrics import read_metrics, truncate_metrics
 from engine.stage import Result
 from extras.diagnostics import training_curves
 from model import GPT, GPTConfig, load

@@ -1,4 +1,7 @@
-"""Parity with transformers, in both directions: logits, loss and gradients of every family that is read and written."""
+"""
+Parity with transformers, in both directions: logits, loss and gradients of every family that is
+read and written.
+"""
 
 import json
 import shutil
@@ -29,7 +32,10 @@ LLAMA3 = dict(
 
 
 def theirs(name):
-    """A randomly initialised model of transformers, with gains and biases that are not 1 and 0, in float64."""
+    """
+    A randomly initialised model of transformers, with gains and biases that are not 1 and 0, in
+    float64.
+    """
     make = {
         'llama': lambda: transformers.LlamaConfig(**SMALL, hidden_size=32, intermediate_size=40),
         'llama grouped, tied': lambda: transformers.LlamaConfig(
@@ -123,7 +129,10 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def norms_in_double(monkeypatch):
-    """transformers' RMSNorm works in float32 whatever the weights are; for the comparison in float64 it must not."""
+    """
+    transformers' RMSNorm works in float32 whatever the weights are; for the comparison in float64
+    it must not.
+    """
 
     def forward(self, x):
         return self.weight * (

@@ -1,4 +1,7 @@
-"""The head's loss in chunks: the plain computation's values and gradients, at any chunk size, with and without a teacher."""
+"""
+The head's loss in chunks: the plain computation's values and gradients, at any chunk size, with
+and without a teacher.
+"""
 
 import pytest
 import torch

@@ -1,16 +1,21 @@
-"""AdamW with moments in half the bytes: the same path within what bfloat16 can tell apart, and no moment that is stuck."""
+"""
+AdamW with moments in half the bytes: the same path within what bfloat16 can tell apart, and no
+moment that is stuck.
+"""
 
 import pytest
 import torch
 
-from engine.checkpoint import (
+from engine.checkpoint import load_state, save_state
+from engine.optimizer import (
+    CompactAdamW,
     load_optimizer_state,
-    load_state,
+    make_optimizer,
+    round_stochastically,
     save_optimizer_state,
-    save_state,
     set_optimizer_state,
+    stable_steps,
 )
-from engine.optimizer import CompactAdamW, make_optimizer, round_stochastically, stable_steps
 from model import GPT, GPTConfig
 from train import Run
 
@@ -65,7 +70,10 @@ def test_it_trains_as_adamw_does_in_half_the_bytes():
 
 
 def test_a_small_change_of_the_second_moment_is_not_lost():
-    """With beta2 = 0.999 and gradients a third of what they were it has far to go, in steps too small for bfloat16 to see."""
+    """
+    With beta2 = 0.999 and gradients a third of what they were it has far to go, in steps too
+    small for bfloat16 to see.
+    """
     p = torch.nn.Parameter(torch.zeros(1000))
     optimizer = CompactAdamW(
         [dict(params=[p], weight_decay=0.0)], lr=0.0, betas=(0.9, 0.999), eps=1e-8

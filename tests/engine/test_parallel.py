@@ -215,7 +215,10 @@ def test_knobs_of_memory_do_not_change_the_numbers(whole, data_dir, tmp_path):
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails where the value of a tensor is asked for, for which the host would wait until a GPU is done."""
+    """
+    Fails where the value of a tensor is asked for, for which the host would wait until a GPU is
+    done.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default, (

@@ -1,4 +1,7 @@
-"""Bridges: answers across two vocabularies, from any model, going on after an interruption; and Rouge-L."""
+"""
+Bridges: answers across two vocabularies, from any model, going on after an interruption; and
+Rouge-L.
+"""
 
 import json
 

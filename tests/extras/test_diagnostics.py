@@ -1,4 +1,7 @@
-"""Diagnostics against what is known: the exact Hessian of a tiny model, variances by hand, the toy model's exponent."""
+"""
+Diagnostics against what is known: the exact Hessian of a tiny model, variances by hand, the toy
+model's exponent.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""On-policy distillation: the gradient against the divergence of whole answers, computed by enumerating them all."""
+"""
+On-policy distillation: the gradient against the divergence of whole answers, computed by
+enumerating them all.
+"""
 
 import itertools
 
@@ -39,7 +42,10 @@ def log_probabilities(model, ids, start):
 
 
 def test_the_expected_gradient_is_that_of_the_divergence_between_answers():
-    """KL(q || p) over all 27 answers of 3 tokens to one prompt: its gradient, and the mean of the estimate over the answers drawn."""
+    """
+    KL(q || p) over all 27 answers of 3 tokens to one prompt: its gradient, and the mean of the
+    estimate over the answers drawn.
+    """
     student, teacher, length = tiny(0), tiny(1), 3
     ids = torch.tensor([[0, *y] for y in itertools.product(range(3), repeat=length)])
     log_q, log_p = log_probabilities(student, ids, 1), log_probabilities(teacher, ids, 1).detach()

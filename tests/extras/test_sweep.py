@@ -1,4 +1,7 @@
-"""The grid of a scaling law: nothing is trained twice, and what shares a stable phase is what would have been trained alone."""
+"""
+The grid of a scaling law: nothing is trained twice, and what shares a stable phase is what would
+have been trained alone.
+"""
 
 import csv
 import math
@@ -33,7 +36,10 @@ TINY = [
 
 @pytest.fixture(scope='module')
 def swept(data_dir, tmp_path_factory):
-    """A 2 x 2 grid of continual pretraining, replay, stacking and stacking from the stable phase, and from scratch."""
+    """
+    A 2 x 2 grid of continual pretraining, replay, stacking and stacking from the stable phase,
+    and from scratch.
+    """
     out = tmp_path_factory.mktemp('sweep')
     train.main(
         [

@@ -1,4 +1,7 @@
-"""The objective of LET on time series: the data as published, a language model that reads numbers, accuracy from its folder."""
+"""
+The objective of LET on time series: the data as published, a language model that reads numbers,
+accuracy from its folder.
+"""
 
 import numpy as np
 import pytest

@@ -1,0 +1,136 @@
+"""
+Prepared corpora on disk: a folder data/NAME/ with train.bin and val.bin, one unsigned integer per
+token, and meta.json, which says what they are. Damage is reported before anything is read.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.offline import project_packages
+from data.vocabulary import load_tokenizer
+from engine.errors import UserError
+from engine.files import checksum, read_json, write_json
+
+SPLITS = ('train', 'val')
+OFFLINE = ('pydocs', 'pycode', 'signatures')  # corpora that need no network
+
+
+@dataclass
+class Corpus:
+    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
+
+    name: str
+    meta: dict
+    train: np.ndarray
+    val: np.ndarray
+
+    @property
+    def bytes_per_token(self):
+        """Bytes of text per token, on the validation split."""
+        return self.meta['splits']['val']['bytes'] / self.meta['splits']['val']['tokens']
+
+
+def open_corpus(name, data_dir='data'):
+    """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
+    folder = Path(data_dir) / name
+    again = f'delete {folder} and prepare it again'
+    try:
+        types = dict(splits=dict, dtype=str, tokenizer=str, vocab_size=int)
+        meta = read_json(folder / 'meta.json', **types)
+        meta['checksums'] = dict(meta.get('checksums', {}))  # of other files in the folder
+        dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
+        sizes = [int(meta['splits'][split]['tokens']) * dtype.itemsize for split in SPLITS]
+    except FileNotFoundError:
+        command = f'python data/prepare.py {name}'
+        raise UserError(f'{folder} is not prepared: run  {command}') from None
+    except UserError as error:
+        raise UserError(f'{error}: {again}') from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
+    arrays = []
+    for split, size in zip(SPLITS, sizes):
+        path = folder / f'{split}.bin'
+        if not path.is_file():
+            raise UserError(f'{path} is missing: {again}')
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
+        arrays.append(np.memmap(path, dtype, mode='r'))
+    return Corpus(name, meta, *arrays)
+
+
+def verify_corpus(name, data_dir='data'):
+    """
+    Raise UserError when a corpus is not what was prepared. Reads all of it, but only once: what
+    was intact is recorded in verified.json, until a file changes.
+    """
+    folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
+    wanted = dict(meta['checksums'])
+    for split, counts in meta['splits'].items():
+        if 'sha256' in counts:
+            wanted[f'{split}.bin'] = counts['sha256']
+    found = {}
+    for file in wanted:
+        if (folder / file).is_file():
+            status = (folder / file).stat()
+            found[file] = [status.st_size, status.st_mtime_ns]
+    with contextlib.suppress(OSError, UserError):
+        if read_json(folder / 'verified.json') == found:
+            return
+    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False):
+        if file not in found or checksum(folder / file) != wanted[file]:
+            raise UserError(
+                f'{folder / file} is damaged: its checksum does not match meta.json; delete '
+                f'{folder} and prepare it again'
+            )
+    with contextlib.suppress(OSError):  # a read-only folder is verified every time
+        write_json(folder / 'verified.json', found)
+
+
+def check_vocabulary(corpus, config, name):
+    """Raise UserError if a corpus has more tokens than a model of this configuration."""
+    if corpus.meta['vocab_size'] > config.vocab_size:
+        raise UserError(
+            f'{name} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
+            f'{corpus.meta["vocab_size"]}: choose another --data'
+        )
+
+
+def finish_corpus(unfinished, out, counts, options, **more):
+    """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
+    for split in SPLITS:
+        if not counts[split]['tokens']:
+            raise UserError(
+                f'{options.corpus} gave no {split} documents: there must be several, of which '
+                f'--val_fraction={options.val_fraction} are held out'
+            )
+        counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
+    tokenizer = load_tokenizer(options.tokenizer)
+    versions = {}
+    if options.corpus in OFFLINE:
+        versions = {name: importlib.metadata.version(name) for name in project_packages()}
+    meta = dict(
+        corpus=options.corpus,
+        tokenizer=options.tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end,
+        dtype=np.dtype(tokenizer.dtype).name,
+        options=vars(options),
+        python=platform.python_version(),
+        packages=versions,
+        splits=counts,
+    )
+    (unfinished / 'progress.json').unlink(missing_ok=True)
+    write_json(unfinished / 'meta.json', meta | more)
+    os.replace(unfinished, out)
+    shown = [f'{counts[split]["tokens"]:,} {split}' for split in SPLITS]
+    documents = sum(counts[split]['documents'] for split in SPLITS)
+    print(f'{out}: {" and ".join(shown)} tokens ({options.tokenizer}), {documents:,} documents')
+    return out
