@@ -132,7 +132,8 @@ class Training:
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
         self.source = (stage.source or run_source)(knobs)
         if hardware.is_main:
-            truncate_metrics(self.folder / 'metrics.jsonl', self.step)
+            logged_until = self.step or -1  # from the beginning: not even the line of step 0
+            truncate_metrics(self.folder / 'metrics.jsonl', logged_until)
             self.announce()
         self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
         set_threads(hardware.device, stage.config, self.micro_batch_size * knobs.block_size)

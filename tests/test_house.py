@@ -76,7 +76,9 @@ def test_functions_fit_on_a_screen_and_take_six_parameters_at_most(path):
         if isinstance(node, ast.FunctionDef):
             arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
             names = [argument.arg for argument in arguments]
-            assert len([name for name in names if name not in ('self', 'cls', 'ctx')]) <= 6, node.name
+            assert len([name for name in names if name not in ('self', 'cls', 'ctx')]) <= 6, (
+                node.name
+            )
             assert node.end_lineno - node.lineno < 50, node.name
 
 

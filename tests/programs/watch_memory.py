@@ -13,6 +13,7 @@ import safetensors.torch  # noqa: E402, F401
 import torch  # noqa: E402
 
 from expand import main  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 
 def anonymous_memory():
@@ -30,7 +31,9 @@ def watch():
         peaks.append(max(peaks.pop(), anonymous_memory()))
 
 
-torch.zeros(10, 10) @ torch.zeros(10, 10)  # what the library itself allocates at first use
+# what the library itself loads and allocates at first use
+torch.zeros(10, 10) @ torch.zeros(10, 10)
+GPT.on_meta(GPTConfig.named('16x1'))
 before = anonymous_memory()
 watcher = threading.Thread(target=watch)
 watcher.start()
