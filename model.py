@@ -29,7 +29,7 @@ from engine.hugging_face import (
     tensors_to_hugging_face,
 )
 from engine.loss import fused_linear_cross_entropy
-from engine.sizes import SIZES, llama
+from engine.sizes import SIZES
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
 CHOICES = {
@@ -113,7 +113,8 @@ class GPTConfig:
             width, layers = int(match[1]), int(match[2])
             if width % 16 or not width:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
-            shape = llama(width, 8 * round(width / 3), layers, width // 16)  # MLP: 8/3 the width
+            shape = dict(n_embd=width, n_layer=layers, n_head=width // 16)
+            shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
         elif name in SIZES:
             shape = SIZES[name]
         else:

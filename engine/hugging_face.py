@@ -5,7 +5,9 @@ function, its config.json, and the names and layouts in which it stores our tens
 """
 
 import re
+import tomllib
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,161 +26,13 @@ class Family(NamedTuple):
     demands: dict  # fields of theirs that must have this value for our block to be the same
 
 
-LLAMA_NAMES = {
-    'wte': 'model.embed_tokens',
-    'norm': 'model.norm',
-    'lm_head': 'lm_head',
-    'norm1': 'input_layernorm',
-    'norm2': 'post_attention_layernorm',
-    'attn.q': 'self_attn.q_proj',
-    'attn.k': 'self_attn.k_proj',
-    'attn.v': 'self_attn.v_proj',
-    'attn.o': 'self_attn.o_proj',
-    'mlp.gate': 'mlp.gate_proj',
-    'mlp.up': 'mlp.up_proj',
-    'mlp.down': 'mlp.down_proj',
-}
-LLAMA_FIELDS = {
-    'n_embd': 'hidden_size',
-    'n_mlp': 'intermediate_size',
-    'n_layer': 'num_hidden_layers',
-    'n_head': 'num_attention_heads',
-    'n_kv_head': 'num_key_value_heads',
-    'head_dim': 'head_dim',
-    'block_size': 'max_position_embeddings',
-    'norm_eps': 'rms_norm_eps',
-    'bias': 'attention_bias',
-}
-LLAMA_SWITCHES = dict(
-    norm='rms',
-    act='swiglu',
-    pos='rope',
-    rotary_fraction=1.0,
-    qk_norm=False,
-    parallel=False,
-    attn_scale_by_layer=False,
-)
-GPT2_NAMES = {
-    'wte': 'transformer.wte',
-    'wpe': 'transformer.wpe',
-    'norm': 'transformer.ln_f',
-    'lm_head': 'lm_head',
-    'norm1': 'ln_1',
-    'norm2': 'ln_2',
-    'attn.q': 'attn.c_attn',
-    'attn.k': 'attn.c_attn',
-    'attn.v': 'attn.c_attn',
-    'attn.o': 'attn.c_proj',
-    'mlp.up': 'mlp.c_fc',
-    'mlp.down': 'mlp.c_proj',
-}
-GPT2_FIELDS = {
-    'n_embd': 'n_embd',
-    'n_mlp': 'n_inner',
-    'n_layer': 'n_layer',
-    'n_head': 'n_head',
-    'block_size': 'n_positions',
-    'norm_eps': 'layer_norm_epsilon',
-    'attn_scale_by_layer': 'scale_attn_by_inverse_layer_idx',
-    'act': 'activation_function',
-}
-NEOX_NAMES = {
-    'wte': 'gpt_neox.embed_in',
-    'norm': 'gpt_neox.final_layer_norm',
-    'lm_head': 'embed_out',
-    'norm1': 'input_layernorm',
-    'norm2': 'post_attention_layernorm',
-    'attn.q': 'attention.query_key_value',
-    'attn.k': 'attention.query_key_value',
-    'attn.v': 'attention.query_key_value',
-    'attn.o': 'attention.dense',
-    'mlp.up': 'mlp.dense_h_to_4h',
-    'mlp.down': 'mlp.dense_4h_to_h',
-}
-NEOX_FIELDS = {
-    'n_embd': 'hidden_size',
-    'n_mlp': 'intermediate_size',
-    'n_layer': 'num_hidden_layers',
-    'n_head': 'num_attention_heads',
-    'block_size': 'max_position_embeddings',
-    'norm_eps': 'layer_norm_eps',
-    'parallel': 'use_parallel_residual',
-    'act': 'hidden_act',
-}
-NEOX_SWITCHES = dict(norm='layer', pos='rope', qk_norm=False, bias=True, attn_scale_by_layer=False)
-OPT_NAMES = {
-    'wte': 'model.decoder.embed_tokens',
-    'wpe': 'model.decoder.embed_positions',
-    'norm': 'model.decoder.final_layer_norm',
-    'lm_head': 'lm_head',
-    'norm1': 'self_attn_layer_norm',
-    'norm2': 'final_layer_norm',
-    'attn.q': 'self_attn.q_proj',
-    'attn.k': 'self_attn.k_proj',
-    'attn.v': 'self_attn.v_proj',
-    'attn.o': 'self_attn.out_proj',
-    'mlp.up': 'fc1',
-    'mlp.down': 'fc2',
-}
-OPT_FIELDS = {
-    'n_embd': 'hidden_size',
-    'n_mlp': 'ffn_dim',
-    'n_layer': 'num_hidden_layers',
-    'n_head': 'num_attention_heads',
-    'block_size': 'max_position_embeddings',
-    'act': 'activation_function',
-}
-OPT_SWITCHES = dict(
-    norm='layer',
-    norm_eps=1e-5,
-    pos='learned',
-    qk_norm=False,
-    parallel=False,
-    bias=True,
-    attn_scale_by_layer=False,
-)
-FAMILIES = {
-    'llama': Family(
-        'LlamaForCausalLM',
-        'model.layers.{}.',
-        LLAMA_NAMES,
-        LLAMA_FIELDS,
-        LLAMA_SWITCHES,
-        dict(hidden_act='silu'),
-    ),
-    'qwen3': Family(
-        'Qwen3ForCausalLM',
-        'model.layers.{}.',
-        LLAMA_NAMES | {'attn.q_norm': 'self_attn.q_norm', 'attn.k_norm': 'self_attn.k_norm'},
-        LLAMA_FIELDS,
-        LLAMA_SWITCHES | dict(qk_norm=True, bias=False),
-        dict(hidden_act='silu', use_sliding_window=False),
-    ),
-    'gpt2': Family(
-        'GPT2LMHeadModel',
-        'transformer.h.{}.',
-        GPT2_NAMES,
-        GPT2_FIELDS,
-        dict(norm='layer', pos='learned', qk_norm=False, parallel=False),
-        dict(scale_attn_weights=True),
-    ),
-    'gpt_neox': Family(
-        'GPTNeoXForCausalLM',
-        'gpt_neox.layers.{}.',
-        NEOX_NAMES,
-        NEOX_FIELDS,
-        NEOX_SWITCHES,
-        dict(attention_bias=True),
-    ),
-    'opt': Family(
-        'OPTForCausalLM',
-        'model.decoder.layers.{}.',
-        OPT_NAMES,
-        OPT_FIELDS,
-        OPT_SWITCHES,
-        dict(do_layer_norm_before=True, enable_bias=True, layer_norm_elementwise_affine=True),
-    ),
-}
+def read_families():
+    """{model type: Family}, from architectures.toml."""
+    content = (Path(__file__).parent / 'architectures.toml').read_text(encoding='utf-8')
+    return {name: Family(**fields) for name, fields in tomllib.loads(content).items()}
+
+
+FAMILIES = read_families()
 ACTIVATIONS = {'gelu': 'gelu_new', 'gelu_exact': 'gelu', 'relu': 'relu'}  # ours -> theirs
 FROM_ACTIVATIONS = {
     'gelu_new': 'gelu',
