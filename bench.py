@@ -256,7 +256,10 @@ def measure(options):
     tokens = options.steps * options.batch_size * options.block_size
     for turn in tqdm(range(options.rounds), desc='measuring', leave=False):
         rates.append(matrix_product_rate(hardware.device, hardware.dtype))
-        for name in list(variants) if turn % 2 == 0 else list(variants)[::-1]:
+        names = list(variants)
+        if turn % 2:
+            names.reverse()
+        for name in names:
             synchronise(hardware.device)
             start = time.perf_counter()
             for _ in range(options.steps):

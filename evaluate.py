@@ -97,11 +97,28 @@ def log_likelihood(model, context, continuation):
     return scores.sum().item(), bool((logits.argmax(-1) == ids[-n:]).all())
 
 
+def continue_greedily(model, ids, how, end):
+    """The greedy continuation of ids, of at most how['max_gen_toks'] tokens, as a list."""
+    longest = model.config.block_size
+    new = min(how.get('max_gen_toks', 128), longest // 2)
+    prompt = torch.tensor([ids[-(longest - new) :]], device=model.wte.weight.device)
+    return model.generate(prompt, new, 0.0, stop=end)[0, prompt.shape[1] :].tolist()
+
+
+def cut_at(text, stops):
+    """The text before the first of the stop strings, one or a list of them."""
+    if isinstance(stops, str):
+        stops = [stops]
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
 def harness_model(model, tokenizer):
     """Our model as an LM of lm-evaluation-harness, which has tasks, prompts and metrics."""
     from lm_eval.api.model import TemplateLM
 
-    longest, device = model.config.block_size, model.wte.weight.device
+    longest = model.config.block_size
 
     class Ours(TemplateLM):
         """Log-likelihoods of continuations, and greedy generation."""
@@ -134,15 +151,9 @@ def harness_model(model, tokenizer):
             answers = []
             for request in tqdm(requests, disable=disable_tqdm):
                 context, how = request.args
-                new = min(how.get('max_gen_toks', 128), longest // 2)
-                ids = (self.tok_encode(context) or [tokenizer.end])[-(longest - new) :]
-                prompt = torch.tensor([ids], device=device)
-                out = model.generate(prompt, new, 0.0, stop=tokenizer.end)
-                text = tokenizer.text(out[0, len(ids) :].tolist())
-                stops = how.get('until') or []
-                for stop in [stops] if isinstance(stops, str) else stops:
-                    text = text.split(stop)[0]
-                answers.append(text)
+                ids = self.tok_encode(context) or [tokenizer.end]
+                text = tokenizer.text(continue_greedily(model, ids, how, tokenizer.end))
+                answers.append(cut_at(text, how.get('until') or []))
             return answers
 
     return Ours()

@@ -27,7 +27,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -614,40 +613,54 @@ def fit_records(fitted):
     return records
 
 
-def fit_panels(data, fits):
-    """Loss over D2, exponents and factors over D1 (Figure 1), and all laws (Figure 3)."""
-    p, N = SimpleNamespace(**fits['multiplicative'].parameters), data['N'][0]
-    loss = Panel('D2 (tokens)', 'loss (nats per token)', title='Eq. 6 and the points', log='xy')
-    rivals = Panel('D2 (tokens)', 'loss (nats per token)', title='four laws', log='xy')
+def points_at(data, D1):
+    """(D2s, losses) of the points with this D1, by D2."""
+    columns = zip(data['D1'], data['D2'], data['loss'])
+    points = sorted((D2, loss) for first, D2, loss in columns if first == D1)
+    return [D2 for D2, _ in points], [loss for _, loss in points]
+
+
+def law_panel(data, fits, title):
+    """Loss over D2: the points, a colour per D1, and the curves of some laws."""
+    panel = Panel('D2 (tokens)', 'loss (nats per token)', title=title, log='xy')
     styles = dict(multiplicative='-', no_interaction='--', additive='-.', hybrid=':')
-    firsts, slopes, factors = sorted(set(data['D1'])), [], []
-    for i, D1 in enumerate(firsts):
-        columns = zip(data['D1'], data['D2'], data['loss'])
-        points = sorted((D2, value) for first, D2, value in columns if first == D1)
-        D2s, losses = [D2 for D2, _ in points], [value for _, value in points]
+    for i, D1 in enumerate(sorted(set(data['D1']))):
+        D2s, losses = points_at(data, D1)
+        color, label = f'C{i % 10}', f'D1 = {format_count(D1)}'
+        panel.lines.append(Line(D2s, losses, label, 'o', color))
         grid = torch.logspace(math.log10(D2s[0]), math.log10(D2s[-1]), 50).tolist()
-        label = f'D1 = {format_count(D1)}'
-        for panel in (loss, rivals):
-            panel.lines.append(Line(D2s, losses, label, 'o', f'C{i % 10}'))
-        for law, style in styles.items():
-            if law in fits:
-                curve = [loss_of(fits[law], N, D1, D2) for D2 in grid]
-                rivals.lines.append(Line(grid, curve, '', style, f'C{i % 10}'))
-                if law == 'multiplicative':
-                    loss.lines.append(Line(grid, curve, '', style, f'C{i % 10}'))
-        x = torch.tensor([[1.0, math.log(D2)] for D2 in D2s], dtype=torch.float64)
-        above = [max(value - math.exp(p.logE), 1e-9) for value in losses]
-        y = torch.tensor(above, dtype=torch.float64).log()[:, None]
-        intercept, slope = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
-        slopes.append(slope)
-        factors.append(math.exp(min(intercept, 700)))
-    exponent = [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in firsts]
-    factor = [math.exp(p.logA - p.alpha1 * math.log(D1)) for D1 in firsts]
-    by_D1 = partial(Panel, 'D1 (tokens)')
-    lines = [Line(firsts, slopes, 'each D1 alone', 'o'), Line(firsts, exponent, 'Eq. 6')]
-    exponents = by_D1('exponent of D2', lines, log='x')
-    lines = [Line(firsts, factors, 'each D1 alone', 'o'), Line(firsts, factor, 'Eq. 6')]
-    return [loss, exponents, by_D1('factor of the power of D2', lines, log='xy'), rivals]
+        for law, fitted in fits.items():
+            if law in styles:
+                curve = [loss_of(fitted, data['N'][0], D1, D2) for D2 in grid]
+                panel.lines.append(Line(grid, curve, '', styles[law], color))
+    return panel
+
+
+def power_law_of(D2s, losses, E):
+    """(factor, exponent) of the power of D2 that describes the losses of one D1, above E."""
+    x = torch.tensor([[1.0, math.log(D2)] for D2 in D2s], dtype=torch.float64)
+    y = torch.tensor([[max(loss - E, 1e-9)] for loss in losses], dtype=torch.float64).log()
+    intercept, exponent = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
+    return math.exp(min(intercept, 700)), exponent
+
+
+def fit_panels(data, fits):
+    """Loss over D2, exponent and factor of its power over D1 (Figure 1); rivals (Figure 3)."""
+    p = SimpleNamespace(**fits['multiplicative'].parameters)
+    exponents = Panel('D1 (tokens)', 'exponent of D2', log='x')
+    factors = Panel('D1 (tokens)', 'factor of the power of D2', log='xy')
+    D1s = sorted(set(data['D1']))
+    powers = [power_law_of(*points_at(data, D1), math.exp(p.logE)) for D1 in D1s]
+    exponents.lines = [
+        Line(D1s, [exponent for _, exponent in powers], 'each D1 alone', 'o'),
+        Line(D1s, [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in D1s], 'Eq. 6'),
+    ]
+    factors.lines = [
+        Line(D1s, [factor for factor, _ in powers], 'each D1 alone', 'o'),
+        Line(D1s, [math.exp(p.logA - p.alpha1 * math.log(D1)) for D1 in D1s], 'Eq. 6'),
+    ]
+    main = law_panel(data, {'multiplicative': fits['multiplicative']}, 'Eq. 6 and the points')
+    return [main, exponents, factors, law_panel(data, fits, 'four laws')]
 
 
 def read_fits(path):

@@ -153,10 +153,11 @@ def signatures(packages):
     files = source_files(packages)
     for name, path in tqdm(files, desc='reading signatures', unit='file', leave=False):
         parsed = parse_file(path)
-        for node in ast.walk(parsed[1]) if parsed else []:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            text = ast.get_docstring(node)
+        if parsed is None:
+            continue
+        for node in ast.walk(parsed[1]):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            text = ast.get_docstring(node) if is_function else None
             if not text:
                 continue
             line = text.strip().split('\n')[0].strip()

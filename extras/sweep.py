@@ -14,9 +14,11 @@ import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from configurator import Count, Fraction, NonNegative, Positive
 from engine.errors import UserError, unknown
+from engine.files import commit_file
 from engine.metrics import read_metrics
 from engine.optimizer import load_optimizer_state
 from engine.report import format_si
@@ -62,50 +64,28 @@ class Sweep:
         config, longest = run.model_config(size), self.longest[i if len(self.longest) > 1 else 0]
         name = f'{size}-s{seed}' if seed else size
         series = Series(run, self.knobs_of(i, run, seed))
-        first, second, scratch = (
-            {f * longest for f in fractions}
-            for fractions in (self.first, self.second, self.scratch)
-        )
-        stable = first if any('+stable' in reuse for reuse in self.reuse) else set()
+        first = {fraction * longest for fraction in self.first}
+        second = {fraction * longest for fraction in self.second}
+        scratch = {fraction * longest for fraction in self.scratch}
+        ways = [Reuse.parse(text, self, run) for text in self.reuse]
+        stable = first if any(way.stable for way in ways) else set()
         labels = dict(method='scratch', N=config.num_params(), D1=0.0, seed=seed)
         bases, phases = yield from series.runs(name, config, first, labels, stable)
-        for reuse in self.reuse:
-            kind, variants = reuse.partition('+')[0], reuse.split('+')[1:]
-            shape = RELATIVE_SIZES[kind](config) if kind in RELATIVE_SIZES else config
-            corpus = f'-{self.second_data}' if kind == 'cpt' else ''
-            data = self.data_of(run, kind, variants)
+        for way in ways:
+            own = series.with_data(way.data)
             for D1 in sorted(first):
-                continues = 'stable' in variants
-                base = phases[D1] if continues else bases[D1]
-                start = self.second_stage(shape, base, config, kind, continues)
-                labels = dict(method=reuse + corpus, N=config.num_params(), D1=D1, seed=seed)
-                grid = f'{name}-{format_si(D1)}-{reuse}'
-                yield from series.with_data(data).runs(grid, shape, second, labels, (), start)
-        for kind in sorted({reuse.partition('+')[0] for reuse in self.reuse}) if scratch else []:
-            shape = RELATIVE_SIZES[kind](config) if kind in RELATIVE_SIZES else config
-            corpus = f'-{self.second_data}' if kind == 'cpt' else ''
-            labels = dict(method=f'scratch{corpus}', N=shape.num_params(), D1=0.0, seed=seed)
-            own = series.with_data(self.data_of(run, kind, []))
-            yield from own.runs(f'{name}-scratch-{kind}', shape, scratch, labels)
-
-    def second_stage(self, shape, base, config, kind, continues):
-        """A Stage that starts as a second stage does: continued pretraining, or a growth."""
-        stage = Stage('', shape, 0, 0.0, parent=base)
-        if kind == 'cpt':
-            return continue_from(stage, base, continues)
-        grow_stage(stage, base, config, Operators('fpi', 'stack'), continues)  # Appendix C.5
-        return stage
-
-    def data_of(self, run, kind, variants):
-        """The general knobs that say what a second stage reads."""
-        if kind != 'cpt':
-            return {}
-        data = self.second_data
-        if 'replay' in variants:
-            parts = [f'{data}:{1 - self.replay:g}']
-            parts += [f'{name}:{self.replay * weight:g}' for name, weight in run.corpora.items()]
-            data = ','.join(parts)
-        return dict(data=data, val_data=self.second_data)
+                start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
+                labels = labels | dict(method=f'{way.name}{way.corpus}', D1=D1)
+                grid = f'{name}-{format_si(D1)}-{way.name}'
+                yield from own.runs(grid, start.config, second, labels, (), start)
+        if scratch:
+            for kind in sorted({way.kind for way in ways}):
+                way = Reuse.parse(kind, self, run)
+                shape, own = way.shape(config), series.with_data(way.data)
+                labels = dict(
+                    method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0, seed=seed
+                )
+                yield from own.runs(f'{name}-scratch-{kind}', shape, scratch, labels)
 
     def knobs_of(self, i, run, seed):
         """The general knobs that size i sets for itself."""
@@ -122,14 +102,8 @@ class Sweep:
             found = len(getattr(self, name))
             if found not in (allowed, len(self.sizes)):
                 raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
-        for reuse in self.reuse:
-            kind, *variants = reuse.split('+')
-            allowed = {'stable', 'replay'} if kind == 'cpt' else {'stable'}
-            if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
-                known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
-                raise unknown('second stage', reuse, known)
-            if kind == 'cpt' and not self.second_data:
-                raise UserError('cpt needs a corpus to continue on: --second_data=NAME')
+        for text in self.reuse:
+            Reuse.parse(text, self, run)
         if run.warmup < 1 and not self.warmups:
             raise UserError(
                 f'in a sweep warmup counts steps, the same for every run: {run.warmup:g}'
@@ -144,7 +118,8 @@ class Sweep:
         """Write results.csv, fit the laws, and return their tables."""
         out = Path(results[0].folder).parent
         columns = (*COLUMNS, 'gradient_norm', 'parameter_norm')
-        with open(out / 'results.csv', 'w', newline='', encoding='utf-8') as file:
+        temporary = out / 'results.csv.tmp'
+        with open(temporary, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             for result in results:
@@ -154,10 +129,53 @@ class Sweep:
                     row = result.labels | dict(loss=result.val_loss)
                     row |= dict(gradient_norm=statistics.mean(norms))
                     writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
+        commit_file(temporary, out / 'results.csv')
         try:
             return fit_results(Fitting(results=str(out / 'results.csv')))
         except UserError as error:
             return [f'no fit: {error}']
+
+
+class Reuse(NamedTuple):
+    """A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, cpt also with +replay."""
+
+    name: str
+    kind: str
+    stable: bool  # from the stable phase, with its optimizer state
+    corpus: str  # '-NAME' if the losses are on another corpus than the base's
+    data: dict  # general knobs that say what the second stage reads
+
+    @classmethod
+    def parse(cls, name, sweep, run):
+        """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
+        kind, *variants = name.split('+')
+        allowed = {'stable', 'replay'} if kind == 'cpt' else {'stable'}
+        if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
+            known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
+            raise unknown('second stage', name, known)
+        if kind != 'cpt':
+            return cls(name, kind, 'stable' in variants, '', {})
+        second = sweep.second_data
+        if not second:
+            raise UserError('cpt needs a corpus to continue on: --second_data=NAME')
+        mixture = [second]
+        if 'replay' in variants:
+            mixture = [f'{second}:{1 - sweep.replay:g}']
+            mixture += [f'{old}:{sweep.replay * weight:g}' for old, weight in run.corpora.items()]
+        data = dict(data=','.join(mixture), val_data=second)
+        return cls(name, kind, 'stable' in variants, f'-{second}', data)
+
+    def shape(self, config):
+        """The GPTConfig that the second stage trains."""
+        return config if self.kind == 'cpt' else RELATIVE_SIZES[self.kind](config)
+
+    def second_stage(self, config, base):
+        """A Stage that starts from the Result `base`, continued or grown (Appendix C.5: fpi)."""
+        stage = Stage('', self.shape(config), 0, 0.0, parent=base)
+        if self.kind == 'cpt':
+            return continue_from(stage, base, self.stable)
+        grow_stage(stage, base, config, Operators('fpi', 'stack'), self.stable)
+        return stage
 
 
 @dataclass
