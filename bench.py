@@ -134,7 +134,7 @@ class Peer(nn.Module):
         return SimpleNamespace(loss=self.loss_of(self.model, x, y))
 
 
-def transformers_peer(config, options):
+def transformers_peer(config, _options):
     """transformers' model of our shape, randomly initialised."""
     try:
         import transformers

@@ -25,8 +25,8 @@ import torch
 
 from configurator import Count, Natural, NonNegative, Positive, Range, configure, with_positionals
 from data.corpus import check_vocabulary, open_corpus
-from data.instruct import Examples, supervised_source
-from data.loader import Share, text_source
+from data.instruct import Examples, run_source, supervised_source
+from data.loader import Share
 from data.vocabulary import tokenizer_of_model
 from engine.device import processes
 from engine.errors import UserError, run_as_program
@@ -34,7 +34,7 @@ from engine.files import read_json, write_json
 from engine.hub import model_folder
 from engine.report import by_label, format_count, validation_curve
 from engine.stage import Origin, Result, Stage
-from expand import Growth, Operators, grow
+from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow
 from inheritune import inherit
 from let import distil
 from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
@@ -188,7 +188,7 @@ def learngene_layers(model, batches, k, which):
 def keep_learngene(ancestor, k, which, run, n_batches=4):
     """The ancestor with the k layers that an earlier method keeps, by the run's validation text."""
     block_size = min(run.block_size, ancestor.config.block_size)
-    source = text_source(replace(run, block_size=block_size))
+    source = run_source(replace(run, block_size=block_size))
     found = zip(range(n_batches), source.validation(8, Share()))
     layers = learngene_layers(ancestor, [batch[:2] for _, batch in found], k, which)
     return inherit(ancestor, k, layers=layers)
@@ -218,7 +218,7 @@ class Descendant:
         shape, method = config or self.config, self.method
         X = shape.num_params(head=True)
         stage = Stage(f'{self.size}-{start}', shape, method.recovery_tokens, X)
-        stage.labels = dict(size=self.size, start=start)
+        stage.labels = dict(descendant=self.size, start=start)
         if method.recovery_learning_rate:
             stage.knobs = dict(learning_rate=method.recovery_learning_rate)
         return stage
@@ -271,8 +271,8 @@ def hypercloning(d):
     """The smallest checkpoint, cloned to twice its width."""
     name = d.method.chain[-1]
     small, parent = d.configs[name], d.chain[name]
-    widths = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
-    stage = d.stage('hypercloning', replace(small, **{f: 2 * getattr(small, f) for f in widths}))
+    doubled = {field: 2 * getattr(small, field) for field in WIDTH_FIELDS}
+    stage = d.stage('hypercloning', replace(small, **doubled))
     stage.parent, stage.origin = parent, Origin('growth', (name,), dict(width='clone'))
     stage.model = lambda: grow(load(parent.folder), stage.config, 'clone')
     return stage
@@ -320,10 +320,10 @@ class ChainOfLearngene:
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
     recovery_tokens: Positive = 3e5  # training tokens of each descendant, on the run's data
     recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
-    baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')
+    baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')  # what LInit is compared with
     downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored
     downstream_epochs: Positive = 10.0  # passes over each
-    downstream_learning_rate: NonNegative = 1e-5
+    downstream_learning_rate: NonNegative = 1e-5  # the maximum, on each
 
     def stages(self, run):
         """Ancestor and bridge, the chain, the descendants, and their downstream tasks."""
@@ -332,17 +332,17 @@ class ChainOfLearngene:
         teacher = yield from self.ancestors(run, configs['ancestor'])
         chain = {'ancestor': teacher}
         for i, size in enumerate(self.chain):
-            student = None
-            if self.start == 'public' and self.sft_data:
-                public = Result.given(self.public[i], self.public[i])
-                student = yield self.tune(f'{size}-sft', configs[size], public, self.sft_data, run)
-            student = self.student(size, configs[size], i, student)
+            start = None
+            if self.start == 'public':
+                start = Result.given(self.public[i], self.public[i])
+                if self.sft_data:
+                    start = yield self.tune(f'{size}-sft', configs[size], start, self.sft_data, run)
             teachers = [teacher]
             if self.direct and size == self.chain[-1] and i:
                 teachers.append(chain['ancestor'])
             for t in teachers:
                 name = size if t is teacher else f'{size}-direct'
-                stage = student(name, t)
+                stage = self.student(name, configs[size], t, start)
                 self.teach(stage, self.distillation, t, run)
                 result = yield stage
                 chain.setdefault(size, result)
@@ -399,21 +399,16 @@ class ChainOfLearngene:
         stage.model = partial(load, start.folder)
         return stage
 
-    def student(self, size, config, i, tuned):
-        """(stage name, teacher's Result) -> Stage of a student, before it is taught."""
-
-        def make(name, teacher):
-            stage = Stage(name, config, self.tokens, config.num_params(head=True))
-            if tuned or self.start == 'public':
-                folder = tuned.folder if tuned else self.public[i]
-                stage.origin = Origin('weights', (tuned.name if tuned else folder,))
-                stage.model = partial(load, folder)
-            elif self.start == 'subset':
-                stage.origin = Origin('subset', (teacher.name,))
-                stage.model = lambda: subset(load(teacher.folder), config)
-            return stage
-
-        return make
+    def student(self, name, config, teacher, start):
+        """A Stage of a student: `start` is the public checkpoint it begins with, or None."""
+        stage = Stage(name, config, self.tokens, config.num_params(head=True))
+        if start:
+            stage.origin = Origin('weights', (start.name,))
+            stage.model = partial(load, start.folder)
+        elif self.start == 'subset':
+            stage.origin = Origin('subset', (teacher.name,))
+            stage.model = lambda: subset(load(teacher.folder), config)
+        return stage
 
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
@@ -424,9 +419,8 @@ class ChainOfLearngene:
         out = Path(run.out_dir)
         if distillation == 'seqkd':
             if not run.dry_run:
-                name = out / f'{stage.name}-data'
-                how = (run, name, self.bridge_answers)
-                use_set(stage, pseudo_answers(teacher.folder, self.sft_data, *how))
+                name, n = out / f'{stage.name}-data', self.bridge_answers
+                use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             if not run.dry_run:
@@ -448,6 +442,8 @@ class ChainOfLearngene:
     def configs(self, run):
         """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
         self.check(run)
+        if run.toy or run.dry_run:
+            self.shrink(run)
         configs = {'ancestor': run.model_config(self.ancestor_size)}
         configs |= {size: run.model_config(size) for size in self.chain}
         if not (run.toy or run.dry_run):
@@ -469,16 +465,15 @@ class ChainOfLearngene:
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
-                check_vocabulary(open_corpus(name, run.data_dir), configs['ancestor'], 'ancestor')
+                corpus = open_corpus(name, run.data_dir)
+                check_vocabulary(corpus, configs['ancestor'], 'ancestor')
+                if corpus.meta['vocab_size'] != run.vocab_size:
+                    sizes = f'{corpus.meta["vocab_size"]} tokens, {run.data} {run.vocab_size}'
+                    raise UserError(f'{name} has a vocabulary of {sizes}')
         return configs
 
     def check(self, run):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        if run.toy or run.dry_run:
-            self.start = 'random' if self.start == 'public' else self.start  # no downloads
-        if run.toy:
-            self.descendants = self.descendants[:1]
-            self.score_examples = min(4, self.score_examples)
         methods = {self.distillation, *self.baselines}
         if 'minillm' in methods and not run.toy and self.samples % run.sequences:
             step = f'the {run.sequences} sequences of a step'
@@ -488,6 +483,14 @@ class ChainOfLearngene:
         if self.start == 'public' and len(self.public) != len(self.chain):
             n = f'{len(self.public)} checkpoints for a chain of {len(self.chain)}'
             raise UserError(f'public has {n}')
+
+    def shrink(self, run):
+        """What a plan or a toy does without: downloads, and for a toy most descendants."""
+        if self.start == 'public':
+            self.start = 'random'
+        if run.toy:
+            self.descendants = self.descendants[:1]
+            self.score_examples = min(4, self.score_examples)
 
     toy_corpora = dict(sft_data='signatures', downstream=('signatures',))
 
@@ -501,7 +504,7 @@ class ChainOfLearngene:
         from extras.bridge import answer_scores
 
         records, tuned = [], []
-        for size, runs in by_label(results, 'size').items():
+        for size, runs in by_label(results, 'descendant').items():
             curves = {r.labels['start']: validation_curve(r) for r in runs}
             for r in runs:
                 start, curve = r.labels['start'], curves[r.labels['start']]
@@ -509,7 +512,7 @@ class ChainOfLearngene:
                 if start != 'seqkd' and not (start == 'kd' and self.sft_data):  # those see answers
                     record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
                     record['after recovery'] = r.val_loss
-                if start == 'linit' and 'random' in curves:
+                if start == 'linit' and 'random' in curves and curve[0][0] == 0:
                     needs = steps_to(curves['random'], curve[0][1])
                     last = f'more than {curve[-1][0]:,}'
                     record['steps random needs'] = f'{needs:,}' if needs is not None else last
@@ -566,7 +569,7 @@ class Interpolation:
     target: str = ''  # folder to be made
     to: str = ''  # named size, or WIDTHxLAYERS
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
-    depth: Literal['bert2bert', 'interleave', 'stack', 'identity'] = 'bert2bert'  # of its layers
+    depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
 
 
 def chain_folders(folder):
@@ -586,7 +589,7 @@ def main(argv):
     argv = with_positionals(argv, 'chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
     if not (options.chain and options.target and options.to):
-        raise UserError('say which chain, where to, which size: col.py CHAIN TARGET --to=SIZE')
+        raise UserError('missing arguments; usage: col.py CHAIN TARGET --to=SIZE')
     wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}

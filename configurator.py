@@ -44,7 +44,7 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(TINY)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text'}
+NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 
 
 def describe_type(kind):
@@ -203,14 +203,13 @@ def configure(argv, general, methods=None, program='train.py'):
 
 
 def with_positionals(argv, *names):
-    """argv with its leading words turned into --name=word: expand.py SOURCE TARGET --to=8b."""
-    words = []
+    """argv with its first words turned into --name=word: expand.py SOURCE TARGET --to=8b."""
+    names, arguments = list(names), []
     for arg in argv:
-        if arg.startswith('-') or len(words) == len(names):
-            break
-        words.append(arg)
-    named = [f'--{name}={word}' for name, word in zip(names, words)]
-    return named + argv[len(words) :]
+        if names and not arg.startswith('-'):
+            arg = f'--{names.pop(0)}={arg}'
+        arguments.append(arg)
+    return arguments
 
 
 # ----------------------------------------------------------------------------------------------
@@ -221,15 +220,23 @@ def show_help(program, instances):
     """Print every knob of the dataclass instances with its value and its comment."""
     print(f'usage: {program} [config/FILE.py] [--key=value ...]\n')
     for instance in instances:
-        cls = type(instance)
-        print((cls.__doc__ or '').strip().splitlines()[0])
-        source = inspect.getsource(cls)
-        comments = dict(re.findall(r'^    (\w+): .*?  # (.+)$', source, re.MULTILINE))
-        for f in fields(cls):
-            value = getattr(instance, f.name)
+        print((instance.__doc__ or '').strip().splitlines()[0])
+        for name, comment in knob_help(type(instance)).items():
+            value = getattr(instance, name)
             text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-            print(f'  {f"--{f.name}={text}":34} {comments.get(f.name, "")}')
+            print(f'  {f"--{name}={text}":34} {comment}')
         print()
+
+
+def knob_help(cls):
+    """{knob: its comment, and its choices if its type lists them} of a dataclass."""
+    source, helps = inspect.getsource(cls), {}
+    comments = dict(re.findall(r'^    (\w+): .*?  # (.+)$', source, re.MULTILINE))
+    for name, kind in get_type_hints(cls, include_extras=True).items():
+        helps[name] = comments.get(name, '')
+        if Literal in (get_origin(kind), *map(get_origin, get_args(kind))):
+            helps[name] += f' ({describe_type(kind)})'
+    return helps
 
 
 def differences(instance):

@@ -233,7 +233,9 @@ def members(folders):
             name = Path(folder).name
             found[str(folder) if name in found else name] = str(folder)
     if not found:
-        raise UserError('say what to evaluate: evaluate.py FOLDER [FOLDER ...], a model or a run')
+        raise UserError(
+            'nothing to evaluate; usage: evaluate.py FOLDER [FOLDER ...], models or runs'
+        )
     return found
 
 
@@ -308,7 +310,8 @@ def main(argv):
         if any(Path(folder).glob('*/result.json')):
             written = Path(folder) / 'report.md'
             text = written.read_text(encoding='utf-8') if written.is_file() else report(folder)
-            print(text.split('![')[0] + '\n')
+            lines = [line for line in text.splitlines() if not line.startswith('![')]
+            print('\n'.join(lines).rstrip() + '\n')
     outcome = evaluate_folders(folders, options)
     text = evaluation_tables(outcome)
     print(text)

@@ -35,7 +35,7 @@ import torch
 from configurator import Count, Natural, NonNegative, Positive, configure, with_positionals
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import write_json
-from engine.growth import PIECE, Axis, by_head, copy_of, grow_tensor, round_robin
+from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import load_optimizer_state
 from engine.report import compare_variants
@@ -287,8 +287,8 @@ class Growth:
         outputs = re.search(r'\.(attn\.o|mlp\.down)\.', name) is not None
         is_zero = layer and layer.adds_nothing and (moment == 1 or not moment and outputs)
         rescale = self.rescaled(match) ** (1, -1, -2)[moment]
-        how = (max(1, moment), noise, generator_of, self.piece)
-        for piece in grow_tensor(old, donor, axes, how):
+        copying = Copying(max(1, moment), noise, generator_of, self.piece)
+        for piece in grow_tensor(old, donor, axes, copying):
             if is_zero:
                 piece.zero_()
             if rescale != 1:
@@ -552,9 +552,8 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
     if carry_optimizer:
 
         def grown_state():
-            state = load_optimizer_state(smaller.folder)
-            how = operators.width, operators.depth
-            return grow_optimizer(state, small_config, large, *how)
+            state, width = load_optimizer_state(smaller.folder), operators.width
+            return grow_optimizer(state, small_config, large, width, operators.depth)
 
         stage.optimizer_state = grown_state
         stage.knobs |= dict(warmup=0.0)
@@ -645,7 +644,7 @@ def main(argv):
     argv = with_positionals(argv, 'source', 'target')
     options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET')
     if not (options.source and options.target and options.to):
-        raise UserError('say what to grow into what: expand.py SOURCE TARGET --to=SIZE')
+        raise UserError('missing arguments; usage: expand.py SOURCE TARGET --to=SIZE')
     operators = Operators(options.width, options.depth, options.noise, options.seed)
     grow_folder(options.source, options.target, options.shape, operators)
 

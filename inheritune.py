@@ -241,7 +241,7 @@ def stacking(c):
 def hybrid_stacking(c):
     """The first layers of the reference, stacked."""
     half = max(1, c.n // 2)
-    origin = Origin('first layers, stacked,', settings=dict(layers=half))
+    origin = Origin('growth', settings=dict(first_layers=half, depth='stack'))
     build = lambda r: deepen(inherit(r, half), c.n, 'stack')
     yield c.inherited(f'hybrid-stacking-{c.n}', build, origin)
 
@@ -295,7 +295,7 @@ class Inheritune:
     regrow: Literal['continue', 'restart'] = 'continue'  # from the child, or from the reference
     max_rounds: Natural = 0  # rounds at most; 0: until the reference is matched or used up
     parts: tuple[Literal[*PARTS], ...] = PARTS  # what is inherited of each layer (Table 3)
-    baselines: tuple[Literal[*BASELINES], ...] = ()
+    baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
     alpha: Fraction = 0.6  # distillation: weight of the data; the teacher has the rest
     temperature: Positive = 1.0  # distillation: temperature of both distributions
     no_bias: bool = False  # train the reference without biases, as the paper's GPT-2 ...
@@ -420,7 +420,7 @@ def main(argv):
     argv = with_positionals(argv, 'folder')
     options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER')
     if not options.folder:
-        raise UserError('say which model: inheritune.py FOLDER')
+        raise UserError('missing argument; usage: inheritune.py FOLDER')
     device = choose_device(options.device)
     model = load(options.folder, device).eval()
     corpus = open_corpus(options.data, options.data_dir)

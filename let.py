@@ -16,7 +16,7 @@ SALT (Rawat et al.). Both are objectives that any stage of any method can have.
 
 import re
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -162,9 +162,9 @@ class Alignment:
 def let(teacher, alignment, tokenizers=None):
     """
     The objective of Late-to-Early Training. teacher: a model folder or hub name, opened at the
-    first batch, or a callable ids -> hidden states (B, T, D). From S_stop, and with lambda0 = 0,
-    it is next-token prediction to the bit, and the teacher is forgotten. tokenizers: the names of
-    (the student's, the teacher's) if they differ; then every batch's ids visit the host.
+    first batch, or a callable ids -> hidden states (B, T, D). From S_stop on, and with lambda0 = 0,
+    it is exactly next-token prediction, and the teacher is freed. tokenizers: the names of (the
+    student's, the teacher's) if they differ; then every batch's ids visit the host.
     """
     lazy = LazyTeacher(teacher)
 
@@ -174,8 +174,8 @@ def let(teacher, alignment, tokenizers=None):
             lazy.forget()
             return next_token(model, x, y, progress)
         with torch.no_grad():
-            how = (lazy.on(x.device), alignment.teacher_layer, tokenizers)
-            theirs, covered = teacher_states(x, *how)
+            layer = alignment.teacher_layer
+            theirs, covered = teacher_states(x, lazy.on(x.device), layer, tokenizers)
         output = model(x, y, hidden_at=alignment.target_layer)
         l_proj = alignment_loss(output.hidden, theirs, alignment.kind, covered)
         similarity = -l_proj
@@ -234,6 +234,7 @@ def teach(stage, teacher, alignment, tokenizers=None):
 # the method
 
 PAIRINGS = ('L2E', 'L2M', 'L2L', 'M2E', 'M2M', 'M2L')
+UNKNOWN_LAYERS = 10**6  # more than any pairing asks for
 
 
 def pair_layers(pairing, teacher_layers, target_layers):
@@ -252,14 +253,11 @@ def pair_layers(pairing, teacher_layers, target_layers):
     if not match:
         raise unknown('pairing', pairing, [*PAIRINGS, 'L1F3'])
     ours, theirs = int(match[2]), teacher_layers + 1 - int(match[1])
-    for which, layer, layers in (
-        ('teacher', theirs, teacher_layers),
-        ('target', ours, target_layers),
-    ):
+    pairs = (('teacher', theirs, teacher_layers), ('target', ours, target_layers))
+    for which, layer, layers in pairs:
         if not 1 <= layer <= layers:
-            raise UserError(
-                f'{pairing}: the {which} has {layers} layers, there is no layer {layer}'
-            )
+            no_layer = f'the {which} has {layers} layers, there is no layer {layer}'
+            raise UserError(f'{pairing}: {no_layer}')
     return ours, theirs
 
 
@@ -284,11 +282,12 @@ class LET:
     def stages(self, run):
         """The teacher, if it is not given; then for every seed every variant."""
         config = run.model_config(self.size)
-        layers, tokenizers, teacher_config = 1, None, run.model_config(self.teacher_size)
+        teacher_config = run.model_config(self.teacher_size)
+        layers, tokenizers = teacher_config.n_layer, None
         given = self.teacher and not run.toy
-        if not given:
-            layers = teacher_config.n_layer
-        elif not run.dry_run:
+        if given and run.dry_run:
+            layers = UNKNOWN_LAYERS  # a plan opens no teacher
+        elif given:
             layers, tokenizers = self.examine(run)
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
@@ -309,6 +308,8 @@ class LET:
                     teach(stage, teacher, alignment, tokenizers)
                 elif variant != 'baseline':
                     self.distil(stage, variant, teacher)
+                if given and stage.teaching:  # its path: a name alone could be another teacher's
+                    stage.teaching['teacher'] = self.teacher
                 yield stage
 
     def parse(self, variant, teacher_layers, target_layers):
@@ -319,17 +320,16 @@ class LET:
         if name != 'let':
             known = ('baseline', 'rkd', 'salt', 'let', 'let+0.3', 'let+L2M', 'let+logsum')
             raise unknown('variant', variant, known)
-        pairing = self.pairing
-        alignment = Alignment(1, 0, self.lambda0, self.s_stop, self.alignment)
+        lambda0, kind, pairing = self.lambda0, self.alignment, self.pairing
         for part in parts:
             if re.fullmatch(r'\d+(\.\d+)?', part):
-                alignment = replace(alignment, lambda0=float(part))
+                lambda0 = float(part)
             elif part in ALIGNMENTS:
-                alignment = replace(alignment, kind=part)
+                kind = part
             else:
                 pairing = part
         ours, theirs = pair_layers(pairing, teacher_layers, target_layers)
-        return replace(alignment, target_layer=ours, teacher_layer=theirs)
+        return Alignment(ours, theirs, lambda0, self.s_stop, kind)
 
     def distil(self, stage, variant, teacher):
         """Give a stage the objective of RKD or SALT."""
@@ -340,10 +340,8 @@ class LET:
 
     def examine(self, run):
         """(layers of a given teacher, the two tokenizers if they differ). Raises UserError."""
-        model, corpus = (
-            open_teacher(self.teacher),
-            open_corpus(next(iter(run.corpora)), run.data_dir),
-        )
+        model = open_teacher(self.teacher)
+        corpus = open_corpus(next(iter(run.corpora)), run.data_dir)
         ours = theirs = corpus.meta['tokenizer']
         try:
             theirs = tokenizer_of_model(self.teacher)
@@ -373,9 +371,9 @@ class LET:
         for record in records:
             runs = groups[record['variant']]
             if baseline:
-                record['steps to its loss'] = steps_to_loss(
-                    mean_curve(runs), statistics.mean(baseline)
-                )
+                share = steps_to_loss(mean_curve(runs), statistics.mean(baseline))
+                reached = 'not reached' if share is None else f'{share:.2f}x'
+                record['steps to its loss'] = reached
             for result in runs:
                 lines = [m for m in read_metrics(result.folder) if 'similarity' in m]
                 if lines:

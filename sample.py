@@ -208,8 +208,8 @@ def draft_for(model, prompts, options, sampling):
     draft = load(options.draft, prompts[0].device).eval()
     found, total, started = [], Speculation(), time.time()
     for prompt in prompts:
-        how = (options.max_new_tokens, options.draft_tokens, sampling)
-        sequence, stats = speculate(model, draft, prompt[None], *how)
+        new, ahead = options.max_new_tokens, options.draft_tokens
+        sequence, stats = speculate(model, draft, prompt[None], new, ahead, sampling)
         found.append(sequence[0, len(prompt) :])
         total.rounds += stats.rounds
         total.drafted += stats.drafted

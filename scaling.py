@@ -108,8 +108,8 @@ class Law(NamedTuple):
 
     @property
     def equation(self):
-        """What the law says."""
-        return self.terms.__doc__.split('   ')[0]
+        """What the law says, without the number it has in the paper."""
+        return re.sub(r' +\(Eq\. \d+.*', '', self.terms.__doc__)
 
 
 EQ6 = ('logA', 'alpha1', 'alpha2', 'alpha3', 'logE')
@@ -118,8 +118,8 @@ LAWS = {
     'no_interaction': Law(no_interaction, ('logA', 'alpha1', 'alpha2', 'logE')),
     'additive': Law(additive, ('logA', 'alpha1', 'logF', 'alpha2', 'logE')),
     'hybrid': Law(hybrid, ('logA', 'alpha1', 'alpha2', 'logF', 'logE')),
-    'continuous': Law(continuous, ('logA', 'alpha', 'logE'), ('D2',)),
-    'chinchilla': Law(chinchilla, ('logA', 'alpha', 'logB', 'beta', 'logE'), ('D2', 'N')),
+    'continuous': Law(continuous, ('logA', 'alpha', 'logE'), ('D',)),
+    'chinchilla': Law(chinchilla, ('logA', 'alpha', 'logB', 'beta', 'logE'), ('D', 'N')),
     'joint': Law(joint, (*EQ6[:4], 'logB', 'beta', 'logE'), ('D1', 'D2', 'N')),
     'saturated_D1': Law(saturated_D1, (*EQ6, 'logDmax')),
     'saturated_D2': Law(saturated_D2, (*EQ6, 'logDmax')),
@@ -217,16 +217,17 @@ def check_points(law, data):
     n, least = len(data['loss']), len(LAWS[law].parameters) + 2
     if n < least:
         raise UserError(f'{law} needs at least {least} points, not {n}')
+    columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
     for column in LAWS[law].depends_on:
-        if len(set(data[column])) < 2:
+        if len(set(columns[column])) < 2:
             raise UserError(f'{law} needs points of several {column}, these have one')
 
 
 def fit(law, data, bootstrap=200, seed=0):
     """
-    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Where they lead are the
-    starts, a few of all ranks, for the points left out one at a time, and the best one for
-    `bootstrap` resamplings, from which the intervals are. Raises UserError.
+    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. A sample of the
+    solutions, good and bad, starts the leave-one-out fits; the best starts the fits of `bootstrap`
+    resamplings, which give the intervals. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
@@ -664,7 +665,7 @@ def fit_panels(data, fits):
 
 
 def read_fits(path):
-    """{method: Fit} of a fit.json. Raises UserError for a file that is none."""
+    """{method: Fit} of a fit.json. Raises UserError if the file is not one."""
     try:
         fits = {method: Fit(**values) for method, values in read_json(path).items()}
         for fitted in fits.values():
@@ -681,10 +682,10 @@ def fit_command(argv):
     argv = with_positionals(argv, 'results')
     options, _, _ = configure(argv, Fitting, program='scaling.py fit RESULTS.csv')
     if not options.results:
-        raise UserError('say which results: scaling.py fit RESULTS.csv')
-    out = options.out or Path(options.results).parent
-    print(render(fit_results(options), out))
-    print(f'\nfit.json and pictures are in {out}/')
+        raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
+    options.out = options.out or str(Path(options.results).parent)
+    print(render(fit_results(options), options.out))
+    print(f'\nfit.json and pictures are in {options.out}/')
 
 
 def advise_command(argv):
@@ -692,9 +693,9 @@ def advise_command(argv):
     options, _, _ = configure(argv, Question, program='scaling.py advise')
     for knob in ('base_params', 'base_tokens', 'budget'):
         if getattr(options, knob) < 1:
-            raise UserError(f'say the {knob}: --{knob}=NUMBER')
+            raise UserError(f'missing argument --{knob}=NUMBER')
     if options.paper == bool(options.fit):
-        raise UserError('say whose laws: --fit=FILE or --paper=True')
+        raise UserError('whose laws? --fit=FILE or --paper=True')
     fits = of_domain(published() if options.paper else read_fits(options.fit), options.domain)
     print(advise(fits, options.base_params, options.base_tokens, options.budget))
     budget = format_si(options.budget)

@@ -37,7 +37,7 @@ from data.corpus import OFFLINE, open_corpus, verify_corpus
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
 from engine.checkpoint import record_session
-from engine.device import attention_kernels, barrier, catch_signals, find_hardware, should_stop
+from engine.device import attention_kernels, barrier, catch_signals, find_hardware
 from engine.errors import UserError, run_as_program
 from engine.optimizer import learning_rate
 from engine.parallel import full_tensor, gradient_sync
@@ -59,9 +59,7 @@ Beta = Annotated[float, Range(0, 1 - 1e-9)]
 class Run:
     """General knobs, the same for every method."""
 
-    method: str = (
-        'pretrain'  # pretrain, progressive, growth, inheritune, let, timeseries, sweep, col
-    )
+    method: str = 'pretrain'  # or progressive, growth, inheritune, let, col, sweep, timeseries
     out_dir: str = ''  # folder of the run; empty: out/ and the name of the config file or method
     # data
     data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -170,10 +168,8 @@ class Pretrain:
             model = partial(load, self.init_from)
             config = model().config
             if config.vocab_size < run.vocab_size:  # a larger one is padded
-                raise UserError(
-                    f'{self.init_from} has a vocabulary of {config.vocab_size}, the data one of '
-                    f'{run.vocab_size}'
-                )
+                sizes = f'{config.vocab_size}, the data one of {run.vocab_size}'
+                raise UserError(f'{self.init_from} has a vocabulary of {sizes}')
             print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)
@@ -198,59 +194,54 @@ METHODS = {
 # the loop
 
 
-def train_step(t):
+def train_step(training):
     """One optimizer step; returns its scalars as tensors: nothing here waits for the GPU."""
-    scalars = {}
-    for micro in range(t.accumulate):
-        x, y = next(t.batches)
-        with gradient_sync(t.ddp_model, last=micro == t.accumulate - 1):
-            with t.hardware.forward():
-                loss, more = t.objective(t.ddp_model, x, y, t.progress)
-            with attention_kernels(t.hardware.device):  # recomputed attention uses the same one
-                (loss / t.accumulate).backward()
+    model, optimizer, hardware = training.ddp_model, training.optimizer, training.hardware
+    accumulate, scalars = training.accumulate, {}
+    for micro in range(accumulate):
+        x, y = next(training.batches)
+        with gradient_sync(model, last=micro == accumulate - 1):
+            with hardware.forward():
+                loss, more = training.objective(model, x, y, training.progress)
+            with attention_kernels(hardware.device):  # recomputed attention uses the same one
+                (loss / accumulate).backward()
         for name, value in (more | dict(loss=loss)).items():
-            scalars[name] = scalars.get(name, 0) + value.detach() / t.accumulate
-    limit = t.knobs.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(t.raw_model.parameters(), limit)
+            scalars[name] = scalars.get(name, 0) + value.detach() / accumulate
+    limit = training.knobs.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(training.raw_model.parameters(), limit)
     scalars['grad_norm'] = full_tensor(norm)
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return scalars
 
 
-def train_to_the_end(t):
-    """The loop over the steps of a stage; t: its Training."""
-    knobs, next_look = t.knobs, 0
-    if knobs.eval_interval and t.step == 0:
-        t.log(dict(step=0, tokens=0, flops=0.0, val_loss=t.validate()))
-    while t.step < t.steps:
-        rate = learning_rate(t.step, t.steps, knobs)
-        for group in t.optimizer.param_groups:
+def train_to_the_end(training):
+    """The loop over the steps of a stage."""
+    knobs = training.knobs
+    if knobs.eval_interval and training.step == 0:
+        training.log(dict(step=0, tokens=0, flops=0.0, val_loss=training.validate()))
+    while training.step < training.steps:
+        rate = learning_rate(training.step, training.steps, knobs)
+        for group in training.optimizer.param_groups:
             group['lr'] = rate
-        t.meter.add(train_step(t))
-        t.count_step()
+        training.meter.add(train_step(training))
+        training.count_step()
 
-        last = t.step == t.steps
-        evaluating = knobs.eval_interval and t.step % knobs.eval_interval == 0 and not last
-        logging = t.step % knobs.log_interval == 0 or last or evaluating
-        # one process checks clock and signals every step; several agree about every 5 seconds
-        stop = save = False
-        if t.hardware.world_size == 1 or t.step >= next_look:
-            stop, save, pause = should_stop(t.hardware, t.save_at, t.step_seconds)
-            next_look = t.step + pause
-        stable = t.step == t.stable_step
-        save = save or stable
+        last = training.step == training.steps
+        evaluating = knobs.eval_interval and training.step % knobs.eval_interval == 0 and not last
+        logging = training.step % knobs.log_interval == 0 or last or evaluating
+        stop, save = training.due()
         if logging or save:
-            line = t.measure(rate)
+            line = training.measure(rate)
             if evaluating:
-                line['val_loss'] = t.validate()
-            if t.stage.score and (evaluating or last):
-                line['score'] = t.keep_best()
-            t.log(line)
+                line['val_loss'] = training.validate()
+            if training.stage.score and (evaluating or last):
+                line['score'] = training.keep_best()
+            training.log(line)
         if save:
-            t.save(stable)
+            training.save()
         if stop:
-            t.exit()
+            training.exit()
 
 
 def train_stage(stage, run, hardware, record):
@@ -263,7 +254,10 @@ def train_stage(stage, run, hardware, record):
     result = training.finished_before()
     if result:
         return result
-    training.begin()
+    training.make_model()  # by the method, unless a state was saved
+    training.make_optimizer()
+    training.restore()  # the newest state, if there is one
+    training.open_data()
     if hardware.is_main:
         record()
     with contextlib.closing(training.batches):
@@ -300,11 +294,13 @@ def count_steps(knobs, stage):
 def stages_of(method, run, train):
     """Run a method, every stage through `train(stage) -> Result`. Yields (stage, result)."""
     stages, result = method.stages(run), None
-    with contextlib.suppress(StopIteration):
-        while True:
+    while True:
+        try:
             stage = stages.send(result)
-            result = train(stage)
-            yield stage, result
+        except StopIteration:
+            return
+        result = train(stage)
+        yield stage, result
 
 
 def plan_stage(stage, run):
@@ -315,7 +311,7 @@ def plan_stage(stage, run):
     result.params, result.flops = stage.params, 6.0 * stage.params * stage.tokens
     result.tokens = steps * knobs.batch_size * knobs.block_size
     result.inherited_flops, result.baseline_flops = stage.inherited_flops, stage.baseline_flops
-    result.position = (stage.parent.position if stage.parent else 0) + result.tokens
+    result.position = stage.position + result.tokens
     result.labels = stage.labels
     return PlannedStage(stage, knobs, steps, result)
 
@@ -374,7 +370,7 @@ def main(argv):
             print(f'{knob} = {value!r}  ({origins.get(knob, "derived")})')
         if getattr(method, 'reads_corpora', True):
             find_corpora(run, method)
-    session = dict(command=['train.py', *argv], device=str(hardware.device))
+    session = dict(command=['train.py', *argv], device=hardware.name)
     session |= dict(processes=hardware.world_size, differences=changed, set_by=origins)
     record = cache(partial(record_session, run.out_dir, asdict(run) | asdict(method), session))
     barrier()

@@ -162,9 +162,9 @@ def local_files(pattern):
     files = sorted(glob.glob(pattern, recursive=True))
     known = [*OFFLINE, *HUB]
     if not files:
-        close = nearest(pattern, known)
+        close, corpora = nearest(pattern, known), ', '.join(known)
         raise UserError(
-            f'{pattern!r} is no corpus and matches no file{close}; there are {", ".join(known)}'
+            f'{pattern!r} is not a corpus and matches no file{close}; there are {corpora}'
         )
     suffixes = {Path(file).suffix for file in files}
     builder = BUILDERS.get(suffixes.pop()) if len(suffixes) == 1 else None
@@ -226,8 +226,8 @@ def prepare(options):
         pool = spawn.Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts)
     with pool as workers:
         if offline:
-            how = (options.corpus, options.packages, options.val_fraction, workers)
-            documents = list(offline_documents(*how))
+            name, packages, held_out = options.corpus, options.packages, options.val_fraction
+            documents = list(offline_documents(name, packages, held_out, workers))
             batches = ((documents[i : i + 256], None) for i in range(0, len(documents), 256))
         else:
             if state['stream']:

@@ -298,7 +298,9 @@ def claim_folder(folder, identity, accept_changes):
             write_json(Path(folder) / 'stage.json', identity | dict(owner=digest(identity)))
         return {}
     # a knob that is newer than the run has its default
-    keys = [key for key in identity if key in found and found[key] != identity[key]]
+    common = [key for key in identity if key in found]
+    # compared as they are stored: the loss of a model from elsewhere, NaN, equals itself there
+    keys = [key for key in common if json.dumps(found[key]) != json.dumps(identity[key])]
     changes = {key: (found[key], identity[key]) for key in keys}
     fixed = [key for key in changes if FIXED.fullmatch(key)]
     if fixed or changes and not accept_changes:

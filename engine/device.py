@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -56,6 +57,13 @@ class Hardware(NamedTuple):
     world_size: int
     deadline: float  # seconds since 1970 at which max_minutes are over
     memory: float  # bytes of the device that a plan may fill; infinite for a CPU
+
+    @property
+    def name(self):
+        """The device with its model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)."""
+        if self.device.type == 'cuda':
+            return f'{self.device} ({torch.cuda.get_device_name(self.device)})'
+        return f'{self.device} ({platform.machine()})'
 
     @property
     def is_main(self):

@@ -4,6 +4,7 @@ multiplied by a factor w, what reads them by a factor r. Which factors, an opera
 decides; the function of the model is kept if over the copies of each unit  sum w r = 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,13 +52,21 @@ def by_head(heads, head_dim):
     return copy_of(heads.old * head_dim, source)
 
 
-def grow_tensor(old, donor, axes, how):
+class Copying(NamedTuple):
+    """What happens to rows and columns as they are copied."""
+
+    power: int  # of the factors w: 1 for weights and first moments, 2 for second moments
+    noise: float  # zero-sum noise, relative to the rows
+    generator_of: Callable  # row at which a piece starts -> its random Generator
+    piece: int  # elements that are in memory at a time
+
+
+def grow_tensor(old, donor, axes, copying):
     """
     Yield the new tensor in pieces of rows, of the old one's dtype. old, donor (rows for new units,
-    or None): tensors, or what gives rows by slicing; axes: an Axis or None for each dimension;
-    how: (power of the factors, noise, generator of a piece's start, elements per piece).
+    or None): tensors, or what gives rows by slicing; axes: an Axis or None for each dimension.
     """
-    power, noise, generator_of, size = how
+    power, noise, generator_of, size = copying
     rows_axis = axes[0]
     n_rows = len(rows_axis.source) if rows_axis else old.shape[0]
     n_columns = len(axes[1].source) if len(axes) == 2 and axes[1] else 1

@@ -1,7 +1,6 @@
 """The Hugging Face hub: models by name, and errors within seconds where it cannot be reached."""
 
 import functools
-import os
 import re
 import threading
 import urllib.error
@@ -51,7 +50,7 @@ def reach_hub(what, way_out=WAY_OUT):
             pass  # it answered, which is all that was asked
         return True
 
-    if not os.environ.get('HF_HUB_OFFLINE'):
+    if not constants.HF_HUB_OFFLINE:
         within(10, ask, f'the Hugging Face hub, needed for {what},', way_out)
 
 
@@ -67,7 +66,7 @@ def model_folder(name):
     try:
         patterns = ['*.json', '*.safetensors']
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
-    except OSError as error:
+    except Exception as error:  # its own, the system's, or those of whichever HTTP client it uses
         reason = type(error).__name__
         raise UserError(
             f'{name} is not a folder, and the hub does not provide it ({reason}); {way_out}'

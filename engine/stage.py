@@ -1,8 +1,14 @@
 """
-What a method and the training loop say to each other.
+The interface between methods and the training loop.
 
 A method (progressive training, Inheritune, ...) is a dataclass of knobs with one generator,
-`stages(run)`. It yields a `Stage`; train.py trains it and sends back its `Result`.
+`stages(run)`. It yields a `Stage`; train.py trains it and sends back its `Result`. A method may
+also have
+
+    summary(results)     blocks for its report: texts, tables, pictures (engine/report.py)
+    corpora              names of corpora that its stages read besides the run's
+    toy_corpora          {knob: corpus that a toy run reads instead}
+    reads_corpora        False if its stages read none of the run's
 """
 
 import json

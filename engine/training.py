@@ -20,7 +20,14 @@ from data.corpus import open_corpus
 from data.instruct import run_source
 from data.loader import batches
 from engine import checkpoint
-from engine.device import SIGNALS, attention_kernel, barrier, exit_saved, set_threads
+from engine.device import (
+    SIGNALS,
+    attention_kernel,
+    barrier,
+    exit_saved,
+    set_threads,
+    should_stop,
+)
 from engine.errors import UserError
 from engine.files import measure_files, measure_text, write_manifest
 from engine.loss import bits_per_byte, evaluate
@@ -59,8 +66,8 @@ class Training:
 
     def finished_before(self):
         """
-        Take possession of the folder: the Result if the stage was finished before, else None. A
-        stage asked for more tokens continues from the end of its stable phase. UserError.
+        Claim the folder; return the Result if the stage was finished before, else None. A stage
+        asked for more tokens continues from the end of its stable phase. Raises UserError.
         """
         texts = {}
         if not self.stage.source:
@@ -107,36 +114,47 @@ class Training:
         more = 'tokens' in self.changes and self.stage.tokens > result.tokens
         return more and any(path.name.startswith('stable') for path in states)
 
-    def begin(self):
-        """Build model and optimizer, restore the newest state, open the data, say what follows."""
+    def make_model(self):
+        """The stage's starting model, placed on the hardware."""
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
         self.strategy = choose_strategy(knobs, stage.config, hardware)
-        fresh = not checkpoint.saved_states(self.folder)  # else the weights are read below
-        model = stage.model() if stage.model and fresh else GPT(stage.config)
+        self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
+        model = stage.model() if stage.model and self.fresh else GPT(stage.config)
         self.raw_model = place(model, self.strategy, hardware)
-        self.optimizer = make_optimizer(self.raw_model, knobs)
-        if stage.optimizer_state and fresh:
-            dtype = getattr(torch, knobs.optimizer_dtype)
-            state = stage.optimizer_state()
+
+    def make_optimizer(self):
+        """AdamW for the model, with the state that the stage starts from."""
+        self.optimizer = make_optimizer(self.raw_model, self.knobs)
+        if self.stage.optimizer_state and self.fresh:
+            dtype = getattr(torch, self.knobs.optimizer_dtype)
+            state = self.stage.optimizer_state()
             set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
+
+    def restore(self):
+        """Continue from the newest saved state, if there is one; then compile and wrap."""
+        knobs, hardware = self.knobs, self.hardware
         progress = checkpoint.load_state(self.folder, self.raw_model, self.optimizer)
         if progress:
             self.step, self.seconds = progress['step'], progress['seconds']
             self.best = progress.get('best', self.best)
         if self.step > self.steps:
             raise UserError(
-                f'{stage.name} is at step {self.step:,}, beyond the {self.steps:,} asked'
+                f'{self.stage.name} is at step {self.step:,}, beyond the {self.steps:,} asked'
             )
-        self.micro_batch_size = choose_micro_batch(knobs, stage.config, hardware)
+        self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
+
+    def open_data(self):
+        """Open the data where the stage is, say what follows, and start the clocks."""
+        knobs, hardware, config = self.knobs, self.hardware, self.stage.config
+        self.micro_batch_size = choose_micro_batch(knobs, config, hardware)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
-        self.source = (stage.source or run_source)(knobs)
+        self.source = (self.stage.source or run_source)(knobs)
         if hardware.is_main:
             logged_until = self.step or -1  # from the beginning: not even the line of step 0
             truncate_metrics(self.folder / 'metrics.jsonl', logged_until)
             self.announce()
-        self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
-        set_threads(hardware.device, stage.config, self.micro_batch_size * knobs.block_size)
+        set_threads(hardware.device, config, self.micro_batch_size * knobs.block_size)
         self.start_clock()
 
     def start_clock(self):
@@ -149,7 +167,7 @@ class Training:
         self.meter = Meter()
         self.started = time.time() - self.seconds
         self.logged = time.time()
-        self.save_at = self.logged + 60 * knobs.save_minutes
+        self.save_at, self.next_look = self.logged + 60 * knobs.save_minutes, 0
         if hardware.device.type == 'cuda':  # what exists stays: searching it would stall a step
             gc.unfreeze()
             gc.collect()
@@ -194,6 +212,17 @@ class Training:
         self.step += 1
         self.seconds = time.time() - self.started
         self.bar.update(self.step_tokens)
+
+    def due(self):
+        """
+        (whether to stop, whether to save). One process checks clock and signals every step; several
+        agree about every 5 seconds. The end of a stable phase is always saved.
+        """
+        stop = save = False
+        if self.hardware.world_size == 1 or self.step >= self.next_look:
+            stop, save, pause = should_stop(self.hardware, self.save_at, self.step_seconds)
+            self.next_look = self.step + pause
+        return stop, save or self.step == self.stable_step
 
     @property
     def step_seconds(self):
@@ -258,13 +287,13 @@ class Training:
         barrier()
         return score
 
-    def save(self, stable=False):
-        """Save a resumable state."""
+    def save(self):
+        """Save a resumable state, for good at the end of a stable phase."""
         progress = dict(step=self.step, seconds=self.seconds)
         if self.stage.score:
             progress['best'] = self.best
         save = partial(checkpoint.save_state, self.folder, self.raw_model, self.optimizer)
-        save(progress, self.knobs.keep_states, stable)
+        save(progress, self.knobs.keep_states, self.step == self.stable_step)
         self.logged = time.time()
         self.save_at = self.logged + 60 * self.knobs.save_minutes
 
@@ -281,7 +310,6 @@ class Training:
     def finish(self):
         """Evaluate and save the trained model, then write its Result: the stage is finished."""
         self.bar.close()
-        self.batches.close()
         stage, knobs = self.stage, self.knobs
         if stage.score:
             best = load(self.folder / 'best', self.hardware.device)

@@ -177,8 +177,9 @@ def diagnose(folder, options):
     corpus = open_corpus(options.data, options.data_dir)
     check_vocabulary(corpus, model.config, folder)
     length = min(options.block_size, model.config.block_size)
-    how = (length, min(8, options.samples), options.samples * length, Share(device))
-    batches = [(x, y) for x, y, _ in validation_batches(corpus.val, *how)]
+    size, n_tokens = min(8, options.samples), options.samples * length
+    found = validation_batches(corpus.val, length, size, n_tokens, Share(device))
+    batches = [(x, y) for x, y, _ in found]
     parameters = list(model.parameters())
     gradient = mean_over(batches, lambda x, y: torch.autograd.grad(model(x, y).loss, parameters))
     record = {'model': Path(folder).name, 'gradient norm': norm(gradient)}
@@ -211,7 +212,7 @@ def diagnose_command(argv):
     knobs = [arg for arg in argv if arg.startswith('-')]
     options, _, _ = configure(knobs, Diagnosis, program='scaling.py diagnose FOLDER ...')
     if not folders:
-        raise UserError('say which models: scaling.py diagnose FOLDER [FOLDER ...]')
+        raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')
     print(table([diagnose(folder, options) for folder in folders]))
     trained = [folder for folder in folders if (Path(folder) / 'metrics.jsonl').is_file()]
     if trained:

@@ -39,9 +39,7 @@ class Sweep:
     reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; with +stable, cpt also +replay
     second_data: str = ''  # corpus of cpt; its loss counts there
     replay: Fraction = 0.25  # share of the base's data under cpt+replay
-    scratch: tuple[
-        Positive, ...
-    ] = ()  # also the second stages' shapes from scratch, D as fractions
+    scratch: tuple[Positive, ...] = ()  # D of runs from scratch of all shapes, as fractions
     learning_rates: tuple[NonNegative, ...] = ()  # of each size; empty: learning_rate
     batch_sizes: tuple[Count, ...] = ()  # of each size; empty: batch_size
     warmups: tuple[Count, ...] = ()  # of each size, in steps; empty: warmup

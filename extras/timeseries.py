@@ -95,8 +95,8 @@ class TimeSeries:
     size: str = '64x4'  # target model
     teacher_size: str = '32x2'  # teacher, trained first on the same series
     epochs: Positive = 60.0  # of the target model
-    teacher_epochs: Positive = 120.0
-    lambda0: NonNegative = 0.1
+    teacher_epochs: Positive = 120.0  # passes of the teacher over the training series
+    lambda0: NonNegative = 0.1  # weight of L_proj at the first step
     s_stop: NonNegative = 0.5  # as a fraction of the steps
     pairing: str = 'L2E'  # as in let.py
     seeds: Count = 5  # runs with and without the teacher

@@ -6,7 +6,18 @@ from typing import Literal
 import pytest
 from conftest import run_command
 
-from configurator import Count, Fraction, Positive, check, configure, differences, parse
+import train
+from configurator import (
+    Count,
+    Fraction,
+    Positive,
+    check,
+    configure,
+    differences,
+    knob_help,
+    parse,
+    with_positionals,
+)
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.stage import Result, Stage
@@ -161,6 +172,18 @@ def test_mistakes_in_a_config_file_name_it(tmp_path, source):
     file.write_text(source)
     with pytest.raises(UserError, match='mistake.py'):
         configured(str(file))
+
+
+def test_every_knob_of_every_method_has_a_help_text_and_shows_its_choices():
+    for cls in (train.Run, *train.METHODS.values()):
+        assert all(knob_help(cls).values()), cls
+    assert 'one of cosine, wsd, constant' in knob_help(train.Run)['schedule']
+
+
+def test_words_of_a_command_stand_anywhere():
+    argv = ['--bootstrap=0', 'results.csv', '--out=x', 'more']
+    expected = ['--bootstrap=0', '--results=results.csv', '--out=x', 'more']
+    assert with_positionals(argv, 'results') == expected
 
 
 def test_help_lists_every_knob_with_its_comment(capsys):

@@ -130,7 +130,7 @@ def test_evaluating_folders(data_dir, tmp_path):
     )
     for argument, word in (
         (tmp_path / 'nothing', 'config.json'),
-        ('--data=no', 'what to evaluate'),
+        ('--data=no', 'nothing to evaluate'),
     ):
         process = run_command('evaluate.py', argument, f'--data_dir={data_dir}')
         assert (

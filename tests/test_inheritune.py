@@ -364,7 +364,7 @@ def test_command_line(data_dir, tmp_path):
         for name in ('attention.md', 'attention.png', 'attention_maps.png')
     )
     for arguments, word in (
-        ([], 'which model'),
+        ([], 'usage: inheritune.py FOLDER'),
         ([tmp_path / 'model', '--length=41'], 'at most 40 tokens'),
         ([tmp_path / 'no'], 'config.json'),
     ):

@@ -528,9 +528,13 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
 
 def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_path, capsys):
     train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={compared / "teacher"}'))
-    assert 'objective let (teacher teacher' in capsys.readouterr().out and same(
+    assert f'objective let (teacher {compared / "teacher"}' in capsys.readouterr().out and same(
         tmp_path / 'run' / 'let-0', compared / 'let-0'
     )
+    elsewhere = tmp_path / 'elsewhere' / 'teacher'  # the same name, another model
+    load(compared / 'baseline-0').save(elsewhere, 'bytes')
+    with pytest.raises(UserError, match='teaching was'):
+        train.main(arguments(data_dir, tmp_path / 'run', f'--teacher={elsewhere}'))
     folder = tmp_path / 'damaged'
     load(compared / 'teacher').save(folder, 'bytes')
     (folder / 'model.safetensors').write_bytes(b'\0' * 100)
@@ -539,6 +543,12 @@ def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_pat
     load(compared / 'teacher').save(folder, 'unheard_of')
     with pytest.raises(UserError, match='unheard_of'):
         train.main(arguments(data_dir, tmp_path / 'other', f'--teacher={folder}'))
+
+
+def test_a_plan_opens_no_teacher_and_knows_not_how_many_layers_it_has(data_dir, tmp_path, capsys):
+    more = ('--teacher=owner/large', '--dry_run=True', '--pairing=L2F1')
+    train.main(arguments(data_dir, tmp_path / 'run', *more))
+    assert 'objective let (teacher owner/large' in capsys.readouterr().out
 
 
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):

@@ -257,9 +257,9 @@ def test_files_that_are_no_fits(tmp_path, content):
     'arguments, word',
     [
         (['guess'], "no verb 'guess'"),
-        (['fit'], 'say which results'),
-        (['advise', '--paper=True'], 'say the base_params'),
-        (['advise', '--base_params=1', '--base_tokens=1', '--budget=1'], 'say whose laws'),
+        (['fit'], 'usage: scaling.py fit'),
+        (['advise', '--paper=True'], 'missing argument --base_params'),
+        (['advise', '--base_params=1', '--base_tokens=1', '--budget=1'], 'whose laws'),
     ],
 )
 def test_mistakes_at_the_command_line(arguments, word):

@@ -4,9 +4,7 @@ not there.
 """
 
 import json
-import socket
 import threading
-import time
 from functools import partial
 from multiprocessing import get_context
 
@@ -302,20 +300,6 @@ def test_without_a_network_the_error_names_the_way_out():
     assert (
         process.returncode == 2 and 'pydocs' in process.stderr and process.stderr.count('\n') == 1
     ), process.stderr
-
-
-def test_a_hub_that_never_answers_is_given_up_within_seconds(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    with socket.create_server(('127.0.0.1', 0)) as silent:  # accepts connections and says nothing
-        monkeypatch.setattr(
-            huggingface_hub.constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}'
-        )
-        monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
-        started = time.time()
-        with pytest.raises(UserError, match='cannot be reached.*pydocs'):
-            prepare.open_stream(prepare.Preparation(corpus='fineweb_edu'))
-        assert time.time() - started < 12
 
 
 def test_within_gives_up_on_a_call_that_hangs():

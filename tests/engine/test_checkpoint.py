@@ -14,7 +14,7 @@ import torch
 from conftest import run_command
 
 import train
-from engine.checkpoint import IndexUnpickler, load_state, saved_states
+from engine.checkpoint import IndexUnpickler, claim_folder, load_state, saved_states
 from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
@@ -137,6 +137,12 @@ def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, hal
         '3',
         '4',
     ]
+
+
+def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
+    identity = {'parent': 'ancestor', 'parent.val_loss': float('nan')}
+    claim_folder(tmp_path, identity, accept_changes=False)
+    assert claim_folder(tmp_path, identity, accept_changes=False) == {}
 
 
 def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):

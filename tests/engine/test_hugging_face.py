@@ -11,7 +11,6 @@ import torch
 from test_model import small, tokens
 
 from engine.errors import UserError
-from engine.hub import model_folder
 from engine.hugging_face import config_to_hugging_face, family_of, tensors_to_hugging_face
 from expand import Operators, grow_folder
 from model import GPTConfig, load
@@ -287,14 +286,3 @@ def test_pickles_are_refused_with_the_reason(tmp_path):
     shutil.move(tmp_path / 'model.safetensors', tmp_path / 'pytorch_model.bin')
     with pytest.raises(UserError, match='pytorch_model.bin is a pickle'):
         load(tmp_path)
-
-
-def test_hub_names_without_a_network(monkeypatch):
-    with pytest.raises(UserError, match='someone/something is not a folder'):
-        model_folder('someone/something')
-    monkeypatch.delenv('HF_HUB_OFFLINE', raising=False)
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(
-        UserError, match='the Hugging Face hub, needed for other/thing, cannot be reached'
-    ):
-        model_folder('other/thing')

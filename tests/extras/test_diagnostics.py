@@ -121,5 +121,5 @@ def test_commands(tmp_path, data_dir, capsys):
     assert 'largest eigenvalue' in capsys.readouterr().out
     scaling.main(['toy', '--features=1000'])
     assert 'measured exponent' in capsys.readouterr().out
-    with pytest.raises(UserError, match='say which models'):
+    with pytest.raises(UserError, match='usage: scaling.py diagnose'):
         scaling.main(['diagnose'])
