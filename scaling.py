@@ -240,13 +240,9 @@ def fit(law, data, bootstrap=200, seed=0):
         raise UserError(f'the fit of {law} did not converge: the points do not determine it')
     left_out = 1 - torch.eye(n, dtype=torch.float64)
     others = solve(shape, data, left_out, candidates)[0][:, 0]
-    residual = log_loss(shape, theta, x)[0] - target
-    held_out = (log_loss(shape, others, x) - target).diagonal()
     samples = theta
     if bootstrap:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(n, (bootstrap, n), generator=generator)
-        counts = torch.nn.functional.one_hot(drawn, n).sum(1).double()
+        counts = resampled(n, bootstrap, seed)
         samples = solve(shape, data, counts, theta)[0][:, 0]
     ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return Fit(
@@ -254,10 +250,22 @@ def fit(law, data, bootstrap=200, seed=0):
         dict(zip(shape.parameters, theta[0].tolist())),
         dict(zip(shape.parameters, ends.T.tolist())),
         samples.tolist(),
-        rms=float(residual.square().mean().sqrt()),
-        leave_one_out=float(held_out.square().mean().sqrt()),
+        rms=root_mean_square(log_loss(shape, theta, x)[0] - target),
+        leave_one_out=root_mean_square((log_loss(shape, others, x) - target).diagonal()),
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
     )
+
+
+def resampled(n, times, seed):
+    """How often each of n points is in each of some bootstrap samples: float64 (times, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (times, n), generator=generator)
+    return torch.nn.functional.one_hot(drawn, n).sum(1).double()
+
+
+def root_mean_square(residuals):
+    """The root of the mean square of a tensor, as a number."""
+    return float(residuals.square().mean().sqrt())
 
 
 def leave_one_out(law, data):
