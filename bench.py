@@ -272,10 +272,12 @@ def measure(options):
 def print_steps(options):
     """Print the table of the variants, and what they were measured on."""
     found, rates, hardware = measure(options)
-    config, dtype = options.config(options.size), str(hardware.dtype).removeprefix('torch.')
+    config = options.config(options.size)
+    dtype = str(hardware.dtype).removeprefix('torch.')
     if options.peak_tflops:
         rates = [options.peak_tflops * 1e12] * len(rates)
-    full, causal = flops_per_token(config, causal=False), flops_per_token(config, causal=True)
+    full = flops_per_token(config, causal=False)
+    causal = flops_per_token(config, causal=True)
     first, records = found[options.variants[0]], []
     for name, one in found.items():
         speed = statistics.median(one.speeds)

@@ -70,7 +70,9 @@ def kept_queries(config, large):
 
 def subset_tensor(config, large, name, tensor):
     """The first rows and columns of the larger model's tensor, as a view or a copy."""
-    C, F, kv = config.n_embd, config.n_mlp, config.n_kv_head * config.head_dim
+    C = config.n_embd
+    F = config.n_mlp
+    kv = config.n_kv_head * config.head_dim
     stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
     all_rows = len(tensor)  # of the vocabulary, and of what does not grow
     rows = {'attn.k': kv, 'attn.v': kv, 'mlp.up': F, 'mlp.gate': F, 'wpe': config.block_size}
@@ -131,7 +133,8 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     ours, theirs, state = small.state_dict(), large.state_dict(), {}
     for name, empty in GPT.on_meta(config).state_dict().items():
         state[name] = small.wte.weight.new_empty(empty.shape)
-        cut, row = subset_tensor(config, large.config, name, theirs[name]), 0
+        cut = subset_tensor(config, large.config, name, theirs[name])
+        row = 0
         for piece in growth.pieces(name, ours.__getitem__):  # mixed while it is in the cache
             rows = slice(row, row := row + len(piece))
             torch.lerp(cut[rows], piece, alpha, out=state[name][rows])
@@ -273,7 +276,8 @@ def hypercloning(d):
     small, parent = d.configs[name], d.chain[name]
     doubled = {field: 2 * getattr(small, field) for field in WIDTH_FIELDS}
     stage = d.stage('hypercloning', replace(small, **doubled))
-    stage.parent, stage.origin = parent, Origin('growth', (name,), dict(width='clone'))
+    stage.parent = parent
+    stage.origin = Origin('growth', (name,), dict(width='clone'))
     stage.model = lambda: grow(load(parent.folder), stage.config, 'clone')
     return stage
 
@@ -436,7 +440,8 @@ class ChainOfLearngene:
         if self.score_examples and self.sft_data:
             stage.teaching['best_of'] = self.score_examples
             if not run.dry_run:
-                examples, n = Examples(self.sft_data, run.data_dir, 'val'), self.score_examples
+                examples = Examples(self.sft_data, run.data_dir, 'val')
+                n = self.score_examples
                 stage.score = lambda model: answer_scores(model, examples, n)[0]
 
     def configs(self, run):

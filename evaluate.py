@@ -91,7 +91,8 @@ def sliding_window_loss(model, tokens, window, stride, device):
 def log_likelihood(model, context, continuation):
     """(log-likelihood of a continuation, is it the greedy one) after a context, lists of ids."""
     ids = (context + continuation)[-model.config.block_size - 1 :]
-    ids, n = torch.tensor(ids, device=model.wte.weight.device), len(continuation)
+    ids = torch.tensor(ids, device=model.wte.weight.device)
+    n = len(continuation)
     logits = model(ids[None, :-1]).logits[0, -n:].float()
     scores = logits.log_softmax(-1).gather(-1, ids[-n:, None])
     return scores.sum().item(), bool((logits.argmax(-1) == ids[-n:]).all())

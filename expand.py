@@ -162,7 +162,8 @@ def query_heads(small, large, kv):
     queries take that group's queries in turn, continuing where an earlier copy of the group
     stopped. Raises UserError if an old query would be lost.
     """
-    per_old, per_new = small.n_head // small.n_kv_head, large.n_head // large.n_kv_head
+    per_old = small.n_head // small.n_kv_head
+    per_new = large.n_head // large.n_kv_head
     earlier = torch.arange(large.n_kv_head) // small.n_kv_head  # copies of this group before it
     within = (earlier[:, None] * per_new + torch.arange(per_new)) % per_old
     source = (kv.source[:, None] * per_old + within).flatten()
@@ -547,7 +548,8 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
         settings['depth'] = operators.depth
     if operators.noise:
         settings['noise'] = operators.noise
-    stage.parent, stage.origin = smaller, Origin('growth', (smaller.name,), settings)
+    stage.parent = smaller
+    stage.origin = Origin('growth', (smaller.name,), settings)
     stage.model = lambda: grow(load(smaller.folder), large, **asdict(operators))
     if carry_optimizer:
 

@@ -309,7 +309,9 @@ class Inheritune:
         else:
             X = config.num_params(head=True)
             reference = yield Stage('reference', config, self.tokens, X)
-        n, child, rounds = round(self.start_fraction * config.n_layer), None, 0
+        n = round(self.start_fraction * config.n_layer)
+        child = None
+        rounds = 0
         while True:
             child = yield self.child(Comparison(self, config, reference, n), child)
             rounds += 1
@@ -372,7 +374,8 @@ def given_reference(name, run):
         return Result.of(name)
     if run.dry_run:
         return Result.given('reference', name)
-    model, corpus = load(name), open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
+    model = load(name)
+    corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
     block_size = min(run.block_size, model.config.block_size)
     loss = evaluate(model, validation_batches(corpus.val, block_size, 8, run.eval_tokens))
     return Result.given('reference', name, model.num_params(), loss)
@@ -409,7 +412,8 @@ def layer_records(rank, mass):
 def depth_panel(values, name):
     """A measure against depth, with its standard deviation over samples (Figure 1)."""
     layers = list(range(1, len(values) + 1))
-    mean, sd = values.double().mean(1).tolist(), values.double().std(1).tolist()
+    mean = values.double().mean(1).tolist()
+    sd = values.double().std(1).tolist()
     return Panel(
         'layer', f'{name}, maximum over heads', [Line(layers, mean, band=sd)], ylim=(0, None)
     )

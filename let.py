@@ -59,7 +59,8 @@ def match_width(hidden, width):
     u = j * ((D - 1) / max(1, width - 1))
     low = u.floor().long().clamp(max=max(0, D - 2))
     high = (low + 1).clamp(max=D - 1)
-    beta, shape = (u - low).to(hidden.dtype), (*hidden.shape[:-1], width)
+    beta = (u - low).to(hidden.dtype)
+    shape = (*hidden.shape[:-1], width)
     return torch.lerp(
         hidden.gather(-1, low.expand(shape)), hidden.gather(-1, high.expand(shape)), beta
     )
@@ -79,7 +80,8 @@ def at_least_float32(x):
 
 def cosine_similarity(target, teacher, covered=None):
     """Mean cosine similarity of hidden vectors (..., D) and (..., D')."""
-    target, teacher = at_least_float32(target), at_least_float32(teacher)
+    target = at_least_float32(target)
+    teacher = at_least_float32(teacher)
     matched = match_width(target, teacher.shape[-1])
     return mean_over(F.cosine_similarity(matched, teacher, dim=-1), covered)
 
@@ -128,14 +130,16 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
     kind: cosine, logsum or cca; covered: (...) True where a position has a partner, None:
     everywhere. No gradient goes to the teacher.
     """
-    target, teacher = at_least_float32(target_hidden), at_least_float32(teacher_hidden.detach())
+    target = at_least_float32(target_hidden)
+    teacher = at_least_float32(teacher_hidden.detach())
     with torch.autocast(target.device.type, enabled=False):
         return ALIGNMENTS[kind](target, teacher, covered)
 
 
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """T^2 KL(teacher / T || student / T) of logits (..., V), in nats, the mean over positions."""
-    teacher, student = teacher_logits.detach() / temperature, student_logits / temperature
+    teacher = teacher_logits.detach() / temperature
+    student = student_logits / temperature
     return temperature**2 * kl_of_logits(teacher, student).mean()
 
 
@@ -190,7 +194,8 @@ def let(teacher, alignment, tokenizers=None):
 
 def teacher_states(x, teacher, layer, tokenizers):
     """The teacher's hidden state for each position of x (B, T), and which have one, None: all."""
-    hidden, longest = hidden_states(teacher, layer), longest_context(teacher)
+    hidden = hidden_states(teacher, layer)
+    longest = longest_context(teacher)
     if tokenizers is None:
         return in_windows(hidden, x, longest), None
     found = translate(x.cpu().numpy(), *tokenizers, longest)
@@ -378,7 +383,8 @@ class LET:
                 lines = [m for m in read_metrics(result.folder) if 'similarity' in m]
                 if lines:
                     record.setdefault('similarity', lines[-1]['similarity'])
-                    steps, values = [m['step'] for m in lines], [m['similarity'] for m in lines]
+                    steps = [m['step'] for m in lines]
+                    values = [m['similarity'] for m in lines]
                     panel.lines.append(Line(steps, values, result.name))
         for result in results:
             if result.name == 'teacher':

@@ -235,7 +235,8 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1, self.attn = make_norm(config, config.n_embd), Attention(config, layer)
+        self.norm1 = make_norm(config, config.n_embd)
+        self.attn = Attention(config, layer)
         self.norm2, self.mlp = make_norm(config, config.n_embd), MLP(config)
         self.parallel = config.parallel
         self.recompute = None  # set by engine/parallel.py to keep less for the backward pass
@@ -516,7 +517,8 @@ def load(name, device='cpu', contiguous=True):
     """
     folder = model_folder(name)
     config = read_config(folder)
-    tensors, template = read_tensors(folder, device), GPT.on_meta(config).state_dict()
+    tensors = read_tensors(folder, device)
+    template = GPT.on_meta(config).state_dict()
     try:
         state = tensors_from_hugging_face(config, tensors, template, contiguous)
     except UserError as error:

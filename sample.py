@@ -82,7 +82,9 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=Sampli
     goal = idx.shape[1] + max_new_tokens
     check_draft(model, draft, goal)
     *how, stop = sampling
-    cache, draft_cache, stats = model.new_cache(1), draft.new_cache(1), Speculation()
+    cache = model.new_cache(1)
+    draft_cache = draft.new_cache(1)
+    stats = Speculation()
     while idx.shape[1] < goal:
         known = idx.shape[1]
         count = min(draft_tokens, goal - known - 1)  # the model adds one token to the accepted
@@ -93,7 +95,8 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=Sampli
             token = torch.multinomial(probabilities(logits, *how), 1)
             idx = torch.cat((idx, token[None]), 1)
         logits = model(idx[:, cache.length :], cache=cache).logits[0, -count - 1 :]
-        p, q = probabilities(logits, *how), [probabilities(one, *how) for one in draft_logits]
+        p = probabilities(logits, *how)
+        q = [probabilities(one, *how) for one in draft_logits]
         accepted, token = accept(p, q, idx[0, known:])
         idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
         cache.length = min(cache.length, known + accepted)  # forget what was rejected

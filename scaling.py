@@ -196,7 +196,8 @@ def solve(law, data, weight, starts, steps=400):
     For each row of weights (F, n) of the points, where the starts (S, P) lead, the best first:
     (theta (F, S, P), by how much their last steps still improved them (F, S)).
     """
-    x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
+    x = logarithms(data)
+    target = torch.as_tensor(data['loss'], dtype=torch.float64).log()
 
     def residuals(theta):
         return (log_loss(law, theta, x) - target) / DELTA
@@ -231,7 +232,8 @@ def fit(law, data, bootstrap=200, seed=0):
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
-    x, target = logarithms(data), torch.as_tensor(data['loss'], dtype=torch.float64).log()
+    x = logarithms(data)
+    target = torch.as_tensor(data['loss'], dtype=torch.float64).log()
     everything = torch.ones(1, n, dtype=torch.float64)
     (found,), _ = solve(shape, data, everything, starts_of(shape, x, target))
     candidates = found[:: max(1, len(found) // 16)]
@@ -443,7 +445,8 @@ def compute_optimal(joint_fit, D1, compute, factor=1):
         )
     log_A = p.logA - p.alpha1 * math.log(D1)
     log_G = (log_A + math.log(alpha) - p.logB - math.log(p.beta)) / (alpha + p.beta)
-    log_product, share = math.log(compute / (6 * factor)), p.beta / (alpha + p.beta)
+    log_product = math.log(compute / (6 * factor))
+    share = p.beta / (alpha + p.beta)
     D2 = math.exp(log_G + share * log_product)
     return D2, math.exp(-log_G + (1 - share) * log_product)
 
@@ -491,19 +494,22 @@ def of_domain(fits, domain):
 
 def choices_for(fits, N, D1, budget):
     """The Choices for a budget of FLOPs and a base of N parameters after D1 tokens."""
-    choices, factors = [], sorted({1} | {factor_of(method) for method in fits})
+    choices = []
+    factors = sorted({1} | {factor_of(method) for method in fits})
     for method, fitted in fits.items():
         factor = factor_of(method)
         if method.startswith('scratch'):
             for k in factors:
-                D2, label = budget / (6 * k * N), f'start over, {format_count(k * N)}'
+                D2 = budget / (6 * k * N)
+                label = f'start over, {format_count(k * N)}'
                 choices.append(Choice(label, fitted, k * N, 0.0, D2, k * N))
             if 'cpt' not in fits:  # the same data continue: the law of one stage, for D1 + D2
                 label = f'continue, {format_count(N)}'
                 choices.append(Choice(label, fitted, N, 0.0, D1 + budget / (6 * N), N))
         else:
             kind = f'grow by {method}' if factor > 1 else f'continue ({method})'
-            label, D2 = f'{kind}, {format_count(factor * N)}', budget / (6 * factor * N)
+            label = f'{kind}, {format_count(factor * N)}'
+            D2 = budget / (6 * factor * N)
             choices.append(Choice(label, fitted, N, D1, D2, factor * N))
     return [choice for choice in choices if says_something(choice)]
 
@@ -588,7 +594,9 @@ def fit_results(options):
     results = by_size(read_results(options.results))
     out = Path(options.out or Path(options.results).parent)
     out.mkdir(parents=True, exist_ok=True)
-    blocks, best, errors = [], {}, {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
+    blocks = []
+    best = {}
+    errors = {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
     for method, data in results.items():
         fits = {}
         for law in laws_for(data):
@@ -616,7 +624,8 @@ def fit_records(fitted):
     for name, value in fitted.parameters.items():
         numbers = [value, *fitted.intervals[name]]
         if name.startswith('log'):
-            name, numbers = name[3:], [math.exp(min(number, 700)) for number in numbers]
+            name = name[3:]
+            numbers = [math.exp(min(number, 700)) for number in numbers]
         value, low, high = (f'{number:.4g}' for number in numbers)
         records.append({'parameter': name, 'value': value, '90% interval': f'{low} to {high}'})
     return records

@@ -196,7 +196,9 @@ METHODS = {
 
 def train_step(training):
     """One optimizer step; returns its scalars as tensors: nothing here waits for the GPU."""
-    model, optimizer, hardware = training.ddp_model, training.optimizer, training.hardware
+    model = training.ddp_model
+    optimizer = training.optimizer
+    hardware = training.hardware
     accumulate, scalars = training.accumulate, {}
     for micro in range(accumulate):
         x, y = next(training.batches)
@@ -308,9 +310,11 @@ def plan_stage(stage, run):
     knobs = stage_knobs(run, stage)
     steps = count_steps(knobs, stage)
     result = Result.given(stage.name, Path(run.out_dir) / stage.name)
-    result.params, result.flops = stage.params, 6.0 * stage.params * stage.tokens
+    result.params = stage.params
+    result.flops = 6.0 * stage.params * stage.tokens
     result.tokens = steps * knobs.batch_size * knobs.block_size
-    result.inherited_flops, result.baseline_flops = stage.inherited_flops, stage.baseline_flops
+    result.inherited_flops = stage.inherited_flops
+    result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens
     result.labels = stage.labels
     return PlannedStage(stage, knobs, steps, result)

@@ -71,7 +71,8 @@ def verify_corpus(name, data_dir='data'):
     Raise UserError when a corpus is not what was prepared. Reads all of it, but only once: what
     was intact is recorded in verified.json, until a file changes.
     """
-    folder, meta = Path(data_dir) / name, open_corpus(name, data_dir).meta
+    folder = Path(data_dir) / name
+    meta = open_corpus(name, data_dir).meta
     wanted = dict(meta['checksums'])
     for split, counts in meta['splits'].items():
         if 'sha256' in counts:

@@ -236,7 +236,8 @@ class Examples:
         self.folder, self.tokens = folder, getattr(corpus, split)
         if corpus.meta.get('kind') != 'supervised':
             raise UserError(f'{folder} is text, not instructions with answers')
-        self.end, self.tokenizer = corpus.meta.get('end_of_text'), corpus.meta['tokenizer']
+        self.end = corpus.meta.get('end_of_text')
+        self.tokenizer = corpus.meta['tokenizer']
         try:
             assert 0 <= self.end < corpus.meta['vocab_size']
             self.spans = np.load(folder / f'{split}.spans.npy')

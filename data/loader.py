@@ -120,12 +120,14 @@ def split_by_weight(positions, weights):
     before: (corpus, count), int64. Exact proportions, evenly spread: the first corpus is due
     whenever floor(position x weight) moves on; the rest is split among the others likewise.
     """
-    corpus, count = np.zeros_like(positions), np.array(positions, dtype=np.int64)
+    corpus = np.zeros_like(positions)
+    count = np.array(positions, dtype=np.int64)
     remaining, undecided = 1.0, np.ones(len(positions), bool)
     for i, weight in enumerate(weights[:-1]):
         share = round(weight / remaining * 10**6)  # in millionths: counting is exact in integers
         before, after = count * share // 10**6, (count + 1) * share // 10**6
-        mine, rest = undecided & (after > before), undecided & (after == before)
+        mine = undecided & (after > before)
+        rest = undecided & (after == before)
         corpus[mine], corpus[rest] = i, i + 1
         count = np.where(mine, before, np.where(rest, count - before, count))
         remaining, undecided = remaining - weight, rest
@@ -142,7 +144,8 @@ def sequences(corpora, weights, order, positions):
     for i, corpus in enumerate(corpora):
         rows = which == i
         if rows.any():
-            cap, seed = order.unique_tokens * weights[i], hash_key(order.seed, i)
+            cap = order.unique_tokens * weights[i]
+            seed = hash_key(order.seed, i)
             own = order._replace(seed=seed, unique_tokens=cap)
             starts = offsets(count[rows], len(corpus.train), own)
             tokens[rows] = corpus.train[starts[:, None] + np.arange(order.block_size + 1)]

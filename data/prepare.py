@@ -115,7 +115,8 @@ def in_parallel(pool, tokenizer, batches):
     Yield (tokenize's result, state) for (documents, state) in batches, in their order, reading
     only a few batches ahead: a corpus may be larger than memory. pool None: in this process.
     """
-    pending, workers = deque(), {process.pid for process in pool._pool} if pool else set()
+    pending = deque()
+    workers = {process.pid for process in pool._pool} if pool else set()
     for documents, state in batches:
         if tokenizer == 'bytes':  # handing them to workers would take longer
             yield tokenize(tokenizer, documents), state
@@ -300,7 +301,8 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
             file = files[split] = stack.enter_context(open(unfinished / f'{split}.bin', 'ab'))
             file.truncate(counts[split]['tokens'] * token_bytes(options))  # drop what is unrecorded
         bar = partial(tqdm, desc=f'writing {options.corpus}', unit='tok', unit_scale=True)
-        total, initial = options.max_tokens or None, counts['train']['tokens']
+        total = options.max_tokens or None
+        initial = counts['train']['tokens']
         bar = stack.enter_context(bar(initial=initial, total=total))
         for i, (piece, state['stream']) in enumerate(pieces, 1):
             for split, (ids, n_bytes, documents) in piece.items():

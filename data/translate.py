@@ -41,7 +41,8 @@ def token_bytes(name):
             table[i] = token
         return tuple(table)
     description = json.loads((Path(name) / 'tokenizer.json').read_text(encoding='utf-8'))
-    vocabulary, added = description['model']['vocab'], description.get('added_tokens', [])
+    vocabulary = description['model']['vocab']
+    added = description.get('added_tokens', [])
     if not isinstance(vocabulary, dict):  # a list of (token, score)
         vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
     byte_level = 'ByteLevel' in json.dumps(description.get('decoder'))

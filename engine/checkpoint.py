@@ -132,7 +132,8 @@ def report_failed_save(target, failure):
     """Raise the UserError for a state that could not be saved, on every process."""
     folder = target.parent
     shutil.rmtree(f'{target}.tmp', ignore_errors=True)
-    free, before = shutil.disk_usage(folder).free / 1e9, saved_states(folder)
+    free = shutil.disk_usage(folder).free / 1e9
+    before = saved_states(folder)
     good = f'{before[-1]} is intact. ' if before else ''
     raise UserError(
         f'{target} could not be saved ({failure}; {free:.1f} GB free). {good}When there is room, '

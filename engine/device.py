@@ -125,7 +125,8 @@ def find_hardware(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
         memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1 and not dist.is_initialized():
         # hours: one process may verify or write a terabyte while the others wait
         backend = 'nccl' if on_gpu else 'gloo'

@@ -162,6 +162,7 @@ def add_noise(rows, axis, noise, generator):
     amplitude = noise * rows.square().mean(1, keepdim=True).sqrt()
     drawn = torch.randn(len(rows), len(copied), generator=generator, dtype=torch.float64)
     drawn = amplitude * drawn.to(rows)
-    units, copies = axis.source[copied].to(rows.device), axis.copies[copied].to(rows)
+    units = axis.source[copied].to(rows.device)
+    copies = axis.copies[copied].to(rows)
     sums = rows.new_zeros(len(rows), axis.old).index_add_(1, units, drawn)
     rows[:, copied] += drawn - sums[:, units] / copies

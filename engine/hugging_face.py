@@ -180,7 +180,8 @@ def tensors_from_hugging_face(config, tensors, template, contiguous=True):
     for theirs, stored in layout(config, template).items():
         if not stored.names:
             continue
-        tensor, expected = tensors[names[theirs]], stored_shape(stored, shapes)
+        tensor = tensors[names[theirs]]
+        expected = stored_shape(stored, shapes)
         if tuple(tensor.shape) != expected:
             found = tuple(tensor.shape)
             raise UserError(f'{theirs} has shape {found}, the configuration says {expected}')

@@ -57,7 +57,8 @@ def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
 def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
     """The same with full logits: for reading, and for the tests to compare with."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    logits, targets = F.linear(hidden, weight).flatten(0, -2).to(exact), targets.flatten()
+    logits = F.linear(hidden, weight).flatten(0, -2).to(exact)
+    targets = targets.flatten()
     data_loss = F.cross_entropy(logits, targets)
     if teacher is None:
         return data_loss, data_loss.detach(), torch.zeros_like(data_loss)
@@ -129,7 +130,8 @@ class _FusedLoss(torch.autograd.Function):
         head = padded_head(weight, dtype)
         teacher_head = teacher_weight[:V].to(dtype) if taught else None
         diverge = reverse_divergence if reverse else forward_divergence
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(weight, dtype=exact)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             h, share = hidden[rows].to(dtype), shares[rows][:, None]
@@ -202,5 +204,6 @@ def bits_per_byte(loss, bytes_per_token):
 def kl_of_logits(logits_p, logits_q):
     """D(P || Q) in nats at each position: logits (..., V) of both -> (...)."""
     exact = torch.promote_types(logits_p.dtype, torch.float32)
-    log_p, log_q = logits_p.to(exact).log_softmax(-1), logits_q.to(exact).log_softmax(-1)
+    log_p = logits_p.to(exact).log_softmax(-1)
+    log_q = logits_q.to(exact).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -63,7 +63,8 @@ def totals(run, planned):
         if stage.name not in parents:
             sums['alone'] += result.total_flops
         if stage.baseline_flops and (stage.parent or not sums['family']):
-            sums['family'], sums['baseline'] = result.total_flops, stage.baseline_flops
+            sums['family'] = result.total_flops
+            sums['baseline'] = stage.baseline_flops
     sums['unique'] = min(sums['drawn'], run.unique_tokens or sums['drawn'])
     sums['shared'] = len(set(parents)) < len(parents)  # some stages are trained once for several
     return sums

@@ -71,7 +71,9 @@ def write_model(path, config, shapes, dtype, pieces):
     Write a model of our tensors `shapes` to one safetensors file in transformers' layout, as
     they are made: pieces(name) yields the rows of a tensor, in order.
     """
-    stored, header, offset = layout(config, shapes), {'__metadata__': {'format': 'pt'}}, 0
+    stored = layout(config, shapes)
+    header = {'__metadata__': {'format': 'pt'}}
+    offset = 0
     for theirs, entry in stored.items():
         if entry.names:
             shape = stored_shape(entry, shapes)

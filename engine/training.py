@@ -162,12 +162,14 @@ class Training:
         knobs, hardware = self.knobs, self.hardware
         self.first = self.stage.position // knobs.block_size  # sequences drawn before the stage
         position = self.first + self.step * knobs.batch_size
-        read, sizes = self.source.read, (knobs.batch_size, self.micro_batch_size)
+        read = self.source.read
+        sizes = (knobs.batch_size, self.micro_batch_size)
         self.batches = batches(read, position, *sizes, hardware)
         self.meter = Meter()
         self.started = time.time() - self.seconds
         self.logged = time.time()
-        self.save_at, self.next_look = self.logged + 60 * knobs.save_minutes, 0
+        self.save_at = self.logged + 60 * knobs.save_minutes
+        self.next_look = 0
         if hardware.device.type == 'cuda':  # what exists stays: searching it would stall a step
             gc.unfreeze()
             gc.collect()

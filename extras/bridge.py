@@ -42,7 +42,8 @@ def text_generator(name, device='cpu', max_new_tokens=256):
 
 def generate_ours(model, ids, max_new_tokens, end):
     """The greedy answers of a GPT to prompts of ids, as lists of ids."""
-    device, room = model.wte.weight.device, max(1, model.config.block_size - max_new_tokens)
+    device = model.wte.weight.device
+    room = max(1, model.config.block_size - max_new_tokens)
     prompts = [torch.tensor(row[-room:], device=device) for row in ids]
     found = answer(model, prompts, Answering(max_new_tokens, end, temperature=0))
     return [row[mask].tolist() for row, mask in zip(found.ids, found.mask)]
@@ -112,7 +113,8 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
         return out
     source = Path(run.data_dir) / name
     meta = read_json(source / 'meta.json', options=dict, tokenizer=str)
-    style, length = meta['options']['prompt'], min(256, run.block_size // 2)
+    style = meta['options']['prompt']
+    length = min(256, run.block_size // 2)
     generate = text_generator(ancestor, choose_device(run.device), length)
     examples = []
     for split, most in (('train', limit), ('val', max(1, limit // 8))):

@@ -108,7 +108,8 @@ def toy_exponents(D1, toy):
     every D1 the slope of -log loss in log D2 and alpha, float64 arrays; the slope is alpha /
     (1 + alpha), which is alpha where alpha is small.
     """
-    D2, rank = np.logspace(2, 4, 9), np.arange(1, toy.features + 1, dtype=np.float64)
+    D2 = np.logspace(2, 4, 9)
+    rank = np.arange(1, toy.features + 1, dtype=np.float64)
     slopes, alphas = [], []
     for d1 in D1:
         alpha = toy.decay / math.log(toy.branching * d1**toy.growth)

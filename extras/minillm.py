@@ -168,7 +168,9 @@ class Rollouts:
     """
 
     def __init__(self, examples, folder, settings):
-        self.examples, self.folder, self.settings = examples, Path(folder), settings
+        self.examples = examples
+        self.folder = Path(folder)
+        self.settings = settings
         self.first, self.current = None, None
         self.step, self.used = None, 0  # rows used within the current step
 
@@ -236,7 +238,8 @@ def minillm(teacher, examples, folder, settings):
     The objective of on-policy distillation from a model folder. examples: data.instruct.Examples,
     whose prompts are answered; folder: the stage's; settings: MiniLLM.
     """
-    lazy, rollouts = LazyTeacher(teacher), Rollouts(examples, folder, settings)
+    lazy = LazyTeacher(teacher)
+    rollouts = Rollouts(examples, folder, settings)
 
     def objective(model, x, y, progress):
         if isinstance(model, FSDPModule):  # every pass is a collective; answers end when they end

@@ -51,7 +51,9 @@ class Sweep:
         """For every seed and size: the bases, their second stages, and the runs from scratch."""
         self.check(run)
         if run.toy:  # a corner of the grid has all its kinds of stages
-            self.sizes, self.first, self.second = self.sizes[:2], self.first[:1], self.second[:2]
+            self.sizes = self.sizes[:2]
+            self.first = self.first[:1]
+            self.second = self.second[:2]
             self.scratch = self.scratch[:1]
         for seed in range(self.seeds):
             for i, size in enumerate(self.sizes):
@@ -59,7 +61,8 @@ class Sweep:
 
     def of_size(self, i, size, seed, run):
         """The grid of one size and seed."""
-        config, longest = run.model_config(size), self.longest[i if len(self.longest) > 1 else 0]
+        config = run.model_config(size)
+        longest = self.longest[i if len(self.longest) > 1 else 0]
         name = f'{size}-s{seed}' if seed else size
         series = Series(run, self.knobs_of(i, run, seed))
         first = {fraction * longest for fraction in self.first}
