@@ -1,10 +1,12 @@
 """Chain-of-Learngene: LInit at its ends and in between, the method, and mistakes in words."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import write_corpus
 from test_train import metrics
 
 import col
@@ -300,6 +302,14 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
     with pytest.raises(UserError, match=word):
         train.main(arguments(data_dir, tmp_path, *more))
     assert not list(tmp_path.rglob('stage.json'))
+
+
+def test_a_supervised_set_of_another_vocabulary_is_refused(data_dir, tmp_path):
+    shutil.copytree(data_dir / 'signatures', tmp_path / 'data' / 'signatures')
+    text = torch.arange(5000) % 300
+    write_corpus(tmp_path / 'data' / 'pydocs', text, text, vocab_size=300)
+    with pytest.raises(UserError, match='signatures has a vocabulary of 257 tokens, pydocs 300'):
+        train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--sft_data=signatures'))
 
 
 def test_architectures_that_differ_and_shapes_outside():

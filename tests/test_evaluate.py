@@ -10,6 +10,7 @@ from test_model import small, tokens
 
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
+from engine.stage import Result
 from evaluate import (
     Evaluation,
     bits_per_byte,
@@ -136,6 +137,20 @@ def test_evaluating_folders(data_dir, tmp_path):
         assert (
             process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
         ), process.stderr
+
+
+def test_the_report_of_a_run_is_shown_whole_but_for_its_pictures(data_dir, tmp_path):
+    stage = tmp_path / 'run' / 'small'
+    GPT(GPTConfig.named('16x1', vocab_size=257, block_size=32)).save(stage, 'bytes')
+    Result.given('small', stage).write()
+    text = 'before\n\n![similarity](similarity.png)\n\nbehind\n'
+    (tmp_path / 'run' / 'report.md').write_text(text)
+    process = run_command(
+        'evaluate.py', tmp_path / 'run', f'--data_dir={data_dir}', '--eval_tokens=64'
+    )
+    assert process.returncode == 0, process.stderr
+    shown = process.stdout.splitlines()
+    assert 'before' in shown and 'behind' in shown and 'png' not in process.stdout
 
 
 TASK = """
