@@ -435,3 +435,17 @@ def test_train_help_and_a_run_as_a_program(data_dir, tmp_path):
         and 'Traceback' not in process.stderr
         and 'Warning' not in process.stderr
     ), process.stderr
+
+
+def test_the_method_in_the_readme_runs_as_it_is_printed(data_dir, tmp_path):
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    snippet = re.search(r'```python\n(.*?class Twice.*?)```', readme, re.DOTALL)[1]
+    source = (ROOT / 'train.py').read_text(encoding='utf-8')
+    marker = '\nMETHODS = {\n'
+    assert source.count(marker) == 1  # as a reader would: pasted above METHODS, with an entry
+    copy, out = tmp_path / 'train.py', tmp_path / 'run'
+    copy.write_text(source.replace(marker, f"\n{snippet}\n{marker}    'twice': Twice,\n"))
+    knobs_ = ('--method=twice', '--toy=True', f'--data_dir={data_dir}', f'--out_dir={out}')
+    process = run_command(copy, *knobs_, PYTHONPATH=str(ROOT))
+    assert process.returncode == 0, process.stderr
+    assert load(out / 'second').config.n_layer == 2 * load(out / 'first').config.n_layer

@@ -2,7 +2,7 @@
 kill -9 at random moments, and the same command again: the result is bit for bit that of an
 undisturbed run.
 
-    KILLS=200 python -m pytest tests/engine/test_crash.py -s      # 4 kills of each kind by default
+    KILLS=200 python -m pytest -n 0 -s tests/engine/test_crash.py    # 4 of each kind by default
 """
 
 import contextlib
