@@ -36,7 +36,7 @@ import train
 from configurator import Count, NonNegative, configure
 from data.loader import batches, text_source
 from engine.device import find_hardware
-from engine.errors import UserError, run_as_program, unknown
+from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
 from engine.parallel import wrap
@@ -136,11 +136,7 @@ class Peer(nn.Module):
 
 def transformers_peer(config, _options):
     """transformers' model of our shape, randomly initialised."""
-    try:
-        import transformers
-    except ImportError:
-        hint = 'pip install -r requirements-extras.txt'
-        raise UserError(f'the variant transformers needs: {hint}') from None
+    transformers = import_extra('transformers', 'the variant transformers needs')
     fields = config_to_hugging_face(config)
     for name in ('nanofamily', 'architectures', 'torch_dtype'):
         fields.pop(name)

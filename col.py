@@ -32,6 +32,7 @@ from engine.device import processes
 from engine.errors import UserError, run_as_program
 from engine.files import read_json, write_json
 from engine.hub import model_folder
+from engine.plan import all_params
 from engine.report import by_label, format_count, validation_curve
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow
@@ -123,7 +124,7 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
         config = replace(config, block_size=min(config.block_size, small.config.block_size))
     check_between(small.config, large.config, config)
     if alpha is None:
-        sizes = [c.num_params(embedding=True, head=True) for c in (small, large, config)]
+        sizes = [all_params(c) for c in (small, large, config)]
         alpha = default_alpha(*sizes)
     if alpha == 0:
         return subset(large, config)
@@ -158,6 +159,13 @@ def neighbours(shapes, config):
         known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
         raise UserError(f'{wanted} lie outside the chain: {", ".join(known)}')
     return max(smaller, key=weight), min(larger, key=weight)
+
+
+def between(shapes, wanted):
+    """(the names of a shape's neighbours, the smaller one's GPTConfig at that size). UserError."""
+    small, large = neighbours(shapes, wanted)
+    sizes = {f: getattr(wanted, f) for f in SIZE_FIELDS}
+    return small, large, replace(shapes[small], **sizes)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -250,10 +258,10 @@ def single(d):
 def learngene(d, which):
     """As many of the ancestor's layers as come closest in size, kept by an earlier method."""
     top = d.configs['ancestor']
-    wanted = d.config.num_params(embedding=True, head=True)
+    wanted = all_params(d.config)
 
     def distance(k):
-        return abs(replace(top, n_layer=k).num_params(embedding=True, head=True) - wanted)
+        return abs(all_params(replace(top, n_layer=k)) - wanted)
 
     k = min(range(1, top.n_layer), key=distance)
     stage = d.stage(f'{which}-learngene', replace(top, n_layer=k))
@@ -462,10 +470,7 @@ class ChainOfLearngene:
                 check_between(configs[below], configs[above], configs[below])
         shapes = dict(configs)
         for size in self.descendants:
-            wanted = run.model_config(size)
-            small, large = neighbours(shapes, wanted)
-            sizes = {f: getattr(wanted, f) for f in SIZE_FIELDS}
-            configs[size] = replace(shapes[small], **sizes)
+            small, large, configs[size] = between(shapes, run.model_config(size))
             check_between(shapes[small], shapes[large], configs[size])
         if not run.dry_run:
             for name in self.corpora:
@@ -598,8 +603,7 @@ def main(argv):
     wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
-    small, large = neighbours(shapes, wanted)
-    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
+    small, large, config = between(shapes, wanted)
     models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(*models, config, alpha, options.depth)

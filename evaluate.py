@@ -20,9 +20,9 @@ from tqdm import tqdm
 from configurator import Natural, configure
 from data.corpus import check_vocabulary, open_corpus
 from data.loader import Share, validation_batches
-from data.vocabulary import load_tokenizer, tokenizer_of_model
+from data.vocabulary import check_tokenizer, load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
-from engine.errors import UserError, run_as_program, unknown
+from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.files import write_atomically, write_json
 from engine.hub import reach_hub
 from engine.loss import bits_per_byte, evaluate, kl_of_logits
@@ -165,16 +165,11 @@ def run_tasks(model, tokenizer, options, limit=None):
     {task: {metric: value}} of lm-evaluation-harness for options.tasks. tokenizer: a name. Raises
     UserError if the harness is not installed, has no such task, or its data cannot be reached.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        hint = 'pip install -r requirements-extras.txt'
-        raise UserError(f'--tasks needs lm-evaluation-harness: {hint}') from None
+    lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
+    from lm_eval.tasks import TaskManager
+
     tokenizer = load_tokenizer(tokenizer)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f'{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}'
-        raise UserError(f'the tokenizer has {sizes}: choose with --tokenizer=')
+    check_tokenizer(tokenizer, model.config)
     folder = options.task_folder or None
     if folder is None:
         reach_hub('the data of the tasks')

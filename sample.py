@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from configurator import Count, Natural, NonNegative, Range, configure
-from data.vocabulary import load_tokenizer, tokenizer_of_model
+from data.vocabulary import check_tokenizer, load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, run_as_program
 from engine.loss import kl_of_logits
@@ -179,9 +179,7 @@ def main(argv):
     model = load(options.model, device).eval()
     set_threads(device, model.config, 1)
     tokenizer = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f'{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}'
-        raise UserError(f'the tokenizer has {sizes}: choose with --tokenizer=')
+    check_tokenizer(tokenizer, model.config)
     texts = [text for text in read_prompts(options) for _ in range(options.samples)]
     prompts = []
     for text in texts:

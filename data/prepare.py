@@ -160,7 +160,7 @@ def open_stream(options):
 
 def local_files(pattern):
     """The arguments of datasets.load_dataset for a file or glob. Raises UserError."""
-    files = sorted(glob.glob(pattern, recursive=True))
+    files = matching(pattern)
     known = [*OFFLINE, *HUB]
     if not files:
         close, corpora = nearest(pattern, known), ', '.join(known)
@@ -220,7 +220,9 @@ def prepare(options):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
-        state = dict(options=vars(options), files=matching(options), stream=None, counts=counts)
+        state = dict(
+            options=vars(options), files=matching(options.corpus), stream=None, counts=counts
+        )
     pool = contextlib.nullcontext()
     if offline or options.tokenizer != 'bytes':  # spawn: the caller may have threads
         spawn = get_context('spawn')
@@ -244,9 +246,9 @@ def prepare_offline(name, out):
     return prepare(Preparation(corpus=name, out=str(out), prompt=prompt))
 
 
-def matching(options):
-    """The files that the corpus matches."""
-    return sorted(glob.glob(options.corpus, recursive=True))
+def matching(pattern):
+    """The files that a path or glob matches, sorted."""
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def prepared_before(out, options):
@@ -276,7 +278,7 @@ def read_progress(unfinished, options):
         types = dict(options=dict, counts=dict, files=list, stream=dict)
         state = read_json(unfinished / 'progress.json', **types)
         same = dict(state['options'], processes=0) == dict(vars(options), processes=0)
-        same &= state['files'] == matching(options)
+        same &= state['files'] == matching(options.corpus)
         for split in SPLITS:
             size = state['counts'][split]['tokens'] * token_bytes(options)
             same &= (unfinished / f'{split}.bin').stat().st_size >= size

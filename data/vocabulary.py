@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tiktoken
 
-from engine.errors import UserError, unknown
+from engine.errors import UserError, import_extra, unknown
 from engine.files import read_json
 from engine.hub import model_folder, within
 
@@ -66,17 +66,20 @@ def load_tokenizer(name):
     if not file.is_file():
         known = ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json']
         raise unknown('tokenizer', name, known)
-    try:
-        import tokenizers
-    except ImportError:
-        hint = 'pip install -r requirements-extras.txt'
-        raise UserError(f'{file} needs the package tokenizers: {hint}') from None
+    tokenizers = import_extra('tokenizers', f'{file} needs the package tokenizers')
     found = tokenizers.Tokenizer.from_file(str(file))
     ends = [found.token_to_id(end) for end in ENDS]
     ends = [i for i in ends if i is not None]
     if not ends:
         raise UserError(f'{file} has no known end-of-text token')
     return Tokenizer(partial(_encode_ids, found), found.decode, found.get_vocab_size(), ends[0])
+
+
+def check_tokenizer(tokenizer, config):
+    """Raise UserError if a Tokenizer has more tokens than a model of this configuration."""
+    if tokenizer.vocab_size > config.vocab_size:
+        sizes = f'{tokenizer.vocab_size} tokens, the model {config.vocab_size}'
+        raise UserError(f'the tokenizer has {sizes}: choose with --tokenizer=')
 
 
 def tokenizer_of_model(name):

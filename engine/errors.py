@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import importlib
 import sys
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # these name no file
@@ -42,6 +43,15 @@ def unknown(what, name, known):
     """The UserError for a name that is not one of `known`: suggests the nearest, lists them all."""
     known = list(known)
     return UserError(f'no {what} {name!r}{nearest(name, known)}; choose from {", ".join(known)}')
+
+
+def import_extra(module, need):
+    """A module of requirements-extras.txt; UserError if it is missing. need: what needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        hint = 'pip install -r requirements-extras.txt'
+        raise UserError(f'{need}: {hint}') from None
 
 
 def first_line(error):

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, import_extra
 from engine.files import read_json
 from engine.hub import model_folder
 from engine.hugging_face import FAMILIES
@@ -30,11 +30,7 @@ def open_teacher(name, device='cpu'):
 
 def transformers_model(name, kind, dtype=torch.float32):
     """A model that only transformers knows, by its class `kind` (AutoModel: no head). UserError."""
-    try:
-        import transformers
-    except ImportError:
-        hint = 'pip install -r requirements-extras.txt'
-        raise UserError(f'the architecture of {name} needs transformers: {hint}') from None
+    transformers = import_extra('transformers', f'the architecture of {name} needs transformers')
     try:
         found = getattr(transformers, kind)
         return found.from_pretrained(model_folder(name), use_safetensors=True, dtype=dtype)

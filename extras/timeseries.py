@@ -20,7 +20,7 @@ import torch
 
 from configurator import Count, NonNegative, Positive
 from data.loader import Source, to_device
-from engine.errors import UserError
+from engine.errors import import_extra
 from engine.report import spread
 from engine.stage import Stage
 from let import Alignment, pair_layers, teach
@@ -34,14 +34,10 @@ def japanese_vowels():
     behind an utterance's end; y (n, 29) int64, its class at its last step, else -100. UserError
     without sktime.
     """
-    try:
-        from sktime.datasets import load_japanese_vowels
-    except ImportError:
-        hint = 'pip install -r requirements-extras.txt'
-        raise UserError(f'the time series need the package sktime: {hint}') from None
+    datasets = import_extra('sktime.datasets', 'the time series need the package sktime')
     series, classes = {}, {}
     for split in ('train', 'test'):
-        frame, labels = load_japanese_vowels(split=split, return_X_y=True)
+        frame, labels = datasets.load_japanese_vowels(split=split, return_X_y=True)
         rows = frame.itertuples(index=False)
         series[split] = [np.stack([channel.to_numpy() for channel in row]).T for row in rows]
         classes[split] = np.array(labels).astype(np.int64) - 1

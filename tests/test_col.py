@@ -156,6 +156,16 @@ def test_earlier_learngenes_keep_layers_by_their_gradients(which):
 # the method
 
 
+ON_POLICY = [
+    '--sft_data=signatures',
+    '--sft_epochs=0.2',
+    '--distillation=minillm',
+    '--samples=8',
+    '--inner_epochs=2',
+    '--score_examples=4',
+]
+
+
 def arguments(data_dir, out, *more):
     return [
         '--method=col',
@@ -191,12 +201,7 @@ def chain(data_dir, tmp_path_factory):
             for a in arguments(
                 data_dir,
                 out,
-                '--sft_data=signatures',
-                '--sft_epochs=0.2',
-                '--distillation=minillm',
-                '--samples=8',
-                '--inner_epochs=2',
-                '--score_examples=4',
+                *ON_POLICY,
                 '--direct=True',
                 '--baselines=random,single,auto-learngene,van-learngene,kd,seqkd,minillm,hypercloning',
                 '--downstream=signatures',
@@ -265,17 +270,7 @@ def test_the_command_makes_any_size_between_two(chain, tmp_path, capsys):
 
 def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_path):
     stops = 0
-    common = [
-        '--sft_data=signatures',
-        '--sft_epochs=0.2',
-        '--distillation=minillm',
-        '--samples=8',
-        '--inner_epochs=2',
-        '--score_examples=4',
-        '--chain=32x3',
-        '--descendants=',
-        '--baselines=',
-    ]
+    common = [*ON_POLICY, '--chain=32x3', '--descendants=', '--baselines=']
     while not (tmp_path / 'run' / '32x3' / 'result.json').exists():
         try:
             train.main(arguments(data_dir, tmp_path / 'run', *common, '--max_minutes=1e-9'))

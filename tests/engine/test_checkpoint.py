@@ -10,8 +10,9 @@ import shutil
 import sys
 
 import pytest
-import torch
+import test_train
 from conftest import run_command
+from test_train import same
 
 import train
 from engine.checkpoint import IndexUnpickler, claim_folder, load_state, saved_states
@@ -19,31 +20,13 @@ from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
 from engine.stage import Result
-from model import GPT, load
+from model import GPT
 
-TINY = [
-    '--size=16x2',
-    '--block_size=16',
-    '--batch_size=4',
-    '--tokens=640',
-    '--eval_tokens=512',
-    '--log_interval=1',
-    '--learning_rate=0.01',
-    '--device=cpu',
-]  # 10 steps
+TINY = [*test_train.TINY, '--tokens=640', '--log_interval=1']  # 10 steps
 
 
 def arguments(data_dir, out, *more):
     return [f'--data_dir={data_dir}', f'--out_dir={out}', *TINY, *more]
-
-
-def same(one, other):
-    return all(
-        torch.equal(a, b)
-        for a, b in zip(
-            load(one).state_dict().values(), load(other).state_dict().values(), strict=True
-        )
-    )
 
 
 def stopped(data_dir, out, steps, *more):
