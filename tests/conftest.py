@@ -4,9 +4,11 @@ does.
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -100,14 +102,24 @@ def run_command(*arguments, timeout=120, **environment):
     )
 
 
+def free_port():
+    """
+    A port where processes can meet: below those that the system hands out by itself, which a test
+    on another core could get between this choice and its use.
+    """
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(('127.0.0.1', port))
+            return port
+
+
 def run_processes(number, *arguments, timeout=120, **environment):
     """
     Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None
     of them may fail.
     """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
