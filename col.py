@@ -23,11 +23,20 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from configurator import Count, Natural, NonNegative, Positive, Range, configure, with_positionals
-from data.corpus import check_vocabulary, open_corpus
+from configurator import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    SaveDtype,
+    configure,
+    with_positionals,
+)
+from data.corpus import check_same_tokenizer
 from data.instruct import Examples, run_source, supervised_source
 from data.loader import Share
-from data.vocabulary import tokenizer_of_model
+from data.vocabulary import tokenizer_in
 from engine.device import processes
 from engine.errors import UserError, run_as_program
 from engine.files import read_json, write_json
@@ -475,11 +484,7 @@ class ChainOfLearngene:
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
-                corpus = open_corpus(name, run.data_dir)
-                check_vocabulary(corpus, configs['ancestor'], 'ancestor')
-                if corpus.meta['vocab_size'] != run.vocab_size:
-                    sizes = f'{corpus.meta["vocab_size"]} tokens, {run.data} {run.vocab_size}'
-                    raise UserError(f'{name} has a vocabulary of {sizes}')
+                check_same_tokenizer(name, next(iter(run.corpora)), run.data_dir)
         return configs
 
     def check(self, run):
@@ -580,6 +585,7 @@ class Interpolation:
     to: str = ''  # named size, or WIDTHxLAYERS
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
     depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
+    save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
 
 
 def chain_folders(folder):
@@ -607,11 +613,8 @@ def main(argv):
     models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(*models, config, alpha, options.depth)
-    try:
-        tokenizer = tokenizer_of_model(folders[small])
-    except UserError:
-        tokenizer = ''
-    made.save(options.target, tokenizer)
+    tokenizer = tokenizer_in(folders[small])
+    made.save(options.target, tokenizer, dtype=getattr(torch, options.save_dtype, None))
     n = format_count(made.num_params())
     print(f'{options.target}: {n} parameters (N), between {small} and {large}')
 

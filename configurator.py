@@ -44,6 +44,7 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(TINY)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+SaveDtype = Literal['auto', 'float32', 'bfloat16', 'float16']  # torch has no dtype auto: None
 NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 
 

@@ -20,11 +20,10 @@ from tqdm import tqdm
 from configurator import Natural, configure
 from data.corpus import check_vocabulary, open_corpus
 from data.loader import Share, validation_batches
-from data.vocabulary import check_tokenizer, load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
-from engine.errors import UserError, import_extra, run_as_program, unknown
+from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import write_atomically, write_json
-from engine.hub import reach_hub
+from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, evaluate, kl_of_logits
 from engine.report import finished_stages, report, table
 from model import load
@@ -87,106 +86,34 @@ def sliding_window_loss(model, tokens, window, stride, device):
 # downstream tasks
 
 
-@torch.no_grad()
-def log_likelihood(model, context, continuation):
-    """(log-likelihood of a continuation, is it the greedy one) after a context, lists of ids."""
-    ids = (context + continuation)[-model.config.block_size - 1 :]
-    ids = torch.tensor(ids, device=model.wte.weight.device)
-    n = len(continuation)
-    logits = model(ids[None, :-1]).logits[0, -n:].float()
-    scores = logits.log_softmax(-1).gather(-1, ids[-n:, None])
-    return scores.sum().item(), bool((logits.argmax(-1) == ids[-n:]).all())
-
-
-def continue_greedily(model, ids, how, end):
-    """The greedy continuation of ids, of at most how['max_gen_toks'] tokens, as a list."""
-    longest = model.config.block_size
-    new = min(how.get('max_gen_toks', 128), longest // 2)
-    prompt = torch.tensor([ids[-(longest - new) :]], device=model.wte.weight.device)
-    return model.generate(prompt, new, 0.0, stop=end)[0, prompt.shape[1] :].tolist()
-
-
-def cut_at(text, stops):
-    """The text before the first of the stop strings, one or a list of them."""
-    if isinstance(stops, str):
-        stops = [stops]
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
-
-
-def harness_model(model, tokenizer):
-    """Our model as an LM of lm-evaluation-harness, which has tasks, prompts and metrics."""
-    from lm_eval.api.model import TemplateLM
-
-    longest = model.config.block_size
-
-    class Ours(TemplateLM):
-        """Log-likelihoods of continuations, and greedy generation."""
-
-        eot_token_id = tokenizer.end
-        tokenizer_name = 'nanofamily'
-
-        def tok_encode(self, string, **kwargs):
-            return [int(token) for token in tokenizer.encode(string)]
-
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-            answers = []
-            for _, context, continuation in tqdm(requests, disable=disable_tqdm):
-                answers.append(log_likelihood(model, context, continuation))
-            return answers
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            """Log-likelihood of whole texts, in windows side by side, each token once."""
-            answers = []
-            for request in requests:
-                ids = [tokenizer.end, *self.tok_encode(request.args[0])]
-                starts = range(0, len(ids) - 1, longest)
-                windows = [('', ids[i : i + 1], ids[i + 1 : i + 1 + longest]) for i in starts]
-                scores = self._loglikelihood_tokens(windows, disable_tqdm=True)
-                answers.append(sum(score for score, _ in scores))
-            return answers
-
-        def generate_until(self, requests, disable_tqdm=False):
-            """Greedy continuations up to a stop string."""
-            answers = []
-            for request in tqdm(requests, disable=disable_tqdm):
-                context, how = request.args
-                ids = self.tok_encode(context) or [tokenizer.end]
-                text = tokenizer.text(continue_greedily(model, ids, how, tokenizer.end))
-                answers.append(cut_at(text, how.get('until') or []))
-            return answers
-
-    return Ours()
-
-
-def run_tasks(model, tokenizer, options, limit=None):
+def run_tasks(folder, options, device, limit=None):
     """
-    {task: {metric: value}} of lm-evaluation-harness for options.tasks. tokenizer: a name. Raises
-    UserError if the harness is not installed, has no such task, or its data cannot be reached.
+    {task: {metric: value}} of lm-evaluation-harness for options.tasks; transformers opens the
+    model, whose folder holds its tokenizer. Raises UserError if the harness is not installed, has
+    no such task, or cannot open the model or reach the tasks' data.
     """
     lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    tokenizer = load_tokenizer(tokenizer)
-    check_tokenizer(tokenizer, model.config)
-    folder = options.task_folder or None
-    if folder is None:
+    own = options.task_folder or None
+    if own is None:
         reach_hub('the data of the tasks')
-    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    manager = TaskManager(include_path=own, include_defaults=own is None)
     for task in options.tasks:
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks)
             raise unknown('task', task, close or manager.all_tasks[:20])
+    try:
+        tokenizer = options.tokenizer or None
+        how = dict(device=str(device), batch_size=8, tokenizer=tokenizer)
+        model = HFLM(str(model_folder(folder)), **how)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'the harness cannot open {folder}: {first_line(error)}') from error
     how = dict(num_fewshot=options.num_fewshot, task_manager=manager, limit=limit)
     try:
-        found = lm_eval.simple_evaluate(
-            harness_model(model, tokenizer),
-            tasks=list(options.tasks),
-            bootstrap_iters=0,
-            verbosity='ERROR',
-            **how,
-        )['results']
+        tasks = list(options.tasks)
+        found = lm_eval.simple_evaluate(model, tasks=tasks, bootstrap_iters=0, **how)['results']
     except OSError as error:
         reason = type(error).__name__
         raise UserError(f'the data of the tasks cannot be reached ({reason})') from error
@@ -214,8 +141,8 @@ class Evaluation:
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: lambada_openai,arc_easy,...
     num_fewshot: Natural = 0  # examples in a task's prompt
     task_folder: str = ''  # folder of task files of your own, instead of the harness' tasks
-    tokenizer: str = ''  # for the tasks; empty: the models'
-    out: str = ''  # where evaluation.json and evaluation.md go; empty: the first folder
+    tokenizer: str = ''  # folder of another one for the tasks; empty: the models'
+    out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
 
 
@@ -249,11 +176,10 @@ def evaluate_folders(folders, options):
     set_threads(device, widest, 8 * block_size)
     outcome = dict(data=options.data, block_size=block_size, models={})
     for name, model in models.items():
-        check_vocabulary(corpus, model.config, name)
+        check_vocabulary(corpus, model.config, found[name])
         row = outcome['models'][name] = losses(model, corpus, block_size, options)
         if options.tasks:
-            tokenizer = options.tokenizer or tokenizer_of_model(found[name])
-            row['tasks'] = run_tasks(model, tokenizer, options)
+            row['tasks'] = run_tasks(found[name], options, device)
     if len(models) > 1 and options.kl_examples:
         n_tokens = options.kl_examples * block_size
         batches = validation_batches(corpus.val, block_size, 1, n_tokens, Share(device))
@@ -311,7 +237,8 @@ def main(argv):
     outcome = evaluate_folders(folders, options)
     text = evaluation_tables(outcome)
     print(text)
-    out = Path(options.out or folders[0])
+    first = Path(folders[0])
+    out = Path(options.out or (first if first.is_dir() else Path('out', first.name)))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / 'evaluation.json', outcome)
     write_atomically(out / 'evaluation.md', text + '\n')

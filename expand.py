@@ -27,22 +27,31 @@ import re
 import shutil
 import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from configurator import Count, Natural, NonNegative, Positive, configure, with_positionals
+from configurator import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    SaveDtype,
+    configure,
+    with_positionals,
+)
+from data.vocabulary import tokenizer_in
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import write_json
 from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
-from engine.hugging_face import config_to_hugging_face
+from engine.hub import model_folder
 from engine.optimizer import load_optimizer_state
 from engine.report import compare_variants
 from engine.rows import FolderReader, write_model
-from engine.stage import Origin, Stage
+from engine.stage import Origin, Result, Stage
 from let import Alignment, pair_layers, teach
-from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
+from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config, write_config
 
 WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
 
@@ -359,14 +368,14 @@ def grow_optimizer(state, small, large, width='aki', depth='stack'):
     return grown
 
 
-def grow_folder(source, target, shape, operators):
+def grow_folder(source, target, shape, operators, dtype=None):
     """
-    Grow the model in the folder `source` into the new folder `target`, a few megabytes at a time:
-    neither model is ever in memory (what transformers packs is held one tensor at a time). shape:
-    GPTConfig of the model -> GPTConfig of the larger one. Built beside `target` and renamed when
-    complete. Raises UserError.
+    Grow the model `source`, a folder or hub name, into the new folder `target`, a few megabytes at
+    a time: neither model is ever in memory (what transformers packs is held one tensor at a time).
+    shape: GPTConfig of the model -> GPTConfig of the larger one; dtype: of the new weights, None
+    for the old ones'. Built beside `target` and renamed when complete. Raises UserError.
     """
-    source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
+    source, target, unfinished = model_folder(source), Path(target), Path(f'{target}.partial')
     if target.exists():
         raise UserError(f'{target} exists: choose another folder, or remove it')
     small = read_config(source)
@@ -375,15 +384,13 @@ def grow_folder(source, target, shape, operators):
     with FolderReader(source, small, shapes_of(small)) as old:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        dtype = old['wte.weight'][:1].dtype
+        dtype = dtype or old['wte.weight'][:1].dtype
 
         def pieces(name):
             return growth.pieces(name, old.__getitem__)
 
-        path = unfinished / 'model.safetensors'
-        write_model(path, large, shapes_of(large), dtype, pieces)
-    content = config_to_hugging_face(large, str(dtype).removeprefix('torch.'))
-    write_json(unfinished / 'config.json', content)
+        write_model(unfinished, large, shapes_of(large), dtype, pieces)
+    write_config(unfinished, large, dtype, tokenizer_in(source))
     os.replace(unfinished, target)
 
 
@@ -416,6 +423,27 @@ def stk4(config):
 
 
 RELATIVE_SIZES = {'exp': exp, 'stk2': stk2, 'stk4': stk4}  # relative to the size before
+
+
+def grown_shape(small, to):
+    """
+    The shape `to` of a model that grows from `small`: exp, stk2, stk4, a named size, or
+    WIDTHxLAYERS, whose heads, groups and MLP keep small's proportions. Raises UserError.
+    """
+    if to in RELATIVE_SIZES:
+        return RELATIVE_SIZES[to](small)
+    ours = f'{small.n_embd}x{small.n_layer}'
+    match = re.fullmatch(r'(\d+)x(\d+)', to)
+    if match and (small.head_dim != 16 or small.n_kv_head < small.n_head):  # not named like that
+        width, layers = int(match[1]), int(match[2])
+        shape = dict(n_embd=width, n_layer=layers, head_dim=small.head_dim)
+        for field in ('n_head', 'n_kv_head', 'n_mlp'):
+            shape[field], rest = divmod(getattr(small, field) * width, small.n_embd)
+            if rest:
+                raise UserError(f'{to}: {field} of {ours} does not scale to a whole number')
+        return replace(small, **shape)
+    large = GPTConfig.named(to)
+    return replace(small, **{f: getattr(large, f) for f in (*SIZE_FIELDS, 'head_dim')})
 
 
 def allocate_tokens(params, scratch_tokens):
@@ -566,6 +594,7 @@ class GrowthComparison:
     """Growth operators side by side: the same second stage from every operator and from nothing."""
 
     base: str = '48x2'  # size of the base
+    base_model: str = ''  # folder or hub name of a trained base of that size; empty: train one
     target: str = '64x4'  # size it is grown to; exp, stk2 and stk4 are relative to the base
     base_tokens: Positive = 1e6  # D1, tokens of the first stage
     tokens: Positive = 5e5  # D2, tokens of each second stage
@@ -575,9 +604,8 @@ class GrowthComparison:
 
     def stages(self, run):
         """For every seed the base, then every variant."""
-        base = run.model_config(self.base)
-        relative = RELATIVE_SIZES.get(self.target)
-        target = relative(base) if relative else run.model_config(self.target)
+        base, target = self.shapes(run)
+        given = bool(self.base_model) and not run.toy  # a toy trains a small one instead
         grown = {}  # variant: (its Operators or None, whether the optimizer state is carried)
         for variant in self.variants:
             grown[variant] = self.parse(variant)
@@ -588,16 +616,30 @@ class GrowthComparison:
         X, X_base = target.num_params(head=True), base.num_params(head=True)
         carry_any = any(carry for _, carry in grown.values())
         for seed in range(self.seeds):
-            first = Stage(f'base-{seed}', base, self.base_tokens, X_base)
-            first.knobs = dict(seed=run.seed + seed, keep_optimizer=carry_any)
-            smaller = yield first
+            if given:
+                smaller = Result.given(Path(self.base_model).name, self.base_model)
+            else:
+                first = Stage(f'base-{seed}', base, self.base_tokens, X_base)
+                first.knobs = dict(seed=run.seed + seed, keep_optimizer=carry_any)
+                smaller = yield first
             for variant, (operators, carry) in grown.items():
                 stage = Stage(f'{variant}-{seed}', target, self.tokens, X, data_after=smaller)
                 stage.knobs = dict(seed=run.seed + seed)
+                stage.tokenizer = self.base_model if given else ''
                 stage.labels = dict(variant=variant, seed=seed)
                 if operators:
                     grow_stage(stage, smaller, base, operators, carry)
                 yield stage
+
+    def shapes(self, run):
+        """The shapes of the base and of the target, as they are trained."""
+        if self.base_model and not (run.toy or run.dry_run):  # a plan takes it from `base`
+            base = read_config(model_folder(self.base_model))
+            run.check_model(base, self.base_model)
+            return base, grown_shape(base, self.target)
+        target = grown_shape(GPTConfig.named(self.base), self.target)
+        sizes = {field: getattr(target, field) for field in (*SIZE_FIELDS, 'head_dim')}
+        return run.model_config(self.base), run.model_config(self.base, **sizes)
 
     def parse(self, variant):
         """'aki+stack+noise+grown' -> (Operators, True); random -> (None, False). UserError."""
@@ -625,20 +667,14 @@ class GrowthComparison:
 class FolderGrowth:
     """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE."""
 
-    source: str = ''  # folder of the model
+    source: str = ''  # folder of the model, or its name on the hub
     target: str = ''  # folder to be made
     to: str = ''  # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
     width: Literal[*WIDTH] = 'aki'  # operator in width
     depth: Literal[*DEPTH] = 'stack'  # operator in depth
     noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
     seed: Natural = 0  # of the noise
-
-    def shape(self, small):
-        """The GPTConfig that the model grows to."""
-        if self.to in RELATIVE_SIZES:
-            return RELATIVE_SIZES[self.to](small)
-        large = GPTConfig.named(self.to)
-        return replace(small, **{f: getattr(large, f) for f in (*SIZE_FIELDS, 'head_dim')})
+    save_dtype: SaveDtype = 'auto'  # of the new weights; auto: the old ones'
 
 
 def main(argv):
@@ -648,7 +684,9 @@ def main(argv):
     if not (options.source and options.target and options.to):
         raise UserError('missing arguments; usage: expand.py SOURCE TARGET --to=SIZE')
     operators = Operators(options.width, options.depth, options.noise, options.seed)
-    grow_folder(options.source, options.target, options.shape, operators)
+    shape = partial(grown_shape, to=options.to)
+    dtype = getattr(torch, options.save_dtype, None)
+    grow_folder(options.source, options.target, shape, operators, dtype)
 
 
 if __name__ == '__main__':

@@ -34,12 +34,13 @@ from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import write_atomically
+from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.report import Line, Panel, draw_images, draw_panels, table
 from engine.stage import Origin, Result, Stage
 from expand import deepen
 from let import distil
-from model import GPT, load
+from model import GPT, load, read_config
 
 # ----------------------------------------------------------------------------------------------
 # how attentive a layer is
@@ -341,10 +342,8 @@ class Inheritune:
             changes['bias'] = False
         config = run.model_config(self.size, **changes)
         if self.reference and not run.toy and not run.dry_run:  # a plan takes it from `size`
-            config = load(self.reference).config
-            if config.vocab_size != run.vocab_size:
-                sizes = f'{config.vocab_size}, the data one of {run.vocab_size}'
-                raise UserError(f'{self.reference} has a vocabulary of {sizes}')
+            config = read_config(model_folder(self.reference))
+            run.check_model(config, self.reference)
         n = self.start_fraction * config.n_layer
         if abs(n - round(n)) > 1e-6 or round(n) < 1:
             fraction = f'start_fraction {self.start_fraction:g} of {config.n_layer} layers'

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 from configurator import Count, Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.translate import check_alignable, same_tokenizer, translate
-from data.vocabulary import tokenizer_of_model
+from data.translate import check_alignable, translate
+from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.errors import UserError, unknown
 from engine.loss import Distillation, kl_of_logits
 from engine.metrics import read_metrics

@@ -15,12 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import UserError, unknown
-from engine.files import commit_file, read_json, write_json
+from engine.files import read_json, write_json
 from engine.hub import model_folder
 from engine.hugging_face import (
     config_from_hugging_face,
@@ -29,7 +27,9 @@ from engine.hugging_face import (
     tensors_to_hugging_face,
 )
 from engine.loss import fused_linear_cross_entropy
+from engine.rows import read_tensors, write_tensors
 from engine.sizes import SIZES
+from engine.tokenizer_files import write_tokenizer
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
 CHOICES = {
@@ -61,6 +61,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on each head's queries and keys (Qwen3)
     parallel: bool = False  # attention and MLP read the same input (GPT-NeoX)
     bias: bool = False  # biases in linear layers and LayerNorm
+    qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
     tied: bool = False  # the head is the token embedding
     attn_scale_by_layer: bool = False  # attention logits / layer number, from 1 (Inheritune)
     init_std: float = 0.0  # 0: sqrt(2 / (5 n_embd)), as in the scaling laws of model reuse
@@ -165,9 +166,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         C, D = config.n_embd, config.head_dim
-        self.q = nn.Linear(C, config.n_head * D, bias=config.bias)
-        self.k = nn.Linear(C, config.n_kv_head * D, bias=config.bias)
-        self.v = nn.Linear(C, config.n_kv_head * D, bias=config.bias)
+        bias = config.bias or config.qkv_bias
+        self.q = nn.Linear(C, config.n_head * D, bias=bias)
+        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
+        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
         self.o = nn.Linear(config.n_head * D, C, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
@@ -456,24 +458,28 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return Cache(self.config, batch, device, dtype)
 
-    def save(self, folder, tokenizer='', state=None):
+    def save(self, folder, tokenizer='', state=None, dtype=None):
         """
-        Write config.json and model.safetensors as the Hugging Face architecture the configuration
-        equals. tokenizer: the name of the one it was trained with, kept for sample.py; state: the
-        whole tensors, if this model holds shards of them.
+        Write config.json, the weights and the tokenizer as the Hugging Face architecture that the
+        configuration equals. tokenizer: `bytes`, a tiktoken encoding, or the folder of another;
+        state: the whole tensors, if this model holds shards of them; dtype: of the weights in the
+        file, None for the model's.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state is None else state
-        state = {name: tensor.detach() for name, tensor in state.items()}
-        tensors = tensors_to_hugging_face(self.config, state)
-        save_file(tensors, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        commit_file(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-        dtype = str(self.wte.weight.dtype).removeprefix('torch.')
-        content = config_to_hugging_face(self.config, dtype)
-        if tokenizer:
-            content['nanofamily_tokenizer'] = tokenizer
-        write_json(folder / 'config.json', content)
+        dtype = dtype or self.wte.weight.dtype
+        state = {name: tensor.detach().to(dtype) for name, tensor in state.items()}
+        write_tensors(folder, tensors_to_hugging_face(self.config, state))
+        write_config(folder, self.config, dtype, tokenizer)
+
+
+def write_config(folder, config, dtype, tokenizer=''):
+    """Write a model's config.json, and the tokenizer that it is to be used with."""
+    content = config_to_hugging_face(config, str(dtype).removeprefix('torch.'))
+    if tokenizer:
+        content |= write_tokenizer(tokenizer, folder)
+    write_json(Path(folder) / 'config.json', content)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -491,22 +497,6 @@ def read_config(folder):
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f'{type(error).__name__} {error} in its config.json'
         raise UserError(f'{folder} is damaged: {reason}') from None
-
-
-def read_tensors(folder, device='cpu'):
-    """{name: tensor} of all safetensors files of a model folder. Raises UserError."""
-    files = sorted(folder.glob('model*.safetensors'))
-    if not files:
-        pickles = [*folder.glob('*.bin'), *folder.glob('*.pt'), *folder.glob('*.pth')]
-        reason = f': {pickles[0].name} is a pickle, which can run code' if pickles else ''
-        raise UserError(f'{folder} has no weights in safetensors{reason}')
-    tensors = {}
-    try:
-        for file in files:
-            tensors |= load_file(file, device=str(device))
-    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
-        raise UserError(f'{folder} is damaged: {type(error).__name__} {error}') from error
-    return tensors
 
 
 def load(name, device='cpu', contiguous=True):

@@ -30,15 +30,17 @@ from configurator import (
     NonNegative,
     Positive,
     Range,
+    SaveDtype,
     configure,
     differences,
 )
-from data.corpus import OFFLINE, open_corpus, verify_corpus
+from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
 from engine.checkpoint import record_session
 from engine.device import attention_kernels, barrier, catch_signals, find_hardware
 from engine.errors import UserError, run_as_program
+from engine.hub import model_folder
 from engine.optimizer import learning_rate
 from engine.parallel import full_tensor, gradient_sync
 from engine.plan import PlannedStage
@@ -50,7 +52,7 @@ from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
 from inheritune import Inheritune
 from let import LET
-from model import GPTConfig, load
+from model import GPTConfig, load, read_config
 
 Beta = Annotated[float, Range(0, 1 - 1e-9)]
 
@@ -87,6 +89,7 @@ class Run:
     grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Natural = 1337  # of initialisation and data order
     optimizer_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of AdamW's two moments
+    save_dtype: SaveDtype = 'auto'  # of saved weights; auto: a source model's, else float32
     keep_optimizer: bool = False  # save AdamW's state with the model, for growth to continue it
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
@@ -129,6 +132,12 @@ class Run:
             raise UserError(f'the corpora have different vocabularies: {sizes}')
         return next(iter(sizes.values()))
 
+    def check_model(self, config, name):
+        """Raise UserError unless the corpora have the tokenizer of a model, a folder or name."""
+        for corpus in self.corpora:
+            if (Path(self.data_dir) / corpus / 'meta.json').is_file():
+                check_vocabulary(open_corpus(corpus, self.data_dir), config, name)
+
     def model_config(self, size, **changes):
         """The configuration of a named size with this run's vocabulary and block_size."""
         fields = dict(vocab_size=self.vocab_size, block_size=self.block_size) | changes
@@ -166,16 +175,14 @@ class Pretrain:
             name = f'{Path(self.init_from).name}-continued'
             origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
-            config = model().config
-            if config.vocab_size < run.vocab_size:  # a larger one is padded
-                sizes = f'{config.vocab_size}, the data one of {run.vocab_size}'
-                raise UserError(f'{self.init_from} has a vocabulary of {sizes}')
+            config = read_config(model_folder(self.init_from))
+            run.check_model(config, self.init_from)
             print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)
         params = config.num_params(head=True)
         tokens = self.tokens or 20 * params
-        yield Stage(name, config, tokens, params, origin, model)
+        yield Stage(name, config, tokens, params, origin, model, tokenizer=self.init_from)
 
 
 METHODS = {

@@ -14,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.offline import project_packages
-from data.vocabulary import load_tokenizer
+from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
 from engine.files import checksum, read_json, write_json
+from engine.tokenizer_files import is_encoding, write_tokenizer
 
 SPLITS = ('train', 'val')
 OFFLINE = ('pydocs', 'pycode', 'signatures')  # corpora that need no network
@@ -45,6 +46,8 @@ def open_corpus(name, data_dir='data'):
         types = dict(splits=dict, dtype=str, tokenizer=str, vocab_size=int)
         meta = read_json(folder / 'meta.json', **types)
         meta['checksums'] = dict(meta.get('checksums', {}))  # of other files in the folder
+        if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
+            meta['tokenizer'] = str(folder)
         dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
         sizes = [int(meta['splits'][split]['tokens']) * dtype.itemsize for split in SPLITS]
     except FileNotFoundError:
@@ -95,13 +98,30 @@ def verify_corpus(name, data_dir='data'):
         write_json(folder / 'verified.json', found)
 
 
-def check_vocabulary(corpus, config, name):
-    """Raise UserError if a corpus has more tokens than a model of this configuration."""
+def check_vocabulary(corpus, config, model):
+    """
+    Raise UserError, with the way out, unless a corpus was made with the tokenizer of `model`, a
+    folder or hub name, or, where that holds none, has ids that a model of this shape knows.
+    """
+    ours, theirs = corpus.meta['tokenizer'], tokenizer_in(model)
+    if theirs and not same_tokenizer(ours, theirs):
+        raise UserError(
+            f'{model} has another tokenizer than {corpus.name} ({ours}): prepare its text with  '
+            f'python data/prepare.py {corpus.meta.get("corpus", corpus.name)} --tokenizer={theirs} '
+            f'--out=data/NAME  and use --data=NAME'
+        )
     if corpus.meta['vocab_size'] > config.vocab_size:
         raise UserError(
-            f'{name} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
+            f'{model} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
             f'{corpus.meta["vocab_size"]}: choose another --data'
         )
+
+
+def check_same_tokenizer(one, other, data_dir='data'):
+    """Raise UserError if two corpora were made with different tokenizers."""
+    used = [open_corpus(name, data_dir).meta['tokenizer'] for name in (one, other)]
+    if not same_tokenizer(*used):
+        raise UserError(f'{one} was prepared with the tokenizer {used[0]}, {other} with {used[1]}')
 
 
 def finish_corpus(unfinished, out, counts, options, **more):
@@ -113,6 +133,8 @@ def finish_corpus(unfinished, out, counts, options, **more):
                 f'--val_fraction={options.val_fraction} are held out'
             )
         counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
+    if not is_encoding(options.tokenizer):
+        write_tokenizer(options.tokenizer, unfinished)
     tokenizer = load_tokenizer(options.tokenizer)
     versions = {}
     if options.corpus in OFFLINE:

@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
-from data.vocabulary import bytes_encoding, load_tokenizer
+from data.vocabulary import load_tokenizer
 from engine.errors import UserError
+from engine.tokenizer_files import byte_letters, find_encoding, is_encoding
 
+LETTERS = {character: byte for byte, character in byte_letters().items()}
 PROBE = 'A naïve café — 数学 and 🙂:\n\tdef f(x): return x  # 1234'
 
 
@@ -35,9 +36,8 @@ codecs.register_error('keep_length', keep_length)
 def token_bytes(name):
     """The bytes of each token of a tokenizer, a tuple by id; empty for special and unused ids."""
     table = [b''] * load_tokenizer(name).vocab_size
-    if name == 'bytes' or name in tiktoken.list_encoding_names():
-        encoding = bytes_encoding() if name == 'bytes' else tiktoken.get_encoding(name)
-        for token, i in encoding._mergeable_ranks.items():
+    if is_encoding(name):
+        for token, i in find_encoding(name)._mergeable_ranks.items():
             table[i] = token
         return tuple(table)
     description = json.loads((Path(name) / 'tokenizer.json').read_text(encoding='utf-8'))
@@ -56,18 +56,9 @@ def token_bytes(name):
     return tuple(table)
 
 
-@cache
-def byte_alphabet():
-    """{character: byte} of byte-level BPE: printable bytes are themselves, others follow 256."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    alphabet = {chr(b): b for b in printable}
-    return alphabet | {chr(256 + i): b for i, b in enumerate(others)}
-
-
 def from_byte_level(token):
     """The bytes of a token of byte-level BPE."""
-    return bytes(byte_alphabet()[character] for character in token)
+    return bytes(LETTERS[character] for character in token)
 
 
 def from_sentence_piece(token):
@@ -87,11 +78,6 @@ def check_alignable(student, teacher):
                 f'the tokenizers {student} and {teacher} cannot be aligned: {name} does not keep '
                 'every byte of a text'
             )
-
-
-def same_tokenizer(one, other):
-    """Whether two names stand for the same tokens."""
-    return one == other or token_bytes(one) == token_bytes(other)
 
 
 def translate(ids, student, teacher, max_length):

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tiktoken
 
-from engine.errors import UserError, import_extra, unknown
+from engine.errors import UserError, first_line, import_extra, unknown
 from engine.files import read_json
 from engine.hub import model_folder, within
-
-ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')
+from engine.tokenizer_files import ENDS, bytes_encoding, find_encoding, fingerprint, is_encoding
 
 
 class Tokenizer(NamedTuple):
@@ -32,15 +31,6 @@ class Tokenizer(NamedTuple):
         return self.decode([i for i in ids if i != self.end and i < self.vocab_size])
 
 
-def bytes_encoding():
-    """The 256 bytes and <|endoftext|> = 256 as a tiktoken Encoding."""
-    ranks = {bytes([i]): i for i in range(256)}
-    special = {'<|endoftext|>': 256}
-    return tiktoken.Encoding(
-        'bytes', pat_str=r'[\s\S]{1,16}', mergeable_ranks=ranks, special_tokens=special
-    )
-
-
 def encode_bytes(text):
     """The ids that bytes_encoding gives, two hundred times faster."""
     return np.frombuffer(text.encode('utf-8'), np.uint8)
@@ -58,16 +48,19 @@ def load_tokenizer(name):
     """
     if name == 'bytes':
         return Tokenizer(encode_bytes, bytes_encoding().decode, 257, 256)
-    if name in tiktoken.list_encoding_names():
+    if is_encoding(name):
         what = f'the vocabulary of the tokenizer {name}, downloaded at its first use,'
-        found = within(30, lambda: tiktoken.get_encoding(name), what)
+        found = within(30, lambda: find_encoding(name), what)
         return Tokenizer(found.encode_ordinary, found.decode, found.n_vocab, found.eot_token)
     file = Path(name) / 'tokenizer.json'
     if not file.is_file():
         known = ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json']
         raise unknown('tokenizer', name, known)
     tokenizers = import_extra('tokenizers', f'{file} needs the package tokenizers')
-    found = tokenizers.Tokenizer.from_file(str(file))
+    try:
+        found = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing narrower
+        raise UserError(f'{file} is damaged ({first_line(error)})') from None
     ends = [found.token_to_id(end) for end in ENDS]
     ends = [i for i in ends if i is not None]
     if not ends:
@@ -82,13 +75,28 @@ def check_tokenizer(tokenizer, config):
         raise UserError(f'the tokenizer has {sizes}: choose with --tokenizer=')
 
 
-def tokenizer_of_model(name):
-    """The tokenizer that a model's folder names or holds, for load_tokenizer. UserError: none."""
+def tokenizer_in(name):
+    """The tokenizer that a model's folder names or holds, for load_tokenizer, or ''."""
     folder = model_folder(name)
     try:
         named = read_json(folder / 'config.json').get('nanofamily_tokenizer')
     except (OSError, UserError):
         named = None
-    if not named and not (folder / 'tokenizer.json').is_file():
+    if isinstance(named, str) and is_encoding(named):
+        return named
+    if (folder / 'tokenizer.json').is_file():
+        return str(folder)
+    return ''
+
+
+def tokenizer_of_model(name):
+    """The tokenizer of a model. Raises UserError where there is none."""
+    found = tokenizer_in(name)
+    if not found:
         raise UserError(f'{name} does not name its tokenizer: choose with --tokenizer=')
-    return named or str(folder)
+    return found
+
+
+def same_tokenizer(one, other):
+    """Whether two tokenizers, names or folders, have the same vocabulary and merges."""
+    return one == other or fingerprint(one) == fingerprint(other)

@@ -56,16 +56,23 @@ def reach_hub(what, way_out=WAY_OUT):
 
 @functools.cache
 def model_folder(name):
-    """The folder of a model: `name` itself, or the download of that hub model. UserError."""
-    if Path(name).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
+    """
+    The folder of a model: `name` itself, or the download of the hub model OWNER/NAME, or NAME for
+    the oldest (gpt2). Weights in pickles are fetched only where there are no others. UserError.
+    """
+    if Path(name).exists() or not re.fullmatch(r'([\w.-]+/)?\w[\w.-]*', str(name)):
         return Path(name)
     import huggingface_hub
 
     way_out = 'give the path of a folder that holds it'
     reach_hub(name, way_out)
+    download = functools.partial(huggingface_hub.snapshot_download, str(name))
+    files = ['*.json', '*.txt', '*.jinja', 'tokenizer.model']
     try:
-        patterns = ['*.json', '*.safetensors']
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        folder = Path(download(allow_patterns=[*files, 'model*.safetensors']))
+        if not any(folder.glob('model*.safetensors')):
+            folder = Path(download(allow_patterns=[*files, 'pytorch_model*.bin']))
+        return folder
     except Exception as error:  # its own, the system's, or those of whichever HTTP client it uses
         reason = type(error).__name__
         raise UserError(

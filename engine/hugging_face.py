@@ -1,7 +1,8 @@
 """
 Our models as Hugging Face folders and back: which architecture of transformers computes the same
 function, its config.json, and the names and layouts in which it stores our tensors. GPT-2, Llama
-(also OpenLLaMA, SmolLM2), Qwen3, GPT-NeoX (Pythia) and OPT can be read; what we save opens there.
+(also OpenLLaMA, SmolLM2, Mistral), Qwen2, Qwen3, GPT-NeoX (Pythia) and OPT can be read; what we
+save opens there.
 """
 
 import re
@@ -41,7 +42,8 @@ FROM_ACTIVATIONS = {
     'gelu': 'gelu_exact',
     'relu': 'relu',
 }
-TIED_BY_DEFAULT = {'llama': False, 'qwen3': False, 'gpt2': True, 'gpt_neox': False, 'opt': True}
+TIED_BY_DEFAULT = {'gpt2', 'opt'}
+READ_AS = {'mistral': 'llama'}  # the same function under another name
 BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # no weights
 
 
@@ -51,7 +53,7 @@ def family_of(config):
         return None
     heads_fill_width = config.n_head * config.head_dim == config.n_embd
     plain_heads = heads_fill_width and config.n_kv_head == config.n_head
-    candidates = ['llama', 'qwen3']
+    candidates = ['llama', 'qwen2', 'qwen3']
     if plain_heads and config.act in ACTIVATIONS:
         if config.act == 'relu' and config.bias:
             candidates.append('opt')
@@ -245,13 +247,14 @@ def config_from_hugging_face(content):
     if 'nanofamily' in content:
         fields = content['nanofamily']
         return fields | dict(rope_scaling=tuple(fields.get('rope_scaling', ())))
-    model_type = content.get('model_type')
+    model_type = str(content.get('model_type'))
+    model_type = READ_AS.get(model_type, model_type)
     if model_type not in FAMILIES:
-        raise unknown('model type that can be read', str(model_type), FAMILIES)
+        raise unknown('model type that can be read', model_type, [*FAMILIES, *READ_AS])
     family = FAMILIES[model_type]
     check_supported(model_type, content)
     fields = dict(family.switches, vocab_size=content['vocab_size'])
-    fields['tied'] = content.get('tie_word_embeddings', TIED_BY_DEFAULT[model_type])
+    fields['tied'] = content.get('tie_word_embeddings', model_type in TIED_BY_DEFAULT)
     for field, theirs in family.fields.items():
         if content.get(theirs) is not None:
             fields[field] = content[theirs]
@@ -277,6 +280,10 @@ def check_supported(model_type, content):
     if model_type == 'opt' and 'word_embed_proj_dim' in content:
         if content['word_embed_proj_dim'] != content['hidden_size']:
             raise UserError('opt with a word_embed_proj_dim other than its width cannot be read')
+    if content.get('model_type') == 'mistral' and content.get('sliding_window') is not None:
+        window = content['sliding_window']
+        if window < content['max_position_embeddings']:
+            raise UserError(f'mistral with a sliding window of {window} tokens cannot be read')
     if model_type == 'llama':
         if content.get('mlp_bias', False) != content.get('attention_bias', False):
             raise UserError('llama with biases in attention or MLP alone cannot be read')

@@ -48,6 +48,7 @@ class Stage:
         None  # (model, x, y, Progress) -> (loss, scalars); None: next_token
     )
     teaching: dict = field(default_factory=dict)  # what the objective is, as data
+    tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
     score: Callable | None = None  # model -> float; the best model is kept; None: the last one
     baseline_flops: float = 0.0  # cost of training every model up to this one from scratch

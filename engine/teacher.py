@@ -5,7 +5,7 @@ import torch
 from engine.errors import UserError, first_line, import_extra
 from engine.files import read_json
 from engine.hub import model_folder
-from engine.hugging_face import FAMILIES
+from engine.hugging_face import FAMILIES, READ_AS, config_from_hugging_face
 from model import GPT, load
 
 
@@ -13,6 +13,11 @@ def is_ours(name):
     """Whether load() reads the architecture of a folder or hub name, or reports what is wrong."""
     path = model_folder(name) / 'config.json'
     config = read_json(path) if path.is_file() else {}
+    if config.get('model_type') in READ_AS:  # in some of their variants
+        try:
+            return bool(config_from_hugging_face(config))
+        except UserError:
+            return False
     return not config or 'nanofamily' in config or config.get('model_type') in FAMILIES
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.corpus import open_corpus
 from data.instruct import run_source
 from data.loader import batches
+from data.vocabulary import tokenizer_in
 from engine import checkpoint
 from engine.device import (
     SIGNALS,
@@ -45,6 +46,7 @@ from engine.parallel import (
 )
 from engine.report import describe
 from engine.stage import Progress, Result, next_token
+from engine.tokenizer_files import check_available, tokenizer_files
 from model import GPT, load
 
 
@@ -121,6 +123,7 @@ class Training:
         self.strategy = choose_strategy(knobs, stage.config, hardware)
         self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
         model = stage.model() if stage.model and self.fresh else GPT(stage.config)
+        self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
         self.raw_model = place(model, self.strategy, hardware)
 
     def make_optimizer(self):
@@ -138,6 +141,7 @@ class Training:
         if progress:
             self.step, self.seconds = progress['step'], progress['seconds']
             self.best = progress.get('best', self.best)
+            self.source_dtype = progress.get('source_dtype', 'float32')
         if self.step > self.steps:
             raise UserError(
                 f'{self.stage.name} is at step {self.step:,}, beyond the {self.steps:,} asked'
@@ -150,6 +154,11 @@ class Training:
         self.micro_batch_size = choose_micro_batch(knobs, config, hardware)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
         self.source = (self.stage.source or run_source)(knobs)
+        self.tokenizer = self.source.tokenizer
+        if self.stage.tokenizer:
+            self.tokenizer = tokenizer_in(self.stage.tokenizer) or self.tokenizer
+        if self.tokenizer:
+            check_available(self.tokenizer)  # now, not when the trained model is saved
         if hardware.is_main:
             logged_until = self.step or -1  # from the beginning: not even the line of step 0
             truncate_metrics(self.folder / 'metrics.jsonl', logged_until)
@@ -291,7 +300,7 @@ class Training:
 
     def save(self):
         """Save a resumable state, for good at the end of a stable phase."""
-        progress = dict(step=self.step, seconds=self.seconds)
+        progress = dict(step=self.step, seconds=self.seconds, source_dtype=self.source_dtype)
         if self.stage.score:
             progress['best'] = self.best
         save = partial(checkpoint.save_state, self.folder, self.raw_model, self.optimizer)
@@ -351,9 +360,11 @@ class Training:
             save_optimizer_state(self.folder, self.raw_model, self.optimizer)
         if not self.hardware.is_main:
             return
-        self.raw_model.save(self.folder, self.source.tokenizer, state)
-        names = ('config.json', 'model.safetensors', 'optimizer.safetensors')
-        saved = [self.folder / name for name in names if (self.folder / name).is_file()]
+        dtype = self.knobs.save_dtype
+        dtype = getattr(torch, self.source_dtype if dtype == 'auto' else dtype)
+        self.raw_model.save(self.folder, self.tokenizer, state, dtype)
+        saved = [*self.folder.glob('*.safetensors*'), self.folder / 'config.json']
+        saved += tokenizer_files(self.folder)
         files = measure_files(saved) | {'result.json': measure_text(result.text())}
         write_manifest(self.folder, files, checkpoint.owner_of(self.folder))
         result.write()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import write_corpus
+from conftest import train_tokenizer, write_corpus
 from test_train import metrics
 
 import col
@@ -303,7 +303,9 @@ def test_a_supervised_set_of_another_vocabulary_is_refused(data_dir, tmp_path):
     shutil.copytree(data_dir / 'signatures', tmp_path / 'data' / 'signatures')
     text = torch.arange(5000) % 300
     write_corpus(tmp_path / 'data' / 'pydocs', text, text, vocab_size=300)
-    with pytest.raises(UserError, match='signatures has a vocabulary of 257 tokens, pydocs 300'):
+    train_tokenizer('byte-level', tmp_path / 'bpe', 300)
+    shutil.copy(tmp_path / 'bpe' / 'tokenizer.json', tmp_path / 'data' / 'pydocs')
+    with pytest.raises(UserError, match='signatures was prepared with the tokenizer bytes, pydocs'):
         train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--sft_data=signatures'))
 
 

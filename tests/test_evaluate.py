@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from conftest import run_command
-from test_model import small, tokens
+from test_model import SHAPES, small, tokens
 
-from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.stage import Result
 from evaluate import (
@@ -16,7 +15,6 @@ from evaluate import (
     bits_per_byte,
     compare,
     evaluate,
-    harness_model,
     kl_divergence,
     run_tasks,
     sliding_window_loss,
@@ -200,33 +198,32 @@ def test_downstream_tasks_run_through_the_harness(tmp_path):
         (tmp_path / f'{name}.yaml').write_text(
             TASK.format(name=name, file=tmp_path / 'data.jsonl', kind=kind, more=more)
         )
-    model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
+    folder = tmp_path / 'model'
+    GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64)).save(folder, 'bytes')
     for fewshot in (0, 1):
         tasks = ('choose', 'write') if fewshot else ('choose', 'roll', 'write')
         options = Evaluation(tasks=tasks, num_fewshot=fewshot, task_folder=str(tmp_path))
-        outcome = run_tasks(model, 'bytes', options)
+        outcome = run_tasks(folder, options, 'cpu')
         assert 0 <= outcome['choose']['acc'] <= 1 and outcome['write']['exact_match'] == 0
         if not fewshot:  # a model that knows nothing finds every byte as likely: 256 of them
             assert 150 < outcome['roll']['byte_perplexity'] < 600
     with pytest.raises(UserError, match='no task .chose.'):
-        run_tasks(model, 'bytes', Evaluation(tasks=('chose',), task_folder=str(tmp_path)))
+        run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
 
 
-def test_log_likelihoods_are_those_of_the_model():
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_harness_scores_every_architecture_as_our_model_does(tmp_path, shape):
+    """What `lm_eval --model hf` does: transformers opens model and tokenizer from the folder."""
     pytest.importorskip('lm_eval')
-    model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64))
-    lm = harness_model(model, load_tokenizer('bytes'))
-    context, continuation = lm.tok_encode('The answer'), lm.tok_encode(' is no')
-    ((score, greedy),) = lm._loglikelihood_tokens(
-        [(None, context, continuation)], disable_tqdm=True
-    )
-    logits = (
-        model(torch.tensor([context + continuation[:-1]]))
-        .logits[0, len(context) - 1 :]
-        .log_softmax(-1)
-    )
-    assert (
-        score
-        == pytest.approx(sum(logits[i, t].item() for i, t in enumerate(continuation)), rel=1e-5)
-        and not greedy
-    )
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = small(**SHAPES[shape] | dict(vocab_size=257)).float()
+    model.save(tmp_path, 'bytes')
+    lm = HFLM(str(tmp_path), device='cpu')
+    request = Instance('loglikelihood', {}, ('The answer', ' is no'), 0)
+    ((score, greedy),) = lm.loglikelihood([request], disable_tqdm=True)
+    ids = torch.tensor(list(b'The answer is no'))
+    logs = model(ids[None, :-1]).logits[0].log_softmax(-1)
+    mine = logs.gather(-1, ids[1:, None])[-len(' is no') :].sum().item()
+    assert score == pytest.approx(mine, rel=1e-4) and not greedy

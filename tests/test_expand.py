@@ -391,7 +391,7 @@ def test_growing_on_the_command_line(tmp_path):
     'damage, word',
     [
         (lambda f: (f / 'model.safetensors').write_bytes(b''), 'cannot be read'),
-        (lambda f: (f / 'model.safetensors').unlink(), 'tensors missing'),
+        (lambda f: (f / 'model.safetensors').unlink(), 'has no weights'),
         (lambda f: (f / 'config.json').write_text('{'), 'damaged'),
         (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba'),
     ],

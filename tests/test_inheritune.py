@@ -304,7 +304,7 @@ def test_baselines_start_from_the_layers_they_name(tmp_path):
     'knobs, words',
     [
         (dict(size='64x5'), 'not a whole number of layers'),
-        (dict(reference='nowhere'), 'not a model folder'),
+        (dict(reference='nowhere'), 'nowhere is not a folder'),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(knobs, words):
@@ -312,10 +312,13 @@ def test_mistakes_are_found_before_anything_is_trained(knobs, words):
         planned([1.0], **knobs)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
-    small().save(tmp_path)
-    with pytest.raises(UserError, match='vocabulary of 61, the data one of 257'):
-        planned([1.0], reference=str(tmp_path))
+def test_a_reference_of_another_vocabulary_is_refused(data_dir, tmp_path):
+    import train
+
+    small().save(tmp_path / 'one')
+    knobs = ['--method=inheritune', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run']
+    with pytest.raises(UserError, match='one has a vocabulary of 61, pydocs one of 257'):
+        train.main([*knobs, f'--reference={tmp_path}/one'])
     with pytest.raises(UserError, match='4 layers cannot be inherited from a reference of 3'):
         inherit(small(), 4)
     with pytest.raises(UserError, match='is not defined'):

@@ -151,6 +151,8 @@ def test_a_run_learns_and_its_folder_explains_it(whole):
         'metrics.jsonl',
         'result.json',
         'stage.json',
+        'tokenizer.json',
+        'tokenizer_config.json',
     }
     assert (
         '16x2' in (whole / 'report.md').read_text() and (whole / 'report.png').stat().st_size > 5000
@@ -199,7 +201,7 @@ def test_accumulation_gives_the_same_losses(whole, data_dir, tmp_path, micro_bat
         (['--data=pydocs:x'], 'WEIGHT'),
         (['--data=openwebtext'], 'data/prepare.py openwebtext'),
         (['--micro_batch_size=3'], 'does not divide'),
-        (['--init_from=nowhere'], 'not a model folder'),
+        (['--init_from=nowhere'], 'nowhere is not a folder'),
         (['--size=16y2'], 'no size'),
         (['--batch_size=0'], 'batch_size must be a whole number, at least 1'),
         (['--log_interval=0'], 'log_interval'),

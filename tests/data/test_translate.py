@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import TEXT, train_tokenizer
 
-from data.translate import PROBE, check_alignable, same_tokenizer, token_bytes, translate
-from data.vocabulary import load_tokenizer
+from data.translate import PROBE, check_alignable, token_bytes, translate
+from data.vocabulary import load_tokenizer, same_tokenizer
 from engine.errors import UserError
 
 tokenizers = pytest.importorskip('tokenizers')

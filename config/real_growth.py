@@ -1,0 +1,22 @@
+# What growth by the operators of the papers does to a model that people have: SmolLM2-135M, 9 heads
+# wide and 30 layers deep, grows to 12 heads and 34 layers, then heals on Python's documentation.
+#   python extras/from_gguf.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2   # or any folder, hub name
+#   python data/prepare.py pydocs --tokenizer=smollm2 --out=data/pydocs_smollm2
+# --target=stk2: the depth that doubles; --target=1152x30: the width.
+method = 'growth'
+base = 'smollm2-135m'
+base_model = 'smollm2'
+target = '768x34'
+tokens = 5e4
+variants = ('lossless+identity', 'lossless+identity+noise', 'fpi+stack', 'aki+stack')
+noise = 0.1
+seeds = 1
+
+data = 'pydocs_smollm2'
+block_size = 256
+batch_size = 4
+eval_tokens = 2**13
+eval_interval = 12
+learning_rate = 3e-4
+schedule = 'constant'
+warmup = 5

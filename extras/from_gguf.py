@@ -1,0 +1,76 @@
+"""
+A GGUF file, as llama.cpp and its kin read it, turned into a model folder with its tokenizer and
+chat template; quantised weights become what they stand for, in float32 or bfloat16.
+
+    python extras/from_gguf.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+
+transformers' own reader does the work, with the package gguf: both are in requirements-extras.txt.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from configurator import configure, with_positionals
+from engine.errors import UserError, first_line, import_extra, run_as_program
+from engine.hugging_face import config_from_hugging_face, tensors_from_hugging_face
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Conversion:
+    """Turn a GGUF file into a model folder: from_gguf.py FILE FOLDER."""
+
+    source: str = ''  # the .gguf file
+    target: str = ''  # folder to be made
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights
+
+
+def convert(source, target, dtype=torch.float32):
+    """
+    Make the model folder `target` from the GGUF file `source`; it is built beside it and renamed
+    when load() has read it. Raises UserError for what is not a model that load() reads.
+    """
+    source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
+    if not source.is_file():
+        raise UserError(f'no file {source}')
+    if target.exists():
+        raise UserError(f'{target} exists: choose another folder, or remove it')
+    transformers = import_extra('transformers', 'GGUF files need the package transformers')
+    for package in ('gguf', 'accelerate'):
+        import_extra(package, f'GGUF files need the package {package}')
+    transformers.logging.set_verbosity_error()
+    file = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(unfinished)
+        found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
+        config = GPTConfig(**config_from_hugging_face(found.config.to_dict()))
+        template = GPT.on_meta(config).state_dict()
+        state = tensors_from_hugging_face(config, found.state_dict(), template)
+        GPT.from_state(config, state).save(unfinished)
+    except Exception as error:  # its reader fails in as many ways as there are damaged files
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f'{source} cannot be converted: {first_line(error)}') from error
+    os.replace(unfinished, target)
+
+
+def main(argv):
+    """Command line: FILE FOLDER, then knobs."""
+    argv = with_positionals(argv, 'source', 'target')
+    options, _, _ = configure(argv, Conversion, program='extras/from_gguf.py FILE FOLDER')
+    if not (options.source and options.target):
+        raise UserError('missing arguments; usage: from_gguf.py FILE FOLDER')
+    convert(options.source, options.target, getattr(torch, options.dtype))
+    print(f'{options.target}: a model folder, for --init_from, expand.py, sample.py and the others')
+
+
+if __name__ == '__main__':
+    run_as_program(main)

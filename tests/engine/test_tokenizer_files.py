@@ -1,0 +1,124 @@
+"""A model's tokenizer travels with it, opens in transformers, and is compared by its content."""
+
+import json
+import shutil
+
+import pytest
+import tiktoken
+import torch
+from conftest import TEXT, run_command, train_tokenizer
+
+from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
+from engine import tokenizer_files
+from engine.errors import UserError
+from engine.tokenizer_files import as_tokenizer_json, fingerprint, write_tokenizer
+from model import GPT, GPTConfig, load
+
+transformers = pytest.importorskip('transformers')
+
+GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
+ODD = TEXT + " we'll it's 12345   \n\n\t x\n ¿qué? \u200b\u00a0 🙂‍↔️ \x00 end "
+
+
+@pytest.fixture
+def encoding(monkeypatch):
+    """An encoding as tiktoken's gpt2 is, with a vocabulary that needs no download."""
+    ranks = {bytes([(i * 7) % 256]): i for i in range(256)}  # not in the order of the bytes
+    words = [b' t', b'he', b' the', b'in', b' c', b' ca', b' cat', b'\n\n', '数'.encode()[:2]]
+    for word in [*words, '数'.encode(), b'12', b'ca', b'll', b"'ll"]:
+        ranks.setdefault(word, len(ranks))
+    special = {'<|endoftext|>': len(ranks)}
+    made = tiktoken.Encoding(
+        'r50k_base', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: made)
+    for function in (load_tokenizer, as_tokenizer_json, fingerprint):
+        function.cache_clear()
+    yield made
+    for function in (load_tokenizer, as_tokenizer_json, fingerprint):
+        function.cache_clear()
+
+
+def test_bytes_open_in_transformers(tmp_path):
+    GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path, 'bytes')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs(ODD).input_ids
+    assert ids == list(ODD.encode()) and theirs.decode(ids) == ODD
+    assert theirs('<|endoftext|>').input_ids == [256] and theirs.eos_token_id == 256
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == 256
+    assert tokenizer_in(tmp_path) == 'bytes'
+
+
+def test_an_encoding_of_tiktoken_opens_in_transformers(tmp_path, encoding):
+    GPT(GPTConfig.named('16x1', vocab_size=encoding.n_vocab)).save(tmp_path, 'r50k_base')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs(ODD).input_ids
+    assert ids == encoding.encode_ordinary(ODD) and len(ids) < len(ODD.encode())
+    assert theirs.decode(ids) == ODD and theirs.eos_token_id == encoding.eot_token
+    assert same_tokenizer('r50k_base', str(tmp_path))
+    assert not same_tokenizer('bytes', 'r50k_base')
+
+
+def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path):
+    source = train_tokenizer('byte-level', tmp_path / 'source')
+    (tmp_path / 'source' / 'chat_template.jinja').write_text('{{ messages }}')
+    settings = dict(eos_token='<|endoftext|>', pad_token=dict(content='!'))
+    (tmp_path / 'source' / 'tokenizer_config.json').write_text(json.dumps(settings))
+    size = load_tokenizer(source).vocab_size
+    GPT(GPTConfig.named('16x1', vocab_size=size)).save(tmp_path / 'model', source)
+    shutil.rmtree(source)
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    assert config['eos_token_id'] == 0 and config['pad_token_id'] > 0
+    assert str(tmp_path) not in (tmp_path / 'model' / 'config.json').read_text()
+    assert (tmp_path / 'model' / 'chat_template.jinja').read_text() == '{{ messages }}'
+    assert tokenizer_in(tmp_path / 'model') == str(tmp_path / 'model')
+
+
+def test_two_vocabularies_of_one_size_are_not_the_same(tmp_path):
+    one, other = (train_tokenizer('byte-level', tmp_path / name) for name in 'ab')
+    assert same_tokenizer(one, other)
+    path = tmp_path / 'b' / 'tokenizer.json'
+    content = json.loads(path.read_text())
+    content['model']['merges'].reverse()
+    path.write_text(json.dumps(content))
+    fingerprint.cache_clear()
+    assert not same_tokenizer(one, other)
+    path.write_text('{"model": 3}')
+    fingerprint.cache_clear()
+    with pytest.raises(UserError, match='b/tokenizer.json is damaged'):
+        same_tokenizer(one, other)
+
+
+def test_trained_and_grown_models_are_whole_for_transformers(tmp_path, data_dir):
+    """Trained by train.py, grown by expand.py, interpolated by col.py: each opens elsewhere."""
+    knobs = ['--size=16x2', '--tokens=512', '--block_size=32', f'--data_dir={data_dir}']
+    run = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run', '--save_dtype=bfloat16')
+    assert run.returncode == 0, run.stderr
+    grow = run_command('expand.py', f'{tmp_path}/run/16x2', f'{tmp_path}/run/16x4', '--to=16x4')
+    assert grow.returncode == 0, grow.stderr
+    made = run_command('col.py', tmp_path / 'run', tmp_path / 'made', '--to=16x3')
+    assert made.returncode == 0, made.stderr
+    x = torch.tensor([list(b'Return the')])
+    for folder in (tmp_path / 'run' / '16x2', tmp_path / 'run' / '16x4', tmp_path / 'made'):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert theirs.dtype == torch.bfloat16
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer('Return the', return_tensors='pt').input_ids
+        assert torch.equal(ids, x)
+        difference = theirs.float()(ids).logits - load(folder).float()(x).logits
+        assert difference.abs().max() < 1e-4
+
+
+def test_every_byte_has_a_letter():
+    letters = tokenizer_files.byte_letters()
+    assert len(set(letters.values())) == 256 and letters[ord('A')] == 'A'
+    assert all(letter.isprintable() and letter != ' ' for letter in letters.values())
+
+
+def test_writing_over_itself_keeps_a_tokenizer(tmp_path):
+    folder = train_tokenizer('byte-level', tmp_path / 'a')
+    before = (tmp_path / 'a' / 'tokenizer.json').read_text()
+    assert write_tokenizer(folder, folder) == dict(eos_token_id=0)
+    assert (tmp_path / 'a' / 'tokenizer.json').read_text() == before
