@@ -26,7 +26,7 @@ from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
-from engine.hub import WAY_OUT, reach_hub
+from engine.hub import WAY_OUT, hub_source, reach_hub
 
 FIELDS = ('instruction', 'input', 'output')
 
@@ -158,8 +158,8 @@ def hub_examples(options):
     found = SETS[options.corpus]
     for split in filter(None, (found.train, found.validation)):
         try:
-            rows = datasets.load_dataset(found.repository, found.configuration, split=split)
-        except (OSError, RuntimeError, ValueError) as error:
+            rows = datasets.load_dataset(**hub_source(*found[:2], split))
+        except Exception as error:  # its own, or those of whichever HTTP client it uses
             where = f'{options.corpus} ({found.repository})'
             reason = type(error).__name__
             raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error

@@ -37,16 +37,16 @@ from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
 from data.vocabulary import load_tokenizer
-from engine.errors import UserError, first_line, nearest, run_as_program
+from engine.errors import UserError, first_line, import_extra, nearest, run_as_program
 from engine.files import read_json, write_atomically
-from engine.hub import WAY_OUT, reach_hub
+from engine.hub import WAY_OUT, hub_source, reach_hub
 
 HUB = {  # name: (repository, configuration, split, column with the text)
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
-    'openwebtext': ('Skylion007/openwebtext', None, 'train', 'text'),
+    'openwebtext': ('Skylion007/openwebtext', 'plain_text', 'train', 'text'),
     'pile': ('monology/pile-uncopyrighted', None, 'train', 'text'),
     'slimpajama': ('cerebras/SlimPajama-627B', None, 'train', 'text'),
-    'starcoder': ('bigcode/starcoderdata', None, 'train', 'content'),
+    'starcoder': ('bigcode/starcoderdata', 'python', 'train', 'content'),  # of its languages
     'openwebmath': ('open-web-math/open-web-math', None, 'train', 'text'),
     'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
 }
@@ -142,19 +142,21 @@ def open_stream(options):
     """The `datasets` stream of a hub corpus or of local files, and the column of its text."""
     if options.corpus in HUB:
         repository, configuration, split, column = HUB[options.corpus]
-        source = dict(path=repository, name=configuration, split=split)
+        source = hub_source(repository, configuration, split)
         reach_hub(options.corpus)
+        if options.corpus in ('pile', 'slimpajama'):
+            import_extra('zstandard', f'{options.corpus} is compressed: it needs zstandard')
     else:
         source, column = local_files(options.corpus), options.text_column
     import datasets  # takes a second, and the offline corpora do not need it
 
     try:
         stream = datasets.load_dataset(**source, streaming=True)
-    except OSError as error:
-        reason = type(error).__name__
-        raise UserError(f'{options.corpus} cannot be reached ({reason}); {WAY_OUT}') from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f'{options.corpus} cannot be read: {error}') from error
+    except Exception as error:  # the system's, or those of whichever HTTP client it uses
+        reason = type(error).__name__
+        raise UserError(f'{options.corpus} cannot be reached ({reason}); {WAY_OUT}') from error
     return stream.with_format('arrow'), column  # Python objects take ten times as long
 
 
@@ -193,7 +195,7 @@ def stream_batches(stream, column, options, rows=256):
             yield documents, stream.state_dict()
     except UserError:
         raise
-    except (ValueError, OSError, RuntimeError) as error:  # bad JSON or UTF-8, a lost network
+    except Exception as error:  # bad JSON or UTF-8, a lost network by any HTTP client's name
         raise UserError(
             f'{options.corpus} cannot be read further ({first_line(error)}); the same command '
             'continues from what is prepared'

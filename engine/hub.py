@@ -9,6 +9,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 
+SCRIPTS = ('Skylion007/openwebtext', 'csebuetnlp/xlsum')  # datasets runs none: their parquet twins
+FOLDERS = ('bigcode/starcoderdata',)  # their configurations are folders
 WAY_OUT = (
     'offline, use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
 )
@@ -52,6 +54,16 @@ def reach_hub(what, way_out=WAY_OUT):
 
     if not constants.HF_HUB_OFFLINE:
         within(10, ask, f'the Hugging Face hub, needed for {what},', way_out)
+
+
+def hub_source(repository, configuration, split):
+    """The arguments of datasets.load_dataset for a split of a data set on the hub."""
+    if repository in SCRIPTS:
+        files = f'hf://datasets/{repository}@refs%2Fconvert%2Fparquet/{configuration}/*{split}/*'
+        return dict(path='parquet', data_files=files, split='train')
+    if repository in FOLDERS:
+        return dict(path=repository, data_dir=configuration, split=split)
+    return dict(path=repository, name=configuration, split=split)
 
 
 @functools.cache

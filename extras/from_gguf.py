@@ -36,7 +36,7 @@ class Conversion:
 def convert(source, target, dtype=torch.float32):
     """
     Make the model folder `target` from the GGUF file `source`; it is built beside it and renamed
-    when load() has read it. Raises UserError for what is not a model that load() reads.
+    when it is complete. Raises UserError for what is not a model that load() reads.
     """
     source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
     if not source.is_file():
@@ -50,12 +50,13 @@ def convert(source, target, dtype=torch.float32):
     file = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(unfinished)
+        described = transformers.AutoConfig.from_pretrained(**file)
+        config = GPTConfig(**config_from_hugging_face(described.to_dict()))
         found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
-        config = GPTConfig(**config_from_hugging_face(found.config.to_dict()))
         template = GPT.on_meta(config).state_dict()
         state = tensors_from_hugging_face(config, found.state_dict(), template)
-        GPT.from_state(config, state).save(unfinished)
+        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(unfinished)
+        GPT.from_state(config, state).save(unfinished, unfinished)
     except Exception as error:  # its reader fails in as many ways as there are damaged files
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f'{source} cannot be converted: {first_line(error)}') from error

@@ -1,7 +1,8 @@
 """
 A stand-in for the Hugging Face hub on loopback: the few routes that huggingface_hub and datasets
 ask for, over a folder of repositories. Names decide what goes wrong: a repository called `gated`
-answers 401, one called `broken` stops in the middle of every large file.
+answers 401; one called `broken`, or a file so named, stops in the middle of every large answer
+until the hub is mended.
 
     with StandInHub(folder) as hub: run a command with **hub.environment
     folder/models/OWNER/NAME/...  folder/datasets/OWNER/NAME/...
@@ -46,13 +47,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json([entry(root, root / path) for path in wanted if (root / path).exists()])
 
     def split(self):
-        """(kind, repository, the rest of the path)."""
-        parts = unquote(urlsplit(self.path).path).strip('/').split('/')
+        """(kind, repository, the rest of the path); the oldest models have no owner."""
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip('/').split('/')]
+        kind = 'models'
         if parts[0] == 'api':
-            return parts[1], '/'.join(parts[2:4]), parts[4:]
-        if parts[0] == 'datasets':
-            return 'datasets', '/'.join(parts[1:3]), parts[3:]
-        return 'models', '/'.join(parts[:2]), parts[2:]
+            kind, parts = parts[1], parts[2:]
+        elif parts[0] == 'datasets':
+            kind, parts = parts[0], parts[1:]
+        ends = 1 if parts[1:2] in ([], ['resolve'], ['revision'], ['tree']) else 2
+        return kind, '/'.join(parts[:ends]), parts[ends:]
 
     def answer(self):
         """Route a request."""
@@ -66,12 +69,16 @@ class Handler(BaseHTTPRequestHandler):
         if not root.is_dir():
             return self.send_error_code(401, 'RepoNotFound')  # as the hub does for strangers
         if rest[:1] == ['resolve']:
-            return self.send_file(root / '/'.join(rest[2:]), name.endswith('/broken'))
+            path = root / '/'.join(rest[2:])
+            broken = name.endswith('/broken') or 'broken' in path.name
+            return self.send_file(path, broken and not self.server.mended)
         files = sorted(path for path in root.rglob('*') if path.is_file())
         if rest[:1] == ['tree']:
             under = root / '/'.join(rest[2:])
-            found = [path for path in sorted(under.rglob('*')) if path.is_file()]
-            return self.send_json([entry(root, path) for path in found])
+            if not under.is_dir():
+                return self.send_error_code(404, 'EntryNotFound')
+            found = under.rglob('*') if 'recursive=true' in self.path else under.iterdir()
+            return self.send_json([entry(root, path) for path in sorted(found)])
         siblings = [dict(rfilename=path.relative_to(root).as_posix()) for path in files]
         info = dict(id=name, sha=COMMIT, siblings=siblings, private=False, gated=False, tags=[])
         return self.send_json(info | dict(cardData={}, downloads=0, likes=0))
@@ -123,7 +130,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def entry(root, path):
-    """A file as the hub's tree lists it."""
+    """A file or folder as the hub's tree lists it."""
+    if path.is_dir():
+        return dict(type='directory', path=path.relative_to(root).as_posix(), oid='0', size=0)
     body = path.read_bytes()
     oid = hashlib.sha1(body).hexdigest()
     name = path.relative_to(root).as_posix()
@@ -136,12 +145,17 @@ class StandInHub:
     def __init__(self, folder):
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.server.folder, self.server.requests = Path(folder), []
+        self.server.mended = False
         self.server.daemon_threads = True
 
     @property
     def requests(self):
         """What was asked, in order."""
         return self.server.requests
+
+    def mend(self):
+        """From now on nothing breaks off."""
+        self.server.mended = True
 
     @property
     def environment(self):

@@ -1,12 +1,16 @@
 """Models from the hub, by fresh processes that ask a stand-in server on loopback."""
 
+import json
 import socket
 import time
 
 import pytest
-from conftest import run_command
+import torch
+from conftest import ROOT, run_command
+from safetensors.torch import load_file
 from stand_in_hub import StandInHub
 
+from engine import rows
 from model import GPT, GPTConfig
 
 pytest.importorskip('huggingface_hub')
@@ -14,11 +18,20 @@ pytest.importorskip('huggingface_hub')
 
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
-    """A hub with a small model, the same one again whose files break off, and a gated one."""
+    """
+    A hub with a small model, whole, in several files, as a pickle, without an owner, and again with
+    files that break off; and a gated one.
+    """
     folder = tmp_path_factory.mktemp('hub')
     model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=64))
-    for name in ('small', 'broken'):
-        model.save(folder / 'models' / 'owner' / name, 'bytes')
+    for name in ('owner/small', 'owner/broken', 'owner/pickled', 'gpt2'):
+        model.save(folder / 'models' / name, 'bytes')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, 'SHARD_BYTES', 20_000)
+        model.save(folder / 'models' / 'owner' / 'sharded', 'bytes')
+    weights = folder / 'models' / 'owner' / 'pickled' / 'model.safetensors'
+    torch.save(load_file(weights), weights.parent / 'pytorch_model.bin')
+    weights.unlink()
     (folder / 'models' / 'owner' / 'gated').mkdir()
     with StandInHub(folder) as server:
         yield server
@@ -39,6 +52,33 @@ def test_a_model_of_the_hub_is_downloaded_once_and_then_used_offline(hub):
     again = sample('owner/small', **hub.environment | dict(HF_HUB_OFFLINE='1'))
     assert again.returncode == 0, again.stderr
     assert len(hub.requests) == before  # nothing was asked
+
+
+@pytest.mark.parametrize('name', ['owner/sharded', 'owner/pickled', 'gpt2'])
+def test_names_as_people_write_them_and_repositories_of_every_kind(hub, name):
+    process = sample(name, **hub.environment)
+    assert process.returncode == 0, process.stderr
+    folder = sample(hub.server.folder / 'models' / 'owner' / 'small')
+    written = [text.stdout.split('tokens/s')[0] for text in (process, folder)]  # without speeds
+    assert written[0] == written[1]
+
+
+def test_a_hub_model_is_grown_and_evaluated_and_leaves_no_folder_of_its_name(
+    hub, data_dir, tmp_path
+):
+    knobs = ('--to=stk2', '--width=lossless', '--depth=identity')
+    grow = run_command('expand.py', 'owner/sharded', tmp_path / 'grown', *knobs, **hub.environment)
+    assert grow.returncode == 0, grow.stderr
+    assert (tmp_path / 'grown' / 'tokenizer.json').is_file()
+    losses = []
+    for model in ('owner/small', tmp_path / 'grown'):
+        knobs = (f'--data_dir={data_dir}', '--eval_tokens=256', f'--out={tmp_path}/evaluation')
+        process = run_command('evaluate.py', model, *knobs, **hub.environment)
+        assert process.returncode == 0, process.stderr
+        outcome = json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
+        losses += [row['val_loss'] for row in outcome['models'].values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert not (ROOT / 'owner').exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""
+Corpora and supervised sets of the hub, prepared by fresh processes from a stand-in server: every
+entry of the tables, with the files, columns and types that its card shows.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_command
+from stand_in_hub import StandInHub
+
+from data.instruct import SETS
+from data.prepare import HUB
+
+pytest.importorskip('datasets')
+zstandard = pytest.importorskip('zstandard')
+import pyarrow  # noqa: E402
+import pyarrow.parquet  # noqa: E402
+
+TEXTS = [f'Document number {i} tells of {"apples pears plums"[i % 11 :]}.' for i in range(40)]
+WEB = dict(id='<urn:uuid:1>', dump='CC-MAIN-2024-10', url='http://a', language='en', score=3.1)
+REPO = dict(max_stars_repo_path='a.py', max_stars_repo_name='b/c', max_stars_count=1, id='7')
+CORPORA = {  # name: (file, the other columns)
+    'fineweb_edu': ('data/CC-MAIN-2024-10/train-00000-of-00001.parquet', WEB),
+    'openwebtext': ('plain_text/partial-train/0000.parquet', {}),
+    'pile': ('train/00.jsonl.zst', dict(meta=dict(pile_set_name='Pile-CC'))),
+    'slimpajama': ('train/chunk1/a.jsonl.zst', dict(meta=dict(redpajama_set_name='C4'))),
+    'starcoder': ('python/train-00000-of-00001.parquet', REPO),
+    'openwebmath': ('data/train-00000-of-00001.parquet', dict(url='a', date='b', metadata='{}')),
+    'wikitext': ('wikitext-103-raw-v1/train-00000-of-00001.parquet', {}),
+}
+ANSWERS = {  # name: (file of a split, a row)
+    'dolly': (
+        '{}.jsonl',
+        dict(instruction='Say {}', context='It is {}', response='Yes {}', category='open_qa'),
+    ),
+    'boolq': ('data/{}-00000-of-00001.parquet', dict(question='is {}', answer=True, passage='{}')),
+    'hellaswag': (
+        'data/{}-00000-of-00001.parquet',
+        dict(ind=1, activity_label='a', ctx_a='b', ctx_b='c', ctx='Then {}')
+        | dict(endings=['a', 'b', 'c', 'd'], source_id='e', split='s', split_type='t', label='2'),
+    ),
+    'winogrande': (
+        'winogrande_xl/{}-00000-of-00001.parquet',
+        dict(sentence='The {} saw _', option1='x', option2='y', answer='2'),
+    ),
+    'mmlu': (
+        'all/{}-00000-of-00001.parquet',
+        dict(question='What is {}', subject='s', choices=['a', 'b', 'c', 'd'], answer=1),
+    ),
+    'arc_easy': (
+        'ARC-Easy/{}-00000-of-00001.parquet',
+        dict(id='Mercury_1', question='Why {}', answerKey='B')
+        | dict(choices=dict(text=['a', 'b'], label=['A', 'B'])),
+    ),
+    'xlsum': (
+        'english/{}/0000.parquet',
+        dict(id='1', url='u', title='On {}', summary='In short {}', text='At length {}'),
+    ),
+    'ultrachat': (
+        'data/{}-00000-of-00001.parquet',
+        dict(prompt='p {}', prompt_id='i')
+        | dict(
+            messages=[
+                dict(content='Tell {}', role='user'),
+                dict(content='Told {}', role='assistant'),
+            ]
+        ),
+    ),
+}
+
+
+def write_rows(path, rows):
+    """Rows as .parquet, .jsonl or .jsonl.zst."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.parquet':
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
+        return
+    text = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+    path.write_bytes(zstandard.compress(text) if path.suffix == '.zst' else text)
+
+
+def numbered(value, i):
+    """A value of a row with `i` in its texts."""
+    if isinstance(value, str):
+        return value.replace('{}', str(i))
+    if isinstance(value, list):
+        return [numbered(one, i) for one in value]
+    if isinstance(value, dict):
+        return {key: numbered(one, i) for key, one in value.items()}
+    return value
+
+
+def write_card(repository, configuration, patterns):
+    """A README.md that names the files of a configuration, as cards do. patterns: {split: glob}."""
+    lines = ['---', 'configs:', f'- config_name: {configuration}', '  data_files:']
+    for split, pattern in patterns.items():
+        lines += [f'  - split: {split}', f'    path: {pattern}']
+    (repository / 'README.md').write_text('\n'.join([*lines, '---', '']))
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    """A hub with every data set of the tables."""
+    root = tmp_path_factory.mktemp('hub')
+    for name, (file, more) in CORPORA.items():
+        repository, configuration, split, column = HUB[name]
+        folder = root / 'datasets' / repository
+        write_rows(folder / file, [{column: text, **more} for text in TEXTS])
+        if configuration and configuration not in ('plain_text', 'python'):
+            write_card(folder, configuration, {split: file})
+    for name, (file, row) in ANSWERS.items():
+        found = SETS[name]
+        folder, patterns = root / 'datasets' / found.repository, {}
+        for split in filter(None, (found.train, found.validation)):
+            patterns[split] = (
+                'databricks-dolly-15k.jsonl' if name == 'dolly' else file.format(split)
+            )
+            write_rows(folder / patterns[split], [numbered(row, f'{split} {i}') for i in range(20)])
+        if found.configuration and name != 'xlsum':
+            write_card(folder, found.configuration, patterns)
+    with StandInHub(root) as server:
+        yield server
+
+
+def prepare(hub, *names, **environment):
+    """The finished process that prepared (name, out, name, out, ...)."""
+    more = hub.environment | environment
+    return run_command('tests/programs/prepare_from_hub.py', *names, **more)
+
+
+def test_every_corpus_and_set_of_the_hub_is_prepared(hub, tmp_path):
+    names = [argument for name in [*HUB, *SETS] for argument in (name, tmp_path / name)]
+    process = prepare(hub, *names)
+    assert process.returncode == 0, process.stderr[-2000:]
+    for name in HUB:
+        tokens = [
+            np.fromfile(tmp_path / name / f'{split}.bin', np.uint16) for split in ('train', 'val')
+        ]
+        found = bytes(np.concatenate(tokens)[np.concatenate(tokens) < 256].astype(np.uint8))
+        assert sorted(found.decode().split('.')) == sorted(''.join(TEXTS).split('.')), name
+    answers = dict(dolly='Yes', boolq='true', hellaswag='C', winogrande='B', mmlu='B')
+    answers |= dict(arc_easy='B', xlsum='In short', ultrachat='Told')
+    for name in SETS:
+        lines = (tmp_path / name / 'train.jsonl').read_text().splitlines()
+        examples = [json.loads(line) for line in lines]
+        assert len(examples) > 5
+        assert all(example['output'].startswith(answers[name]) for example in examples), name
+        assert all(
+            SETS[name].train in example['instruction'] + example['input'] for example in examples
+        ), name
+
+
+def test_a_corpus_whose_server_stops_is_continued(tmp_path):
+    """The same files as one that came through at once, to the byte."""
+    rows = [dict(text=f'{text} {i}') for i in range(500) for text in TEXTS]
+    outcomes = {}
+    for second in ('broken', 'whole'):
+        folder = tmp_path / second / 'datasets' / HUB['openwebmath'][0]
+        write_rows(folder / 'data' / 'train-00000-of-00002.parquet', rows[:18_000])
+        write_rows(folder / 'data' / f'train-00001-of-00002-{second}.parquet', rows[18_000:])
+        with StandInHub(tmp_path / second) as hub:
+            process = prepare(hub, 'openwebmath', tmp_path / f'{second}-corpus')
+            if second == 'broken':
+                assert process.returncode == 1 and 'Traceback' not in process.stderr
+                assert 'the same command continues from what is prepared' in process.stderr
+                unfinished = tmp_path / 'broken-corpus.partial'
+                state = json.loads((unfinished / 'progress.json').read_text())
+                assert state['counts']['train']['documents'] > 10_000
+                hub.mend()
+                process = prepare(hub, 'openwebmath', tmp_path / 'broken-corpus')
+            assert process.returncode == 0, process.stderr
+        files = [tmp_path / f'{second}-corpus' / f'{split}.bin' for split in ('train', 'val')]
+        outcomes[second] = [file.read_bytes() for file in files]
+    assert outcomes['broken'] == outcomes['whole']
+
+
+def test_a_set_whose_server_stops_is_one_line_and_then_begun_again(tmp_path):
+    file, row = ANSWERS['boolq']
+    rows = [numbered(row, i * 7919) for i in range(5000)]
+    folder = tmp_path / 'datasets' / SETS['boolq'].repository
+    for split in ('train', 'validation'):
+        write_rows(folder / 'data' / f'{split}-00000-of-00001-broken.parquet', rows)
+    with StandInHub(tmp_path) as hub:
+        process = prepare(hub, 'boolq', tmp_path / 'boolq', HF_HUB_DOWNLOAD_TIMEOUT='2')
+        assert process.returncode == 1 and 'Traceback' not in process.stderr
+        assert 'boolq (google/boolq) cannot be reached' in process.stderr
+        assert not (tmp_path / 'boolq').exists()
+        hub.mend()
+        process = prepare(hub, 'boolq', tmp_path / 'boolq')
+    assert process.returncode == 0, process.stderr
+    assert len((tmp_path / 'boolq' / 'train.jsonl').read_text().splitlines()) == 5000
