@@ -4,6 +4,7 @@ Text from trained models, alone or with a smaller member of the family that draf
     python sample.py --model=out/progressive_tiny/64x4 --prompt="Return the"
     python sample.py --model=out/progressive_tiny/64x4 --draft=out/progressive_tiny/48x2 \\
                      --draft_tokens=4 --max_new_tokens=100 --temperature=0
+    python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
 
 Speculative decoding (Leviathan et al.; progressive training, section 5.3): the draft model
 proposes a few tokens, the model scores them all in one pass, accepts each with probability
@@ -13,17 +14,22 @@ comes out is distributed exactly as if the model had written it alone; greedy, i
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 
 from configurator import Count, Natural, NonNegative, Range, configure
+from data.instruct import prompt as instruction_prompt
 from data.vocabulary import check_tokenizer, load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
-from engine.errors import UserError, run_as_program
+from engine.errors import UserError, import_extra, run_as_program
+from engine.files import read_json
+from engine.hub import model_folder
 from engine.loss import kl_of_logits
 from engine.report import table
+from engine.tokenizer_files import special_ids
 from model import load, probabilities
 
 
@@ -159,6 +165,7 @@ class Options:
     top_k: Natural = 0  # only the k most likely tokens; 0: all
     top_p: Annotated[float, Range(1e-9, 1)] = 1.0  # only the fewest tokens that hold this much
     stop: bool = True  # end at the end-of-text token
+    chat: bool = False  # talk at the terminal, by the model's chat template
     seed: Natural = 0  # of the sampling
     device: str = 'auto'  # cuda, mps or cpu
 
@@ -172,6 +179,42 @@ def read_prompts(options):
     return Path(options.prompts).read_text(encoding='utf-8').splitlines()
 
 
+def answer_template(name):
+    """
+    A function messages [{'role': 'user', 'content': ...}, ...] -> the text before the answer: by
+    the template in the model's folder, else the last message as data/instruct.py writes it.
+    """
+    folder = model_folder(name)
+    settings = folder / 'tokenizer_config.json'
+    described = settings.is_file() and 'chat_template' in read_json(settings)
+    if not described and not (folder / 'chat_template.jinja').is_file():
+        return lambda messages: instruction_prompt(messages[-1]['content'], '')
+    transformers = import_extra('transformers', 'chat templates need the package transformers')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+
+
+def converse(model, tokenizer, options, sampling):
+    """Answer every line that is typed, with the conversation so far as context, to the end."""
+    template, messages = answer_template(options.model), []
+    end = special_ids(model_folder(options.model)).get('eos_token_id', tokenizer.end)
+    while True:
+        try:
+            messages.append(dict(role='user', content=input('> ')))
+        except EOFError:
+            return print()
+        ids = [int(i) for i in tokenizer.encode(template(messages))]
+        if len(ids) + options.max_new_tokens > model.config.block_size:
+            sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
+            raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')
+        ids = torch.tensor(ids, device=model.wte.weight.device)
+        how = sampling._replace(stop=end)
+        (found,) = generate(model, [ids], options.max_new_tokens, how)
+        answer = tokenizer.text(found.tolist()).strip()
+        print(answer, flush=True)
+        messages.append(dict(role='assistant', content=answer))
+
+
 def main(argv):
     """Command line: print the continuations; with a draft model, what it brought."""
     options, _, _ = configure(argv, Options, program='sample.py')
@@ -180,14 +223,16 @@ def main(argv):
     set_threads(device, model.config, 1)
     tokenizer = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
     check_tokenizer(tokenizer, model.config)
+    stop = tokenizer.end if options.stop else None
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
+    torch.manual_seed(options.seed)
+    if options.chat:
+        return converse(model, tokenizer, options, sampling)
     texts = [text for text in read_prompts(options) for _ in range(options.samples)]
     prompts = []
     for text in texts:
         ids = [int(i) for i in tokenizer.encode(text)] or [tokenizer.end]
         prompts.append(torch.tensor(ids, device=device))
-    stop = tokenizer.end if options.stop else None
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
-    torch.manual_seed(options.seed)
     started = time.time()
     if options.draft:  # one by one, as drafting goes, so that the speeds can be compared
         found = [

@@ -87,15 +87,16 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def run_command(*arguments, timeout=120, **environment):
+def run_command(*arguments, timeout=120, input='', **environment):
     """
-    Run `python ARGUMENTS` in the project's folder; returns the finished process with its output
-    as text.
+    Run `python ARGUMENTS` in the project's folder, `input` typed; returns the finished process
+    with its output as text.
     """
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
+        input=input,
         text=True,
         timeout=timeout,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},

@@ -13,7 +13,7 @@ from test_model import SHAPES, small, tokens
 from engine.errors import UserError
 from expand import grow
 from model import GPT, GPTConfig, probabilities
-from sample import Sampling, generate, speculate
+from sample import Sampling, answer_template, generate, speculate
 
 GREEDY = Sampling(temperature=0)
 
@@ -161,3 +161,22 @@ def test_command_line(tmp_path):
         assert (
             process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
         ), process.stderr
+
+
+def test_a_conversation_follows_the_models_template(tmp_path):
+    """Every answer is to the whole conversation; a model without a template gets an instruction."""
+    pytest.importorskip('transformers')
+    GPT(GPTConfig.named('16x1', vocab_size=257, block_size=256)).save(tmp_path, 'bytes')
+    messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
+    messages.append(dict(role='user', content='Why?'))
+    assert 'Instruction:\nWhy?' in answer_template(tmp_path)(messages)
+    template = '{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}[assistant: '
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    expected = '[user: Hi][assistant: Ho][user: Why?][assistant: '
+    assert answer_template(tmp_path)(messages) == expected
+    knobs = ('--chat=True', '--max_new_tokens=5', '--temperature=0')
+    process = run_command('sample.py', f'--model={tmp_path}', *knobs, input='Hi\nWhy?\n')
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count('> ') >= 3
+    long = run_command('sample.py', f'--model={tmp_path}', *knobs, input='x' * 300)
+    assert long.returncode == 2 and 'do not fit the context of 256' in long.stderr
