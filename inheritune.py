@@ -4,8 +4,9 @@ until the child matches its parent.
 
 Paper: Sanyal et al., Inheritune: Training Smaller Yet More Attentive Language Models.
 
-    python inheritune.py out/progressive_tiny/64x4      # how attentive is each layer
-    python train.py config/inheritune_tiny.py           # the method and its baselines
+    python inheritune.py out/progressive_tiny/64x4             # how attentive is each layer
+    python inheritune.py out/progressive_tiny/64x4 child --n=2 # a model of the first two
+    python train.py config/inheritune_tiny.py                  # the method and its baselines
 
 How attentive a layer is shows in the attention matrices A (T, T) of its heads (section 2):
 
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from configurator import Count, Fraction, Natural, Positive, Range, configure, with_positionals
 from data.corpus import check_vocabulary, open_corpus
 from data.loader import Share, validation_batches
+from data.vocabulary import tokenizer_in
 from engine.device import choose_device
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import write_atomically
@@ -386,16 +388,19 @@ def given_reference(name, run):
 
 @dataclass
 class Attention:
-    """How attentive is each layer of a model: inheritune.py FOLDER."""
+    """How attentive each layer of a model is, or with CHILD a smaller model of some of them."""
 
     folder: str = ''  # model folder or hub name
+    child: str = ''  # folder to be made, of a model that inherits ...
+    layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
+    n: Natural = 0  # ... the first n
     data: str = 'pydocs'  # prepared corpus; its validation split is used
     data_dir: str = 'data'  # where prepared corpora are
     samples: Annotated[int, Range(2)] = 100  # sequences
     length: Annotated[int, Range(2)] = 100  # tokens in each
     threshold: Fraction = 0.9  # share of the variance, and of the mass
     full: bool = False  # full attention instead of causal, as in the paper's pictures
-    out: str = ''  # where attention.md and the pictures go; empty: the model's folder
+    out: str = ''  # where attention.md and the pictures go; empty: out/attention/NAME
     device: str = 'auto'  # cuda or cpu
 
 
@@ -418,12 +423,26 @@ def depth_panel(values, name):
     )
 
 
+def write_child(options):
+    """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
+    layers = [layer - 1 for layer in options.layers] or list(range(options.n))
+    if Path(options.child).exists():
+        raise UserError(f'{options.child} exists: choose another folder, or remove it')
+    if not layers:
+        raise UserError('which layers? --n=FIRST_LAYERS or --layers=1,2,5')
+    child = inherit(load(options.folder), len(layers), layers=layers)
+    child.save(options.child, tokenizer_in(options.folder))
+    print(f'{options.child}: {len(layers)} layers of {options.folder}')
+
+
 def main(argv):
-    """Command line: a model's folder, then knobs."""
-    argv = with_positionals(argv, 'folder')
-    options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER')
+    """Command line: a model's folder, or that and a child's, then knobs."""
+    argv = with_positionals(argv, 'folder', 'child')
+    options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER [CHILD]')
     if not options.folder:
-        raise UserError('missing argument; usage: inheritune.py FOLDER')
+        raise UserError('missing argument; usage: inheritune.py FOLDER [CHILD --n=LAYERS]')
+    if options.child:
+        return write_child(options)
     device = choose_device(options.device)
     model = load(options.folder, device).eval()
     corpus = open_corpus(options.data, options.data_dir)
@@ -439,7 +458,7 @@ def main(argv):
     lazy = ', '.join(map(str, lazy_layers(rank))) or 'none'
     text = f'{table(layer_records(rank, mass))}\n\nlazy layers (every head of rank one): {lazy}'
     print(text)
-    out = Path(options.out or options.folder)
+    out = Path(options.out or Path('out', 'attention', Path(options.folder).name))
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / 'attention.md', text + '\n')
     draw_panels([depth_panel(rank, 'rank k*'), depth_panel(mass, 'mass m*')], out / 'attention.png')

@@ -26,7 +26,7 @@ from inheritune import (
     inherit_next,
     lazy_layers,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load
 from train import Run, stages_of
 
 # ----------------------------------------------------------------------------------------------
@@ -359,19 +359,42 @@ def test_command_line(data_dir, tmp_path):
         tmp_path / 'model'
     )
     process = run_command(
-        'inheritune.py', tmp_path / 'model', f'--data_dir={data_dir}', '--samples=6', '--length=40'
+        'inheritune.py',
+        tmp_path / 'model',
+        f'--data_dir={data_dir}',
+        '--samples=6',
+        '--length=40',
+        f'--out={tmp_path}/attention',
     )
     assert process.returncode == 0 and 'lazy layers' in process.stdout, process.stderr
     assert all(
-        (tmp_path / 'model' / name).stat().st_size > 100
+        (tmp_path / 'attention' / name).stat().st_size > 100
         for name in ('attention.md', 'attention.png', 'attention_maps.png')
     )
     for arguments, word in (
         ([], 'usage: inheritune.py FOLDER'),
         ([tmp_path / 'model', '--length=41'], 'at most 40 tokens'),
         ([tmp_path / 'no'], 'config.json'),
+        ([tmp_path / 'model', tmp_path / 'child'], 'which layers?'),
+        ([tmp_path / 'model', tmp_path / 'child', '--n=3'], 'from a reference of 2'),
+        ([tmp_path / 'model', tmp_path / 'model', '--n=1'], 'model exists'),
     ):
         process = run_command('inheritune.py', *arguments, f'--data_dir={data_dir}')
         assert (
             process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
         ), process.stderr
+
+
+def test_a_child_is_made_from_the_command_line(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.named('16x3', vocab_size=257, block_size=40))
+    model.save(tmp_path / 'model', 'bytes')
+    for knob, layers in (('--n=2', [0, 1]), ('--layers=1,3', [0, 2])):
+        child = tmp_path / knob.strip('-')
+        process = run_command('inheritune.py', tmp_path / 'model', child, knob)
+        assert process.returncode == 0, process.stderr
+        made = load(child).state_dict()
+        for i, layer in enumerate(layers):
+            old = model.state_dict()[f'blocks.{layer}.mlp.up.weight']
+            assert torch.equal(made[f'blocks.{i}.mlp.up.weight'], old)
+        assert (child / 'tokenizer.json').is_file()
