@@ -159,8 +159,8 @@ DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'iden
 class Operators:
     """How a model grows."""
 
-    width: str = 'aki'
-    depth: str = 'stack'
+    width: str = 'lossless'
+    depth: str = 'identity'
     noise: float = 0.0  # zero-sum noise on readers of copies, relative to their rows; 0: none
     seed: int = 0  # of the noise
 
@@ -326,7 +326,7 @@ class Growth:
 
 
 @torch.no_grad()
-def grow(model, config, width='aki', depth='stack', noise=0.0, seed=0):
+def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     """
     The model grown to the shape `config`; dtype, device and mode are kept. width: fpi, aki,
     lossless or clone; depth: stack, bert2bert, interleave or identity. Raises UserError naming
@@ -339,19 +339,19 @@ def grow(model, config, width='aki', depth='stack', noise=0.0, seed=0):
     return GPT.from_state(config, grown, model.wte.weight.device).train(model.training)
 
 
-def widen(model, config, method='aki', noise=0.0, seed=0):
+def widen(model, config, method='lossless', noise=0.0, seed=0):
     """A wider model of the shape `config`, as deep as it was."""
     config = replace(config, n_layer=model.config.n_layer)
     return grow(model, config, method, 'stack', noise, seed)
 
 
-def deepen(model, n_layer, method='stack'):
+def deepen(model, n_layer, method='identity'):
     """A deeper model of n_layer layers, as wide as it was."""
     return grow(model, replace(model.config, n_layer=n_layer), 'fpi', method)
 
 
 @torch.no_grad()
-def grow_optimizer(state, small, large, width='aki', depth='stack'):
+def grow_optimizer(state, small, large, width='lossless', depth='identity'):
     """
     AdamW's state carried through a growth, so that training continues without a warmup. state:
     {'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for
@@ -670,9 +670,9 @@ class FolderGrowth:
     source: str = ''  # folder of the model, or its name on the hub
     target: str = ''  # folder to be made
     to: str = ''  # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
-    width: Literal[*WIDTH] = 'aki'  # operator in width
-    depth: Literal[*DEPTH] = 'stack'  # operator in depth
-    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
+    width: Literal[*WIDTH] = 'lossless'  # operator in width
+    depth: Literal[*DEPTH] = 'identity'  # operator in depth
+    noise: NonNegative = 0.1  # zero-sum noise that tells copies apart; 0: none
     seed: Natural = 0  # of the noise
     save_dtype: SaveDtype = 'auto'  # of the new weights; auto: the old ones'
 

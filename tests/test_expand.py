@@ -133,7 +133,7 @@ def test_aki_in_full_differs_from_fpi_only_in_new_rows_of_linear_layers():
 
 def test_stacking_twice_is_stacking_fourfold():
     model = small()
-    twice, once = deepen(deepen(model, 6), 12), deepen(model, 12)
+    twice, once = deepen(deepen(model, 6, 'stack'), 12, 'stack'), deepen(model, 12, 'stack')
     assert all(
         torch.equal(a, b)
         for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True)
@@ -144,7 +144,7 @@ def test_stacking_twice_is_stacking_fourfold():
 
 
 def test_copied_layers_share_no_memory():
-    deep = deepen(small(), 6)
+    deep = deepen(small(), 6, 'stack')
     pointers = [p.data_ptr() for p in deep.parameters()]
     assert len(set(pointers)) == len(pointers)
 
