@@ -47,7 +47,14 @@ from engine.errors import UserError, run_as_program, unknown
 from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
 from engine.hub import model_folder
 from engine.optimizer import load_optimizer_state
-from engine.report import compare_variants
+from engine.report import (
+    Line,
+    Panel,
+    by_label,
+    compare_variants,
+    lead_begins,
+    mean_curve,
+)
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from let import Alignment, pair_layers, teach
@@ -654,9 +661,24 @@ class GrowthComparison:
         return Operators(width, depth, noise), 'grown' in more
 
     def summary(self, results):
-        """The ranking, and the difference from random initialisation, seed by seed."""
-        records = compare_variants(results, 'random')
-        return [sorted(records, key=lambda record: record['val loss'])]
+        """
+        The ranking, and the difference from the first variant, seed by seed: after how many tokens
+        the others come to lie below it for good, if losses were measured on the way.
+        """
+        first, groups = self.variants[0], by_label(results, 'variant')
+        curves = {variant: mean_curve(runs) for variant, runs in groups.items()}
+        panel = Panel('tokens of the second stage', 'validation loss')
+        records = compare_variants(results, first)
+        for record in records:
+            curve, tokens = curves[record['variant']], groups[record['variant']][0].tokens
+            if len(curve) > 2:
+                record['at step 0'] = curve[0][1]
+                start = lead_begins(curve, curves[first])
+                record['ahead from'] = '' if start is None else f'{start * tokens:,.0f} tokens'
+            x, y = zip(*curve)
+            panel.lines.append(Line([share * tokens for share in x], list(y), record['variant']))
+        blocks = [sorted(records, key=lambda record: record['val loss'])]
+        return [*blocks, ('growth.png', [panel])] if len(panel.lines[0].x) > 2 else blocks
 
 
 # ----------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from engine.report import (
     by_label,
     compare_variants,
     format_si,
+    mean_curve,
     steps_to_loss,
-    validation_curve,
 )
 from engine.stage import Stage, next_token
 from engine.teacher import LazyTeacher, hidden_states, in_windows, longest_context, open_teacher
@@ -394,10 +394,3 @@ class LET:
         if panel.lines:
             blocks.append(('similarity.png', [panel]))
         return blocks
-
-
-def mean_curve(results):
-    """[(share of the steps, validation loss)], the mean over runs of equal steps."""
-    curves = [dict(validation_curve(result)) for result in results]
-    steps = sorted(set.intersection(*map(set, curves)))
-    return [(s / steps[-1], statistics.mean(curve[s] for curve in curves)) for s in steps]

@@ -328,6 +328,26 @@ def validation_curve(result):
     return curve + [(lines[-1]['step'], result.val_loss)]
 
 
+def mean_curve(results):
+    """[(share of the steps, validation loss)], the mean over runs of equal steps."""
+    curves = [dict(validation_curve(result)) for result in results]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return [(s / steps[-1], statistics.mean(curve[s] for curve in curves)) for s in steps]
+
+
+def lead_begins(curve, other):
+    """
+    Where one curve, [(share of the steps, loss)], comes to lie below another for good, at one of
+    the points that they share; None if it ends above.
+    """
+    others, start = dict(other), None
+    for share, loss in curve:
+        if share in others:
+            ahead = loss < others[share]
+            start = (start if start is not None else share) if ahead else None
+    return start
+
+
 # ----------------------------------------------------------------------------------------------
 # the dry run
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
+from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.stage import Result
 from evaluate import (
@@ -227,3 +229,27 @@ def test_the_harness_scores_every_architecture_as_our_model_does(tmp_path, shape
     logs = model(ids[None, :-1]).logits[0].log_softmax(-1)
     mine = logs.gather(-1, ids[1:, None])[-len(' is no') :].sum().item()
     assert score == pytest.approx(mine, rel=1e-4) and not greedy
+
+
+def test_a_corpus_of_another_tokenizer_is_refused_with_the_command(tmp_path, data_dir):
+    """Ids of bytes all exist in a larger vocabulary: a loss would be printed, and mean nothing."""
+    pytest.importorskip('tokenizers')
+    folder = Path(train_tokenizer('byte-level', tmp_path / 'bpe', 400))
+    size = load_tokenizer(str(folder)).vocab_size
+    GPT(GPTConfig.named('16x1', vocab_size=size, block_size=32)).save(folder, str(folder))
+    for command in (
+        ('evaluate.py', folder),
+        ('inheritune.py', folder, '--samples=4', '--length=16'),
+        ('train.py', f'--init_from={folder}', '--tokens=100', f'--out_dir={tmp_path}/run'),
+    ):
+        process = run_command(*command, f'--data_dir={data_dir}')
+        assert process.returncode == 2, process.stderr
+        assert 'has another tokenizer than pydocs (bytes)' in process.stderr
+        assert f'python data/prepare.py pydocs --tokenizer={folder} --out=' in process.stderr
+    prepared = run_command(
+        'data/prepare.py', 'pydocs', f'--tokenizer={folder}', f'--out={tmp_path}/data/own'
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    knobs = ('--data=own', f'--data_dir={tmp_path}/data', '--eval_tokens=256')
+    process = run_command('evaluate.py', folder, *knobs)
+    assert process.returncode == 0 and 'own' not in process.stderr, process.stderr

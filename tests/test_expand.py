@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from expand import (
     grow_optimizer,
     widen,
 )
+from inheritune import given_reference
 from model import GPT, GPTConfig, load
 from train import Run, stages_of
 
@@ -575,6 +577,39 @@ def test_comparison_of_operators_ranks_them(data_dir, tmp_path, capsys):
         'against random' in (tmp_path / 'report.md').read_text()
         and len(list(tmp_path.glob('*/result.json'))) == 8
     )
+
+
+def test_a_trained_base_grows_by_every_operator(data_dir, tmp_path, capsys):
+    """A base that exists: its shape, its tokenizer, and a curve from step 0 for every variant."""
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=48, head_dim=24, n_mlp=60)
+    base = GPT(GPTConfig(**shape, vocab_size=257, block_size=32, tied=True))
+    base.save(tmp_path / 'base', 'bytes')
+    knobs = [
+        '--method=growth',
+        f'--base_model={tmp_path}/base',
+        '--target=96x3',
+        '--tokens=640',
+        '--seeds=1',
+        '--block_size=16',
+        '--batch_size=4',
+        '--eval_tokens=512',
+        '--eval_interval=4',
+        '--learning_rate=1e-4',
+        f'--data_dir={data_dir}',
+    ]
+    variants = '--variants=lossless+identity,aki+stack,random'
+    train.main([*knobs, variants, f'--out_dir={tmp_path}/run'])
+    text = capsys.readouterr().out
+    assert 'ahead from' in text and (tmp_path / 'run' / 'growth.png').stat().st_size > 5000
+    found = Result.of(tmp_path / 'run' / 'lossless+identity-0')
+    grown = load(found.folder)
+    assert grown.config.n_embd == 96 and grown.config.n_head == 4 and grown.config.head_dim == 24
+    first = json.loads((Path(found.folder) / 'metrics.jsonl').read_text().splitlines()[0])
+    run = Run(data_dir=str(data_dir), block_size=16, eval_tokens=512)
+    assert first['val_loss'] == pytest.approx(given_reference(tmp_path / 'base', run).val_loss)
+    with pytest.raises(UserError, match='95x3: n_head of 48x2 does not scale to a whole number'):
+        train.main([*knobs, '--target=95x3', f'--out_dir={tmp_path}/other'])
 
 
 def test_an_unknown_variant_is_refused_before_training():

@@ -20,7 +20,7 @@ import let
 import train
 from engine import teacher as teachers
 from engine.errors import UserError
-from engine.report import steps_to_loss
+from engine.report import mean_curve, steps_to_loss
 from engine.stage import Progress, Result, next_token
 from engine.teacher import hidden_states, open_teacher
 from let import (
@@ -478,7 +478,7 @@ def test_share_of_steps_to_a_loss(tmp_path):
                 seconds=0,
             )
         )
-    curve = let.mean_curve(results)
+    curve = mean_curve(results)
     assert curve == [(0.25, 3.0), (0.5, 2.0), (1.0, 1.0)] and [
         steps_to_loss(curve, loss) for loss in (2.5, 1.5, 0.5)
     ] == [0.375, 0.75, None]
