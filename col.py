@@ -239,6 +239,7 @@ class Descendant:
         X = shape.num_params(head=True)
         stage = Stage(f'{self.size}-{start}', shape, method.recovery_tokens, X)
         stage.labels = dict(descendant=self.size, start=start)
+        stage.tokenizer = self.chain[self.small].folder
         if method.recovery_learning_rate:
             stage.knobs = dict(learning_rate=method.recovery_learning_rate)
         return stage
@@ -417,12 +418,13 @@ class ChainOfLearngene:
         length = min(run.block_size, config.block_size)
         stage.tokens = (epochs or self.sft_epochs) * n * length
         stage.origin = Origin('weights', (start.name,), dict(tuned_on=Path(data).name))
-        stage.model = partial(load, start.folder)
+        stage.model, stage.tokenizer = partial(load, start.folder), start.folder
         return stage
 
     def student(self, name, config, teacher, start):
         """A Stage of a student: `start` is the public checkpoint it begins with, or None."""
         stage = Stage(name, config, self.tokens, config.num_params(head=True))
+        stage.tokenizer = teacher.folder
         if start:
             stage.origin = Origin('weights', (start.name,))
             stage.model = partial(load, start.folder)

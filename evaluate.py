@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import Natural, configure
-from data.corpus import check_vocabulary, open_corpus
+from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
@@ -165,7 +165,7 @@ def members(folders):
 def evaluate_folders(folders, options):
     """Everything the options ask for: {'models': {name: {...}}, 'kl': ..., 'agreement': ...}."""
     device, found = choose_device(options.device), members(folders)
-    corpus = open_corpus(options.data, options.data_dir)
+    corpus = verify_corpus(options.data, options.data_dir)
     models = {name: load(folder, device).eval() for name, folder in found.items()}
     longest = min(model.config.block_size for model in models.values())
     block_size = options.block_size or longest

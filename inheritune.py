@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import Count, Fraction, Natural, Positive, Range, configure, with_positionals
-from data.corpus import check_vocabulary, open_corpus
+from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.loader import Share, validation_batches
 from data.vocabulary import tokenizer_in
 from engine.device import choose_device
@@ -201,7 +201,8 @@ class Comparison:
         """A Stage that starts from build(the reference)."""
         folder = self.reference.folder
         origin.models = (self.reference.name,)
-        fields |= dict(parent=self.reference, origin=origin, model=lambda: build(load(folder)))
+        fields |= dict(parent=self.reference, origin=origin, tokenizer=folder)
+        fields['model'] = lambda: build(load(folder))
         return self.stage(name, **fields)
 
     def distilled(self, stage):
@@ -445,7 +446,7 @@ def main(argv):
         return write_child(options)
     device = choose_device(options.device)
     model = load(options.folder, device).eval()
-    corpus = open_corpus(options.data, options.data_dir)
+    corpus = verify_corpus(options.data, options.data_dir)
     check_vocabulary(corpus, model.config, options.folder)
     if options.length > model.config.block_size:
         longest = model.config.block_size

@@ -27,7 +27,7 @@ from engine.hugging_face import (
     tensors_to_hugging_face,
 )
 from engine.loss import fused_linear_cross_entropy
-from engine.rows import read_tensors, write_tensors
+from engine.rows import check_finite, check_numbers, read_tensors, write_tensors
 from engine.sizes import SIZES
 from engine.tokenizer_files import write_tokenizer
 
@@ -501,7 +501,7 @@ def read_config(folder):
 
 def load(name, device='cpu', contiguous=True):
     """
-    The model in a Hugging Face folder, or of that name on the hub, in the dtype of its tensors.
+    The model in a Hugging Face folder, or of that name on the hub, in the dtype of its embeddings.
     contiguous=False spares a copy of GPT-2's transposed tensors, for a model that is read once.
     Raises UserError for a missing or damaged model.
     """
@@ -510,7 +510,12 @@ def load(name, device='cpu', contiguous=True):
     tensors = read_tensors(folder, device)
     template = GPT.on_meta(config).state_dict()
     try:
+        for stored, tensor in tensors.items():
+            check_numbers(stored, tensor.dtype)
         state = tensors_from_hugging_face(config, tensors, template, contiguous)
+        for own, tensor in state.items():
+            check_finite(own, tensor)
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None
-    return GPT.from_state(config, state, device)
+    dtype = state['wte.weight'].dtype
+    return GPT.from_state(config, {name: t.to(dtype) for name, t in state.items()}, device)

@@ -22,7 +22,13 @@ import torch
 
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.instruct import prompt as instruction_prompt
-from data.vocabulary import check_tokenizer, load_tokenizer, tokenizer_of_model
+from data.vocabulary import (
+    check_tokenizer,
+    load_tokenizer,
+    same_tokenizer,
+    tokenizer_in,
+    tokenizer_of_model,
+)
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
@@ -179,6 +185,15 @@ def read_prompts(options):
     return Path(options.prompts).read_text(encoding='utf-8').splitlines()
 
 
+def choose_tokenizer(options):
+    """The Tokenizer of the model, or the one given. Raises UserError if they are different."""
+    name = options.tokenizer or tokenizer_of_model(options.model)
+    tokenizer, own = load_tokenizer(name), tokenizer_in(options.model)
+    if own and not same_tokenizer(own, name):
+        raise UserError(f'{options.model} has another tokenizer than {name}')
+    return tokenizer
+
+
 def answer_template(name):
     """
     A function messages [{'role': 'user', 'content': ...}, ...] -> the text before the answer: by
@@ -221,7 +236,7 @@ def main(argv):
     device = choose_device(options.device)
     model = load(options.model, device).eval()
     set_threads(device, model.config, 1)
-    tokenizer = load_tokenizer(options.tokenizer or tokenizer_of_model(options.model))
+    tokenizer = choose_tokenizer(options)
     check_tokenizer(tokenizer, model.config)
     stop = tokenizer.end if options.stop else None
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)

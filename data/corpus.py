@@ -3,7 +3,6 @@ Prepared corpora on disk: a folder data/NAME/ with train.bin and val.bin, one un
 token, and meta.json, which says what they are. Damage is reported before anything is read.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.offline import project_packages
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
-from engine.files import checksum, read_json, write_json
+from engine.files import checksum, read_json, verify_files, write_json
 from engine.tokenizer_files import is_encoding, write_tokenizer
 
 SPLITS = ('train', 'val')
@@ -71,31 +69,16 @@ def open_corpus(name, data_dir='data'):
 
 def verify_corpus(name, data_dir='data'):
     """
-    Raise UserError when a corpus is not what was prepared. Reads all of it, but only once: what
-    was intact is recorded in verified.json, until a file changes.
+    The corpus in data_dir/name. Raises UserError when it is not what was prepared; reads all of it
+    for that, but only once.
     """
-    folder = Path(data_dir) / name
-    meta = open_corpus(name, data_dir).meta
-    wanted = dict(meta['checksums'])
-    for split, counts in meta['splits'].items():
+    folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
+    wanted = dict(corpus.meta['checksums'])
+    for split, counts in corpus.meta['splits'].items():
         if 'sha256' in counts:
             wanted[f'{split}.bin'] = counts['sha256']
-    found = {}
-    for file in wanted:
-        if (folder / file).is_file():
-            status = (folder / file).stat()
-            found[file] = [status.st_size, status.st_mtime_ns]
-    with contextlib.suppress(OSError, UserError):
-        if read_json(folder / 'verified.json') == found:
-            return
-    for file in tqdm(wanted, desc=f'verifying {name}', unit='file', leave=False):
-        if file not in found or checksum(folder / file) != wanted[file]:
-            raise UserError(
-                f'{folder / file} is damaged: its checksum does not match meta.json; delete '
-                f'{folder} and prepare it again'
-            )
-    with contextlib.suppress(OSError):  # a read-only folder is verified every time
-        write_json(folder / 'verified.json', found)
+    verify_files(folder, wanted, f'; delete {folder} and prepare it again')
+    return corpus
 
 
 def check_vocabulary(corpus, config, model):

@@ -4,10 +4,13 @@ records the size and SHA-256 of the files in a folder and the run they belong to
 truncated, changed or exchanged file is reported before it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+
+from tqdm import tqdm
 
 from engine.errors import UserError
 
@@ -127,3 +130,35 @@ def find_damage(folder, owner=None, rank=0, world_size=1):
         if checksum(path) != expected:
             return f'{path} is damaged: its checksum does not match checksums.json'
     return ''
+
+
+def verify_files(folder, wanted, way_out=''):
+    """
+    Raise UserError naming the first file of `wanted`, {name: SHA-256}, that is missing or not what
+    it was. Reads all of them, but only once: what was intact is recorded in verified.json, until
+    a file changes.
+    """
+    folder, found = Path(folder), {}
+    for name in wanted:
+        if (folder / name).is_file():
+            status = (folder / name).stat()
+            found[name] = [status.st_size, status.st_mtime_ns, wanted[name]]
+    with contextlib.suppress(OSError, UserError):
+        if read_json(folder / 'verified.json') == found:
+            return
+    for name in tqdm(wanted, desc=f'verifying {folder.name}', unit='file', leave=False):
+        if name not in found:
+            raise UserError(f'{folder / name} is missing{way_out}')
+        if checksum(folder / name) != wanted[name]:
+            record = 'the checksum that was recorded for it'
+            raise UserError(f'{folder / name} is damaged: it does not match {record}{way_out}')
+    with contextlib.suppress(OSError):  # a read-only folder is verified every time
+        write_json(folder / 'verified.json', found)
+
+
+def verify_model(folder):
+    """Raise UserError if a model's files are not what its manifest, if there is one, says."""
+    if (Path(folder) / 'checksums.json').is_file():
+        files = read_manifest(folder)['files']
+        names = [name for name in files if name != 'optimizer.safetensors']
+        verify_files(folder, {name: files[name][1] for name in names})

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from engine.errors import UserError, first_line
-from engine.files import commit_file, read_json, write_json
+from engine.files import commit_file, read_json, verify_model, write_json
 from engine.hugging_face import find_tensors, layout, pack, stored_shape, unpack
 
 SHARD_BYTES = 5e9  # weights in one file, as on the hub
@@ -31,9 +31,11 @@ DTYPES = {torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', to
 def weight_files(folder):
     """
     The files with a model's weights: safetensors, or pickles where there is nothing else. Raises
-    UserError where they are missing, or some of those that the index names.
+    UserError where they are missing, some of those that the index names, or changed since they
+    were written.
     """
     folder = Path(folder)
+    verify_model(folder)
     for name in ('model.safetensors', 'pytorch_model.bin'):
         index = folder / f'{name}.index.json'
         if (folder / name).is_file():
@@ -78,6 +80,19 @@ def read_tensors(folder, device='cpu'):
         except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
             raise UserError(f'{file} is damaged: {first_line(error)}') from error
     return tensors
+
+
+def check_numbers(name, dtype):
+    """Raise UserError for a dtype that is not one of weights: quantised ones cannot be read."""
+    if dtype not in DTYPES:
+        kind = str(dtype).removeprefix('torch.')
+        raise UserError(f'{name} is {kind}, not one of float64, float32, bfloat16 and float16')
+
+
+def check_finite(name, tensor):
+    """Raise UserError for a tensor with numbers that are not finite."""
+    if not tensor.isfinite().all():
+        raise UserError(f'{name} has values that are not finite: the weights are damaged')
 
 
 def split_in_files(sizes):
@@ -167,13 +182,16 @@ class FolderReader:
         return {name: Rows(file, name) for name in file.keys()}
 
     def check_shapes(self):
-        """Raise UserError for a tensor whose shape is not what the configuration says."""
+        """Raise UserError for a tensor that is not what the configuration says."""
         for theirs, stored in self.stored.items():
             if stored.names:
-                found = tuple(self.tensors[self.found[theirs]].shape)
-                expected = tuple(stored_shape(stored, self.shapes))
+                tensor = self.tensors[self.found[theirs]]
+                check_numbers(theirs, tensor[:1].dtype)
+                found, expected = tuple(tensor.shape), tuple(stored_shape(stored, self.shapes))
                 if found != expected:
-                    raise UserError(f'{theirs} has shape {found}, not {expected}')
+                    raise UserError(
+                        f'{theirs} has shape {found}, the configuration says {expected}'
+                    )
 
     def __getitem__(self, name):
         """Our tensor `name`: Rows, or a whole tensor where transformers packs it with others."""
@@ -208,6 +226,7 @@ def write_model(folder, config, shapes, dtype, pieces):
                 for name in names:
                     shape = theirs_shapes[name]
                     for piece in stored_pieces(stored[name], config, shape, pieces):
+                        check_finite(name, piece)
                         data = piece.to(dtype).contiguous().view(torch.uint8).numpy()
                         bar.update(out.write(data))
     finish_weights(folder, files, total)

@@ -363,8 +363,11 @@ class Training:
         dtype = self.knobs.save_dtype
         dtype = getattr(torch, self.source_dtype if dtype == 'auto' else dtype)
         self.raw_model.save(self.folder, self.tokenizer, state, dtype)
-        saved = [*self.folder.glob('*.safetensors*'), self.folder / 'config.json']
-        saved += tokenizer_files(self.folder)
+        saved = [
+            *self.folder.glob('model*.safetensors*'),
+            *self.folder.glob('optimizer.safetensors'),
+        ]
+        saved += [self.folder / 'config.json', *tokenizer_files(self.folder)]
         files = measure_files(saved) | {'result.json': measure_text(result.text())}
         write_manifest(self.folder, files, checkpoint.owner_of(self.folder))
         result.write()

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from configurator import Count, NonNegative, Positive, Range, configure
-from data.corpus import check_vocabulary, open_corpus
+from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError
@@ -175,7 +175,7 @@ def diagnose(folder, options):
     """One model's record: gradient norm, parameter norm, curvature, and its training curve's."""
     device = choose_device(options.device)
     model = load(folder, device).float().eval()
-    corpus = open_corpus(options.data, options.data_dir)
+    corpus = verify_corpus(options.data, options.data_dir)
     check_vocabulary(corpus, model.config, folder)
     length = min(options.block_size, model.config.block_size)
     size, n_tokens = min(8, options.samples), options.samples * length

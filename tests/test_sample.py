@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
 from engine.errors import UserError
@@ -180,3 +180,11 @@ def test_a_conversation_follows_the_models_template(tmp_path):
     assert process.stdout.count('> ') >= 3
     long = run_command('sample.py', f'--model={tmp_path}', *knobs, input='x' * 300)
     assert long.returncode == 2 and 'do not fit the context of 256' in long.stderr
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    pytest.importorskip('tokenizers')
+    GPT(GPTConfig.named('16x1', vocab_size=400, block_size=32)).save(tmp_path / 'model', 'bytes')
+    other = train_tokenizer('byte-level', tmp_path / 'other', 300)
+    process = run_command('sample.py', f'--model={tmp_path}/model', f'--tokenizer={other}')
+    assert process.returncode == 2 and 'has another tokenizer than' in process.stderr

@@ -338,5 +338,5 @@ def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
     (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(
         bytes([3, 0] * 60)
     )  # of the right length
-    with pytest.raises(UserError, match='train.bin is damaged: its checksum'):
+    with pytest.raises(UserError, match='train.bin is damaged: it does not match'):
         train.main(arguments(tmp_path / 'data', tmp_path / 'run', '--data=mine'))
