@@ -36,7 +36,7 @@ from configurator import (
 from data.corpus import check_same_tokenizer
 from data.instruct import Examples, run_source, supervised_source
 from data.loader import Share
-from data.vocabulary import tokenizer_in
+from data.vocabulary import same_tokenizer, tokenizer_in
 from engine.device import processes
 from engine.errors import UserError, run_as_program
 from engine.files import read_json, write_json
@@ -143,7 +143,7 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     ours, theirs, state = small.state_dict(), large.state_dict(), {}
     for name, empty in GPT.on_meta(config).state_dict().items():
         state[name] = small.wte.weight.new_empty(empty.shape)
-        cut = subset_tensor(config, large.config, name, theirs[name])
+        cut = subset_tensor(config, large.config, name, theirs[name]).to(state[name].dtype)
         row = 0
         for piece in growth.pieces(name, ours.__getitem__):  # mixed while it is in the cache
             rows = slice(row, row := row + len(piece))
@@ -608,15 +608,19 @@ def main(argv):
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
     if not (options.chain and options.target and options.to):
         raise UserError('missing arguments; usage: col.py CHAIN TARGET --to=SIZE')
+    if Path(options.target).exists():
+        raise UserError(f'{options.target} exists: choose another folder, or remove it')
     wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, wanted)
+    tokenizers = [tokenizer_in(folders[name]) for name in (small, large)]
+    if all(tokenizers) and not same_tokenizer(*tokenizers):
+        raise UserError(f'{small} and {large} have different tokenizers')
     models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(*models, config, alpha, options.depth)
-    tokenizer = tokenizer_in(folders[small])
-    made.save(options.target, tokenizer, dtype=getattr(torch, options.save_dtype, None))
+    made.save(options.target, tokenizers[0], dtype=getattr(torch, options.save_dtype, None))
     n = format_count(made.num_params())
     print(f'{options.target}: {n} parameters (N), between {small} and {large}')
 

@@ -4,11 +4,16 @@ and nothing is executed.
 """
 
 import json
+import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_command
+from safetensors.torch import load_file, save_file
 
 import extras.bridge as bridge
 import scaling
@@ -21,8 +26,9 @@ from engine.errors import UserError
 from engine.files import find_damage, read_json
 from engine.metrics import read_metrics, truncate_metrics
 from engine.stage import Result
+from expand import Operators, grow_folder
 from extras.diagnostics import training_curves
-from model import load
+from model import GPT, GPTConfig, load
 from train import METHODS, Run, main
 
 ODD = [
@@ -244,3 +250,119 @@ def test_read_json_says_what_is_wrong(tmp_path):
     assert read_json(tmp_path / 'a.json') == dict(n='3')
     with pytest.raises(UserError, match="a.json is damaged .*n is '3'"):
         read_json(tmp_path / 'a.json', n=int)
+
+
+# ----------------------------------------------------------------------------------------------
+# models that are used although something is wrong with them
+
+
+def flip_a_bit(path):
+    """Change one bit in the middle of a file, and neither its size nor its time."""
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, data_dir):
+    """A trained model in its run's folder."""
+    out = tmp_path_factory.mktemp('trained')
+    knobs = ['--size=16x2', '--tokens=512', '--block_size=32', f'--data_dir={data_dir}']
+    main([*knobs, f'--out_dir={out}'])
+    return out / '16x2'
+
+
+COMMANDS = [
+    ('evaluate.py', '{}', '--eval_tokens=64'),
+    ('sample.py', '--model={}', '--max_new_tokens=2'),
+    ('expand.py', '{}', '{}-grown', '--to=stk2'),
+    ('inheritune.py', '{}', '--samples=2', '--length=8', '--out={}-attention'),
+    ('inheritune.py', '{}', '{}-child', '--n=1'),
+    ('train.py', '--init_from={}', '--tokens=64', '--out_dir={}-run'),
+]
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=lambda c: f'{c[0]}-{len(c)}')
+def test_a_flipped_bit_in_a_model_is_found_by_every_command(trained, tmp_path, data_dir, command):
+    folder = tmp_path / 'model'
+    shutil.copytree(trained, folder)
+    flip_a_bit(folder / 'model.safetensors')
+    more = (
+        []
+        if command[0] in ('sample.py', 'expand.py') or '--n=1' in command
+        else [f'--data_dir={data_dir}']
+    )
+    process = run_command(*[part.format(folder) for part in command], *more)
+    assert process.returncode == 2, process.stdout
+    assert 'model.safetensors is damaged' in process.stderr and 'Traceback' not in process.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if 'run' not in path.name) == ['model']
+
+
+def test_a_model_is_verified_once_and_again_when_a_file_changed(trained, tmp_path):
+    folder = tmp_path / 'model'
+    shutil.copytree(trained, folder)
+    (folder / 'verified.json').unlink(missing_ok=True)
+    load(folder)
+    assert (folder / 'verified.json').is_file()
+    before = (folder / 'verified.json').read_text()
+    load(folder)
+    assert (folder / 'verified.json').read_text() == before
+    flip_a_bit(folder / 'model.safetensors')
+    with pytest.raises(UserError, match='model.safetensors is damaged'):
+        load(folder)
+
+
+def test_weights_that_cannot_be_right_are_refused_in_memory_and_on_disk(tmp_path):
+    model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=32))
+    model.save(tmp_path / 'good', 'bytes')
+    whole = load_file(tmp_path / 'good' / 'model.safetensors')
+    name = 'model.layers.1.mlp.up_proj.weight'
+    damages = {
+        'nan': whole[name].index_fill(0, torch.tensor([3]), float('nan')),
+        'short': whole[name][:-1].clone(),
+        'long': torch.cat((whole[name], whole[name][:1])),
+        'whole numbers': whole[name].to(torch.int8),
+    }
+    words = dict(nan='not finite', short='has shape', long='has shape')
+    for kind, tensor in damages.items():
+        folder = tmp_path / kind
+        shutil.copytree(tmp_path / 'good', folder)
+        save_file(whole | {name: tensor}, folder / 'model.safetensors')
+        expected = words.get(kind, 'is int8, not one of')
+        with pytest.raises(UserError, match=expected):
+            load(folder)
+        with pytest.raises(UserError, match=expected):
+            shape = lambda c: replace(c, n_layer=4)
+            grow_folder(folder, tmp_path / f'{kind}-grown', shape, Operators())
+        assert not (tmp_path / f'{kind}-grown').exists()
+
+
+def test_a_model_of_mixed_precision_has_that_of_its_embeddings(tmp_path):
+    GPT(GPTConfig.named('16x2', vocab_size=257, block_size=32)).save(tmp_path)
+    mixed = load_file(tmp_path / 'model.safetensors')
+    for name in mixed:
+        if 'norm' not in name:
+            mixed[name] = mixed[name].bfloat16()
+    save_file(mixed, tmp_path / 'model.safetensors')
+    assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_nothing_is_written_over_a_model(trained, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(trained, run / '16x2')
+    grow_folder(
+        trained,
+        run / '32x2',
+        lambda c: GPTConfig.named('32x2', vocab_size=257, block_size=32),
+        Operators(),
+    )
+    before = (run / '32x2' / 'model.safetensors').read_bytes()
+    for command in (
+        ('col.py', run, run / '32x2', '--to=32x2'),
+        ('expand.py', run / '16x2', run / '32x2', '--to=32x2'),
+        ('inheritune.py', run / '16x2', run / '32x2', '--n=1'),
+    ):
+        process = run_command(*command)
+        assert process.returncode == 2 and '32x2 exists' in process.stderr
+    assert (run / '32x2' / 'model.safetensors').read_bytes() == before
