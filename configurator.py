@@ -144,9 +144,7 @@ def read_arguments(argv):
     for arg in argv:
         if arg.startswith('--'):
             knob, equals, text = arg[2:].partition('=')  # once: a value may contain '='
-            if not equals:
-                raise UserError(f'{arg} has no value: write {arg}=VALUE')
-            from_options.append(Setting(arg, knob, text, True))
+            from_options.append(Setting(arg, knob, text if equals else None, True))
         elif arg.endswith('.py'):
             for knob, value in read_config_file(arg).items():
                 from_files.append(Setting(f'{arg}: {knob}', knob, value, False))
@@ -155,14 +153,21 @@ def read_arguments(argv):
     return from_files + from_options
 
 
-def apply_settings(settings, kinds):
+def apply_settings(settings, kinds, methods=None):
     """{knob: checked value} of Settings, for knobs of the types `kinds`. Raises UserError."""
     values = {}
     for where, knob, value, is_text in settings:
         if knob not in kinds and callable(value):
             continue  # a function that the config file imported or defined for itself
         if knob not in kinds:
-            raise UserError(f'{where}: no knob {knob!r}{nearest(knob, kinds)}; see --help')
+            owners = [name for name, cls in (methods or {}).items() if knob in get_type_hints(cls)]
+            close = f': it belongs to the method {" or ".join(owners)}' if owners else ''
+            close = close or nearest(knob, kinds)
+            raise UserError(f'{where}: no knob {knob!r}{close}; see --help')
+        if value is None and kinds[knob] is bool:  # a bare flag
+            value = 'True'
+        if value is None:
+            raise UserError(f'{where} has no value: write {where}=VALUE')
         try:
             values[knob] = (parse if is_text else check)(value, kinds[knob])
         except ValueError:
@@ -185,13 +190,13 @@ def configure(argv, general, methods=None, program='train.py'):
     if methods:
         chosen = [setting.value for setting in settings if setting.knob == 'method']
         name = chosen[-1] if chosen else general().method
-        if name not in methods:
+        if not isinstance(name, str) or name not in methods:
             raise unknown('method', name, methods)
         classes.append(methods[name])
     kinds = {}
     for cls in classes:
         kinds |= get_type_hints(cls, include_extras=True)
-    values = apply_settings(settings, kinds)
+    values = apply_settings(settings, kinds, methods)
     instances = []
     for cls in classes:
         names = [f.name for f in fields(cls)]

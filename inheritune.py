@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import Count, Fraction, Natural, Positive, Range, configure, with_positionals
@@ -99,6 +100,29 @@ def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
         ranks.append(torch.stack([attention_rank(a, threshold).amax(1) for a in maps]))
         masses.append(torch.stack([column_mass(a, threshold).amax(1) for a in maps]))
     return torch.cat(ranks, 1), torch.cat(masses, 1)
+
+
+@torch.no_grad()
+def losses_without(model, idx):
+    """
+    What each layer is worth: the losses in nats per token of idx (B, T), two lists by layer,
+    without that layer alone, and without it and all above. No paper's: the test of the measures.
+    """
+    x, y = idx[:, :-1], idx[:, 1:]
+    rope = model.rope(0, x.shape[1])
+
+    def loss(stream):
+        logits = F.linear(model.norm(stream), model.head_weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
+
+    alone, above = [], []
+    for layer in tqdm(range(model.config.n_layer), desc='layers left out', leave=False):
+        stream, _ = model.residual_stream(x, layers=layer)
+        above.append(loss(stream))
+        for block in model.blocks[layer + 1 :]:
+            stream = block(stream, rope, None)
+        alone.append(loss(stream))
+    return alone, above
 
 
 def lazy_layers(rank):
@@ -405,12 +429,14 @@ class Attention:
     device: str = 'auto'  # cuda or cpu
 
 
-def layer_records(rank, mass):
-    """Records of the mean and standard deviation of rank and mass over the samples."""
+def layer_records(rank, mass, alone, above):
+    """Records of each layer: rank and mass over the samples, and the losses without it."""
     records = []
-    for layer, (r, m) in enumerate(zip(rank.double(), mass.double()), 1):
-        record = {'layer': str(layer), 'rank k*': f'{r.mean():.1f}', 'sd of k*': f'{r.std():.1f}'}
-        records.append(record | {'mass m*': f'{m.mean():.1f}', 'sd of m*': f'{m.std():.1f}'})
+    for i, (r, m) in enumerate(zip(rank.double(), mass.double())):
+        record = {'layer': str(i + 1), 'rank k*': f'{r.mean():.1f}', 'sd of k*': f'{r.std():.1f}'}
+        record |= {'mass m*': f'{m.mean():.1f}', 'sd of m*': f'{m.std():.1f}'}
+        record |= {'loss without it': f'{alone[i]:.3f}', 'and all above': f'{above[i]:.3f}'}
+        records.append(record)
     return records
 
 
@@ -457,7 +483,8 @@ def main(argv):
     rank, mass = analyse(model, samples, options.threshold, not options.full)
     rank, mass = rank.cpu(), mass.cpu()
     lazy = ', '.join(map(str, lazy_layers(rank))) or 'none'
-    text = f'{table(layer_records(rank, mass))}\n\nlazy layers (every head of rank one): {lazy}'
+    text = table(layer_records(rank, mass, *losses_without(model, samples[:20])))
+    text += f'\n\nlazy layers (every head of rank one): {lazy}'
     print(text)
     out = Path(options.out or Path('out', 'attention', Path(options.folder).name))
     out.mkdir(parents=True, exist_ok=True)

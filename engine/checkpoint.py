@@ -332,15 +332,15 @@ def describe_changes(changes):
 def record_session(out_dir, knobs, session):
     """Add a session to run.json, with the commit and versions that explain its numbers."""
     path = Path(out_dir) / 'run.json'
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    git = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+    try:
+        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = subprocess.run(git, **how).stdout.strip()
+    except OSError:  # there is no git
+        commit = ''
     session = session | dict(
         started=time.strftime('%Y-%m-%d %H:%M:%S %z'),
-        commit=git.stdout.strip(),
+        commit=commit,
         python=platform.python_version(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),

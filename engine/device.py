@@ -188,12 +188,12 @@ def should_stop(hardware, save_at, step_seconds):
 
 def exit_saved(message, hardware):
     """
-    Print what was saved and how to continue, and end the program: exit code 0 after max_minutes,
-    128 + signal after a signal.
+    Print what was saved and how to continue, and end the program: exit code 75 (to be tried again)
+    after max_minutes, 128 + signal after a signal.
     """
     if hardware.is_main:
         command = f'python {shlex.join(sys.argv)}'
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
     if hardware.world_size > 1:
         dist.destroy_process_group()
-    raise SystemExit(128 + SIGNALS[0] if SIGNALS else 0)
+    raise SystemExit(128 + SIGNALS[0] if SIGNALS else os.EX_TEMPFAIL)

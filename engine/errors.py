@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import os
 import sys
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # these name no file
@@ -15,10 +16,18 @@ class UserError(ValueError):
 def run_as_program(main):
     """
     Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
-    code 2, Ctrl-C exits with code 130.
+    code 2, Ctrl-C exits with code 130. Output that a terminal cannot show is escaped, and a reader
+    that stops reading (| head) ends the program quietly.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit either
+        sys.exit(128 + 13)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

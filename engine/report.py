@@ -4,6 +4,7 @@ become a Markdown table, Panels of Lines a picture, and what a stage is becomes 
 """
 
 import math
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,7 @@ class Panel:
 
 def pyplot():
     """matplotlib's pyplot, drawing to files only."""
+    os.environ['MPLBACKEND'] = 'Agg'  # a notebook's may not exist here, and stop the import
     import matplotlib
 
     matplotlib.use('Agg')

@@ -118,7 +118,7 @@ def free_port():
 def run_processes(number, *arguments, timeout=120, **environment):
     """
     Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None
-    of them may fail.
+    of them may fail; to be saved and stopped (75) is no failure.
     """
     port = str(free_port())
     environment = {
@@ -145,7 +145,7 @@ def run_processes(number, *arguments, timeout=120, **environment):
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 0 for process in started), '\n'.join(outputs)
+    assert all(process.returncode in (0, 75) for process in started), '\n'.join(outputs)
     return outputs
 
 

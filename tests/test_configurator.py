@@ -1,10 +1,13 @@
 """Knobs: what is merged, what is refused, and with which words."""
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from conftest import run_command
+from conftest import ROOT, run_command
 
 import train
 from configurator import (
@@ -21,6 +24,7 @@ from configurator import (
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.stage import Result, Stage
+from train import Run
 
 
 @dataclass
@@ -275,3 +279,28 @@ def test_write_atomically_leaves_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['a.txt'] and (
         tmp_path / 'a.txt'
     ).read_text() == 'new'
+
+
+def test_bare_flags_and_knobs_of_other_methods():
+    run, _, _ = configure(['--toy', '--dry_run'], Run, train.METHODS)
+    assert run.toy and run.dry_run
+    with pytest.raises(UserError, match='--seed has no value'):
+        configure(['--seed'], Run, train.METHODS)
+    words = "no knob 'width': it belongs to the method progressive"
+    with pytest.raises(UserError, match=words):
+        configure(['--width=aki'], Run, train.METHODS)
+
+
+def test_output_survives_any_locale_and_a_reader_that_stops(data_dir):
+    process = run_command('train.py', '--dry_run', '--help', PYTHONIOENCODING='ascii')
+    assert process.returncode == 0, process.stderr
+    shell = f'{sys.executable} train.py --help | head -1; exit ${{PIPESTATUS[0]}}'
+    process = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.count('\n') == 1 and process.stderr == ''
+
+
+def test_a_machine_without_git_trains(data_dir, tmp_path):
+    knobs = ['--size=16x1', '--tokens=64', '--block_size=16', f'--data_dir={data_dir}']
+    process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run', PATH='/nowhere')
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / 'run' / 'run.json').read_text())['sessions'][0]['commit'] == ''

@@ -25,6 +25,7 @@ from inheritune import (
     inherit,
     inherit_next,
     lazy_layers,
+    losses_without,
 )
 from model import GPT, GPTConfig, load
 from train import Run, stages_of
@@ -398,3 +399,15 @@ def test_a_child_is_made_from_the_command_line(tmp_path):
             old = model.state_dict()[f'blocks.{layer}.mlp.up.weight']
             assert torch.equal(made[f'blocks.{i}.mlp.up.weight'], old)
         assert (child / 'tokenizer.json').is_file()
+
+
+def test_what_a_layer_is_worth_is_the_loss_of_the_model_without_it():
+    model, x = small(), tokens(3, 20)
+    alone, above = losses_without(model, x)
+    for layer in range(3):
+        kept = [i for i in range(3) if i != layer]
+        child = inherit(model, 2, layers=kept)
+        assert alone[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
+        if layer:
+            child = inherit(model, layer)
+            assert above[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
