@@ -40,6 +40,7 @@ from data.prepare import prepare_offline
 from engine.checkpoint import record_session
 from engine.device import attention_kernels, barrier, catch_signals, find_hardware
 from engine.errors import UserError, run_as_program
+from engine.files import locked
 from engine.hub import model_folder
 from engine.optimizer import learning_rate
 from engine.parallel import full_tensor, gradient_sync
@@ -387,7 +388,8 @@ def main(argv):
     barrier()
     catch_signals()
     train = partial(train_stage, run=run, hardware=hardware, record=record)
-    results = [result for _, result in stages_of(method, run, train)]
+    with locked(run.out_dir) if hardware.is_main else contextlib.nullcontext():
+        results = [result for _, result in stages_of(method, run, train)]
     if hardware.is_main:
         summary = method.summary(results) if hasattr(method, 'summary') else []
         print(f'\n{report(run.out_dir, summary)}')

@@ -38,7 +38,7 @@ from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line, import_extra, nearest, run_as_program
-from engine.files import read_json, write_atomically
+from engine.files import locked, read_json, write_atomically
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
 HUB = {  # name: (repository, configuration, split, column with the text)
@@ -211,6 +211,12 @@ def prepare(options):
     out = options.folder()
     if out.exists():
         return prepared_before(out, options)
+    with locked(out, wait=True):
+        return prepared_before(out, options) if out.exists() else make(options, out)
+
+
+def make(options, out):
+    """Make the corpus that `options` describe in the folder `out`; returns it."""
     load_tokenizer(options.tokenizer)  # complain before reading anything
     if is_supervised(options.corpus):
         return prepare_supervised(options, out)

@@ -154,6 +154,7 @@ def set_threads(device, config, tokens):
 # ----------------------------------------------------------------------------------------------
 # stopping
 
+TRY_AGAIN = 75  # exit code of a run that was saved and stopped: EX_TEMPFAIL of sysexits.h
 SIGNALS = []  # received so far; the loop saves and exits after the current step
 
 
@@ -196,4 +197,4 @@ def exit_saved(message, hardware):
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
     if hardware.world_size > 1:
         dist.destroy_process_group()
-    raise SystemExit(128 + SIGNALS[0] if SIGNALS else os.EX_TEMPFAIL)
+    raise SystemExit(128 + SIGNALS[0] if SIGNALS else TRY_AGAIN)

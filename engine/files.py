@@ -5,9 +5,11 @@ truncated, changed or exchanged file is reported before it is used.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,6 +55,30 @@ def read_json(path, **types):
         reason = f'{type(error).__name__}: {str(error)[:80]}'
         raise UserError(f'{path} is damaged ({reason})') from None
     return content
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """
+    Hold FOLDER.lock, so that two processes do not write to one folder; the system frees it however
+    the process ends. wait: until another has done; otherwise UserError says who holds it.
+    """
+    path = Path(f'{folder}.lock')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a+', encoding='utf-8') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or 'another process'
+            if not wait:
+                raise UserError(f'{folder} is being written by {holder}') from None
+            print(f'{folder} is being written by {holder}: waiting')
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}')
+        file.flush()
+        yield
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import ROOT, run_command, write_texts
 from safetensors.torch import load_file, save_file
 
 import extras.bridge as bridge
@@ -23,7 +25,7 @@ from data.corpus import open_corpus, verify_corpus
 from data.instruct import Examples, file_examples
 from engine.checkpoint import read_identity
 from engine.errors import UserError
-from engine.files import find_damage, read_json
+from engine.files import find_damage, locked, read_json
 from engine.metrics import read_metrics, truncate_metrics
 from engine.stage import Result
 from expand import Operators, grow_folder
@@ -366,3 +368,28 @@ def test_nothing_is_written_over_a_model(trained, tmp_path):
         process = run_command(*command)
         assert process.returncode == 2 and '32x2 exists' in process.stderr
     assert (run / '32x2' / 'model.safetensors').read_bytes() == before
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, data_dir):
+    """A corpus is waited for; a run that another process trains is refused, with its number."""
+    texts = write_texts(tmp_path / 'texts', 'txt')
+    command = ['data/prepare.py', texts, f'--out={tmp_path}/corpus', '--tokenizer=bytes']
+    start = lambda *arguments: subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    both = [start(*command) for _ in range(2)]
+    outputs = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert any('is prepared already' in out for out, _ in outputs)
+    verify_corpus('corpus', tmp_path)
+    with locked(tmp_path / 'run'):
+        knobs = ['--size=16x1', '--tokens=64', '--block_size=16', f'--data_dir={data_dir}']
+        process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run')
+        assert process.returncode == 2
+        assert f'run is being written by process {os.getpid()} on' in process.stderr
+    process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run')
+    assert process.returncode == 0, process.stderr
