@@ -21,6 +21,7 @@ as the reference had; while its validation loss is above the reference's, let it
 layers and train again.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,18 +31,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import Count, Fraction, Natural, Positive, Range, configure, with_positionals
+from configurator import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    configure,
+    with_positionals,
+)
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.loader import Share, validation_batches
 from data.vocabulary import tokenizer_in
-from engine.device import choose_device
+from engine.device import choose_device, gather, processes
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import write_atomically
+from engine.files import read_json, write_atomically, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.report import Line, Panel, draw_images, draw_panels, table
 from engine.stage import Origin, Result, Stage
-from expand import deepen
 from let import distil
 from model import GPT, load, read_config
 
@@ -168,9 +177,9 @@ def inherit(reference, n_layer, parts=PARTS, layers=None):
     return child
 
 
-def inherit_next(reference, smaller, n_layer):
+def inherit_next(reference, smaller, n_layer, parts=PARTS):
     """The trained `smaller` model with the reference's next layers, n_layer in all (line 4)."""
-    child = inherit(reference, n_layer)
+    child = inherit(reference, n_layer, parts)
     child.load_state_dict(child.state_dict() | smaller.state_dict())
     return child
 
@@ -200,7 +209,12 @@ def alternate_layers(k, n):
     """DistilBERT's choice: every other one of k layers, then those before the last two."""
     every_other = list(range(0, k, 2))[:n]
     missing = n - len(every_other)
-    return every_other + list(range(k - 2 - missing, k - 2))
+    return every_other + [max(0, layer) for layer in range(k - 2 - missing, k - 2)]
+
+
+def stacked_layers(half, n):
+    """The first `half` layers again and again, n in all, copied as they are (section 4)."""
+    return [layer % half for layer in range(n)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -219,7 +233,8 @@ class Comparison:
     def stage(self, name, n_layer=None, **fields):
         """A Stage of n_layer layers (default: the child's), trained as long as it."""
         shape = replace(self.config, n_layer=n_layer or self.n)
-        return Stage(name, shape, self.method.tokens, shape.num_params(head=True), **fields)
+        tokens = self.method.child_tokens or self.method.tokens
+        return Stage(name, shape, tokens, shape.num_params(head=True), **fields)
 
     def inherited(self, name, build, origin, **fields):
         """A Stage that starts from build(the reference)."""
@@ -231,6 +246,7 @@ class Comparison:
 
     def distilled(self, stage):
         """Let the reference teach a stage by its logits; only its training is counted as FLOPs."""
+        stage.tokens = self.method.distillation_tokens or stage.tokens
         settings = dict(alpha=self.method.alpha, temperature=self.method.temperature)
         stage.objective = distil(self.reference.folder, **settings)
         stage.teaching = dict(objective='distillation', teacher=self.reference.name, **settings)
@@ -262,7 +278,8 @@ def stacking(c):
     half = max(1, c.n // 2)
     small = yield c.stage(f'stacking-{half}', half)
     origin = Origin('growth', (small.name,), dict(depth='stack'))
-    model = lambda: deepen(load(small.folder), c.n, 'stack')
+    layers = stacked_layers(half, c.n)
+    model = lambda: inherit(load(small.folder), c.n, layers=layers)
     yield c.stage(f'stacking-{c.n}', parent=small, origin=origin, model=model)
 
 
@@ -270,7 +287,7 @@ def hybrid_stacking(c):
     """The first layers of the reference, stacked."""
     half = max(1, c.n // 2)
     origin = Origin('growth', settings=dict(first_layers=half, depth='stack'))
-    build = lambda r: deepen(inherit(r, half), c.n, 'stack')
+    build = lambda r: inherit(r, c.n, layers=stacked_layers(half, c.n))
     yield c.inherited(f'hybrid-stacking-{c.n}', build, origin)
 
 
@@ -318,9 +335,11 @@ class Inheritune:
     reference: str = ''  # trained reference, folder or hub name; empty: train one of `size` first
     size: str = '64x8'  # shape of the reference that is trained
     tokens: Positive = 1.5e6  # training tokens of the reference and of every round
+    child_tokens: NonNegative = 0.0  # ... of every round and baseline, if not as many
+    distillation_tokens: NonNegative = 0.0  # ... of those that are distilled, if not as many
     start_fraction: Fraction = 0.5  # of the reference's layers that the child starts with
     grow_by: Count = 2  # layers that it inherits before each further round
-    regrow: Literal['continue', 'restart'] = 'continue'  # from the child, or from the reference
+    regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
     max_rounds: Natural = 0  # rounds at most; 0: until the reference is matched or used up
     parts: tuple[Literal[*PARTS], ...] = PARTS  # what is inherited of each layer (Table 3)
     baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
@@ -356,7 +375,7 @@ class Inheritune:
         if smaller and self.regrow == 'continue':
             folders = c.reference.folder, smaller.folder
             origin = Origin('growth', (smaller.name,), dict(layers_of=c.reference.name))
-            model = lambda: inherit_next(*map(load, folders), c.n)
+            model = lambda: inherit_next(*map(load, folders), c.n, self.parts)
             return c.stage(name, parent=smaller, origin=origin, model=model, labels=labels)
         origin = Origin('first layers', settings=dict(layers=c.n, parts=' '.join(self.parts)))
         build = lambda reference: inherit(reference, c.n, self.parts)
@@ -375,6 +394,10 @@ class Inheritune:
         if abs(n - round(n)) > 1e-6 or round(n) < 1:
             fraction = f'start_fraction {self.start_fraction:g} of {config.n_layer} layers'
             raise UserError(f'{fraction} is not a whole number of layers')
+        if 'half-width' in self.baselines:
+            half_width_config(config)  # it complains where that is not defined
+        if 'stacking' in self.baselines and round(n) < 2:
+            raise UserError('stacking needs a child of two layers: half of it is trained first')
         return config
 
     def summary(self, results):
@@ -395,16 +418,32 @@ class Inheritune:
 
 
 def given_reference(name, run):
-    """The Result of a given reference: its own, or of a public model, its loss on this data."""
-    if (Path(name) / 'result.json').is_file():
-        return Result.of(name)
+    """
+    The Result of a given reference. Its loss is measured as the children's will be: on this run's
+    data, context and device, by one process, and kept in out_dir/reference.json.
+    """
+    trained_here = (Path(name) / 'result.json').is_file()
+    result = Result.of(name) if trained_here else Result.given('reference', name)
     if run.dry_run:
-        return Result.given('reference', name)
-    model = load(name)
-    corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
-    block_size = min(run.block_size, model.config.block_size)
-    loss = evaluate(model, validation_batches(corpus.val, block_size, 8, run.eval_tokens))
-    return Result.given('reference', name, model.num_params(), loss)
+        return result
+    corpus = run.val_data or next(iter(run.corpora))
+    settings = dict(reference=str(name), data=corpus, eval_tokens=run.eval_tokens)
+    settings['block_size'] = run.block_size
+    path, found = Path(run.out_dir) / 'reference.json', {}
+    with contextlib.suppress(OSError, UserError):
+        found = read_json(path, val_loss=float, settings=dict)
+    if processes()[0] == 0 and found.get('settings') != settings:
+        device = choose_device(run.device)
+        model = load(name, device)
+        size = min(run.block_size, model.config.block_size)
+        val = open_corpus(corpus, run.data_dir).val
+        batches = validation_batches(val, size, 8, run.eval_tokens, Share(device))
+        found = dict(val_loss=evaluate(model, batches), settings=settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    result.val_loss = gather(found)[0]['val_loss']
+    result.n_params = read_config(model_folder(name)).num_params()
+    return result
 
 
 # ----------------------------------------------------------------------------------------------

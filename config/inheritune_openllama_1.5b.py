@@ -1,4 +1,4 @@
-# Inheritune (Sanyal et al.), Appendix A (low data): the first 13 of OpenLLaMA-3B's 26 layers,
+# Inheritune (Sanyal et al.), Appendix B (low data): the first 13 of OpenLLaMA-3B's 26 layers,
 # trained on 1B tokens for 8 epochs.
 #   python data/prepare.py slimpajama --tokenizer=FOLDER --max_tokens=1e9
 # FOLDER is a folder with OpenLLaMA's tokenizer.json
@@ -16,3 +16,4 @@ block_size = 2048
 batch_tokens = 64 * 2048  # 131K tokens
 learning_rate = 3e-4
 schedule = 'cosine'
+warmup = 1000  # steps

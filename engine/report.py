@@ -145,6 +145,9 @@ class Panel:
     ylim: tuple | None = None
 
 
+WHOLE = ('layer', 'step')  # axes on which there is nothing between whole numbers
+
+
 def pyplot():
     """matplotlib's pyplot, drawing to files only."""
     os.environ['MPLBACKEND'] = 'Agg'  # a notebook's may not exist here, and stop the import
@@ -169,6 +172,8 @@ def draw_panels(panels, path):
                 high = [y + half for y, half in zip(line.y, line.band)]
                 ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=panel.ylim)
+        if panel.xlabel in WHOLE:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(panel.title, fontsize=9)
         ax.grid(alpha=0.25)
         if 'x' in panel.log:

@@ -10,7 +10,12 @@ import torch
 from conftest import run_command
 from test_model import SHAPES, small, tokens
 
+import inheritune
+import train
+from data.corpus import open_corpus
+from data.loader import validation_batches
 from engine.errors import UserError
+from engine.loss import evaluate
 from engine.stage import Result
 from inheritune import (
     BASELINES,
@@ -21,11 +26,13 @@ from inheritune import (
     attention_maps,
     attention_rank,
     column_mass,
+    given_reference,
     half_width,
     inherit,
     inherit_next,
     lazy_layers,
     losses_without,
+    stacked_layers,
 )
 from model import GPT, GPTConfig, load
 from train import Run, stages_of
@@ -219,7 +226,7 @@ def test_it_stops_as_soon_as_the_reference_is_matched():
 
 
 def test_it_grows_by_two_until_it_matches():
-    stages, text = planned([1.5, 1.7, 1.6, 1.4])
+    stages, text = planned([1.5, 1.7, 1.6, 1.4], regrow='continue')
     assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers'] and [
         s.origin.models for s in stages
     ][2] == ('4-layers',)
@@ -232,7 +239,7 @@ def test_it_gives_up_at_the_references_size():
     stages, text = planned([1.5, 2.0])
     assert [s.config.n_layer for s in stages] == [8, 4, 6, 8] and 'does not match' in text[0]
     assert len(planned([1.5, 2.0], max_rounds=1)[0]) == 2
-    assert planned([1.5, 2.0], regrow='restart')[0][2].parent.name == 'reference'
+    assert planned([1.5, 2.0])[0][2].parent.name == 'reference'  # section 4, step 4
 
 
 def test_baselines_have_the_papers_budgets():
@@ -411,3 +418,56 @@ def test_what_a_layer_is_worth_is_the_loss_of_the_model_without_it():
         if layer:
             child = inherit(model, layer)
             assert above[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
+
+
+def test_the_loss_to_match_is_measured_as_the_childrens_is(data_dir, tmp_path, monkeypatch):
+    """Not the one in its result.json, of whatever context and data it had; and only once."""
+    knobs = ['--size=16x2', '--tokens=512', f'--data_dir={data_dir}']
+    train.main([*knobs, '--block_size=64', '--eval_tokens=512', f'--out_dir={tmp_path}/run'])
+    name = str(tmp_path / 'run' / '16x2')
+    how = dict(data_dir=str(data_dir), out_dir=str(tmp_path / 'new'), eval_tokens=256)
+    run = Run(block_size=16, **how)
+    found = given_reference(name, run)
+    model, corpus = load(name), open_corpus('pydocs', data_dir)
+    expected = evaluate(model, validation_batches(corpus.val, 16, 8, 256))
+    stored = Result.of(name)
+    assert found.val_loss == pytest.approx(expected, abs=1e-6) != stored.val_loss
+    assert found.flops == stored.flops > 0
+    monkeypatch.setattr(inheritune, 'evaluate', None)  # measured already
+    assert given_reference(name, run).val_loss == found.val_loss
+    with pytest.raises(TypeError):
+        given_reference(name, Run(block_size=8, **how))
+
+
+def test_stacked_layers_are_copied_as_they_are():
+    """Also where attention logits are divided by the layer's number, as the paper copies them."""
+    model = small(attn_scale_by_layer=True)
+    stacked = inherit(model, 6, layers=stacked_layers(3, 6))
+    assert torch.equal(stacked.blocks[4].attn.q.weight, model.blocks[1].attn.q.weight)
+    assert stacked_layers(2, 5) == [0, 1, 0, 1, 0]
+
+
+def test_a_child_regrows_with_the_parts_it_inherited():
+    reference, smaller = small(n_layer=4), small(n_layer=2)
+    child = inherit_next(reference, smaller, 4, ('attention',))
+    assert torch.equal(child.blocks[3].attn.q.weight, reference.blocks[3].attn.q.weight)
+    assert not torch.equal(child.blocks[3].mlp.up.weight, reference.blocks[3].mlp.up.weight)
+
+
+def test_budgets_of_children_and_of_distilled_ones():
+    budgets = dict(tokens=1e6, child_tokens=1e5, distillation_tokens=5e4)
+    stages, _ = planned([1.5, 1.4], baselines=('random-2x', 'distillation'), **budgets)
+    assert {s.name: s.tokens for s in stages} == {
+        'reference': 1e6,
+        '4-layers': 1e5,
+        'random-2x-4': 2e5,
+        'distillation-4': 5e4,
+    }
+
+
+def test_shapes_without_a_baseline_are_refused_before_anything_is_trained():
+    with pytest.raises(UserError, match='stacking needs a child of two layers'):
+        planned([1.0], size='16x2', baselines=('stacking',))
+    with pytest.raises(UserError, match='half the width of 1 heads'):
+        planned([1.0], size='16x2', baselines=('half-width',))
+    assert alternate_layers(2, 2) == [0, 0] and alternate_layers(24, 16)[-4:] == [18, 19, 20, 21]
