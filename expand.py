@@ -622,6 +622,8 @@ class GrowthComparison:
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
         X, X_base = target.num_params(head=True), base.num_params(head=True)
         carry_any = any(carry for _, carry in grown.values())
+        if given and carry_any and not run.dry_run:
+            load_optimizer_state(model_folder(self.base_model))  # it complains if there is none
         for seed in range(self.seeds):
             if given:
                 smaller = Result.given(Path(self.base_model).name, self.base_model)

@@ -532,8 +532,9 @@ def main(argv):
     maps = list(attention_maps(model, samples[:3, :40], causal=not options.full))
     images = []
     for layer in sorted({round(i) for i in np.linspace(0, len(maps) - 1, 4)}):
-        root = maps[layer].mean((0, 1)).cpu().numpy() ** 0.5  # shows small weights too
-        images.append((f'layer {layer + 1}, root of the weight', root))
+        head = int(attention_rank(maps[layer]).double().mean(0).argmax())  # the most attentive
+        root = maps[layer][:, head].mean(0).cpu().numpy() ** 0.5  # shows small weights too
+        images.append((f'layer {layer + 1}, head {head + 1}: root of the weight', root))
     draw_images(images, out / 'attention_maps.png', 'key position', 'query position')
     print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')
 

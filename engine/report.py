@@ -189,10 +189,11 @@ def draw_panels(panels, path):
 def draw_images(images, path, xlabel, ylabel):
     """Draw (title, 2-d array) pairs side by side into a PNG file, atomically."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(images), figsize=(3 * len(images), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(images), figsize=(3.6 * len(images), 3.2), squeeze=False)
     for ax, (title, image) in zip(axes[0], images):
         shown = ax.imshow(image, cmap='viridis')
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set_title(title, fontsize=8)
         figure.colorbar(shown, ax=ax, fraction=0.046)
     save_figure(figure, path)
 
