@@ -4,7 +4,7 @@
 # FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens
 method = 'progressive'
 sizes = ('0.1b', 'exp')  # exp: relative to the base
-width = 'fpi'  # lossless is exact at this ratio, which fpi is not
+width = 'lossless'  # exact at any ratio; fpi is not at this one (8 -> 11 heads)
 tokens = (
     17600 * 512 * 1024,
     17600 * 512 * 1024,

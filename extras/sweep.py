@@ -171,11 +171,14 @@ class Reuse(NamedTuple):
         return config if self.kind == 'cpt' else RELATIVE_SIZES[self.kind](config)
 
     def second_stage(self, config, base):
-        """A Stage that starts from the Result `base`, continued or grown (Appendix C.5: fpi)."""
+        """
+        A Stage that starts from the Result `base`: continued, or grown by an operator that keeps
+        the function at any width (section 3.2), as fpi does only at whole multiples.
+        """
         stage = Stage('', self.shape(config), 0, 0.0, parent=base)
         if self.kind == 'cpt':
             return continue_from(stage, base, self.stable)
-        grow_stage(stage, base, config, Operators('fpi', 'stack'), self.stable)
+        grow_stage(stage, base, config, Operators('lossless', 'stack'), self.stable)
         return stage
 
 
