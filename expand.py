@@ -42,8 +42,9 @@ from configurator import (
     configure,
     with_positionals,
 )
-from data.vocabulary import tokenizer_in
+from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
+from engine.files import locked
 from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
 from engine.hub import model_folder
 from engine.optimizer import load_optimizer_state
@@ -388,7 +389,7 @@ def grow_folder(source, target, shape, operators, dtype=None):
     small = read_config(source)
     large = shape(small)
     growth = Growth(small, large, operators)
-    with FolderReader(source, small, shapes_of(small)) as old:
+    with locked(target), FolderReader(source, small, shapes_of(small)) as old:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         dtype = dtype or old['wte.weight'][:1].dtype
@@ -397,7 +398,7 @@ def grow_folder(source, target, shape, operators, dtype=None):
             return growth.pieces(name, old.__getitem__)
 
         write_model(unfinished, large, shapes_of(large), dtype, pieces)
-    write_config(unfinished, large, dtype, tokenizer_in(source))
+    write_config(unfinished, large, dtype, tokenizer_to_carry(source))
     os.replace(unfinished, target)
 
 

@@ -22,6 +22,7 @@ layers and train again.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,15 +42,17 @@ from configurator import (
     configure,
     with_positionals,
 )
-from data.corpus import check_vocabulary, open_corpus, verify_corpus
+from data.corpus import check_vocabulary, verify_corpus
+from data.instruct import run_source
 from data.loader import Share, validation_batches
-from data.vocabulary import tokenizer_in
+from data.vocabulary import tokenizer_to_carry
 from engine.device import choose_device, gather, processes
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import read_json, write_atomically, write_json
+from engine.files import locked, read_json, write_atomically, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.report import Line, Panel, draw_images, draw_panels, table
+from engine.rows import weight_files
 from engine.stage import Origin, Result, Stage
 from let import distil
 from model import GPT, load, read_config
@@ -159,9 +162,10 @@ def inherit(reference, n_layer, parts=PARTS, layers=None):
     at random (Table 3). Raises UserError for layers that do not exist, or an unknown part.
     """
     layers = list(range(n_layer)) if layers is None else layers
-    if n_layer < 1 or max(layers) >= reference.config.n_layer:
-        k = reference.config.n_layer
-        raise UserError(f'{n_layer} layers cannot be inherited from a reference of {k}')
+    k = reference.config.n_layer
+    if n_layer < 1 or max(layers) >= k:
+        wanted = f'layer {max(layers) + 1}' if n_layer <= k else f'{n_layer} layers'
+        raise UserError(f'{wanted} cannot be inherited from a reference of {k}')
     for part in parts:
         if part not in PARTS:
             raise unknown('part of a layer', part, PARTS)
@@ -234,13 +238,14 @@ class Comparison:
         """A Stage of n_layer layers (default: the child's), trained as long as it."""
         shape = replace(self.config, n_layer=n_layer or self.n)
         tokens = self.method.child_tokens or self.method.tokens
+        fields.setdefault('tokenizer', self.reference.folder)
         return Stage(name, shape, tokens, shape.num_params(head=True), **fields)
 
     def inherited(self, name, build, origin, **fields):
         """A Stage that starts from build(the reference)."""
         folder = self.reference.folder
         origin.models = (self.reference.name,)
-        fields |= dict(parent=self.reference, origin=origin, tokenizer=folder)
+        fields |= dict(parent=self.reference, origin=origin)
         fields['model'] = lambda: build(load(folder))
         return self.stage(name, **fields)
 
@@ -420,7 +425,7 @@ class Inheritune:
 def given_reference(name, run):
     """
     The Result of a given reference. Its loss is measured as the children's will be: on this run's
-    data, context and device, by one process, and kept in out_dir/reference.json.
+    data, context and device, and is kept in out_dir/reference.json.
     """
     trained_here = (Path(name) / 'result.json').is_file()
     result = Result.of(name) if trained_here else Result.given('reference', name)
@@ -429,21 +434,27 @@ def given_reference(name, run):
     corpus = run.val_data or next(iter(run.corpora))
     settings = dict(reference=str(name), data=corpus, eval_tokens=run.eval_tokens)
     settings['block_size'] = run.block_size
+    settings['weights'] = [file.stat().st_mtime_ns for file in weight_files(model_folder(name))]
     path, found = Path(run.out_dir) / 'reference.json', {}
     with contextlib.suppress(OSError, UserError):
         found = read_json(path, val_loss=float, settings=dict)
-    if processes()[0] == 0 and found.get('settings') != settings:
-        device = choose_device(run.device)
-        model = load(name, device)
-        size = min(run.block_size, model.config.block_size)
-        val = open_corpus(corpus, run.data_dir).val
-        batches = validation_batches(val, size, 8, run.eval_tokens, Share(device))
-        found = dict(val_loss=evaluate(model, batches), settings=settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
-    result.val_loss = gather(found)[0]['val_loss']
+    found = gather(found)[0]  # one process decides, and all measure
+    if found.get('settings') != settings:
+        found = dict(val_loss=reference_loss(name, run), settings=settings)
+        if processes()[0] == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+    result.val_loss = found['val_loss']
     result.n_params = read_config(model_folder(name)).num_params()
     return result
+
+
+def reference_loss(name, run):
+    """The validation loss of a model on a run's data, in float32, on all processes together."""
+    device = choose_device(run.device)
+    model = load(name, device).float()
+    source = run_source(replace(run, block_size=min(run.block_size, model.config.block_size)))
+    return evaluate(model, source.validation(8, Share(device, *processes())))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -497,7 +508,10 @@ def write_child(options):
     if not layers:
         raise UserError('which layers? --n=FIRST_LAYERS or --layers=1,2,5')
     child = inherit(load(options.folder), len(layers), layers=layers)
-    child.save(options.child, tokenizer_in(options.folder))
+    with locked(options.child):
+        unfinished = f'{options.child}.partial'
+        child.save(unfinished, tokenizer_to_carry(options.folder))
+        os.replace(unfinished, options.child)
     print(f'{options.child}: {len(layers)} layers of {options.folder}')
 
 

@@ -470,6 +470,8 @@ class GPT(nn.Module):
         state = self.state_dict() if state is None else state
         dtype = dtype or self.wte.weight.dtype
         state = {name: tensor.detach().to(dtype) for name, tensor in state.items()}
+        for name, tensor in state.items():
+            check_finite(name, tensor)  # float16 has a small range
         write_tensors(folder, tensors_to_hugging_face(self.config, state))
         write_config(folder, self.config, dtype, tokenizer)
 

@@ -241,6 +241,8 @@ def main(argv):
     stop = tokenizer.end if options.stop else None
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
     torch.manual_seed(options.seed)
+    if options.chat and options.draft:
+        raise UserError('--chat has no draft: leave out --draft')
     if options.chat:
         return converse(model, tokenizer, options, sampling)
     texts = [text for text in read_prompts(options) for _ in range(options.samples)]
@@ -266,6 +268,9 @@ def main(argv):
 
 def draft_for(model, prompts, options, sampling):
     """(the continuations with a draft model, the record of what it brought)."""
+    tokenizers = [tokenizer_in(name) for name in (options.model, options.draft)]
+    if all(tokenizers) and not same_tokenizer(*tokenizers):
+        raise UserError(f'{options.model} has another tokenizer than its draft {options.draft}')
     draft = load(options.draft, prompts[0].device).eval()
     found, total, started = [], Speculation(), time.time()
     for prompt in prompts:

@@ -9,8 +9,15 @@ import tiktoken
 
 from engine.errors import UserError, first_line, import_extra, unknown
 from engine.files import read_json
-from engine.hub import model_folder, within
-from engine.tokenizer_files import ENDS, bytes_encoding, find_encoding, fingerprint, is_encoding
+from engine.hub import model_folder
+from engine.tokenizer_files import (
+    ENDS,
+    bytes_encoding,
+    find_encoding,
+    fingerprint,
+    is_encoding,
+    tokenizer_files,
+)
 
 
 class Tokenizer(NamedTuple):
@@ -49,8 +56,7 @@ def load_tokenizer(name):
     if name == 'bytes':
         return Tokenizer(encode_bytes, bytes_encoding().decode, 257, 256)
     if is_encoding(name):
-        what = f'the vocabulary of the tokenizer {name}, downloaded at its first use,'
-        found = within(30, lambda: find_encoding(name), what)
+        found = find_encoding(name)
         return Tokenizer(found.encode_ordinary, found.decode, found.n_vocab, found.eot_token)
     file = Path(name) / 'tokenizer.json'
     if not file.is_file():
@@ -87,6 +93,12 @@ def tokenizer_in(name):
     if (folder / 'tokenizer.json').is_file():
         return str(folder)
     return ''
+
+
+def tokenizer_to_carry(name):
+    """The tokenizer that goes with what is made of a model, also one that only others can use."""
+    folder = model_folder(name)
+    return tokenizer_in(name) or (str(folder) if tokenizer_files(folder) else '')
 
 
 def tokenizer_of_model(name):

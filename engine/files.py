@@ -63,22 +63,33 @@ def locked(folder, wait=False):
     Hold FOLDER.lock, so that two processes do not write to one folder; the system frees it however
     the process ends. wait: until another has done; otherwise UserError says who holds it.
     """
-    path = Path(f'{folder}.lock')
+    path = Path(f'{Path(folder).resolve()}.lock')
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+', encoding='utf-8') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or 'another process'
-            if not wait:
-                raise UserError(f'{folder} is being written by {holder}') from None
-            print(f'{folder} is being written by {holder}: waiting')
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
+            hold(file, folder, wait)
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break  # else the one before removed it, and a third may hold a new one
+        stack.callback(path.unlink, missing_ok=True)  # before it is closed, and free
         file.truncate(0)
         file.write(f'process {os.getpid()} on {platform.node()}')
         file.flush()
         yield
+
+
+def hold(file, folder, wait):
+    """Lock an open file; see `locked`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or 'another process'
+        if not wait:
+            raise UserError(f'{folder} is being written by {holder}') from None
+        print(f'{folder} is being written by {holder}: waiting')
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 # ----------------------------------------------------------------------------------------------

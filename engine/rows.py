@@ -92,7 +92,7 @@ def check_numbers(name, dtype):
 def check_finite(name, tensor):
     """Raise UserError for a tensor with numbers that are not finite."""
     if not tensor.isfinite().all():
-        raise UserError(f'{name} has values that are not finite: the weights are damaged')
+        raise UserError(f'{name} has values that are not finite in {tensor.dtype}')
 
 
 def split_in_files(sizes):
@@ -226,8 +226,9 @@ def write_model(folder, config, shapes, dtype, pieces):
                 for name in names:
                     shape = theirs_shapes[name]
                     for piece in stored_pieces(stored[name], config, shape, pieces):
+                        piece = piece.to(dtype)
                         check_finite(name, piece)
-                        data = piece.to(dtype).contiguous().view(torch.uint8).numpy()
+                        data = piece.contiguous().view(torch.uint8).numpy()
                         bar.update(out.write(data))
     finish_weights(folder, files, total)
 

@@ -4,6 +4,7 @@ weights, is written for models trained on bytes or tiktoken's encodings, so that
 AutoTokenizer opens them, and is compared by content: two vocabularies of one size are not the same.
 """
 
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiktoken
 
 from engine.errors import UserError
 from engine.files import digest, read_json, write_json
+from engine.hub import within
 
 FILES = (
     'tokenizer.json',
@@ -24,6 +26,7 @@ FILES = (
     'chat_template.jinja',
     'generation_config.json',
 )
+IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')  # end of a text, by any name
 
 
@@ -37,8 +40,14 @@ def bytes_encoding():
 
 
 def find_encoding(name):
-    """The tiktoken Encoding of this name, downloaded at its first use; `bytes` is our own."""
-    return bytes_encoding() if name == 'bytes' else tiktoken.get_encoding(name)
+    """
+    The tiktoken Encoding of this name; `bytes` is our own. Others are downloaded at their first
+    use: UserError where they cannot be.
+    """
+    if name == 'bytes':
+        return bytes_encoding()
+    what = f'the vocabulary of the tokenizer {name}, downloaded at its first use,'
+    return within(30, lambda: tiktoken.get_encoding(name), what)
 
 
 def is_encoding(name):
@@ -84,7 +93,8 @@ def as_tokenizer_json(name):
     tokens = [dict(id=i, content=text) | added for text, i in encoding._special_tokens.items()]
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
     split = dict(type='Split', behavior='Isolated', invert=False)
-    split['pattern'] = dict(Regex=encoding._pat_str)
+    # {1,3}+ is possessive for tiktoken and a repeated group for tokenizers; greedy, it is the same
+    split['pattern'] = dict(Regex=re.sub(r'(\{\d+,\d+\})\+', r'\1', encoding._pat_str))
     return dict(
         version='1.0',
         truncation=None,
@@ -109,7 +119,11 @@ def write_tokenizer(name, folder):
     """
     folder = Path(folder)
     if is_encoding(name):
-        write_json(folder / 'tokenizer.json', as_tokenizer_json(name))
+        try:
+            write_json(folder / 'tokenizer.json', as_tokenizer_json(name))
+        except UserError as error:  # the model is worth more: the name alone is kept
+            print(f'{folder} has no tokenizer.json: {error}')
+            return dict(nanofamily_tokenizer=name)
         end = '<|endoftext|>'
         settings = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=end, bos_token=end)
         write_json(folder / 'tokenizer_config.json', settings)
@@ -118,7 +132,10 @@ def write_tokenizer(name, folder):
     if Path(name).resolve() != folder.resolve():
         for file in tokenizer_files(name):
             shutil.copyfile(file, folder / file.name)
-    return special_ids(folder)
+    if (folder / 'tokenizer.json').is_file() or not (Path(name) / 'config.json').is_file():
+        return special_ids(folder)
+    found = read_json(Path(name) / 'config.json')  # an older tokenizer, of other files
+    return {key: found[key] for key in IDS if isinstance(found.get(key), int)}
 
 
 def check_available(name):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.corpus import open_corpus
 from data.instruct import run_source
 from data.loader import batches
-from data.vocabulary import tokenizer_in
+from data.vocabulary import tokenizer_to_carry
 from engine import checkpoint
 from engine.device import (
     SIGNALS,
@@ -156,7 +156,7 @@ class Training:
         self.source = (self.stage.source or run_source)(knobs)
         self.tokenizer = self.source.tokenizer
         if self.stage.tokenizer:
-            self.tokenizer = tokenizer_in(self.stage.tokenizer) or self.tokenizer
+            self.tokenizer = tokenizer_to_carry(self.stage.tokenizer) or self.tokenizer
         if self.tokenizer:
             check_available(self.tokenizer)  # now, not when the trained model is saved
         if hardware.is_main:

@@ -122,3 +122,46 @@ def test_writing_over_itself_keeps_a_tokenizer(tmp_path):
     before = (tmp_path / 'a' / 'tokenizer.json').read_text()
     assert write_tokenizer(folder, folder) == dict(eos_token_id=0)
     assert (tmp_path / 'a' / 'tokenizer.json').read_text() == before
+
+
+def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them():
+    """cl100k_base's possessive {1,3}+ means another thing to the package tokenizers."""
+    tokenizers = pytest.importorskip('tokenizers')
+    ranks = {bytes([i]): i for i in range(256)}
+    for token in (b'12', b'123', b'45', b'34', b'1234'):
+        ranks[token] = len(ranks)
+    made = tiktoken.Encoding(
+        'digits',
+        pat_str=r'\p{N}{1,3}+|[^\p{N}]',
+        mergeable_ranks=ranks,
+        special_tokens={'<|endoftext|>': len(ranks)},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_files, 'find_encoding', lambda name: made)
+        content = as_tokenizer_json.__wrapped__('digits')
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    for text in ('1234567', '12 345', '45123412'):
+        assert theirs.encode(text).ids == made.encode_ordinary(text), text
+
+
+def test_an_encoding_that_cannot_be_downloaded_costs_no_model(tmp_path, monkeypatch, capsys):
+    def offline(name):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr(tiktoken, 'get_encoding', offline)
+    as_tokenizer_json.cache_clear()
+    GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path, 'cl100k_base')
+    assert 'has no tokenizer.json' in capsys.readouterr().out
+    assert tokenizer_in(tmp_path) == 'cl100k_base' and load(tmp_path)
+
+
+def test_an_older_tokenizer_goes_along_with_its_ids(tmp_path):
+    """OPT's files: nothing here reads them, and they are kept for what can."""
+    GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path / 'opt')
+    (tmp_path / 'opt' / 'vocab.json').write_text('{}')
+    config = json.loads((tmp_path / 'opt' / 'config.json').read_text())
+    (tmp_path / 'opt' / 'config.json').write_text(json.dumps(config | dict(eos_token_id=2)))
+    process = run_command('expand.py', tmp_path / 'opt', tmp_path / 'grown', '--to=stk2')
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / 'grown' / 'vocab.json').is_file()
+    assert json.loads((tmp_path / 'grown' / 'config.json').read_text())['eos_token_id'] == 2
