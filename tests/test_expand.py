@@ -606,7 +606,7 @@ def test_a_trained_base_grows_by_every_operator(data_dir, tmp_path, capsys):
     grown = load(found.folder)
     assert grown.config.n_embd == 96 and grown.config.n_head == 4 and grown.config.head_dim == 24
     first = json.loads((Path(found.folder) / 'metrics.jsonl').read_text().splitlines()[0])
-    run = Run(data_dir=str(data_dir), block_size=16, eval_tokens=512)
+    run = Run(data_dir=str(data_dir), out_dir=str(tmp_path), block_size=16, eval_tokens=512)
     assert first['val_loss'] == pytest.approx(given_reference(tmp_path / 'base', run).val_loss)
     with pytest.raises(UserError, match='95x3: n_head of 48x2 does not scale to a whole number'):
         train.main([*knobs, '--target=95x3', f'--out_dir={tmp_path}/other'])
