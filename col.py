@@ -39,7 +39,7 @@ from data.loader import Share
 from data.vocabulary import same_tokenizer, tokenizer_in
 from engine.device import processes
 from engine.errors import UserError, run_as_program
-from engine.files import read_json, write_json
+from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.plan import all_params
 from engine.report import by_label, format_count, validation_curve
@@ -602,14 +602,8 @@ def chain_folders(folder):
     return {Path(name).name: Path(folder) / name for name in names}
 
 
-def main(argv):
-    """Command line: CHAIN_FOLDER TARGET, then knobs."""
-    argv = with_positionals(argv, 'chain', 'target')
-    options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
-    if not (options.chain and options.target and options.to):
-        raise UserError('missing arguments; usage: col.py CHAIN TARGET --to=SIZE')
-    if Path(options.target).exists():
-        raise UserError(f'{options.target} exists: choose another folder, or remove it')
+def interpolate(options, folder):
+    """Write the model that the options ask for; returns it and the names of its neighbours."""
     wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
@@ -620,7 +614,18 @@ def main(argv):
     models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(*models, config, alpha, options.depth)
-    made.save(options.target, tokenizers[0], dtype=getattr(torch, options.save_dtype, None))
+    made.save(folder, tokenizers[0], dtype=getattr(torch, options.save_dtype, None))
+    return made, small, large
+
+
+def main(argv):
+    """Command line: CHAIN_FOLDER TARGET, then knobs."""
+    argv = with_positionals(argv, 'chain', 'target')
+    options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
+    if not (options.chain and options.target and options.to):
+        raise UserError('missing arguments; usage: col.py CHAIN TARGET --to=SIZE')
+    with new_folder(options.target) as unfinished:
+        made, small, large = interpolate(options, unfinished)
     n = format_count(made.num_params())
     print(f'{options.target}: {n} parameters (N), between {small} and {large}')
 

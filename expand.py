@@ -22,9 +22,7 @@ and stay copies for ever; `noise` that sums to zero over them tells them apart a
 output. Growing in depth repeats layers, or adds layers that compute nothing yet.
 """
 
-import os
 import re
-import shutil
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,7 +42,7 @@ from configurator import (
 )
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import locked
+from engine.files import new_folder
 from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
 from engine.hub import model_folder
 from engine.optimizer import load_optimizer_state
@@ -383,23 +381,19 @@ def grow_folder(source, target, shape, operators, dtype=None):
     shape: GPTConfig of the model -> GPTConfig of the larger one; dtype: of the new weights, None
     for the old ones'. Built beside `target` and renamed when complete. Raises UserError.
     """
-    source, target, unfinished = model_folder(source), Path(target), Path(f'{target}.partial')
-    if target.exists():
-        raise UserError(f'{target} exists: choose another folder, or remove it')
-    small = read_config(source)
-    large = shape(small)
-    growth = Growth(small, large, operators)
-    with locked(target), FolderReader(source, small, shapes_of(small)) as old:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        dtype = dtype or old['wte.weight'][:1].dtype
+    with new_folder(target) as unfinished:
+        source = model_folder(source)
+        small = read_config(source)
+        large = shape(small)
+        growth = Growth(small, large, operators)
+        with FolderReader(source, small, shapes_of(small)) as old:
+            dtype = dtype or old['wte.weight'][:1].dtype
 
-        def pieces(name):
-            return growth.pieces(name, old.__getitem__)
+            def pieces(name):
+                return growth.pieces(name, old.__getitem__)
 
-        write_model(unfinished, large, shapes_of(large), dtype, pieces)
-    write_config(unfinished, large, dtype, tokenizer_to_carry(source))
-    os.replace(unfinished, target)
+            write_model(unfinished, large, shapes_of(large), dtype, pieces)
+        write_config(unfinished, large, dtype, tokenizer_to_carry(source))
 
 
 def shapes_of(config):
@@ -644,8 +638,7 @@ class GrowthComparison:
     def shapes(self, run):
         """The shapes of the base and of the target, as they are trained."""
         if self.base_model and not (run.toy or run.dry_run):  # a plan takes it from `base`
-            base = read_config(model_folder(self.base_model))
-            run.check_model(base, self.base_model)
+            base = run.given_config(self.base_model)
             return base, grown_shape(base, self.target)
         target = grown_shape(GPTConfig.named(self.base), self.target)
         sizes = {field: getattr(target, field) for field in (*SIZE_FIELDS, 'head_dim')}

@@ -22,7 +22,6 @@ layers and train again.
 """
 
 import contextlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,7 +47,7 @@ from data.loader import Share, validation_batches
 from data.vocabulary import tokenizer_to_carry
 from engine.device import choose_device, gather, processes
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import locked, read_json, write_atomically, write_json
+from engine.files import new_folder, read_json, write_atomically, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.report import Line, Panel, draw_images, draw_panels, table
@@ -393,8 +392,7 @@ class Inheritune:
             changes['bias'] = False
         config = run.model_config(self.size, **changes)
         if self.reference and not run.toy and not run.dry_run:  # a plan takes it from `size`
-            config = read_config(model_folder(self.reference))
-            run.check_model(config, self.reference)
+            config = run.given_config(self.reference)
         n = self.start_fraction * config.n_layer
         if abs(n - round(n)) > 1e-6 or round(n) < 1:
             fraction = f'start_fraction {self.start_fraction:g} of {config.n_layer} layers'
@@ -503,15 +501,11 @@ def depth_panel(values, name):
 def write_child(options):
     """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
     layers = [layer - 1 for layer in options.layers] or list(range(options.n))
-    if Path(options.child).exists():
-        raise UserError(f'{options.child} exists: choose another folder, or remove it')
     if not layers:
         raise UserError('which layers? --n=FIRST_LAYERS or --layers=1,2,5')
-    child = inherit(load(options.folder), len(layers), layers=layers)
-    with locked(options.child):
-        unfinished = f'{options.child}.partial'
+    with new_folder(options.child) as unfinished:
+        child = inherit(load(options.folder), len(layers), layers=layers)
         child.save(unfinished, tokenizer_to_carry(options.folder))
-        os.replace(unfinished, options.child)
     print(f'{options.child}: {len(layers)} layers of {options.folder}')
 
 

@@ -133,11 +133,13 @@ class Run:
             raise UserError(f'the corpora have different vocabularies: {sizes}')
         return next(iter(sizes.values()))
 
-    def check_model(self, config, name):
-        """Raise UserError unless the corpora have the tokenizer of a model, a folder or name."""
+    def given_config(self, name):
+        """The GPTConfig of a model, a folder or hub name, whose tokenizer the corpora must have."""
+        config = read_config(model_folder(name))
         for corpus in self.corpora:
             if (Path(self.data_dir) / corpus / 'meta.json').is_file():
                 check_vocabulary(open_corpus(corpus, self.data_dir), config, name)
+        return config
 
     def model_config(self, size, **changes):
         """The configuration of a named size with this run's vocabulary and block_size."""
@@ -176,8 +178,7 @@ class Pretrain:
             name = f'{Path(self.init_from).name}-continued'
             origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
-            config = read_config(model_folder(self.init_from))
-            run.check_model(config, self.init_from)
+            config = run.given_config(self.init_from)
             print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)

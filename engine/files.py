@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from tqdm import tqdm
@@ -77,6 +78,25 @@ def locked(folder, wait=False):
         file.write(f'process {os.getpid()} on {platform.node()}')
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def new_folder(target):
+    """
+    Yield a folder beside `target` that gets its name when the block has ended, and is removed when
+    it fails. Raises UserError if `target` exists, or another process makes it.
+    """
+    target, unfinished = Path(target), Path(f'{target}.partial')
+    if target.exists():
+        raise UserError(f'{target} exists: choose another folder, or remove it')
+    with locked(target):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            os.replace(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def hold(file, folder, wait):

@@ -7,8 +7,6 @@ chat template; quantised weights become what they stand for, in float32 or bfloa
 transformers' own reader does the work, with the package gguf: both are in requirements-extras.txt.
 """
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from configurator import configure, with_positionals
 from engine.errors import UserError, first_line, import_extra, run_as_program
+from engine.files import new_folder
 from engine.hugging_face import config_from_hugging_face, tensors_from_hugging_face
 from model import GPT, GPTConfig
 
@@ -38,29 +37,31 @@ def convert(source, target, dtype=torch.float32):
     Make the model folder `target` from the GGUF file `source`; it is built beside it and renamed
     when it is complete. Raises UserError for what is not a model that load() reads.
     """
-    source, target, unfinished = Path(source), Path(target), Path(f'{target}.partial')
+    source = Path(source)
     if not source.is_file():
         raise UserError(f'no file {source}')
-    if target.exists():
-        raise UserError(f'{target} exists: choose another folder, or remove it')
     transformers = import_extra('transformers', 'GGUF files need the package transformers')
     for package in ('gguf', 'accelerate'):
         import_extra(package, f'GGUF files need the package {package}')
     transformers.logging.set_verbosity_error()
     file = dict(pretrained_model_name_or_path=source.parent, gguf_file=source.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(target) as unfinished:
+        convert_into(unfinished, transformers, file, dtype)
+
+
+def convert_into(folder, transformers, file, dtype):
+    """Write what transformers' reader finds in a GGUF file into a folder. Raises UserError."""
     try:
         described = transformers.AutoConfig.from_pretrained(**file)
         config = GPTConfig(**config_from_hugging_face(described.to_dict()))
         found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
         template = GPT.on_meta(config).state_dict()
         state = tensors_from_hugging_face(config, found.state_dict(), template)
-        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(unfinished)
-        GPT.from_state(config, state).save(unfinished, unfinished)
+        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+        GPT.from_state(config, state).save(folder, folder)
     except Exception as error:  # its reader fails in as many ways as there are damaged files
-        shutil.rmtree(unfinished, ignore_errors=True)
+        source = file['pretrained_model_name_or_path'] / file['gguf_file']
         raise UserError(f'{source} cannot be converted: {first_line(error)}') from error
-    os.replace(unfinished, target)
 
 
 def main(argv):
