@@ -154,15 +154,18 @@ def read_tokenizer(folder):
     path = Path(folder) / 'tokenizer.json'
     content = read_json(path)
     try:
-        model = content['model']
-        vocab = model['vocab']
-        if not isinstance(vocab, dict):  # a unigram model lists [token, score]
-            vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        vocab = vocab | {token['content']: token['id'] for token in content['added_tokens']}
-        merges = model.get('merges', [])
-        return vocab, [m if isinstance(m, str) else ' '.join(m) for m in merges]
+        return vocabulary_and_merges(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f'{path} is damaged ({type(error).__name__}: {error})') from None
+
+
+def vocabulary_and_merges(content):
+    """What `read_tokenizer` returns, of the content of a tokenizer.json."""
+    vocab, merges = content['model']['vocab'], content['model'].get('merges', [])
+    if not isinstance(vocab, dict):  # a unigram model lists [token, score]
+        vocab = {token: i for i, (token, _) in enumerate(vocab)}
+    vocab = vocab | {token['content']: token['id'] for token in content['added_tokens']}
+    return vocab, [m if isinstance(m, str) else ' '.join(m) for m in merges]
 
 
 def special_ids(folder):
@@ -187,8 +190,5 @@ def special_ids(folder):
 def fingerprint(name):
     """A hash of a tokenizer's vocabulary and merges: an encoding's, or that in a folder."""
     if is_encoding(name):
-        content = as_tokenizer_json(name)
-        vocab = content['model']['vocab']
-        vocab = vocab | {token['content']: token['id'] for token in content['added_tokens']}
-        return digest([vocab, [' '.join(pair) for pair in content['model']['merges']]])
+        return digest(list(vocabulary_and_merges(as_tokenizer_json(name))))
     return digest(list(read_tokenizer(name)))
