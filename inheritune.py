@@ -8,28 +8,18 @@ Paper: Sanyal et al., Inheritune: Training Smaller Yet More Attentive Language M
     python inheritune.py out/progressive_tiny/64x4 child --n=2 # a model of the first two
     python train.py config/inheritune_tiny.py                  # the method and its baselines
 
-How attentive a layer is shows in the attention matrices A (T, T) of its heads (section 2):
-
-    rank k* = the fewest singular values with 90% of sum sigma^2
-    mass m* = the fewest columns with 90% of |A|_F^2
-
-A layer's value is the maximum over its heads. Where its rank is one, every head has collapsed to
-rank one: the layer is lazy.
-
 Algorithm 1: train a child of the first n = k/2 layers of a reference of k layers for as many steps
 as the reference had; while its validation loss is above the reference's, let it inherit two more
-layers and train again.
+layers and train again. What a lazy layer is: extras/attention.py.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from statistics import mean
+from typing import Any, Literal
 
 from configurator import (
     Count,
@@ -37,109 +27,31 @@ from configurator import (
     Natural,
     NonNegative,
     Positive,
-    Range,
     configure,
     with_positionals,
 )
-from data.corpus import check_vocabulary, verify_corpus
 from data.instruct import run_source
-from data.loader import Share, validation_batches
+from data.loader import Share
 from data.vocabulary import tokenizer_to_carry
 from engine.device import choose_device, gather, processes
 from engine.errors import UserError, run_as_program, unknown
-from engine.files import new_folder, read_json, write_atomically, write_json
+from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
-from engine.report import Line, Panel, draw_images, draw_panels, table
+from engine.metrics import has_metrics
+from engine.report import Line, Panel, by_label, compare_variants, mean_curve
 from engine.rows import weight_files
 from engine.stage import Origin, Result, Stage
+from extras.attention import (
+    Attention,
+    analyse,
+    attention_command,
+    observe_attention,
+    observed_panels,
+    validation_samples,
+)
 from let import distil
 from model import GPT, load, read_config
-
-# ----------------------------------------------------------------------------------------------
-# how attentive a layer is
-
-
-def fewest(shares, threshold):
-    """How many of the largest of the last dimension's shares hold `threshold` of their sum."""
-    cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
-    enough = (threshold - 1e-7) * cumulative[..., -1:]  # less what rounding may have taken
-    return (cumulative < enough).sum(-1) + 1
-
-
-def attention_rank(attention, threshold=0.9):
-    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> (...)."""
-    attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
-    squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
-    return fewest(squares.clamp(min=0), threshold)
-
-
-def column_mass(attention, threshold=0.9):
-    """m*: the fewest columns with `threshold` of |A|_F^2; (..., T, T) -> int64 (...)."""
-    return fewest(attention.double().square().sum(-2), threshold)
-
-
-@torch.no_grad()
-def attention_maps(model, idx, causal=True):
-    """
-    Yield each layer's attention weights (B, H, T, T), float32. causal=False: as if every position
-    saw all others, as the paper draws them (Figure 2); the hidden states stay causal.
-    """
-    config, T = model.config, idx.shape[1]
-    x, rope = model.wte(idx), model.rope(0, T)
-    if model.wpe is not None:
-        x = x + model.wpe.weight[:T]
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    for block in model.blocks:
-        q, k = block.attn.queries_and_keys(block.norm1(x), rope)
-        k = k.repeat_interleave(config.n_head // config.n_kv_head, 1)
-        logits = q @ k.transpose(-1, -2) * block.attn.scale
-        if causal:
-            logits = logits.masked_fill(future, -torch.inf)
-        yield logits.float().softmax(-1)
-        x = block(x, rope, None)
-
-
-def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
-    """
-    (rank, mass), each (layers, n) int64, the maximum over a layer's heads, of samples (n, T)
-    int64; the paper takes n = T = 100.
-    """
-    ranks, masses = [], []
-    for x in tqdm(samples.split(batch_size), desc='attention', leave=False):
-        maps = list(attention_maps(model, x, causal))
-        ranks.append(torch.stack([attention_rank(a, threshold).amax(1) for a in maps]))
-        masses.append(torch.stack([column_mass(a, threshold).amax(1) for a in maps]))
-    return torch.cat(ranks, 1), torch.cat(masses, 1)
-
-
-@torch.no_grad()
-def losses_without(model, idx):
-    """
-    What each layer is worth: the losses in nats per token of idx (B, T), two lists by layer,
-    without that layer alone, and without it and all above. No paper's: the test of the measures.
-    """
-    x, y = idx[:, :-1], idx[:, 1:]
-    rope = model.rope(0, x.shape[1])
-
-    def loss(stream):
-        logits = F.linear(model.norm(stream), model.head_weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
-
-    alone, above = [], []
-    for layer in tqdm(range(model.config.n_layer), desc='layers left out', leave=False):
-        stream, _ = model.residual_stream(x, layers=layer)
-        above.append(loss(stream))
-        for block in model.blocks[layer + 1 :]:
-            stream = block(stream, rope, None)
-        alone.append(loss(stream))
-    return alone, above
-
-
-def lazy_layers(rank):
-    """The layers, from 1, whose heads all have rank one on average over the samples (< 1.5)."""
-    return (torch.nonzero(rank.double().mean(1) < 1.5).flatten() + 1).tolist()
-
 
 # ----------------------------------------------------------------------------------------------
 # inheriting
@@ -215,30 +127,53 @@ def alternate_layers(k, n):
     return every_other + [max(0, layer) for layer in range(k - 2 - missing, k - 2)]
 
 
+def most_attentive(reference, idx, n):
+    """The n layers whose largest rank, over heads, is highest on idx (B, T), in their order."""
+    rank, _ = analyse(reference, idx)
+    order = rank.amax(-1).double().mean(1).argsort(descending=True, stable=True)
+    return sorted(order[:n].tolist())
+
+
 def stacked_layers(half, n):
     """The first `half` layers again and again, n in all, copied as they are (section 4)."""
     return [layer % half for layer in range(n)]
 
 
 # ----------------------------------------------------------------------------------------------
-# baselines (Tables 1 and 2, Figure 3): each yields its stages
+# what a child is compared with: each yields its stages
 
 
 @dataclass
 class Comparison:
-    """What a baseline is compared with: a child of n layers of a reference."""
+    """One seed: a reference, and children of its first n layers beside other models of n layers."""
 
     method: Any  # Inheritune
+    run: Any  # the general knobs
     config: Any  # the reference's
-    reference: Result
-    n: int
+    seed: int = 0
+    reference: Result | None = None
+    n: int = 0
 
     def stage(self, name, n_layer=None, **fields):
         """A Stage of n_layer layers (default: the child's), trained as long as it."""
-        shape = replace(self.config, n_layer=n_layer or self.n)
-        tokens = self.method.child_tokens or self.method.tokens
-        fields.setdefault('tokenizer', self.reference.folder)
-        return Stage(name, shape, tokens, shape.num_params(head=True), **fields)
+        method, shape = self.method, replace(self.config, n_layer=n_layer or self.n)
+        tokens = method.child_tokens or method.tokens
+        labels = dict(variant=name, seed=self.seed)
+        name += f'-s{self.seed}' if self.seed else ''
+        fields |= dict(labels=labels, knobs=dict(seed=self.run.seed + self.seed))
+        stage = Stage(name, shape, tokens, shape.num_params(head=True), **fields)
+        if self.reference:
+            stage.tokenizer = self.reference.folder
+        if method.observe_attention and not self.run.dry_run:
+            seed = stage.knobs['seed'] if stage.origin.kind == 'random' else None
+            stage.observe = observe_attention(self.samples(8), seed)
+        return stage
+
+    def samples(self, n):
+        """n sequences of at most 100 tokens, on which attention is measured."""
+        corpus = self.run.val_data or next(iter(self.run.corpora))
+        length = min(100, self.run.block_size, self.config.block_size)
+        return validation_samples(corpus, self.run.data_dir, n, length)
 
     def inherited(self, name, build, origin, **fields):
         """A Stage that starts from build(the reference)."""
@@ -256,6 +191,23 @@ class Comparison:
         stage.teaching = dict(objective='distillation', teacher=self.reference.name, **settings)
         return stage
 
+    def trained_reference(self):
+        """The Stage that trains the reference."""
+        stage = self.stage('reference', self.config.n_layer)
+        stage.tokens = self.method.tokens
+        return stage
+
+    def child(self, smaller=None):
+        """The Stage of a child of n layers: from the reference, or grown from a `smaller` child."""
+        n, parts = self.n, self.method.parts
+        if smaller and self.method.regrow == 'continue':
+            folders = self.reference.folder, smaller.folder
+            origin = Origin('growth', (smaller.name,), dict(layers_of=self.reference.name))
+            model = lambda: inherit_next(*map(load, folders), n, parts)
+            return self.stage(f'{n}-layers', parent=smaller, origin=origin, model=model)
+        origin = Origin('first layers', settings=dict(layers=n, parts=' '.join(parts)))
+        return self.inherited(f'{n}-layers', lambda r: inherit(r, n, parts), origin)
+
 
 def random_init(c):
     """The same shape from random initialisation."""
@@ -271,28 +223,35 @@ def random_2x(c):
 
 def last_layers(c):
     """The last layers of the reference instead of the first (Figure 1c)."""
-    k = c.config.n_layer
-    last = list(range(k - c.n, k))
-    origin = Origin('last layers', settings=dict(layers=c.n))
-    yield c.inherited(f'last-layers-{c.n}', lambda r: inherit(r, c.n, layers=last), origin)
+    k, n = c.config.n_layer, c.n
+    origin = Origin('last layers', settings=dict(layers=n))
+    build = lambda r: inherit(r, n, layers=list(range(k - n, k)))
+    yield c.inherited(f'last-layers-{n}', build, origin)
+
+
+def attentive_layers(c):
+    """The layers whose heads have the highest ranks, wherever they are: the lazy ones left out."""
+    n = c.n
+    origin = Origin('attentive layers', settings=dict(layers=n))
+    build = lambda r: inherit(r, n, layers=most_attentive(r, c.samples(20)[:, :-1], n))
+    yield c.inherited(f'attentive-layers-{n}', build, origin)
 
 
 def stacking(c):
     """A model of half the layers from random initialisation, stacked once."""
-    half = max(1, c.n // 2)
+    n, half = c.n, max(1, c.n // 2)
     small = yield c.stage(f'stacking-{half}', half)
     origin = Origin('growth', (small.name,), dict(depth='stack'))
-    layers = stacked_layers(half, c.n)
-    model = lambda: inherit(load(small.folder), c.n, layers=layers)
-    yield c.stage(f'stacking-{c.n}', parent=small, origin=origin, model=model)
+    model = lambda: inherit(load(small.folder), n, layers=stacked_layers(half, n))
+    yield c.stage(f'stacking-{n}', parent=small, origin=origin, model=model)
 
 
 def hybrid_stacking(c):
     """The first layers of the reference, stacked."""
-    half = max(1, c.n // 2)
+    n, half = c.n, max(1, c.n // 2)
     origin = Origin('growth', settings=dict(first_layers=half, depth='stack'))
-    build = lambda r: inherit(r, c.n, layers=stacked_layers(half, c.n))
-    yield c.inherited(f'hybrid-stacking-{c.n}', build, origin)
+    build = lambda r: inherit(r, n, layers=stacked_layers(half, n))
+    yield c.inherited(f'hybrid-stacking-{n}', build, origin)
 
 
 def half_width_child(c):
@@ -310,21 +269,32 @@ def distillation(c):
 
 def distilbert(c):
     """From alternate layers, taught by the reference."""
-    layers = alternate_layers(c.config.n_layer, c.n)
-    origin = Origin('alternate layers', settings=dict(layers=c.n))
-    build = lambda r: inherit(r, c.n, layers=layers)
-    yield c.distilled(c.inherited(f'distilbert-{c.n}', build, origin))
+    n, layers = c.n, alternate_layers(c.config.n_layer, c.n)
+    origin = Origin('alternate layers', settings=dict(layers=n))
+    build = lambda r: inherit(r, n, layers=layers)
+    yield c.distilled(c.inherited(f'distilbert-{n}', build, origin))
+
+
+def sub_modules(c):
+    """The first layers' attention, MLPs or norms alone, and every two of them (Table 3)."""
+    n = c.n
+    for parts in [*combinations(PARTS, 1), *combinations(PARTS, 2)]:
+        origin = Origin('first layers', settings=dict(layers=n, parts=' '.join(parts)))
+        build = lambda r, parts=parts: inherit(r, n, parts)
+        yield c.inherited(f'{"+".join(parts)}-{n}', build, origin)
 
 
 BASELINES = {
     'random': random_init,
     'random-2x': random_2x,
     'last-layers': last_layers,
+    'attentive-layers': attentive_layers,
     'stacking': stacking,
     'hybrid-stacking': hybrid_stacking,
     'half-width': half_width_child,
     'distillation': distillation,
     'distilbert': distilbert,
+    'sub-modules': sub_modules,
 }
 
 
@@ -341,49 +311,64 @@ class Inheritune:
     tokens: Positive = 1.5e6  # training tokens of the reference and of every round
     child_tokens: NonNegative = 0.0  # ... of every round and baseline, if not as many
     distillation_tokens: NonNegative = 0.0  # ... of those that are distilled, if not as many
-    start_fraction: Fraction = 0.5  # of the reference's layers that the child starts with
+    n: Natural = 0  # layers that the child starts with; 0: half of the reference's
     grow_by: Count = 2  # layers that it inherits before each further round
     regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
     max_rounds: Natural = 0  # rounds at most; 0: until the reference is matched or used up
     parts: tuple[Literal[*PARTS], ...] = PARTS  # what is inherited of each layer (Table 3)
+    depths: tuple[Count, ...] = ()  # more children, trained whether one matched or not (Figure 11)
     baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
     alpha: Fraction = 0.6  # distillation: weight of the data; the teacher has the rest
     temperature: Positive = 1.0  # distillation: temperature of both distributions
     no_bias: bool = False  # train the reference without biases, as the paper's GPT-2 ...
     attn_scale_by_layer: bool = False  # ... and with attention logits / layer number
+    observe_attention: bool = False  # log how attentive every head is at each evaluation
+    seeds: Count = 1  # runs of everything, each with its own initialisation and data order
 
     def stages(self, run):
-        """The reference; children of n, n + 2, ... layers until one matches; the baselines."""
+        """For every seed Algorithm 1, then what its child is compared with."""
         config = self.reference_config(run)
-        if self.reference and not run.toy:  # a toy trains a small one instead
-            reference = self.given = given_reference(self.reference, run)
-        else:
-            X = config.num_params(head=True)
-            reference = yield Stage('reference', config, self.tokens, X)
-        n = round(self.start_fraction * config.n_layer)
-        child = None
-        rounds = 0
-        while True:
-            child = yield self.child(Comparison(self, config, reference, n), child)
-            rounds += 1
-            matched = child.val_loss <= reference.val_loss
-            if matched or n + self.grow_by > config.n_layer or rounds == self.max_rounds:
-                break
-            n += self.grow_by
-        for baseline in self.baselines:
-            yield from BASELINES[baseline](Comparison(self, config, reference, n))
+        self.outcomes = []  # (reference, last child) of each seed
+        for seed in range(self.seeds):
+            c = Comparison(self, run, config, seed)
+            yield from self.algorithm_1(c)
+            for baseline in self.baselines:
+                yield from BASELINES[baseline](c)
+            tried = range(self.first_n(config), c.n + 1, self.grow_by)
+            for n in self.depths:
+                if n not in tried and n <= config.n_layer:
+                    yield replace(c, n=n).child()
 
-    def child(self, c, smaller):
-        """The round that trains a child of n layers: the first, or grown from the `smaller`."""
-        name, labels = f'{c.n}-layers', dict(child=c.n)
-        if smaller and self.regrow == 'continue':
-            folders = c.reference.folder, smaller.folder
-            origin = Origin('growth', (smaller.name,), dict(layers_of=c.reference.name))
-            model = lambda: inherit_next(*map(load, folders), c.n, self.parts)
-            return c.stage(name, parent=smaller, origin=origin, model=model, labels=labels)
-        origin = Origin('first layers', settings=dict(layers=c.n, parts=' '.join(self.parts)))
-        build = lambda reference: inherit(reference, c.n, self.parts)
-        return c.inherited(name, build, origin, labels=labels)
+    def algorithm_1(self, c):
+        """The reference, then children of n, n + 2, ... layers until one matches it."""
+        k = c.config.n_layer
+        c.reference = self.given_reference(c) or (yield c.trained_reference())
+        c.n = self.first_n(c.config)
+        child = yield c.child()  # lines 1 and 2
+        rounds = 1
+        while child.val_loss > c.reference.val_loss and c.n + self.grow_by <= k:  # line 3
+            if rounds == self.max_rounds:
+                break
+            c.n += self.grow_by
+            child = yield c.child(child)  # lines 4 and 5
+            rounds += 1
+        self.outcomes.append((c.reference, child))
+
+    def first_n(self, config):
+        """Layers of the first child. Raises UserError where half of them is not a number."""
+        k = config.n_layer
+        if self.n > k:
+            raise UserError(f'n={self.n}: the reference has {k} layers')
+        if not self.n and (k % 2 or k < 2):
+            raise UserError(f'half of {k} layers is not a whole number: say how many, --n={k // 2}')
+        return self.n or k // 2
+
+    def given_reference(self, c):
+        """The Result of the reference that was given, or None: a toy trains a small one instead."""
+        if not self.reference or c.run.toy:
+            return None
+        labels = dict(variant='reference', seed=c.seed)
+        return replace(given_reference(self.reference, c.run), labels=labels)
 
     def reference_config(self, run):
         """The reference's shape. Raises UserError for what cannot work, before training."""
@@ -393,31 +378,57 @@ class Inheritune:
         config = run.model_config(self.size, **changes)
         if self.reference and not run.toy and not run.dry_run:  # a plan takes it from `size`
             config = run.given_config(self.reference)
-        n = self.start_fraction * config.n_layer
-        if abs(n - round(n)) > 1e-6 or round(n) < 1:
-            fraction = f'start_fraction {self.start_fraction:g} of {config.n_layer} layers'
-            raise UserError(f'{fraction} is not a whole number of layers')
+        if run.toy:  # of as many layers as a toy has
+            self.n, self.depths = 0, self.depths[:1]
+        n = self.first_n(config)
         if 'half-width' in self.baselines:
             half_width_config(config)  # it complains where that is not defined
-        if 'stacking' in self.baselines and round(n) < 2:
+        if 'stacking' in self.baselines and n < 2:
             raise UserError('stacking needs a child of two layers: half of it is trained first')
         return config
 
     def summary(self, results):
-        """Whether the last child matches; every model's loss and cost beside the reference's."""
-        reference = results[0] if results[0].name == 'reference' else self.given
-        child = [r for r in results if 'child' in r.labels][-1]
-        records = []
-        for r in results:
-            record = {'model': r.name, 'N': r.n_params, 'val loss': r.val_loss}
-            record['against the reference'] = r.val_loss - reference.val_loss
-            record |= {'own FLOPs': r.flops, 'with all ancestors': r.total_flops}
-            records.append(record)
-        matched = child.val_loss <= reference.val_loss
-        verdict = 'matches the reference' if matched else 'does not match the reference'
-        saved = 1 - child.n_params / reference.n_params
-        losses = f'{child.val_loss:.4f} against {reference.val_loss:.4f}'
-        return [f'{child.name} {verdict} ({losses}), with {saved:.0%} fewer parameters', records]
+        """Whether the children match; the losses, paired by seed, and the costs; pictures."""
+        given = [reference for reference, _ in self.outcomes if reference not in results]
+        groups = by_label(given + results, 'variant')
+        child = self.outcomes[0][1].labels['variant']
+        records = compare_variants(given + results, 'reference')
+        for record, other in zip(records, compare_variants(given + results, child)):
+            record[f'against {child}'] = other.get(f'against {child}')
+            record['its 95% interval'] = other.get('95% interval')
+            runs = groups[record['variant']]
+            record['N'] = runs[0].n_params
+            record['own FLOPs'] = mean(r.flops for r in runs)
+            record['with all ancestors'] = mean(r.total_flops for r in runs)
+        blocks = [verdict(reference, child) for reference, child in self.outcomes]
+        blocks += [records, ('losses.png', loss_panels(groups))]
+        seen = observed_panels({name: groups[name] for name in ('reference', child)})
+        return [*blocks, ('lazy.png', seen)]
+
+
+def verdict(reference, child):
+    """Whether a child matches its reference, in words."""
+    matches = 'matches' if child.val_loss <= reference.val_loss else 'does not match'
+    saved = 1 - child.n_params / reference.n_params
+    losses = f'{child.val_loss:.4f} against {reference.val_loss:.4f}'
+    return f'{child.name} {matches} the reference ({losses}), with {saved:.0%} fewer parameters'
+
+
+def loss_panels(groups):
+    """Convergence (Figures 3 to 8), and what decides: loss against all that was spent."""
+    curves = Panel('training tokens', 'validation loss (nats per token)')
+    frontier = Panel('FLOPs with all ancestors', 'validation loss (nats per token)', log='x')
+    for i, (variant, runs) in enumerate(groups.items()):
+        color, style = f'C{i % 10}', '-' if i < 10 else '--'
+        losses = [r.val_loss for r in runs]
+        cost = [r.total_flops or math.nan for r in runs]  # unknown of a model from elsewhere
+        frontier.lines.append(Line(cost, losses, variant, 'o' if i < 10 else 's', color))
+        trained = [r for r in runs if has_metrics(r.folder)]
+        curve = mean_curve(trained)[1:] if trained else []
+        if len(curve) > 1:  # it was evaluated on the way
+            x = [share * trained[0].tokens for share, _ in curve]
+            curves.lines.append(Line(x, [loss for _, loss in curve], variant, style, color))
+    return [curves, frontier] if curves.lines else [frontier]
 
 
 def given_reference(name, run):
@@ -456,46 +467,7 @@ def reference_loss(name, run):
 
 
 # ----------------------------------------------------------------------------------------------
-# the command line: how attentive is each layer
-
-
-@dataclass
-class Attention:
-    """How attentive each layer of a model is, or with CHILD a smaller model of some of them."""
-
-    folder: str = ''  # model folder or hub name
-    child: str = ''  # folder to be made, of a model that inherits ...
-    layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
-    n: Natural = 0  # ... the first n
-    data: str = 'pydocs'  # prepared corpus; its validation split is used
-    data_dir: str = 'data'  # where prepared corpora are
-    samples: Annotated[int, Range(2)] = 100  # sequences
-    length: Annotated[int, Range(2)] = 100  # tokens in each
-    threshold: Fraction = 0.9  # share of the variance, and of the mass
-    full: bool = False  # full attention instead of causal, as in the paper's pictures
-    out: str = ''  # where attention.md and the pictures go; empty: out/attention/NAME
-    device: str = 'auto'  # cuda or cpu
-
-
-def layer_records(rank, mass, alone, above):
-    """Records of each layer: rank and mass over the samples, and the losses without it."""
-    records = []
-    for i, (r, m) in enumerate(zip(rank.double(), mass.double())):
-        record = {'layer': str(i + 1), 'rank k*': f'{r.mean():.1f}', 'sd of k*': f'{r.std():.1f}'}
-        record |= {'mass m*': f'{m.mean():.1f}', 'sd of m*': f'{m.std():.1f}'}
-        record |= {'loss without it': f'{alone[i]:.3f}', 'and all above': f'{above[i]:.3f}'}
-        records.append(record)
-    return records
-
-
-def depth_panel(values, name):
-    """A measure against depth, with its standard deviation over samples (Figure 1)."""
-    layers = list(range(1, len(values) + 1))
-    mean = values.double().mean(1).tolist()
-    sd = values.double().std(1).tolist()
-    return Panel(
-        'layer', f'{name}, maximum over heads', [Line(layers, mean, band=sd)], ylim=(0, None)
-    )
+# the command line: how attentive is each layer, and smaller models of some of them
 
 
 def write_child(options):
@@ -516,35 +488,9 @@ def main(argv):
     if not options.folder:
         raise UserError('missing argument; usage: inheritune.py FOLDER [CHILD --n=LAYERS]')
     if options.child:
-        return write_child(options)
-    device = choose_device(options.device)
-    model = load(options.folder, device).eval()
-    corpus = verify_corpus(options.data, options.data_dir)
-    check_vocabulary(corpus, model.config, options.folder)
-    if options.length > model.config.block_size:
-        longest = model.config.block_size
-        raise UserError(f'{options.folder} reads at most {longest} tokens, not {options.length}')
-    n_tokens = options.samples * options.length
-    found = validation_batches(corpus.val, options.length, 1, n_tokens, Share(device))
-    samples = torch.cat([x for x, _, _ in found])
-    rank, mass = analyse(model, samples, options.threshold, not options.full)
-    rank, mass = rank.cpu(), mass.cpu()
-    lazy = ', '.join(map(str, lazy_layers(rank))) or 'none'
-    text = table(layer_records(rank, mass, *losses_without(model, samples[:20])))
-    text += f'\n\nlazy layers (every head of rank one): {lazy}'
-    print(text)
-    out = Path(options.out or Path('out', 'attention', Path(options.folder).name))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / 'attention.md', text + '\n')
-    draw_panels([depth_panel(rank, 'rank k*'), depth_panel(mass, 'mass m*')], out / 'attention.png')
-    maps = list(attention_maps(model, samples[:3, :40], causal=not options.full))
-    images = []
-    for layer in sorted({round(i) for i in np.linspace(0, len(maps) - 1, 4)}):
-        head = int(attention_rank(maps[layer]).double().mean(0).argmax())  # the most attentive
-        root = maps[layer][:, head].mean(0).cpu().numpy() ** 0.5  # shows small weights too
-        images.append((f'layer {layer + 1}, head {head + 1}: root of the weight', root))
-    draw_images(images, out / 'attention_maps.png', 'key position', 'query position')
-    print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')
+        write_child(options)
+    else:
+        attention_command(options)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from engine.hugging_face import (
 )
 from engine.loss import fused_linear_cross_entropy
 from engine.rows import check_finite, check_numbers, read_tensors, write_tensors
-from engine.sizes import SIZES
+from engine.sizes import FAMILIES, SIZES
 from engine.tokenizer_files import write_tokenizer
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
@@ -108,18 +108,22 @@ class GPTConfig:
     def named(cls, name, **changes):
         """
         The configuration of a named size, with fields overridden by `changes`; or WIDTHxLAYERS,
-        a small Llama with heads of 16 (64x4). Raises UserError for an unknown name.
+        a small Llama with heads of 16 (64x4), or with gpt2- before it a small GPT-2 (gpt2-32x24).
+        Raises UserError for an unknown name.
         """
-        if match := re.fullmatch(r'(\d+)x(\d+)', name):
-            width, layers = int(match[1]), int(match[2])
+        if match := re.fullmatch(r'(gpt2-)?(\d+)x(\d+)', name):
+            width, layers = int(match[2]), int(match[3])
             if width % 16 or not width:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
             shape = dict(n_embd=width, n_layer=layers, n_head=width // 16)
-            shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
+            if match[1]:
+                shape |= FAMILIES['gpt2'] | dict(init_std=0.0)  # by the width: 0.02 at 1,000
+            else:
+                shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
         elif name in SIZES:
             shape = SIZES[name]
         else:
-            raise unknown('size', name, [*SIZES, 'WIDTHxLAYERS'])
+            raise unknown('size', name, [*SIZES, 'WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS'])
         return cls(**{**shape, **changes})
 
 

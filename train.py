@@ -49,6 +49,7 @@ from engine.report import plan_text, report
 from engine.stage import Origin, Result, Stage
 from engine.training import Training
 from expand import GrowthComparison, Progressive
+from extras.lazy_layers import LazyLayers
 from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
 from inheritune import Inheritune
@@ -62,7 +63,7 @@ Beta = Annotated[float, Range(0, 1 - 1e-9)]
 class Run:
     """General knobs, the same for every method."""
 
-    method: str = 'pretrain'  # or progressive, growth, inheritune, let, col, sweep, timeseries
+    method: str = 'pretrain'  # progressive, growth, inheritune, let, col, sweep, timeseries, ...
     out_dir: str = ''  # folder of the run; empty: out/ and the name of the config file or method
     # data
     data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
@@ -192,6 +193,7 @@ METHODS = {
     'progressive': Progressive,
     'growth': GrowthComparison,
     'inheritune': Inheritune,
+    'lazy_layers': LazyLayers,
     'let': LET,
     'timeseries': TimeSeries,
     'sweep': Sweep,
@@ -230,7 +232,8 @@ def train_to_the_end(training):
     """The loop over the steps of a stage."""
     knobs = training.knobs
     if knobs.eval_interval and training.step == 0:
-        training.log(dict(step=0, tokens=0, flops=0.0, val_loss=training.validate()))
+        line = dict(step=0, tokens=0, flops=0.0, val_loss=training.validate())
+        training.log(line | training.observe())
     while training.step < training.steps:
         rate = learning_rate(training.step, training.steps, knobs)
         for group in training.optimizer.param_groups:
@@ -246,6 +249,8 @@ def train_to_the_end(training):
             line = training.measure(rate)
             if evaluating:
                 line['val_loss'] = training.validate()
+            if evaluating or last:
+                line |= training.observe()
             if training.stage.score and (evaluating or last):
                 line['score'] = training.keep_best()
             training.log(line)

@@ -5,7 +5,7 @@
 method = 'inheritune'
 reference = 'openlm-research/open_llama_3b'
 size = 'openllama-3b'  # its shape, for --toy=True, which trains a small one in its place
-start_fraction = 0.5
+n = 13
 max_rounds = 1  # no growth (the recipe skips step 3)
 tokens = 8e9
 unique_tokens = 10**9

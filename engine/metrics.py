@@ -27,6 +27,11 @@ def append_metrics(path, line):
         file.write(json.dumps(line) + '\n')
 
 
+def has_metrics(folder):
+    """Whether a model was trained here."""
+    return (Path(folder) / 'metrics.jsonl').is_file()
+
+
 def read_metrics(folder):
     """The lines of a stage's metrics.jsonl, as dicts. Raises UserError for a damaged file."""
     path = Path(folder) / 'metrics.jsonl'

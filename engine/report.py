@@ -87,6 +87,19 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+# Student's t: 97.5% quantiles at 1, 2, ... degrees of freedom
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def interval(values):
+    """The 95% confidence interval of the mean of some numbers, None for fewer than two."""
+    if len(values) < 2:
+        return None
+    t = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
 def by_label(results, label):
     """{value of a label: its results}, in order of training."""
     groups = {}
@@ -99,7 +112,8 @@ def by_label(results, label):
 def compare_variants(results, baseline):
     """
     Records of the runs labelled variant and seed: the mean and standard deviation of each
-    variant's validation loss, and of its difference from the baseline's, paired by seed.
+    variant's validation loss, and the mean of its difference from the baseline's, paired by seed,
+    with its 95% confidence interval.
     """
     groups = by_label(results, 'variant')
     reference = {r.labels['seed']: r.val_loss for r in groups.get(baseline, [])}
@@ -112,7 +126,8 @@ def compare_variants(results, baseline):
         record['sd'] = spread(losses)
         if differences:
             record[f'against {baseline}'] = statistics.mean(differences)
-            record['sd of the difference'] = spread(differences)
+            found = interval(differences) if variant != baseline else None
+            record['95% interval'] = f'{found[0]:+.3f} to {found[1]:+.3f}' if found else None
         records.append(record)
     return records
 
@@ -289,7 +304,7 @@ def loss_panel(results):
 def render(blocks, folder=None):
     """
     Text of blocks, paragraphs apart: a text as it is, records as a table; (file, Panels) is drawn
-    into `folder` and linked.
+    into `folder` and linked, if there are any.
     """
     parts = []
     for block in blocks:
@@ -297,8 +312,9 @@ def render(blocks, folder=None):
             parts.append(block)
         elif isinstance(block, tuple):
             name, panels = block
-            draw_panels(panels, Path(folder) / name)
-            parts.append(f'![{Path(name).stem}]({name})')
+            if panels:
+                draw_panels(panels, Path(folder) / name)
+                parts.append(f'![{Path(name).stem}]({name})')
         elif block:
             parts.append(table(block))
     return '\n\n'.join(parts)

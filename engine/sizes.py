@@ -5,12 +5,12 @@ from pathlib import Path
 
 
 def read_sizes():
-    """{name: the fields of model.GPTConfig that it sets}."""
+    """({family: the fields of model.GPTConfig that it sets}, {size: its own and its family's})."""
     content = (Path(__file__).parent / 'sizes.toml').read_text(encoding='utf-8')
     tables, sizes = tomllib.loads(content), {}
     for name, fields in tables['size'].items():
         sizes[name] = tables['family'][fields.pop('family')] | fields
-    return sizes
+    return tables['family'], sizes
 
 
-SIZES = read_sizes()
+FAMILIES, SIZES = read_sizes()

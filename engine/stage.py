@@ -51,6 +51,7 @@ class Stage:
     tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
     score: Callable | None = None  # model -> float; the best model is kept; None: the last one
+    observe: Callable | None = None  # model -> {name: value}, logged at evaluations and the end
     baseline_flops: float = 0.0  # cost of training every model up to this one from scratch
     labels: dict = field(default_factory=dict)  # for the report: {'variant': 'let', 'seed': 0}
 

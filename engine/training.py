@@ -121,6 +121,8 @@ class Training:
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
         self.strategy = choose_strategy(knobs, stage.config, hardware)
+        if stage.observe and self.strategy == 'fsdp':
+            raise UserError(f'{stage.name}: a model in shards cannot be observed')
         self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
         model = stage.model() if stage.model and self.fresh else GPT(stage.config)
         self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
@@ -272,6 +274,15 @@ class Training:
                 f'removing {self.folder}'
             )
         return line
+
+    def observe(self):
+        """What the stage observes of its model, by one process; nothing if it observes nothing."""
+        if not (self.stage.observe and self.hardware.is_main):
+            return {}
+        self.raw_model.eval()
+        seen = self.stage.observe(self.raw_model)
+        self.raw_model.train()
+        return seen
 
     def log(self, line):
         """Append a line to metrics.jsonl, and show its losses on the bar."""

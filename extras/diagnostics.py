@@ -27,7 +27,7 @@ from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import read_json
-from engine.metrics import read_metrics
+from engine.metrics import has_metrics, read_metrics
 from engine.report import Line, Panel, draw_panels, table
 from model import load
 
@@ -186,7 +186,7 @@ def diagnose(folder, options):
     record = {'model': Path(folder).name, 'gradient norm': norm(gradient)}
     record['parameter norm'] = norm(parameters)
     record['largest eigenvalue'] = largest_eigenvalue(model, batches, options.iterations)
-    if (Path(folder) / 'metrics.jsonl').is_file():
+    if has_metrics(folder):
         curves = training_curves(folder)
         half = len(curves['grad_norm']) // 2
         record['variance of the loss curve'] = loss_variance(curves['loss'])
@@ -215,7 +215,7 @@ def diagnose_command(argv):
     if not folders:
         raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')
     print(table([diagnose(folder, options) for folder in folders]))
-    trained = [folder for folder in folders if (Path(folder) / 'metrics.jsonl').is_file()]
+    trained = [folder for folder in folders if has_metrics(folder)]
     if trained:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         draw_panels(norm_panels(trained), Path(options.out) / 'norms.png')

@@ -1,6 +1,5 @@
 """
-Inheritune: the measures on closed cases, what is inherited from where, and Algorithm 1's control
-flow.
+Inheritune: what is inherited from where, and Algorithm 1's control flow.
 """
 
 import dataclasses
@@ -22,91 +21,15 @@ from inheritune import (
     Comparison,
     Inheritune,
     alternate_layers,
-    analyse,
-    attention_maps,
-    attention_rank,
-    column_mass,
     given_reference,
     half_width,
     inherit,
     inherit_next,
-    lazy_layers,
-    losses_without,
+    most_attentive,
     stacked_layers,
 )
 from model import GPT, GPTConfig, load
 from train import Run, stages_of
-
-# ----------------------------------------------------------------------------------------------
-# measures
-
-
-@pytest.mark.parametrize(
-    'attention, rank, mass',
-    [
-        (torch.full((50, 50), 1 / 50), 1, 45),
-        (torch.eye(50), 45, 45),
-        (torch.cat((torch.ones(50, 1), torch.zeros(50, 49)), 1), 1, 1),
-        (torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])), 2, 2),
-    ],
-)  # (9 + 4) / 14 = 93%
-def test_rank_and_mass_of_closed_cases(attention, rank, mass):
-    assert attention_rank(attention).item() == rank and column_mass(attention).item() == mass
-
-
-def test_rank_against_singular_values_and_mass_against_a_loop():
-    a = torch.randn(3, 5, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    for threshold in (0.5, 0.9, 0.999):
-        ranks, masses = attention_rank(a, threshold), column_mass(a, threshold)
-        for i in range(3):
-            for j in range(5):
-                energy = torch.linalg.svdvals(a[i, j].double()).square()
-                assert ranks[i, j] == next(
-                    k for k in range(1, 21) if energy[:k].sum() >= threshold * energy.sum() - 1e-12
-                )
-                columns = a[i, j].double().square().sum(0).sort(descending=True).values
-                assert masses[i, j] == next(
-                    m
-                    for m in range(1, 21)
-                    if columns[:m].sum() >= threshold * columns.sum() - 1e-12
-                )
-
-
-def test_a_band_has_its_share_of_columns():
-    band = torch.eye(40) + torch.eye(40).roll(1, 1)
-    assert column_mass(band).item() == 36 and attention_rank(band).item() < 36
-
-
-@pytest.mark.parametrize('shape', SHAPES)
-def test_maps_are_those_the_model_uses(shape):
-    model, x = small(**SHAPES[shape]), tokens(2, 16)
-    maps = list(attention_maps(model, x))
-    assert len(maps) == 3 and all(a.shape == (2, 4, 16, 16) for a in maps)
-    for a in maps:
-        torch.testing.assert_close(a.sum(-1), torch.ones(2, 4, 16))
-        assert (a.triu(1) == 0).all()
-    block, h = (
-        model.blocks[0],
-        model.wte(x) if model.wpe is None else model.wte(x) + model.wpe.weight[:16],
-    )
-    h = block.norm1(h)
-    v = block.attn.v(h).view(2, 16, -1, 8 if shape != 'qwen3' else 12).transpose(1, 2)
-    mixed = maps[0].double() @ v.repeat_interleave(4 // v.shape[1], 1)
-    rope = None if model.wpe is not None else (model.cos[:16], model.sin[:16])
-    torch.testing.assert_close(
-        block.attn.o(mixed.transpose(1, 2).flatten(2)), block.attn(h, rope, None), atol=1e-6, rtol=0
-    )
-    assert (next(attention_maps(model, x, causal=False)).triu(1) > 0).any()
-
-
-def test_lazy_layers_are_found():
-    model = small()
-    with torch.no_grad():
-        model.blocks[2].attn.q.weight.zero_()  # every query the same: uniform rows
-    rank, mass = analyse(model, tokens(6, 20), causal=False, batch_size=4)
-    assert rank.shape == mass.shape == (3, 6) and (rank[2] == 1).all() and (mass[2] == 18).all()
-    assert lazy_layers(rank) == [3]
-
 
 # ----------------------------------------------------------------------------------------------
 # inheriting
@@ -282,17 +205,22 @@ def test_baselines_have_the_papers_budgets():
     )
 
 
-def test_baselines_start_from_the_layers_they_name(tmp_path):
+def test_baselines_start_from_the_layers_they_name(data_dir, tmp_path):
     reference = small(n_layer=8, vocab_size=257, block_size=128)
+    with torch.no_grad():
+        for layer in (1, 4, 5, 7):
+            reference.blocks[layer].attn.q.weight.zero_()  # uniform heads: the lowest ranks
     reference.save(tmp_path / 'reference')
     small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
     given, found = Result.given('reference', tmp_path / 'reference'), {}
-    compared = Comparison(Inheritune(), reference.config, given, 4)
-    for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
+    run = Run(block_size=128, data_dir=str(data_dir))
+    compared = Comparison(Inheritune(), run, reference.config, 0, given, 4)
+    for name in ('last-layers', 'attentive-layers', 'hybrid-stacking', 'distilbert'):
         model = next(BASELINES[name](compared)).model()
         found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
     expected = {
         'last-layers': (4, 5, 6, 7),
+        'attentive-layers': (0, 2, 3, 6),
         'hybrid-stacking': (0, 1, 0, 1),
         'distilbert': (0, 2, 4, 6),
     }
@@ -311,7 +239,8 @@ def test_baselines_start_from_the_layers_they_name(tmp_path):
 @pytest.mark.parametrize(
     'knobs, words',
     [
-        (dict(size='64x5'), 'not a whole number of layers'),
+        (dict(size='64x5'), 'half of 5 layers is not a whole number: say how many, --n=2'),
+        (dict(n=9), 'n=9: the reference has 8 layers'),
         (dict(reference='nowhere'), 'nowhere is not a folder'),
     ],
 )
@@ -408,18 +337,6 @@ def test_a_child_is_made_from_the_command_line(tmp_path):
         assert (child / 'tokenizer.json').is_file()
 
 
-def test_what_a_layer_is_worth_is_the_loss_of_the_model_without_it():
-    model, x = small(), tokens(3, 20)
-    alone, above = losses_without(model, x)
-    for layer in range(3):
-        kept = [i for i in range(3) if i != layer]
-        child = inherit(model, 2, layers=kept)
-        assert alone[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
-        if layer:
-            child = inherit(model, layer)
-            assert above[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
-
-
 def test_the_loss_to_match_is_measured_as_the_childrens_is(data_dir, tmp_path, monkeypatch):
     """Not the one in its result.json, of whatever context and data it had; and only once."""
     knobs = ['--size=16x2', '--tokens=512', f'--data_dir={data_dir}']
@@ -471,3 +388,75 @@ def test_shapes_without_a_baseline_are_refused_before_anything_is_trained():
     with pytest.raises(UserError, match='half the width of 1 heads'):
         planned([1.0], size='16x2', baselines=('half-width',))
     assert alternate_layers(2, 2) == [0, 0] and alternate_layers(24, 16)[-4:] == [18, 19, 20, 21]
+
+
+def test_every_seed_has_a_reference_and_baselines_of_its_own():
+    stages, blocks = planned(
+        [1.5, 1.7, 1.4, 1.6, 1.5, 1.3, 1.6], max_rounds=1, baselines=('random',), seeds=2
+    )
+    assert [(s.name, s.knobs['seed']) for s in stages] == [
+        ('reference', 1337),
+        ('4-layers', 1337),
+        ('random-4', 1337),
+        ('reference-s1', 1338),
+        ('4-layers-s1', 1338),
+        ('random-4-s1', 1338),
+    ]
+    assert stages[4].parent.name == 'reference-s1'
+    assert 'does not match' in blocks[0] and '4-layers-s1 matches' in blocks[1]
+    records = {record['variant']: record for record in blocks[2]}
+    assert records['4-layers']['against reference'] == pytest.approx((0.2 - 0.1) / 2)
+    assert records['random-4']['against 4-layers'] == pytest.approx((-0.3 - 0.2) / 2)
+    assert records['random-4']['its 95% interval'] == '-0.885 to +0.385'
+    assert records['4-layers']['with all ancestors'] == pytest.approx(
+        sum(6 * s.params * s.tokens for s in stages[:2])
+    )
+
+
+def test_children_of_other_depths_are_trained_whether_one_matched_or_not():
+    stages, _ = planned([1.5, 1.4], n=3, depths=(2, 3, 6))
+    assert [s.name for s in stages] == ['reference', '3-layers', '2-layers', '6-layers']
+    stages, _ = planned([1.5, 1.7, 1.7, 1.4], depths=(2, 6, 7))  # 6 was a round
+    assert [s.config.n_layer for s in stages] == [8, 4, 6, 8, 2, 7]
+
+
+def test_sub_modules_are_inherited_alone_and_in_pairs(data_dir, tmp_path):
+    """Table 3: the parts that are named, and no other."""
+    torch.manual_seed(0)
+    reference = small(n_layer=4, init_std=0.1)
+    with torch.no_grad():
+        for block in reference.blocks:
+            block.norm1.weight.fill_(2.0)
+    reference.save(tmp_path / 'reference')
+    given = Result.given('reference', tmp_path / 'reference')
+    compared = Comparison(Inheritune(), Run(), reference.config, 0, given, 2)
+    found = {}
+    for stage in BASELINES['sub-modules'](compared):
+        block, old = stage.model().blocks[1], reference.blocks[1]
+        pairs = dict(attention=(block.attn.q, old.attn.q), mlp=(block.mlp.up, old.mlp.up))
+        pairs['norms'] = block.norm1, old.norm1
+        kept = [name for name, (ours, theirs) in pairs.items() if ours.weight.equal(theirs.weight)]
+        found[stage.name] = kept
+    names = ('attention', 'mlp', 'norms', 'attention+mlp', 'attention+norms', 'mlp+norms')
+    assert found == {f'{name}-2': name.split('+') for name in names}
+
+
+def test_the_most_attentive_layers_keep_their_order():
+    model = small(n_layer=5)
+    with torch.no_grad():
+        model.blocks[1].attn.q.weight.zero_()
+        model.blocks[3].attn.q.weight.zero_()
+    assert most_attentive(model, tokens(4, 24), 3) == [0, 2, 4]
+
+
+def test_a_run_with_seeds_reports_losses_costs_and_lazy_heads(data_dir, tmp_path):
+    knobs = ['config/inheritune_tiny.py', '--toy=True', f'--data_dir={data_dir}']
+    knobs += ['--seeds=2', '--eval_interval=2', '--baselines=random,half-width', '--depths=2']
+    train.main([*knobs, f'--out_dir={tmp_path}/run'])
+    report = (tmp_path / 'run' / 'report.md').read_text()
+    assert 'against 5-layers' in report and 'its 95% interval' in report
+    for picture in ('losses.png', 'lazy.png'):
+        assert (tmp_path / 'run' / picture).stat().st_size > 1000 and picture in report
+    lines = (tmp_path / 'run' / '5-layers' / 'metrics.jsonl').read_text()
+    assert '"attention"' in lines and '"moved"' not in lines  # it did not begin at random
+    assert '"moved"' in (tmp_path / 'run' / 'random-5-s1' / 'metrics.jsonl').read_text()

@@ -13,6 +13,7 @@ from engine.report import (
     format_cell,
     format_count,
     format_si,
+    interval,
     lead_begins,
     report,
     result_records,
@@ -134,11 +135,19 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
     random, aki = compare_variants(results, 'random')
     assert aki['val loss'] == pytest.approx(1.65) and aki['seeds'] == 2
     assert aki['against random'] == pytest.approx(-0.45)
-    assert aki['sd of the difference'] == pytest.approx(0.05 * 2**0.5)
+    half = 12.706 * 0.05  # Student's t with one degree of freedom, and the standard error
+    assert aki['95% interval'] == f'{-0.45 - half:+.3f} to {-0.45 + half:+.3f}'
+    assert random['95% interval'] is None
     assert (
         random['against random'] == 0
         and 'against random' not in compare_variants(results, 'baseline')[0]
     )
+
+
+def test_an_interval_is_students():
+    assert interval([1.0]) is None
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (low, high) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-3)
 
 
 def test_a_stage_is_described_by_its_fields():

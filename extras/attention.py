@@ -1,0 +1,386 @@
+"""
+How attentive the layers of a model are, and three ways in which one can be lazy.
+
+Paper: Sanyal et al., Inheritune, section 2. Of a head's attention matrix A (T, T):
+
+    rank k* = the fewest singular values with 90% of sum sigma^2
+    mass m* = the fewest columns with 90% of |A|_F^2
+
+A layer's value is the maximum over its heads. Where its rank is one, every head has collapsed to
+rank one: the layer is lazy. That rule sees one way to be lazy, and depends on the mask: uniform
+attention has rank 1 over all positions, but 5 over 100 causal ones. So three more measures, of
+causal attention and not the paper's, tell apart what a head may have become:
+
+    sink      the weight on the first token               a head that attends to nothing else
+    evenness  entropy of a row / log of its positions     a head that attends to everything alike
+    moved     total variation from the same head's map    a head that never left initialisation
+              before training
+
+    python inheritune.py out/progressive_tiny/64x4
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import Count, Fraction, Natural, Range
+from data.corpus import check_vocabulary, open_corpus, verify_corpus
+from data.loader import Share, validation_batches
+from engine.checkpoint import read_identity
+from engine.device import choose_device
+from engine.errors import UserError
+from engine.files import write_atomically
+from engine.metrics import has_metrics, read_metrics
+from engine.report import Line, Panel, draw_images, draw_panels, table
+from model import GPT, load
+
+# ----------------------------------------------------------------------------------------------
+# measures of an attention matrix
+
+
+def fewest(shares, threshold):
+    """How many of the largest of the last dimension's shares hold `threshold` of their sum."""
+    cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
+    enough = (threshold - 1e-7) * cumulative[..., -1:]  # less what rounding may have taken
+    return (cumulative < enough).sum(-1) + 1
+
+
+def attention_rank(attention, threshold=0.9):
+    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> (...)."""
+    attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
+    squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
+    return fewest(squares.clamp(min=0), threshold)
+
+
+def column_mass(attention, threshold=0.9):
+    """m*: the fewest columns with `threshold` of |A|_F^2; (..., T, T) -> int64 (...)."""
+    return fewest(attention.double().square().sum(-2), threshold)
+
+
+def sink(attention):
+    """The weight on the first token, mean over the later positions; (..., T, T) -> (...)."""
+    return attention[..., 1:, 0].mean(-1)
+
+
+def evenness(attention):
+    """
+    Entropy of each row of causal attention as a share of log t, the most that t positions allow:
+    the mean over rows from the second on; (..., T, T) -> (...).
+    """
+    positions = torch.arange(2, attention.shape[-1] + 1, device=attention.device)
+    entropy = torch.special.entr(attention).sum(-1)[..., 1:]
+    return (entropy / positions.log()).mean(-1)
+
+
+def moved(attention, initial):
+    """Total variation between the rows of two maps, the mean over rows from the second on."""
+    return (attention - initial).abs().sum(-1)[..., 1:].mean(-1) / 2
+
+
+# ----------------------------------------------------------------------------------------------
+# measures of a model
+
+
+@torch.no_grad()
+def attention_maps(model, idx, causal=True):
+    """
+    Yield each layer's attention weights (B, H, T, T), float32. causal=False: as if every position
+    saw all others, as the paper draws them (Figure 2); the hidden states stay causal.
+    """
+    config, T = model.config, idx.shape[1]
+    x, rope = model.wte(idx), model.rope(0, T)
+    if model.wpe is not None:
+        x = x + model.wpe.weight[:T]
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    for block in model.blocks:
+        q, k = block.attn.queries_and_keys(block.norm1(x), rope)
+        k = k.repeat_interleave(config.n_head // config.n_kv_head, 1)
+        logits = q @ k.transpose(-1, -2) * block.attn.scale
+        if causal:
+            logits = logits.masked_fill(future, -torch.inf)
+        yield logits.float().softmax(-1)
+        x = block(x, rope, None)
+
+
+def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
+    """
+    (rank, mass), each int64 (layers, n, H), of every head for samples (n, T) int64; the paper
+    takes n = T = 100.
+    """
+    ranks, masses = [], []
+    few = len(samples) <= batch_size
+    for x in tqdm(samples.split(batch_size), desc='attention', leave=False, disable=few):
+        maps = list(attention_maps(model, x, causal))
+        ranks.append(torch.stack([attention_rank(a, threshold) for a in maps]))
+        masses.append(torch.stack([column_mass(a, threshold) for a in maps]))
+    return torch.cat(ranks, 1), torch.cat(masses, 1)
+
+
+def head_habits(model, samples, initial=None, batch_size=10):
+    """
+    {'sink', 'evenness' and, with the model as it was initialised, 'moved': float64 (layers, H)},
+    the means over samples (n, T) int64.
+    """
+    habits = {}
+    for x in samples.split(batch_size):
+        before = attention_maps(initial, x) if initial else [None] * model.config.n_layer
+        for layer, (a, b) in enumerate(zip(attention_maps(model, x), before)):
+            found = dict(sink=sink(a), evenness=evenness(a))
+            if initial:
+                found['moved'] = moved(a, b)
+            for name, values in found.items():
+                shape = model.config.n_layer, model.config.n_head
+                sums = habits.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+                sums[layer] += values.double().sum(0).cpu() / len(samples)
+    return habits
+
+
+SINK, EVEN, UNMOVED = 0.5, 0.95, 0.1  # where a kind begins; the limits are ours
+
+
+def kinds_of_laziness(habits):
+    """
+    {kind: bool (layers, H)} of head_habits: a sink puts half of its weight on the first token, a
+    uniform head has 95% of the largest entropy, and one that is as initialised has less than a
+    tenth of its weight elsewhere than before training. A head can be of two kinds.
+    """
+    kinds = {'sink': habits['sink'] >= SINK, 'uniform': habits['evenness'] >= EVEN}
+    if 'moved' in habits:
+        kinds['as initialised'] = habits['moved'] < UNMOVED
+    return kinds
+
+
+def lazy_layers(rank):
+    """
+    The layers, from 1, whose heads all have rank one, by the mean over samples of the largest
+    (< 1.5); rank (layers, n, H).
+    """
+    largest = rank.amax(-1).double().mean(1)
+    return (torch.nonzero(largest < 1.5).flatten() + 1).tolist()
+
+
+@torch.no_grad()
+def losses_without(model, idx):
+    """
+    What each layer is worth: the losses in nats per token of idx (B, T), two lists by layer,
+    without that layer alone, and without it and all above. No paper's: the test of the measures.
+    """
+    x, y = idx[:, :-1], idx[:, 1:]
+    rope = model.rope(0, x.shape[1])
+
+    def loss(stream):
+        logits = F.linear(model.norm(stream), model.head_weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
+
+    alone, above = [], []
+    for layer in tqdm(range(model.config.n_layer), desc='layers left out', leave=False):
+        stream, _ = model.residual_stream(x, layers=layer)
+        above.append(loss(stream))
+        for block in model.blocks[layer + 1 :]:
+            stream = block(stream, rope, None)
+        alone.append(loss(stream))
+    return alone, above
+
+
+def query_key_gradients(model, x, y):
+    """
+    |dL/dW_Q| and |dL/dW_K| of the mean cross entropy on (x, y), two lists by layer (Appendix A:
+    vanishing where attention degenerates).
+    """
+    attentions = [block.attn for block in model.blocks]
+    weights = [a.q.weight for a in attentions] + [a.k.weight for a in attentions]
+    norms = [g.norm().item() for g in torch.autograd.grad(model(x, y).loss, weights)]
+    return norms[: len(attentions)], norms[len(attentions) :]
+
+
+# ----------------------------------------------------------------------------------------------
+# how many layers to inherit, said before anything is trained
+
+
+def predict_n(kinds, above, loss):
+    """
+    {rule: n}, two guesses of the n that Algorithm 1 searches for. 'attentive': the layers up to
+    the last that has a head of no lazy kind. 'truncated': the fewest first layers that keep 90%
+    of what all layers gain over none; above: the losses without layer i and all above, in nats.
+    """
+    busy = ~torch.stack(list(kinds.values())).any(0)
+    attentive = torch.nonzero(busy.any(-1)).flatten()
+    limit = loss + 0.1 * (above[0] - loss)
+    kept = [*above, loss]  # by the number of first layers that are kept
+    truncated = next(n for n, value in enumerate(kept) if value <= max(limit, loss))
+    return dict(attentive=int(attentive.max()) + 1 if len(attentive) else 0, truncated=truncated)
+
+
+# ----------------------------------------------------------------------------------------------
+# over training
+
+
+def initial_model(config, seed):
+    """The model that a stage begins with which starts from nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT(config)
+
+
+def observe_attention(samples, seed=None):
+    """
+    A function for Stage.observe: what the heads do on samples (n, T+1) int64, lists by layer of
+    lists by head, and the norms of the gradients of W_Q and W_K, lists by layer. seed: of the
+    initialisation, where the stage starts from nothing: how far each head has moved is seen too.
+    """
+
+    def observe(model):
+        tokens = samples.to(model.wte.weight.device)
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        rank, mass = analyse(model, x)
+        seen = dict(rank=rank.double().mean(1), mass=mass.double().mean(1))
+        initial = None if seed is None else initial_model(model.config, seed).to(x.device)
+        seen |= head_habits(model, x, initial)
+        seen = {name: values.cpu().numpy().round(4).tolist() for name, values in seen.items()}
+        queries, keys = query_key_gradients(model, x, y)
+        return dict(attention=seen | dict(gradient_q=queries, gradient_k=keys))
+
+    return observe
+
+
+def observed(result):
+    """[(step, {measure: array by layer})] that a stage logged about its attention."""
+    found = []
+    for line in read_metrics(result.folder) if has_metrics(result.folder) else ():
+        if 'attention' in line:
+            arrays = {name: np.array(values) for name, values in line['attention'].items()}
+            found.append((line['step'], arrays))
+    return found
+
+
+def observed_panels(groups):
+    """
+    Panels of what {variant: results} observed, means over seeds: rank by layer at the start and
+    the end (Figure 9), uniform heads over training, gradients of queries; [] if nothing was.
+    """
+    ranks = Panel('layer', 'rank k*, maximum over heads', ylim=(0, None))
+    uniform = Panel('step', 'share of the heads that are uniform', ylim=(0, 1))
+    gradients = Panel('layer', 'gradient norm of W_Q', log='y')
+    for i, (variant, results) in enumerate(groups.items()):
+        runs = [seen for seen in map(observed, results) if seen]
+        if not runs:
+            continue
+        layers = list(range(1, len(runs[0][0][1]['rank']) + 1))
+        for place, when, style in ((0, 'before', ':'), (-1, 'after', '-')):
+            rank = np.mean([seen[place][1]['rank'].max(1) for seen in runs], 0).tolist()
+            name = f'{variant}, {when} training'
+            ranks.lines.append(Line(layers, rank, name, style, f'C{i}'))
+        steps = [step for step, _ in runs[0]]
+        shares = [[(now['evenness'] >= EVEN).mean() for _, now in seen] for seen in runs]
+        uniform.lines.append(Line(steps, np.mean(shares, 0).tolist(), variant))
+        norms = np.mean([seen[-1][1]['gradient_q'] for seen in runs], 0).tolist()
+        gradients.lines.append(Line(layers, norms, variant))
+    return [ranks, uniform, gradients] if ranks.lines else []
+
+
+def validation_samples(corpus, data_dir, n, length):
+    """n sequences (n, length + 1) int64 of a corpus' validation split, evenly spaced."""
+    tokens = open_corpus(corpus, data_dir).val
+    found = validation_batches(tokens, length, 1, n * length, Share())
+    return torch.cat([torch.cat((x, y[:, -1:]), 1) for x, y, _ in found])
+
+
+# ----------------------------------------------------------------------------------------------
+# the command: inheritune.py FOLDER
+
+
+@dataclass
+class Attention:
+    """How attentive each layer of a model is, or with CHILD a smaller model of some of them."""
+
+    folder: str = ''  # model folder or hub name
+    child: str = ''  # folder to be made, of a model that inherits ...
+    layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
+    n: Natural = 0  # ... the first n
+    data: str = 'pydocs'  # prepared corpus; its validation split is used
+    data_dir: str = 'data'  # where prepared corpora are
+    samples: Annotated[int, Range(2)] = 100  # sequences
+    length: Annotated[int, Range(2)] = 100  # tokens in each
+    threshold: Fraction = 0.9  # share of the variance, and of the mass
+    full: bool = False  # full attention instead of causal, as in the paper's pictures
+    out: str = ''  # where attention.md and the pictures go; empty: out/attention/NAME
+    device: str = 'auto'  # cuda or cpu
+
+
+def model_at_start(folder, config):
+    """The model that a stage trained here began with, if it began at random; else None."""
+    identity = read_identity(folder) or {}
+    if (identity.get('origin') or {}).get('kind') != 'random':
+        return None
+    return initial_model(config, identity['seed'])
+
+
+def layer_records(rank, mass, kinds, alone, above):
+    """Records of each layer: rank and mass, the lazy heads by kind, and the losses without it."""
+    records = []
+    rank, mass = rank.amax(-1).double(), mass.amax(-1).double()  # over heads
+    for i, (r, m) in enumerate(zip(rank, mass)):
+        record = {'layer': str(i + 1), 'rank k*': f'{r.mean():.1f}', 'sd of k*': f'{r.std():.1f}'}
+        record |= {'mass m*': f'{m.mean():.1f}', 'sd of m*': f'{m.std():.1f}'}
+        for kind, heads in kinds.items():
+            record[kind] = f'{int(heads[i].sum())}/{heads.shape[1]}'
+        record |= {'loss without it': f'{alone[i]:.3f}', 'and all above': f'{above[i]:.3f}'}
+        records.append(record)
+    return records
+
+
+def depth_panel(values, name):
+    """A measure (layers, n, H) against depth, with its standard deviation over samples."""
+    largest = values.amax(-1).double()
+    layers = list(range(1, len(values) + 1))
+    line = Line(layers, largest.mean(1).tolist(), band=largest.std(1).tolist())
+    return Panel('layer', f'{name}, maximum over heads', [line], ylim=(0, None))
+
+
+def draw_attention(model, rank, mass, samples, options):
+    """attention.png, rank and mass by layer (Figure 1), and attention_maps.png (Figure 2)."""
+    out, causal = Path(options.out), not options.full
+    draw_panels([depth_panel(rank, 'rank k*'), depth_panel(mass, 'mass m*')], out / 'attention.png')
+    maps = list(attention_maps(model, samples[:3, :40], causal))
+    images = []
+    for layer in sorted({round(i) for i in np.linspace(0, len(maps) - 1, 4)}):
+        head = int(attention_rank(maps[layer]).double().mean(0).argmax())  # the most attentive
+        root = maps[layer][:, head].mean(0).cpu().numpy() ** 0.5  # shows small weights too
+        images.append((f'layer {layer + 1}, head {head + 1}: root of the weight', root))
+    draw_images(images, out / 'attention_maps.png', 'key position', 'query position')
+
+
+def attention_command(options):
+    """Print and draw how attentive each layer of a model is. Raises UserError."""
+    device = choose_device(options.device)
+    model = load(options.folder, device).eval()
+    check_vocabulary(verify_corpus(options.data, options.data_dir), model.config, options.folder)
+    if options.length > model.config.block_size:
+        longest = model.config.block_size
+        raise UserError(f'{options.folder} reads at most {longest} tokens, not {options.length}')
+    size = options.samples, options.length
+    samples = validation_samples(options.data, options.data_dir, *size).to(device)
+    x, y = samples[:, :-1], samples[:, 1:]
+    rank, mass = analyse(model, x, options.threshold, not options.full)
+    initial = model_at_start(options.folder, model.config)
+    kinds = kinds_of_laziness(head_habits(model, x[:20], initial and initial.to(device)))
+    alone, above = losses_without(model, samples[:20])
+    with torch.no_grad():
+        loss = model(x[:20], y[:20]).loss.item()
+    lazy = ', '.join(map(str, lazy_layers(rank.cpu()))) or 'none'
+    text = table(layer_records(rank.cpu(), mass.cpu(), kinds, alone, above))
+    text += f'\n\nlazy layers (every head of rank one): {lazy}'
+    guesses = [f'{n} by {rule}' for rule, n in predict_n(kinds, above, loss).items()]
+    text += f'\nlayers worth inheriting, of {len(rank)}: {", ".join(guesses)}'
+    print(text)
+    options.out = options.out or str(Path('out', 'attention', Path(options.folder).name))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / 'attention.md', text + '\n')
+    draw_attention(model, rank, mass, samples, options)
+    print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')
