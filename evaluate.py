@@ -6,9 +6,11 @@ downstream tasks.
     python evaluate.py out/a/64x4 out/b/64x4 --data=pycode --kl_examples=1000
     python evaluate.py out/progressive_8b --data=wikitext --stride=512 \\
                        --tasks=lambada_openai,arc_easy,hellaswag
+    python evaluate.py out/progressive_8b config/tasks_inheritune_table4.py
 """
 
 import difflib
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,12 @@ def run_tasks(folder, options, device, limit=None):
     model, whose folder holds its tokenizer. Raises UserError if the harness is not installed, has
     no such task, or cannot open the model or reach the tasks' data.
     """
+    examples = {}  # {number of examples in the prompt: tasks}
+    for text in options.tasks:
+        task, _, number = text.partition(':')
+        if number and not number.isdecimal():
+            raise UserError(f'--tasks={text}: write TASK or TASK:EXAMPLES, as mmlu:5')
+        examples.setdefault(int(number or options.num_fewshot), []).append(task)
     lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -100,7 +108,7 @@ def run_tasks(folder, options, device, limit=None):
     if own is None:
         reach_hub('the data of the tasks')
     manager = TaskManager(include_path=own, include_defaults=own is None)
-    for task in options.tasks:
+    for task in itertools.chain(*examples.values()):
         if task not in manager.all_tasks:
             close = difflib.get_close_matches(task, manager.all_tasks)
             raise unknown('task', task, close or manager.all_tasks[:20])
@@ -110,10 +118,11 @@ def run_tasks(folder, options, device, limit=None):
         model = HFLM(str(model_folder(folder)), **how)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'the harness cannot open {folder}: {first_line(error)}') from error
-    how = dict(num_fewshot=options.num_fewshot, task_manager=manager, limit=limit)
+    how, found = dict(bootstrap_iters=0, task_manager=manager, limit=limit), {}
     try:
-        tasks = list(options.tasks)
-        found = lm_eval.simple_evaluate(model, tasks=tasks, bootstrap_iters=0, **how)['results']
+        for number, tasks in examples.items():
+            outcome = lm_eval.simple_evaluate(model, tasks=tasks, num_fewshot=number, **how)
+            found |= outcome['results']
     except OSError as error:
         reason = type(error).__name__
         raise UserError(f'the data of the tasks cannot be reached ({reason})') from error
@@ -138,8 +147,8 @@ class Evaluation:
     block_size: Natural = 0  # tokens of context; 0: what the models were trained with
     stride: Natural = 0  # also through a window moving by so many tokens (WikiText); 0: no
     kl_examples: Natural = 256  # sequences for KL and agreement (the paper: 10000); 0: none
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: lambada_openai,arc_easy,...
-    num_fewshot: Natural = 0  # examples in a task's prompt
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: lambada_openai,arc_easy,mmlu:5,...
+    num_fewshot: Natural = 0  # examples in a task's prompt, unless it says so itself: mmlu:5
     task_folder: str = ''  # folder of task files of your own, instead of the harness' tasks
     tokenizer: str = ''  # folder of another one for the tasks; empty: the models'
     out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
@@ -224,9 +233,9 @@ def evaluation_tables(outcome):
 
 
 def main(argv):
-    """Command line: folders, then knobs. A run's own report is printed first."""
-    folders = [arg for arg in argv if not arg.startswith('-')]
-    knobs = [arg for arg in argv if arg.startswith('-')]
+    """Command line: folders, config files and knobs. A run's own report is printed first."""
+    knobs = [arg for arg in argv if arg.startswith('-') or arg.endswith('.py')]
+    folders = [arg for arg in argv if arg not in knobs]
     options, _, _ = configure(knobs, Evaluation, program='evaluate.py FOLDER ...')
     for folder in folders:
         if any(Path(folder).glob('*/result.json')):

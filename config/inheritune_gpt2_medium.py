@@ -18,9 +18,12 @@ baselines = (
     'distilbert',
 )
 
+observe_attention = True  # Figures 1 and 9, over training
+
 data = 'openwebtext'
 order = 'random'  # drawn with replacement (section 4)
 block_size = 1024
+eval_interval = 1000  # steps, for the curves of Figures 3 to 8
 batch_tokens = 48 * 1024  # "50K tokens"
 learning_rate = 3e-4
 warmup = 2000

@@ -121,8 +121,6 @@ class Training:
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
         self.strategy = choose_strategy(knobs, stage.config, hardware)
-        if stage.observe and self.strategy == 'fsdp':
-            raise UserError(f'{stage.name}: a model in shards cannot be observed')
         self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
         model = stage.model() if stage.model and self.fresh else GPT(stage.config)
         self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
@@ -206,6 +204,8 @@ class Training:
             details.append(f'from step {self.step:,}')
         if hardware.world_size > 1:
             details.append(f'{self.strategy} on {hardware.world_size} processes')
+        if self.stage.observe and self.strategy == 'fsdp':
+            details.append('not observed, as it is in shards')
         if hardware.device.type == 'cuda':
             details.append(f'attention: {attention_kernel(self.stage.config, hardware)}')
         if self.changes:
@@ -276,8 +276,8 @@ class Training:
         return line
 
     def observe(self):
-        """What the stage observes of its model, by one process; nothing if it observes nothing."""
-        if not (self.stage.observe and self.hardware.is_main):
+        """What the stage observes of its model, on one process; nothing of a model in shards."""
+        if not self.stage.observe or self.strategy == 'fsdp' or not self.hardware.is_main:
             return {}
         self.raw_model.eval()
         seen = self.stage.observe(self.raw_model)

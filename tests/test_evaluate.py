@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, train_tokenizer
+from conftest import ROOT, run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
+from configurator import configure
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.stage import Result
@@ -163,8 +164,15 @@ output_type: {kind}
 """
 
 
-def test_downstream_tasks_run_through_the_harness(tmp_path):
-    pytest.importorskip('lm_eval')
+def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
+    lm_eval = pytest.importorskip('lm_eval')
+    real, asked = lm_eval.simple_evaluate, []
+
+    def spy(model, **how):
+        asked.append((how['tasks'], how['num_fewshot']))
+        return real(model, **how)
+
+    monkeypatch.setattr(lm_eval, 'simple_evaluate', spy)
     (tmp_path / 'data.jsonl').write_text(
         ''.join(
             json.dumps(
@@ -203,14 +211,27 @@ def test_downstream_tasks_run_through_the_harness(tmp_path):
     folder = tmp_path / 'model'
     GPT(GPTConfig.named('16x1', vocab_size=257, block_size=64)).save(folder, 'bytes')
     for fewshot in (0, 1):
-        tasks = ('choose', 'write') if fewshot else ('choose', 'roll', 'write')
-        options = Evaluation(tasks=tasks, num_fewshot=fewshot, task_folder=str(tmp_path))
+        tasks = ('choose:1', 'write') if fewshot else ('choose', 'roll', 'write')
+        options = Evaluation(tasks=tasks, task_folder=str(tmp_path))
         outcome = run_tasks(folder, options, 'cpu')
         assert 0 <= outcome['choose']['acc'] <= 1 and outcome['write']['exact_match'] == 0
         if not fewshot:  # a model that knows nothing finds every byte as likely: 256 of them
             assert 150 < outcome['roll']['byte_perplexity'] < 600
+    assert asked == [(['choose', 'roll', 'write'], 0), (['choose'], 1), (['write'], 0)]
+    with pytest.raises(UserError, match='write TASK or TASK:EXAMPLES, as mmlu:5'):
+        run_tasks(folder, Evaluation(tasks=('choose:all',), task_folder=str(tmp_path)), 'cpu')
     with pytest.raises(UserError, match='no task .chose.'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
+
+
+@pytest.mark.parametrize('preset', sorted((ROOT / 'config').glob('tasks_*.py')), ids=str)
+def test_presets_of_tasks_name_tasks_of_the_harness(preset):
+    pytest.importorskip('lm_eval')
+    from lm_eval.tasks import TaskManager
+
+    options, _, _ = configure([str(preset)], Evaluation)
+    tasks = {task.partition(':')[0] for task in options.tasks}
+    assert tasks and tasks <= set(TaskManager().all_tasks)
 
 
 @pytest.mark.parametrize('shape', SHAPES)

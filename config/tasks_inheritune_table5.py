@@ -1,0 +1,14 @@
+# Inheritune (Sanyal et al.), Table 5: nine tasks without examples, MMLU with five.
+#   python evaluate.py FOLDER ... config/tasks_inheritune_table5.py
+tasks = (
+    'wsc273',  # Winograd
+    'piqa',
+    'boolq',
+    'winogrande',
+    'logiqa',
+    'mmlu:5',
+    'wnli',
+    'qnli',
+    'mnli',
+    'truthfulqa_mc2',
+)
