@@ -66,11 +66,13 @@ def part_of(name):
     return 'mlp' if '.mlp.' in name else 'norms'
 
 
-def inherit(reference, n_layer, parts=PARTS, layers=None):
+def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     """
     A model of n_layer layers of the reference, the first ones unless `layers` lists others, with
     its embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
-    at random (Table 3). Raises UserError for layers that do not exist, or an unknown part.
+    at random (Table 3). rescale: where attention logits are divided by the layer's number, keep
+    the logits of layers whose number changes; else all are copied as they are, as the paper does.
+    Raises UserError for layers that do not exist, or an unknown part.
     """
     layers = list(range(n_layer)) if layers is None else layers
     k = reference.config.n_layer
@@ -81,13 +83,18 @@ def inherit(reference, n_layer, parts=PARTS, layers=None):
         if part not in PARTS:
             raise unknown('part of a layer', part, PARTS)
     child = GPT(replace(reference.config, n_layer=n_layer)).to(reference.wte.weight)
+    rescale = rescale and reference.config.attn_scale_by_layer
+    queries = 'attn.q_norm.' if reference.config.qk_norm else 'attn.q.'
     old, new = reference.state_dict(), child.state_dict()
     for name in new:
         if not name.startswith('blocks.'):
             new[name] = old[name].clone()
         elif part_of(name) in parts:
             _, layer, rest = name.split('.', 2)
-            new[name] = old[f'blocks.{layers[int(layer)]}.{rest}'].clone()
+            source = layers[int(layer)]
+            new[name] = old[f'blocks.{source}.{rest}'].clone()
+            if rescale and rest.startswith(queries):
+                new[name] *= (int(layer) + 1) / (source + 1)
     child.load_state_dict(new)
     return child
 
@@ -175,6 +182,10 @@ class Comparison:
         length = min(100, self.run.block_size, self.config.block_size)
         return validation_samples(corpus, self.run.data_dir, n, length)
 
+    def copy(self, model, layers):
+        """A model of these layers of another."""
+        return inherit(model, len(layers), layers=layers, rescale=self.method.rescale)
+
     def inherited(self, name, build, origin, **fields):
         """A Stage that starts from build(the reference)."""
         folder = self.reference.folder
@@ -225,7 +236,7 @@ def last_layers(c):
     """The last layers of the reference instead of the first (Figure 1c)."""
     k, n = c.config.n_layer, c.n
     origin = Origin('last layers', settings=dict(layers=n))
-    build = lambda r: inherit(r, n, layers=list(range(k - n, k)))
+    build = lambda r: c.copy(r, list(range(k - n, k)))
     yield c.inherited(f'last-layers-{n}', build, origin)
 
 
@@ -233,7 +244,7 @@ def attentive_layers(c):
     """The layers whose heads have the highest ranks, wherever they are: the lazy ones left out."""
     n = c.n
     origin = Origin('attentive layers', settings=dict(layers=n))
-    build = lambda r: inherit(r, n, layers=most_attentive(r, c.samples(20)[:, :-1], n))
+    build = lambda r: c.copy(r, most_attentive(r, c.samples(20)[:, :-1], n))
     yield c.inherited(f'attentive-layers-{n}', build, origin)
 
 
@@ -242,7 +253,7 @@ def stacking(c):
     n, half = c.n, max(1, c.n // 2)
     small = yield c.stage(f'stacking-{half}', half)
     origin = Origin('growth', (small.name,), dict(depth='stack'))
-    model = lambda: inherit(load(small.folder), n, layers=stacked_layers(half, n))
+    model = lambda: c.copy(load(small.folder), stacked_layers(half, n))
     yield c.stage(f'stacking-{n}', parent=small, origin=origin, model=model)
 
 
@@ -250,7 +261,7 @@ def hybrid_stacking(c):
     """The first layers of the reference, stacked."""
     n, half = c.n, max(1, c.n // 2)
     origin = Origin('growth', settings=dict(first_layers=half, depth='stack'))
-    build = lambda r: inherit(r, n, layers=stacked_layers(half, n))
+    build = lambda r: c.copy(r, stacked_layers(half, n))
     yield c.inherited(f'hybrid-stacking-{n}', build, origin)
 
 
@@ -271,7 +282,7 @@ def distilbert(c):
     """From alternate layers, taught by the reference."""
     n, layers = c.n, alternate_layers(c.config.n_layer, c.n)
     origin = Origin('alternate layers', settings=dict(layers=n))
-    build = lambda r: inherit(r, n, layers=layers)
+    build = lambda r: c.copy(r, layers)
     yield c.distilled(c.inherited(f'distilbert-{n}', build, origin))
 
 
@@ -316,6 +327,7 @@ class Inheritune:
     regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
     max_rounds: Natural = 0  # rounds at most; 0: until the reference is matched or used up
     parts: tuple[Literal[*PARTS], ...] = PARTS  # what is inherited of each layer (Table 3)
+    rescale: bool = False  # keep the attention of layers whose number changes, by their queries
     depths: tuple[Count, ...] = ()  # more children, trained whether one matched or not (Figure 11)
     baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
     alpha: Fraction = 0.6  # distillation: weight of the data; the teacher has the rest
@@ -476,7 +488,8 @@ def write_child(options):
     if not layers:
         raise UserError('which layers? --n=FIRST_LAYERS or --layers=1,2,5')
     with new_folder(options.child) as unfinished:
-        child = inherit(load(options.folder), len(layers), layers=layers)
+        how = dict(layers=layers, rescale=options.rescale)
+        child = inherit(load(options.folder), len(layers), **how)
         child.save(unfinished, tokenizer_to_carry(options.folder))
     print(f'{options.child}: {len(layers)} layers of {options.folder}')
 

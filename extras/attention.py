@@ -19,6 +19,7 @@ causal attention and not the paper's, tell apart what a head may have become:
     python inheritune.py out/progressive_tiny/64x4
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -258,13 +259,19 @@ def observed(result):
     return found
 
 
+def share_of(kind, seen):
+    """The share of the heads of a kind of laziness, NaN where it was not observed."""
+    heads = kinds_of_laziness(seen).get(kind)
+    return math.nan if heads is None else float(heads.mean())
+
+
 def observed_panels(groups):
     """
     Panels of what {variant: results} observed, means over seeds: rank by layer at the start and
-    the end (Figure 9), uniform heads over training, gradients of queries; [] if nothing was.
+    the end (Figure 9), lazy heads over training, gradients of queries; [] if nothing was.
     """
     ranks = Panel('layer', 'rank k*, maximum over heads', ylim=(0, None))
-    uniform = Panel('step', 'share of the heads that are uniform', ylim=(0, 1))
+    lazy = Panel('step', 'share of the heads that are lazy', ylim=(0, 1))
     gradients = Panel('layer', 'gradient norm of W_Q', log='y')
     for i, (variant, results) in enumerate(groups.items()):
         runs = [seen for seen in map(observed, results) if seen]
@@ -276,11 +283,13 @@ def observed_panels(groups):
             name = f'{variant}, {when} training'
             ranks.lines.append(Line(layers, rank, name, style, f'C{i}'))
         steps = [step for step, _ in runs[0]]
-        shares = [[(now['evenness'] >= EVEN).mean() for _, now in seen] for seen in runs]
-        uniform.lines.append(Line(steps, np.mean(shares, 0).tolist(), variant))
+        for kind, style in dict(uniform='-', sink='--', **{'as initialised': ':'}).items():
+            shares = [[share_of(kind, now) for _, now in seen] for seen in runs]
+            values, label = np.mean(shares, 0).tolist(), f'{variant}: {kind}'
+            lazy.lines.append(Line(steps, values, label, style, f'C{i}'))
         norms = np.mean([seen[-1][1]['gradient_q'] for seen in runs], 0).tolist()
         gradients.lines.append(Line(layers, norms, variant))
-    return [ranks, uniform, gradients] if ranks.lines else []
+    return [ranks, lazy, gradients] if ranks.lines else []
 
 
 def validation_samples(corpus, data_dir, n, length):
@@ -302,6 +311,7 @@ class Attention:
     child: str = ''  # folder to be made, of a model that inherits ...
     layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
     n: Natural = 0  # ... the first n
+    rescale: bool = False  # keep the attention of layers that move, if it is divided by the layer
     data: str = 'pydocs'  # prepared corpus; its validation split is used
     data_dir: str = 'data'  # where prepared corpora are
     samples: Annotated[int, Range(2)] = 100  # sequences

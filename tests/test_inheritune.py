@@ -364,6 +364,20 @@ def test_stacked_layers_are_copied_as_they_are():
     assert stacked_layers(2, 5) == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize('shape', ['gpt2', 'qwen3'])
+def test_copies_can_keep_their_attention_where_the_layers_number_scales_it(shape):
+    model = small(
+        **SHAPES[shape] | dict(n_layer=6, attn_scale_by_layer=True, init_std=0.2)
+    ).double()
+    raw = inherit(model, 2, layers=[0, 5])
+    kept = inherit(model, 2, layers=[0, 5], rescale=True)
+    alone = inherit(model, 6)
+    alone.blocks = torch.nn.ModuleList([alone.blocks[0], alone.blocks[5]])
+    x = tokens()
+    torch.testing.assert_close(kept(x).logits, alone(x).logits, rtol=0, atol=1e-12)
+    assert (raw(x).logits - alone(x).logits).abs().max() > 1e-3
+
+
 def test_a_child_regrows_with_the_parts_it_inherited():
     reference, smaller = small(n_layer=4), small(n_layer=2)
     child = inherit_next(reference, smaller, 4, ('attention',))

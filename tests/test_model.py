@@ -111,6 +111,9 @@ def test_every_named_size_has_the_papers_parameter_count(name):
 
 
 def test_sizes_by_width_and_layers():
+    tiny = GPTConfig.named('gpt2-32x24', vocab_size=257, block_size=128)
+    assert (tiny.n_head, tiny.n_mlp, tiny.pos, tiny.norm) == (2, 128, 'learned', 'layer')
+    assert tiny.tied and tiny.init_std == 0  # by the width
     config = GPTConfig.named('64x4', vocab_size=257)
     assert (
         config.n_embd,
