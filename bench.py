@@ -26,14 +26,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import train
-from configurator import Count, NonNegative, configure
+from configurator import Count, NonNegative, Range, configure
 from data.loader import batches, text_source
 from engine.device import find_hardware
 from engine.errors import UserError, import_extra, run_as_program, unknown
@@ -63,8 +63,8 @@ class Bench:
     data: Literal['synthetic', 'real'] = 'synthetic'  # random tokens, or through the loader
     corpus: str = 'pydocs'  # prepared corpus of --data=real
     data_dir: str = 'data'  # where it is
-    rounds: Count = 9  # turns of every variant
-    steps: Count = 2  # steps in a turn
+    rounds: Annotated[int, Range(1, 10000)] = 9  # turns of every variant
+    steps: Annotated[int, Range(1, 10000)] = 2  # in a turn
     nanogpt: str = ''  # folder with nanoGPT's model.py
     peak_tflops: NonNegative = 0.0  # of which percentages are; 0: of a matrix product's rate
     device: str = 'auto'  # cuda or cpu

@@ -39,8 +39,9 @@ class Range(NamedTuple):
 
 
 TINY = sys.float_info.min
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
+MOST = 2**53  # what a float still counts one by one
+Count = Annotated[int, Range(1, MOST)]
+Natural = Annotated[int, Range(0, MOST)]
 Positive = Annotated[float, Range(TINY)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
@@ -57,7 +58,7 @@ def describe_type(kind):
         return f'one of {", ".join(map(str, arguments))}'
     if get_origin(kind) is Annotated:
         low, high = arguments[1]
-        limits = f'at least {low:g}' if high == math.inf else f'between {low:g} and {high:g}'
+        limits = f'at least {low:g}' if high >= MOST else f'between {low:g} and {high:g}'
         if low == TINY:
             limits = 'above 0'
         return f'{NAMES[arguments[0]]}, {limits}'

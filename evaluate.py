@@ -27,7 +27,7 @@ from engine.errors import UserError, first_line, import_extra, run_as_program, u
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, evaluate, kl_of_logits
-from engine.report import finished_stages, report, table
+from engine.report import finished_stages, render, report_blocks, table
 from model import load
 
 
@@ -239,8 +239,10 @@ def main(argv):
     options, _, _ = configure(knobs, Evaluation, program='evaluate.py FOLDER ...')
     for folder in folders:
         if any(Path(folder).glob('*/result.json')):
-            written = Path(folder) / 'report.md'
-            text = written.read_text(encoding='utf-8') if written.is_file() else report(folder)
+            written, text = Path(folder) / 'report.md', ''
+            if written.is_file():
+                text = written.read_text(encoding='utf-8', errors='replace')
+            text = text or render(report_blocks(folder))
             lines = [line for line in text.splitlines() if not line.startswith('![')]
             print('\n'.join(lines).rstrip() + '\n')
     outcome = evaluate_folders(folders, options)

@@ -32,6 +32,7 @@ from engine.sizes import FAMILIES, SIZES
 from engine.tokenizer_files import write_tokenizer
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
+MAX_LAYERS = 1000  # many more than any model has: a damaged file is noticed before it is built
 CHOICES = {
     'norm': ('rms', 'layer'),
     'act': ('swiglu', 'gelu', 'gelu_exact', 'relu'),
@@ -73,9 +74,10 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_mlp = self.n_mlp or 4 * self.n_embd
         for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size'):
-            if not 1 <= getattr(self, name) < 2**31:
+            most = MAX_LAYERS if name == 'n_layer' else 2**31 - 1
+            if not 1 <= getattr(self, name) <= most:
                 found = getattr(self, name)
-                raise UserError(f'{name} must be at least 1 and below 2^31, not {found}')
+                raise UserError(f'{name} must be between 1 and {most:,}, not {found}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if self.pos == 'rope' and self.rotary_dim % 2:

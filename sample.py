@@ -165,7 +165,7 @@ class Options:
     prompt: str = ''  # text to continue; empty: from the end-of-text token
     prompts: str = ''  # file with a prompt per line, instead
     tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: the model's
-    samples: Count = 1  # continuations of each prompt
+    samples: Annotated[int, Range(1, 10**5)] = 1  # continuations of each prompt
     max_new_tokens: Count = 200  # longest continuation
     temperature: NonNegative = 0.8  # 0: greedy
     top_k: Natural = 0  # only the k most likely tokens; 0: all

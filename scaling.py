@@ -42,7 +42,7 @@ from configurator import (
 from engine.errors import UserError, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
 from engine.minimise import levenberg_marquardt
-from engine.report import Line, Panel, format_count, format_si, render, table
+from engine.report import Line, Panel, draw_pictures, format_count, format_si, render, table
 
 # ----------------------------------------------------------------------------------------------
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
@@ -328,8 +328,11 @@ def read_results(path):
         raise UserError(f'{path} has no column {missing[0]!r}{close}; it needs {",".join(COLUMNS)}')
     results, seen = {}, {}
     for number, row in enumerate(rows[1:], 2):
-        cells = dict(zip(head, row))
+        cells = dict.fromkeys(head, '') | dict(zip(head, row))
         values = read_row(cells, f'{path}, row {number}')
+        if not re.fullmatch(r'[\w@+.-]+', cells['method']):  # it names a picture
+            wanted = 'letters, digits and the signs _ @ + . -'
+            raise UserError(f'{path}, row {number}: method {cells["method"]!r} is not {wanted}')
         key = (cells['method'], *values[:-1])
         if key in seen:
             same = 'the same method, N, D1, D2 and seed'
@@ -589,11 +592,9 @@ class Question:
     domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
 
 
-def fit_results(options):
-    """Fit every method's laws, write fit.json and pictures; returns blocks for the report."""
-    results = by_size(read_results(options.results))
-    out = Path(options.out or Path(options.results).parent)
-    out.mkdir(parents=True, exist_ok=True)
+def fit_results(path, bootstrap=200):
+    """Fit every method's laws to a results.csv: (blocks for the report, {method: Fit})."""
+    results = by_size(read_results(path))
     blocks = []
     best = {}
     errors = {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
@@ -601,7 +602,7 @@ def fit_results(options):
         fits = {}
         for law in laws_for(data):
             try:
-                fits[law] = fit(law, data, options.bootstrap)
+                fits[law] = fit(law, data, bootstrap)
                 errors[law][method] = f'{1e3 * fits[law].leave_one_out:.3f}'
             except UserError as error:
                 blocks.append(f'{method}: {error}')
@@ -614,8 +615,15 @@ def fit_results(options):
             blocks.append((f'{method}.png', fit_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(blocks))
-    write_json(out / 'fit.json', {method: fitted._asdict() for method, fitted in best.items()})
-    return [*blocks, [record for record in errors.values() if len(record) > 1]]
+    return [*blocks, [record for record in errors.values() if len(record) > 1]], best
+
+
+def write_fits(fits, blocks, out):
+    """Write fit.json and the pictures among blocks into a folder."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    content = {method: fitted._asdict() for method, fitted in fits.items()}
+    write_json(Path(out) / 'fit.json', content)
+    draw_pictures(blocks, out)
 
 
 def fit_records(fitted):
@@ -686,8 +694,14 @@ def read_fits(path):
     try:
         fits = {method: Fit(**values) for method, values in read_json(path).items()}
         for fitted in fits.values():
-            assert tuple(fitted.parameters) == LAWS[fitted.law].parameters
-            assert all(map(math.isfinite, fitted.parameters.values()))
+            names = LAWS[fitted.law].parameters
+            theta = torch.tensor([list(fitted.parameters.values()), *fitted.samples])
+            assert tuple(fitted.parameters) == names and theta.isfinite().all()
+            assert theta.shape == (1 + len(fitted.samples), len(names)) and fitted.samples
+            for name in ('N', 'D1', 'D2'):
+                low, high = fitted.seen[name]
+                assert 0 <= low <= high < math.inf
+        assert fits
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
         reason = type(error).__name__
         raise UserError(f'{path} is not a fit.json of scaling.py fit ({reason})') from None
@@ -701,7 +715,9 @@ def fit_command(argv):
     if not options.results:
         raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
     options.out = options.out or str(Path(options.results).parent)
-    print(render(fit_results(options), options.out))
+    blocks, fits = fit_results(options.results, options.bootstrap)
+    print(render(blocks))  # before anything is written, which may fail
+    write_fits(fits, blocks, options.out)
     print(f'\nfit.json and pictures are in {options.out}/')
 
 

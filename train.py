@@ -13,7 +13,9 @@ interrupted one continues where it was saved: after any interruption the same co
 """
 
 import contextlib
+import copy
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -43,9 +45,9 @@ from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
 from engine.optimizer import learning_rate
-from engine.parallel import full_tensor, gradient_sync
+from engine.parallel import check_memory, full_tensor, gradient_sync
 from engine.plan import PlannedStage
-from engine.report import plan_text, report
+from engine.report import format_si, plan_text, render, report_blocks, write_report
 from engine.stage import Origin, Result, Stage
 from engine.training import Training
 from expand import GrowthComparison, Progressive
@@ -64,7 +66,9 @@ class Run:
     """General knobs, the same for every method."""
 
     method: str = 'pretrain'  # progressive, growth, inheritune, let, col, sweep, timeseries, ...
-    out_dir: str = ''  # folder of the run; empty: out/ and the name of the config file or method
+    out_dir: str = (
+        ''  # folder of the run; empty: out/NAME of config file or method, or out/toy/NAME
+    )
     # data
     data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
     data_dir: str = 'data'  # where prepared corpora are
@@ -104,6 +108,7 @@ class Run:
     keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
     accept_changes: bool = False  # continue a stage although knobs have changed since it began
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
+    anyway: bool = False  # begin although it needs more memory, or time on a CPU, than there is
     # planning
     dry_run: bool = False  # print the plan and train nothing
     toy: bool = False  # shrink every model, batch and budget: the same stages and code in seconds
@@ -180,7 +185,8 @@ class Pretrain:
             origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
             config = run.given_config(self.init_from)
-            print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
+            if not run.dry_run:
+                print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)
         params = config.num_params(head=True)
@@ -347,6 +353,25 @@ def plan(run, method):
     return planned
 
 
+CPU_FLOPS = 5e10  # what a core sustains, for a plan: a guess from machines of these years
+CPU_DAYS = 60  # that a run on a CPU may take
+
+
+def check_possible(run, method, hardware):
+    """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
+    planned = plan(replace(run, dry_run=True), copy.deepcopy(method))
+    for stage, knobs, _, _ in planned:
+        check_memory(stage.name, stage.config, knobs, hardware)
+    flops = sum(6.0 * stage.params * result.tokens for stage, _, _, result in planned)
+    days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
+    if hardware.device.type == 'cpu' and days > CPU_DAYS:
+        long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.0f} years'
+        raise UserError(
+            f'{format_si(flops)}FLOPs take about {long} on this CPU: --dry_run=True shows the '
+            'plan, --toy=True runs it small, --anyway=True begins'
+        )
+
+
 def use_toy_corpora(run, method):
     """Replace corpora that are not prepared: a toy need not wait for a download."""
 
@@ -374,7 +399,8 @@ def main(argv):
     """The command line: train the stages of a method, then report; or print the plan."""
     run, method, origins = configure(argv, Run, METHODS)
     files = [Path(arg).stem for arg in argv if arg.endswith('.py')]
-    run.out_dir = run.out_dir or f'out/{files[-1] if files else run.method}'
+    name = files[-1] if files else run.method
+    run.out_dir = run.out_dir or (f'out/toy/{name}' if run.toy else f'out/{name}')
     parse_mixture(run.data)
     if run.toy:
         use_toy_corpora(run, method)
@@ -382,6 +408,8 @@ def main(argv):
         print(plan_text(run, plan(run, method)))
         return
     hardware = find_hardware(run)
+    if not run.anyway:
+        check_possible(run, method, hardware)
     changed = differences(run) | differences(method)
     if hardware.is_main:
         for knob, value in changed.items():
@@ -398,7 +426,9 @@ def main(argv):
         results = [result for _, result in stages_of(method, run, train)]
     if hardware.is_main:
         summary = method.summary(results) if hasattr(method, 'summary') else []
-        print(f'\n{report(run.out_dir, summary)}')
+        blocks = report_blocks(run.out_dir, summary)
+        print(f'\n{render(blocks)}')  # before anything is written, which may fail
+        write_report(run.out_dir, blocks)
         print(f'\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
     if hardware.world_size > 1:
         dist.destroy_process_group()

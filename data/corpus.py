@@ -47,7 +47,12 @@ def open_corpus(name, data_dir='data'):
         if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
             meta['tokenizer'] = str(folder)
         dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
-        sizes = [int(meta['splits'][split]['tokens']) * dtype.itemsize for split in SPLITS]
+        sizes = []
+        for split in SPLITS:
+            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes')]
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError(f'{split} has {counts} tokens and bytes')
+            sizes.append(counts[0] * dtype.itemsize)
     except FileNotFoundError:
         command = f'python data/prepare.py {name}'
         raise UserError(f'{folder} is not prepared: run  {command}') from None

@@ -234,6 +234,7 @@ MACHINE_KNOBS = {
     'log_interval',
     'save_minutes',
     'max_minutes',
+    'anyway',
     'dry_run',
     'gpu_tflops',
     'keep_states',

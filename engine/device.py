@@ -4,11 +4,13 @@ import contextlib
 import math
 import os
 import platform
+import resource
 import shlex
 import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -56,7 +58,7 @@ class Hardware(NamedTuple):
     rank: int
     world_size: int
     deadline: float  # seconds since 1970 at which max_minutes are over
-    memory: float  # bytes of the device that a plan may fill; infinite for a CPU
+    memory: float  # bytes that a plan may fill, of the device or of what the machine has free
 
     @property
     def name(self):
@@ -114,13 +116,30 @@ def choose_device(name):
     return device
 
 
+def free_memory():
+    """Bytes that programs on this machine may still take; infinite where that is not known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
+        found = dict(line.split(':') for line in lines)
+        return 0.95 * 1024 * int(found['MemAvailable'].split()[0])
+    return math.inf
+
+
+def used_memory(device):
+    """The most bytes that this process has held, of a GPU or else of the machine."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def find_hardware(run):
     """Choose the device and join the processes that torchrun started. Raises UserError."""
     name = run.device
     if name == 'auto' and not torch.cuda.is_available() and torch.backends.mps.is_available():
         name = 'mps'
     device = choose_device(name)
-    on_gpu, memory = device.type == 'cuda', math.inf
+    on_gpu, memory = device.type == 'cuda', free_memory()
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')

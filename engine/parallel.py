@@ -53,20 +53,28 @@ def choose_micro_batch(knobs, config, hardware):
         return knobs.micro_batch_size
     sharded = choose_strategy(knobs, config, hardware) == 'fsdp'
     shards = hardware.world_size if sharded else 1
-    state = estimate_memory(config, knobs, 1, shards)[0]
-    if state > hardware.memory:
-        raise UserError(
-            f'{all_params(config):,} parameters need {state / 1e9:.0f} GB of training state on '
-            f'each of {hardware.world_size} GPUs, which have {hardware.memory / 1e9:.0f} GB for '
-            'it: use more of them, or --optimizer_dtype=bfloat16'
-        )
     limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
-    for size in range(share, 1, -1):
+    for size in range(min(share, limit // config.block_size), 1, -1):
         memory = sum(estimate_memory(config, knobs, size, shards))
-        small_enough = size * config.block_size <= limit and memory < hardware.memory
-        if share % size == 0 and small_enough:
+        if share % size == 0 and memory < hardware.memory:
             return size
     return 1
+
+
+def check_memory(name, config, knobs, hardware):
+    """Raise UserError where a stage of this shape needs more memory than there is."""
+    shards = hardware.world_size if knobs.parallel != 'ddp' else 1
+    needed, found = sum(estimate_memory(config, knobs, 1, shards)), hardware.memory
+    if hardware.device.type == 'cpu':
+        found /= hardware.world_size  # they share it
+    if needed > found:
+        where = 'each of the GPUs' if hardware.device.type == 'cuda' else 'each process'
+        raise UserError(
+            f'{name}: {all_params(config):,} parameters need {needed / 1e9:.1f} GB to be trained '
+            f'on {where}, which has {found / 1e9:.1f} GB free: use a smaller size, more GPUs or '
+            '--optimizer_dtype=bfloat16; --dry_run=True shows the plan, --toy=True runs it small, '
+            '--anyway=True tries it'
+        )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -286,50 +286,64 @@ def training_curve(result, points=80):
     return flops, losses
 
 
+def evaluations(result):
+    """(cumulative FLOPs, validation loss) along a stage: two lists."""
+    lines = [m for m in read_metrics(result.folder) if 'val_loss' in m and m['step']]
+    start = family_cost(result) - result.flops
+    return [start + m['flops'] for m in lines], [m['val_loss'] for m in lines]
+
+
 def loss_panel(results):
     """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
     panel = Panel('cumulative training FLOPs', 'loss (nats per token)')
-    panel.title = 'training loss; dots: validation loss'
+    panel.title = 'lines: training loss; dots: validation loss'
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
     for r in results:  # a size has one colour, dashed where it was trained alone to compare
         color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'
         style = '--' if r.labels.get('independent') else '-'
         panel.lines.append(Line(*training_curve(r), r.name, style, color))
         panel.lines.append(Line([family_cost(r)], [r.val_loss], '', 'o', color))
+        flops, losses = evaluations(r)
+        panel.lines.append(Line(flops, losses, '', '.:', color))
     losses = [r.val_loss for r in results]
     panel.ylim = min(losses) * 0.93, max(losses) * 1.4
     return panel
 
 
-def render(blocks, folder=None):
-    """
-    Text of blocks, paragraphs apart: a text as it is, records as a table; (file, Panels) is drawn
-    into `folder` and linked, if there are any.
-    """
+def render(blocks):
+    """Text of blocks, paragraphs apart: records as a table, (file, Panels) as a link to it."""
     parts = []
     for block in blocks:
         if isinstance(block, str):
             parts.append(block)
         elif isinstance(block, tuple):
             name, panels = block
-            if panels:
-                draw_panels(panels, Path(folder) / name)
-                parts.append(f'![{Path(name).stem}]({name})')
+            parts += [f'![{Path(name).stem}]({name})'] if panels else []
         elif block:
             parts.append(table(block))
     return '\n\n'.join(parts)
 
 
-def report(folder, summary=()):
+def draw_pictures(blocks, folder):
+    """Draw the pictures among blocks, (file, Panels), into a folder."""
+    for block in blocks:
+        if isinstance(block, tuple) and block[1]:
+            draw_panels(block[1], Path(folder) / block[0])
+
+
+def report_blocks(folder, summary=()):
     """
-    Write report.md and report.png into a run's folder and return the text; summary: the method's
-    own blocks. Raises UserError if nothing is finished.
+    The blocks of a run's report; summary: the method's own. Raises UserError if nothing is
+    finished.
     """
     results = finished_stages(folder)
-    picture = ('report.png', [loss_panel(results)])
-    text = render([result_records(results), *summary, picture], folder)
-    write_atomically(Path(folder) / 'report.md', text + '\n')
-    return text
+    return [result_records(results), *summary, ('report.png', [loss_panel(results)])]
+
+
+def write_report(folder, blocks):
+    """Write report.md and its pictures into a run's folder."""
+    write_atomically(Path(folder) / 'report.md', render(blocks) + '\n')
+    draw_pictures(blocks, folder)
 
 
 def steps_to_loss(curve, loss):

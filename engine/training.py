@@ -7,6 +7,7 @@ import gc
 import math
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from engine.device import (
     exit_saved,
     set_threads,
     should_stop,
+    used_memory,
 )
 from engine.errors import UserError
 from engine.files import measure_files, measure_text, write_manifest
@@ -44,10 +46,13 @@ from engine.parallel import (
     place,
     wrap,
 )
-from engine.report import describe
+from engine.report import describe, format_bytes, format_si
 from engine.stage import Progress, Result, next_token
 from engine.tokenizer_files import check_available, tokenizer_files
 from model import GPT, load
+
+LOSSES = ('loss', 'val_loss')  # of a line of metrics, that are shown
+PRINT_SECONDS = 30  # between lines in a log file, where there is no bar
 
 
 class Training:
@@ -178,7 +183,7 @@ class Training:
         self.started = time.time() - self.seconds
         self.logged = time.time()
         self.save_at = self.logged + 60 * knobs.save_minutes
-        self.next_look = 0
+        self.next_look, self.printed = 0, 0.0
         if hardware.device.type == 'cuda':  # what exists stays: searching it would stall a step
             gc.unfreeze()
             gc.collect()
@@ -189,8 +194,8 @@ class Training:
             initial=self.step * self.step_tokens,
             unit='tok',
             unit_scale=True,
-            disable=not hardware.is_main,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
+            disable=not (hardware.is_main and sys.stderr.isatty()),
+            mininterval=0.2,
             dynamic_ncols=True,
         )
 
@@ -286,11 +291,27 @@ class Training:
 
     def log(self, line):
         """Append a line to metrics.jsonl, and show its losses on the bar."""
-        shown = [f'{key} {line[key]:.3f}' for key in ('loss', 'val_loss') if key in line]
+        shown = [f'{key} {line[key]:.3f}' for key in LOSSES if key in line]
         self.bar.set_postfix_str(', '.join(shown), refresh=False)
+        self.logged = time.time()
         if self.hardware.is_main:
             append_metrics(self.folder / 'metrics.jsonl', line)
-        self.logged = time.time()
+            last = line['step'] == self.steps
+            if self.bar.disable and (last or self.logged - self.printed > PRINT_SECONDS):
+                print(self.in_words(line), file=sys.stderr, flush=True)
+                self.printed = self.logged
+
+    def in_words(self, line):
+        """A line of metrics for a log file, where a bar would be unreadable."""
+        words = [f'{self.stage.name}: step {line["step"]:,} of {self.steps:,}']
+        words += [f'{key.replace("_", " ")} {line[key]:.3f}' for key in LOSSES if key in line]
+        if 'tokens_per_second' in line:
+            speed = line['tokens_per_second']
+            words += [f'{speed:,} tokens/s', f'{format_si(6 * self.stage.params * speed)}FLOP/s']
+            left = (self.steps - self.step) * self.step_tokens / max(1, speed)
+            words += [f'{format_bytes(used_memory(self.hardware.device))} of memory']
+            words += [f'{timedelta(seconds=round(left))} left']
+        return ', '.join(words)
 
     def keep_best(self):
         """The model's score by its stage; the best model so far is saved in `best`."""

@@ -25,7 +25,7 @@ from engine.report import format_si
 from engine.stage import Origin, Stage
 from expand import RELATIVE_SIZES, Operators, grow_stage
 from model import load
-from scaling import COLUMNS, Fitting, fit_results
+from scaling import COLUMNS, fit_results, write_fits
 
 
 @dataclass
@@ -132,7 +132,9 @@ class Sweep:
                     writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
         commit_file(temporary, out / 'results.csv')
         try:
-            return fit_results(Fitting(results=str(out / 'results.csv')))
+            blocks, fits = fit_results(out / 'results.csv')
+            write_fits(fits, blocks, out)
+            return blocks
         except UserError as error:
             return [f'no fit: {error}']
 

@@ -17,7 +17,14 @@ from bench import peak_memory
 from engine.device import attention_kernel, attention_kernels, find_hardware
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
-from engine.parallel import Meter, choose_micro_batch, choose_strategy, recompute, wrap
+from engine.parallel import (
+    Meter,
+    check_memory,
+    choose_micro_batch,
+    choose_strategy,
+    recompute,
+    wrap,
+)
 from engine.plan import estimate_memory
 from engine.stage import Progress, Result, next_token
 from model import GPT, GPTConfig, load
@@ -169,8 +176,10 @@ def test_shards_are_chosen_when_a_replica_does_not_fit():
         < sum(estimate_memory(config, run, 2 * fits, shards=8))
     )
     assert estimate_memory(config, run, 1, shards=8)[0] < state / 4
-    with pytest.raises(UserError, match='use more of them'):
-        choose_micro_batch(run, config, eight_h100._replace(world_size=1))
+    check_memory('8b', config, run, eight_h100)
+    with pytest.raises(UserError, match='8b: 8,4.* GB to be trained .* 68.0 GB free'):
+        check_memory('8b', config, run, eight_h100._replace(world_size=1))
+    assert choose_micro_batch(Run(batch_size=2**53), config, eight_h100) > 1  # at once
     with pytest.raises(UserError, match='needs several processes'):
         choose_strategy(Run(parallel='fsdp'), config, eight_h100._replace(world_size=1))
 

@@ -15,11 +15,13 @@ from engine.report import (
     format_si,
     interval,
     lead_begins,
-    report,
+    render,
+    report_blocks,
     result_records,
     steps_to_loss,
     table,
     training_curve,
+    write_report,
 )
 from engine.stage import Origin, Stage
 
@@ -74,7 +76,9 @@ def test_report_is_written_from_the_folder_alone(tmp_path):
                 for s in range(1, 11)
             )
         )
-    text = report(tmp_path)
+    blocks = report_blocks(tmp_path)
+    text = render(blocks)
+    write_report(tmp_path, blocks)
     assert [line.split('|')[1].strip() for line in text.splitlines()[2:5]] == [
         'small',
         'large',
@@ -102,7 +106,7 @@ def test_training_curve_starts_where_the_family_was(tmp_path):
 
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match='no finished stage'):
-        report(tmp_path)
+        report_blocks(tmp_path)
 
 
 @pytest.mark.parametrize(
