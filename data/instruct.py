@@ -24,7 +24,7 @@ from data.corpus import SPLITS, finish_corpus, open_corpus
 from data.loader import Source, hash_key, permute, text_source, to_device
 from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.files import checksum
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
@@ -130,23 +130,44 @@ def signature_examples(options):
         yield example, is_held_out(name, options.val_fraction)
 
 
+RECORDS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"} with texts'
+
+
+def example_of(row):
+    """
+    dict(instruction, input, output) of a record: of a conversation all before the last answer is
+    the instruction. Raises what a record of another kind raises.
+    """
+    if 'messages' in row:
+        *before, last = row['messages']
+        assert last['role'] == 'assistant'
+        instruction = '\n'.join(message['content'] for message in before)
+        return dict(instruction=instruction, input='', output=last['content'])
+    if 'completion' in row:
+        return dict(instruction=row['prompt'], input='', output=row['completion'])
+    return {field: row.get(field, '') for field in FIELDS}
+
+
 def file_examples(options):
-    """The lines of a .jsonl file. Raises UserError, with the line's number, for a bad one."""
+    """
+    The records of a .jsonl file, or of a .json file with a list. Raises UserError, with its number,
+    for a bad one.
+    """
     try:
-        lines = Path(options.corpus).read_text(encoding='utf-8').split('\n')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{options.corpus} is not UTF-8 text ({error.reason})') from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+        text = Path(options.corpus).read_text(encoding='utf-8')
+        is_list = options.corpus.endswith('.json')
+        records = json.loads(text) if is_list else list(filter(str.strip, text.split('\n')))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{options.corpus} cannot be read ({first_line(error)})') from None
+    for number, record in enumerate(records, 1):
         try:
-            row = json.loads(line)
-            example = {field: row.get(field, '') for field in FIELDS}
+            example = example_of(record if is_list else json.loads(record))
             assert all(isinstance(text, str) for text in example.values())
             assert example['instruction'] and example['output']
-        except (ValueError, AttributeError, AssertionError, RecursionError):
-            wanted = '{"instruction": ..., "input": ..., "output": ...}'
-            raise UserError(f'{options.corpus}, line {number}: not {wanted} with texts') from None
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError):
+            raise UserError(f'{options.corpus}, record {number}: not {RECORDS}') from None
+        except RecursionError:
+            raise UserError(f'{options.corpus}, record {number} is too deep') from None
         yield example, is_held_out(example['instruction'] + example['input'], options.val_fraction)
 
 
@@ -174,11 +195,13 @@ def is_supervised(corpus):
     if corpus == 'signatures' or corpus in SETS:
         return True
     path = Path(corpus)
-    if path.suffix != '.jsonl' or not path.is_file():
+    if path.suffix not in ('.jsonl', '.json') or not path.is_file():
         return False
     with open(path, encoding='utf-8', errors='replace') as file:
-        first = file.readline()
-    return '"output"' in first and '"instruction"' in first or not first.strip()
+        first = file.read(2**16).strip()
+    first = first.split('\n')[0] if path.suffix == '.jsonl' else first
+    kinds = (('"instruction"', '"output"'), ('"prompt"', '"completion"'), ('"messages"',))
+    return any(all(field in first for field in fields) for fields in kinds) or not first
 
 
 def prepare_supervised(options, out):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import Natural, Range, configure, with_positionals
+from configurator import Natural, Range, configure
 from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
@@ -50,16 +50,17 @@ HUB = {  # name: (repository, configuration, split, column with the text)
     'openwebmath': ('open-web-math/open-web-math', None, 'train', 'text'),
     'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
 }
-BUILDERS = {'.txt': 'text', '.jsonl': 'json', '.parquet': 'parquet'}  # of `datasets`, by suffix
+BUILDERS = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}  # by suffix
+FEW = 100  # text files: of fewer each gives its end to validation, instead of some as a whole
 
 
 @dataclass
 class Preparation:
     """What to turn into tokens, and how."""
 
-    corpus: str = 'pydocs'  # pydocs, pycode, signatures, a hub corpus or set, or a glob of files
+    corpus: str = 'pydocs'  # pydocs, pycode, signatures, a hub corpus or set, or files of your own
     out: str = ''  # folder of the result; empty: data/CORPUS
-    tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: offline bytes
+    tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: gpt2 from the hub
     text_column: str = 'text'  # column of .jsonl and .parquet files that holds the text
     max_tokens: Natural = 0  # stop after this many training tokens; 0: the whole corpus
     val_fraction: Annotated[float, Range(0, 0.5)] = 0.0  # held out; 0: 5%, from the hub 0.05%
@@ -69,11 +70,13 @@ class Preparation:
 
     def folder(self):
         """Fill in what depends on the corpus; returns the folder of the result."""
-        named = self.corpus in (*OFFLINE, *HUB, *SETS)
-        name = self.corpus if named else Path(self.corpus).stem.strip('*_-.') or 'local'
-        offline, from_hub = self.corpus in OFFLINE, self.corpus in HUB
-        self.tokenizer = self.tokenizer or ('bytes' if offline else 'gpt2')
-        self.val_fraction = self.val_fraction or (0.0005 if from_hub else 0.05)
+        own = self.corpus not in (*OFFLINE, *HUB, *SETS)
+        name = local_name(self.corpus) if own else self.corpus
+        self.files = {}  # of one's own: {path: bytes}
+        if own:
+            self.files = {path: os.path.getsize(path) for path in matching(self.corpus)}
+        self.tokenizer = self.tokenizer or ('bytes' if own or name in OFFLINE else 'gpt2')
+        self.val_fraction = self.val_fraction or (0.0005 if name in HUB and not own else 0.05)
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
 
 
@@ -147,7 +150,8 @@ def open_stream(options):
         if options.corpus in ('pile', 'slimpajama'):
             import_extra('zstandard', f'{options.corpus} is compressed: it needs zstandard')
     else:
-        source, column = local_files(options.corpus), options.text_column
+        source = local_files(options.corpus, list(options.files))
+        column = options.text_column
     import datasets  # takes a second, and the offline corpora do not need it
 
     try:
@@ -160,9 +164,29 @@ def open_stream(options):
     return stream.with_format('arrow'), column  # Python objects take ten times as long
 
 
-def local_files(pattern):
-    """The arguments of datasets.load_dataset for a file or glob. Raises UserError."""
-    files = matching(pattern)
+def matching(pattern):
+    """The files of a path, folder or glob, or of several with commas between, sorted."""
+    found = set()
+    for part in [pattern] if os.path.exists(pattern) else pattern.split(','):
+        if os.path.isdir(part):
+            part = os.path.join(part, '**', '*')
+        found |= {path for path in glob.glob(part, recursive=True) if os.path.isfile(path)}
+    if os.path.isdir(pattern):  # it may hold others, too
+        found = {path for path in found if Path(path).suffix in BUILDERS}
+    return sorted(found)
+
+
+def local_name(pattern):
+    """What a corpus of one's own files is called: book.txt -> book, novels/*.txt -> novels."""
+    path = Path(pattern.split(',')[0])
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        if name := part.strip('*?_-./'):
+            return name
+    return 'local'
+
+
+def local_files(pattern, files):
+    """The arguments of datasets.load_dataset for files of one's own. Raises UserError."""
     known = [*OFFLINE, *HUB]
     if not files:
         close, corpora = nearest(pattern, known), ', '.join(known)
@@ -172,11 +196,18 @@ def local_files(pattern):
     suffixes = {Path(file).suffix for file in files}
     builder = BUILDERS.get(suffixes.pop()) if len(suffixes) == 1 else None
     if builder is None:
-        raise UserError(f'{pattern}: all files must be .txt, or all .jsonl, or all .parquet')
+        raise UserError(f'{pattern}: all files must be .txt, or all .jsonl, .json or .parquet')
     source = dict(path=builder, data_files=files, split='train')
     if builder == 'text':
         source['sample_by'] = 'document'  # a file is a document, not each of its lines
     return source
+
+
+def parted(text, val_fraction):
+    """[(the beginning of a text, False), (its last lines, True)], the end for validation."""
+    cut = int(len(text) * (1 - val_fraction))
+    cut = text.find('\n', cut) + 1 or cut
+    return [(text[:cut], False), (text[cut:], True)]
 
 
 def stream_batches(stream, column, options, rows=256):
@@ -191,7 +222,12 @@ def stream_batches(stream, column, options, rows=256):
                     f'{", ".join(names)}: choose with --text_column='
                 )
             texts = [text for text in texts if (text or '').strip()]
-            documents = [(text, is_held_out(text, options.val_fraction)) for text in texts]
+            if 0 < len(options.files) < FEW and all(
+                path.endswith('.txt') for path in options.files
+            ):
+                documents = [part for text in texts for part in parted(text, options.val_fraction)]
+            else:
+                documents = [(text, is_held_out(text, options.val_fraction)) for text in texts]
             yield documents, stream.state_dict()
     except UserError:
         raise
@@ -228,9 +264,7 @@ def make(options, out):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
-        state = dict(
-            options=vars(options), files=matching(options.corpus), stream=None, counts=counts
-        )
+        state = dict(options=vars(options), stream=None, counts=counts)
     pool = contextlib.nullcontext()
     if offline or options.tokenizer != 'bytes':  # spawn: the caller may have threads
         spawn = get_context('spawn')
@@ -254,11 +288,6 @@ def prepare_offline(name, out):
     return prepare(Preparation(corpus=name, out=str(out), prompt=prompt))
 
 
-def matching(pattern):
-    """The files that a path or glob matches, sorted."""
-    return sorted(glob.glob(pattern, recursive=True))
-
-
 def prepared_before(out, options):
     """The folder `out` if it holds the corpus that the options describe. Raises UserError."""
     try:
@@ -269,7 +298,9 @@ def prepared_before(out, options):
         ) from None
     changed = []
     for key, value in vars(options).items():
-        if key not in ('out', 'processes') and found.get(key, value) != value:
+        if key == 'files' and found.get(key, value) != value:
+            changed.append('its files were others')
+        elif key not in ('out', 'processes') and found.get(key, value) != value:
             changed.append(f'{key} was {found[key]!r}, now {value!r}')
     if changed:
         raise UserError(
@@ -283,10 +314,9 @@ def prepared_before(out, options):
 def read_progress(unfinished, options):
     """What an interrupted preparation of the same options and files had written, or None."""
     try:
-        types = dict(options=dict, counts=dict, files=list, stream=dict)
+        types = dict(options=dict, counts=dict, stream=dict)
         state = read_json(unfinished / 'progress.json', **types)
         same = dict(state['options'], processes=0) == dict(vars(options), processes=0)
-        same &= state['files'] == matching(options.corpus)
         for split in SPLITS:
             size = state['counts'][split]['tokens'] * token_bytes(options)
             same &= (unfinished / f'{split}.bin').stat().st_size >= size
@@ -331,10 +361,10 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
 
 
 def main(argv):
-    """Command line: a corpus name first, knobs after it."""
-    options, _, _ = configure(
-        with_positionals(argv, 'corpus'), Preparation, None, 'data/prepare.py'
-    )
+    """Command line: a corpus name or files first, knobs after it."""
+    names = [arg for arg in argv if not arg.startswith('-')]
+    argv = [f'--corpus={",".join(names)}'] * bool(names) + [arg for arg in argv if arg[:1] == '-']
+    options, _, _ = configure(argv, Preparation, None, 'data/prepare.py')
     prepare(options)
 
 

@@ -11,7 +11,15 @@ import torch
 
 import train
 from data.corpus import open_corpus
-from data.instruct import SETS, Examples, is_supervised, prompt, shuffled, supervised_source
+from data.instruct import (
+    SETS,
+    Examples,
+    file_examples,
+    is_supervised,
+    prompt,
+    shuffled,
+    supervised_source,
+)
 from data.loader import Share
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
@@ -171,8 +179,8 @@ def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path, capsys):
     'text, word',
     [
         ('', 'no examples|gave no'),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', 'line 2: not'),
-        ('{"instruction": "a", "output": 3}', 'line 1: not'),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', 'record 2: not'),
+        ('{"instruction": "a", "output": 3}', 'record 1: not'),
     ],
 )
 def test_files_that_are_no_examples(tmp_path, text, word):
@@ -205,3 +213,42 @@ def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
 def test_without_a_network_a_hub_set_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match='dolly'):
         prepare(Preparation(corpus='dolly', out=str(tmp_path / 'dolly'), tokenizer='bytes'))
+
+
+@pytest.mark.parametrize(
+    'record, expected',
+    [
+        (dict(prompt='2 + 2 =', completion='4'), ('2 + 2 =', '4')),
+        (
+            dict(
+                messages=[
+                    dict(role='system', content='Be brief.'),
+                    dict(role='user', content='Hello'),
+                    dict(role='assistant', content='Hi'),
+                ]
+            ),
+            ('Be brief.\nHello', 'Hi'),
+        ),
+        (dict(instruction='a', output='b'), ('a', 'b')),
+    ],
+)
+@pytest.mark.parametrize('suffix', ['jsonl', 'json'])
+def test_records_of_other_conventions(tmp_path, record, expected, suffix):
+    records = [record] * 20
+    text = (
+        '\n'.join(map(json.dumps, records)) if suffix == 'jsonl' else json.dumps(records, indent=1)
+    )
+    path = tmp_path / f'own.{suffix}'
+    path.write_text(text)
+    assert is_supervised(str(path))
+    found = list(file_examples(Preparation(str(path), val_fraction=0.2)))
+    assert len(found) == 20
+    example = found[0][0]
+    assert (example['instruction'], example['output'], example['input']) == (*expected, '')
+
+
+def test_a_conversation_without_an_answer_is_refused(tmp_path):
+    path = tmp_path / 'own.jsonl'
+    path.write_text(json.dumps(dict(messages=[dict(role='user', content='Hello')])))
+    with pytest.raises(UserError, match='record 1: not'):
+        list(file_examples(Preparation(str(path))))

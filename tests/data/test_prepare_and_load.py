@@ -403,3 +403,52 @@ def test_offline_corpus_is_deterministic_and_split_by_file(tmp_path, monkeypatch
     assert one == two
     train, val = decoded(open_corpus('one', tmp_path))
     assert len(train) > 500 and len(val) > 10 and not set(train) & set(val)
+
+
+def prepared(*arguments):
+    """The corpus `own` that data/prepare.py makes of files here; its two texts."""
+    prepare.main([*arguments, '--out=own'])
+    corpus = open_corpus('own', '.')
+    return (
+        corpus,
+        bytes(i for i in corpus.train if i < 256),
+        bytes(i for i in corpus.val if i < 256),
+    )
+
+
+@pytest.mark.parametrize('what', ['book.txt', 'folder', 'two files'])
+def test_files_of_ones_own_become_a_corpus(tmp_path, what, monkeypatch):
+    """Everybody's first corpus: one text file. Its end is for validation, from a line's start."""
+    text = ''.join(f'This is line {i} of the book.\n' for i in range(200))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'texts' / 'more').mkdir(parents=True)
+    (tmp_path / 'texts' / 'book.txt').write_text(text)
+    (tmp_path / 'texts' / 'more' / 'b.txt').write_text(text.replace('book', 'play'))
+    (tmp_path / 'texts' / 'picture.png').write_bytes(b'\x89PNG')
+    words = {'book.txt': ['texts/book.txt'], 'folder': ['texts']}
+    words['two files'] = ['texts/book.txt', 'texts/more/b.txt']
+    corpus, train, val = prepared(*words[what])
+    assert corpus.meta['tokenizer'] == 'bytes'  # what works offline
+    if what == 'book.txt':
+        assert (train + val).decode() == text and val.startswith(b'This is line')
+        assert 0.04 < len(val) / len(text) < 0.06
+    else:
+        assert b'199 of the book' in val and b'199 of the play' in val
+        assert b'0 of the book' in train and b'0 of the play' in train
+
+
+def test_files_that_were_added_are_not_ignored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text('Some lines\nof some text.\n' * 20)
+    prepared('*.txt')
+    prepared('*.txt')  # it is prepared already
+    (tmp_path / '3.txt').write_text('More text.')
+    with pytest.raises(UserError, match='its files were others'):
+        prepared('*.txt')
+
+
+def test_corpora_are_called_after_their_files():
+    names = {'texts/book.txt': 'book', 'novels/*.txt': 'novels', 'novels/**/*.txt': 'novels'}
+    names |= {'*.jsonl': 'local', 'a.txt,b.txt': 'a', 'folder/': 'folder'}
+    assert {pattern: prepare.local_name(pattern) for pattern in names} == names
