@@ -20,6 +20,7 @@ import math
 import re
 import runpy
 import sys
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
@@ -203,7 +204,7 @@ def configure(argv, general, methods=None, program='train.py'):
         names = [f.name for f in fields(cls)]
         instances.append(cls(**{name: values[name] for name in names if name in values}))
     if wants_help:
-        show_help(program, instances)
+        show_help(program, instances, methods)
         sys.exit(0)
     origins = {setting.knob: setting.where for setting in settings}
     return instances[0], instances[1] if methods else None, origins
@@ -223,27 +224,52 @@ def with_positionals(argv, *names):
 # help, and what differs from the defaults
 
 
-def show_help(program, instances):
-    """Print every knob of the dataclass instances with its value and its comment."""
-    print(f'usage: {program} [config/FILE.py] [--key=value ...]\n')
+WIDTH = 100  # columns of the help
+
+
+def show_help(program, instances, methods=None):
+    """Print every knob of the dataclass instances, grouped as in their source; then the methods."""
+    print(f'usage: {program} [config/FILE.py] [--key=value ...]')
     for instance in instances:
-        print((instance.__doc__ or '').strip().splitlines()[0])
-        for name, comment in knob_help(type(instance)).items():
-            value = getattr(instance, name)
+        print(f'\n{(instance.__doc__ or "").strip().splitlines()[0]}')
+        for name, comment in knob_help(type(instance)):
+            value = getattr(instance, name, '')
             text = ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-            print(f'  {f"--{name}={text}":34} {comment}')
-        print()
+            print_in_columns(f'--{name}={text}' if name else '', comment)
+    if methods:
+        print('\nThe methods, each with knobs of its own: --method=NAME --help')
+        for name, cls in methods.items():
+            print_in_columns(name, cls.__doc__.strip().splitlines()[0])
+
+
+def print_in_columns(left, right):
+    """Print two columns, the right one in as many lines as it takes; a heading if left is empty."""
+    if not left:
+        print(f'  {right}')
+        return
+    lines = textwrap.wrap(right, WIDTH - 36) or ['']
+    if len(left) > 31:  # on a line of its own
+        print(f'    {left[: WIDTH - 4]}')
+        left = ''
+    for i, line in enumerate(lines):
+        print(f'    {"" if i else left:31} {line}'.rstrip())
 
 
 def knob_help(cls):
-    """{knob: its comment, and its choices if its type lists them} of a dataclass."""
-    source, helps = inspect.getsource(cls), {}
-    comments = dict(re.findall(r'^    (\w+): .*?  # (.+)$', source, re.MULTILINE))
-    for name, kind in get_type_hints(cls, include_extras=True).items():
-        helps[name] = comments.get(name, '')
-        if Literal in (get_origin(kind), *map(get_origin, get_args(kind))):
-            helps[name] += f' ({describe_type(kind)})'
-    return helps
+    """
+    [(knob, its comment, and its choices if its type lists them)] of a dataclass, in order; the
+    comments between knobs, which head a group of them, under the name ''.
+    """
+    found, kinds = [], get_type_hints(cls, include_extras=True)
+    for line in inspect.getsource(cls).splitlines():
+        if heading := re.match(r'    # (.+)$', line):
+            found.append(('', heading[1]))
+        elif (knob := re.match(r'    (\w+): [^#]*(?:  # (.+))?$', line)) and knob[1] in kinds:
+            kind, comment = kinds[knob[1]], knob[2] or ''
+            if Literal in (get_origin(kind), *map(get_origin, get_args(kind))):
+                comment += f' ({describe_type(kind)})'
+            found.append((knob[1], comment))
+    return found
 
 
 def differences(instance):

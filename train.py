@@ -66,9 +66,7 @@ class Run:
     """General knobs, the same for every method."""
 
     method: str = 'pretrain'  # progressive, growth, inheritune, let, col, sweep, timeseries, ...
-    out_dir: str = (
-        ''  # folder of the run; empty: out/NAME of config file or method, or out/toy/NAME
-    )
+    out_dir: str = ''  # folder of the run; empty: out/NAME of the config or method, or out/toy/NAME
     # data
     data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
     data_dir: str = 'data'  # where prepared corpora are
@@ -173,25 +171,46 @@ def toy_config(config):
 class Pretrain:
     """Train one model, from random initialisation or from the weights of another run."""
 
-    size: str = '64x4'  # a named size, or WIDTHxLAYERS
+    size: str = '64x4'  # one of engine/sizes.toml; 64x4, a small Llama; gpt2-64x4, a GPT-2
     init_from: str = ''  # model folder to start from; step, schedule and optimizer begin anew
-    tokens: NonNegative = 0.0  # training tokens; 0: 20 per parameter
+    tokens: NonNegative = 0.0  # training tokens; 0: 20 per parameter, or with init_from an epoch
+    epochs: NonNegative = 0.0  # passes over the training data, in place of tokens
 
     def stages(self, run):
         """One stage."""
-        name, origin, model = self.size, Origin(), None
+        name, origin, model, knobs = self.size, Origin(), None, {}
         if self.init_from:
             name = f'{Path(self.init_from).name}-continued'
             origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
             config = run.given_config(self.init_from)
+            if run.learning_rate == Run.learning_rate:  # nobody chose one
+                knobs = dict(learning_rate=GENTLE)
             if not run.dry_run:
                 print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)
         params = config.num_params(head=True)
         tokens = self.tokens or 20 * params
-        yield Stage(name, config, tokens, params, origin, model, tokenizer=self.init_from)
+        if self.epochs or self.init_from and not self.tokens:
+            tokens = (self.epochs or 1.0) * epoch_tokens(run, config)
+        stage = Stage(name, config, tokens, params, origin, model, tokenizer=self.init_from)
+        stage.knobs = knobs
+        yield stage
+
+
+GENTLE = 1e-4  # maximum learning rate for weights that are trained already, where none is given
+
+
+def epoch_tokens(run, config):
+    """Tokens of one pass over a run's training data; an instruction takes a whole sequence."""
+    tokens = 0
+    for name in run.corpora:
+        meta = open_corpus(name, run.data_dir).meta
+        train, length = meta['splits']['train'], min(run.block_size, config.block_size)
+        supervised = meta.get('kind') == 'supervised'
+        tokens += train['documents'] * length if supervised else train['tokens']
+    return min(tokens, run.unique_tokens or tokens)
 
 
 METHODS = {
@@ -357,9 +376,14 @@ CPU_FLOPS = 5e10  # what a core sustains, for a plan: a guess from machines of t
 CPU_DAYS = 60  # that a run on a CPU may take
 
 
+def for_planning(run, method):
+    """The knobs with which a plan opens no model, and a method that it may change."""
+    return replace(run, dry_run=True), copy.deepcopy(method)
+
+
 def check_possible(run, method, hardware):
     """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
-    planned = plan(replace(run, dry_run=True), copy.deepcopy(method))
+    planned = plan(*for_planning(run, method))
     for stage, knobs, _, _ in planned:
         check_memory(stage.name, stage.config, knobs, hardware)
     flops = sum(6.0 * stage.params * result.tokens for stage, _, _, result in planned)
@@ -387,12 +411,21 @@ def use_toy_corpora(run, method):
 
 
 def find_corpora(run, method):
-    """Prepare offline corpora that are used; verify the others. UserError: missing or damaged."""
-    names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
-    for name in filter(None, names):
-        if name in OFFLINE and not (Path(run.data_dir) / name).is_dir():
-            prepare_offline(name, Path(run.data_dir) / name)
-        verify_corpus(name, run.data_dir)
+    """The names of the corpora that are used; offline ones are made. UserError: one is missing."""
+    names = list(filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]))
+    for name in names:
+        folder = Path(run.data_dir) / name
+        if name in OFFLINE and not folder.is_dir():
+            prepare_offline(name, folder)
+        if not folder.is_dir():
+            tokens = 1.02 * max(p.result.position for p in plan(*for_planning(run, method)))
+            tokens = min(tokens, run.unique_tokens or tokens)
+            raise UserError(
+                f'{folder} is not prepared: run  python data/prepare.py {name} '
+                f'--max_tokens={tokens:.2g}  first; --dry_run=True shows the plan without it, '
+                '--toy=True runs it small'
+            )
+    return names
 
 
 def main(argv):
@@ -408,14 +441,15 @@ def main(argv):
         print(plan_text(run, plan(run, method)))
         return
     hardware = find_hardware(run)
-    if not run.anyway:
-        check_possible(run, method, hardware)
     changed = differences(run) | differences(method)
     if hardware.is_main:
         for knob, value in changed.items():
             print(f'{knob} = {value!r}  ({origins.get(knob, "derived")})')
-        if getattr(method, 'reads_corpora', True):
-            find_corpora(run, method)
+        corpora = find_corpora(run, method) if getattr(method, 'reads_corpora', True) else []
+        if not run.anyway:
+            check_possible(run, method, hardware)
+        for name in corpora:
+            verify_corpus(name, run.data_dir)
     session = dict(command=['train.py', *argv], device=hardware.name)
     session |= dict(processes=hardware.world_size, differences=changed, set_by=origins)
     record = cache(partial(record_session, run.out_dir, asdict(run) | asdict(method), session))

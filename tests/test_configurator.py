@@ -1,5 +1,6 @@
 """Knobs: what is merged, what is refused, and with which words."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -180,8 +181,24 @@ def test_mistakes_in_a_config_file_name_it(tmp_path, source):
 
 def test_every_knob_of_every_method_has_a_help_text_and_shows_its_choices():
     for cls in (train.Run, *train.METHODS.values()):
-        assert all(knob_help(cls).values()), cls
-    assert 'one of cosine, wsd, constant' in knob_help(train.Run)['schedule']
+        helps = knob_help(cls)
+        assert all(comment for _, comment in helps), cls
+        names = [name for name, _ in helps if name]
+        assert names == [field.name for field in dataclasses.fields(cls)]
+    helps = knob_help(train.Run)
+    assert 'one of cosine, wsd, constant' in dict(helps)['schedule']
+    place = helps.index(('', 'optimisation'))
+    assert helps[place + 1][0] == 'learning_rate'  # grouped as in the source
+
+
+def test_the_help_fits_a_terminal_and_lists_the_methods(capsys):
+    for words in ([], ['--method=col'], ['config/progressive_8b.py']):
+        with pytest.raises(SystemExit):
+            train.main([*words, '--help'])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 100
+        for method in train.METHODS:
+            assert any(line.split()[:1] == [method] for line in lines), method
 
 
 def test_words_of_a_command_stand_anywhere():
