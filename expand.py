@@ -705,6 +705,9 @@ def main(argv):
     shape = partial(grown_shape, to=options.to)
     dtype = getattr(torch, options.save_dtype, None)
     grow_folder(options.source, options.target, shape, operators, dtype)
+    grown, source = read_config(options.target), read_config(model_folder(options.source))
+    sizes = f'{source.num_params():,} to {grown.num_params():,} parameters (N)'
+    print(f'{options.target}: grown from {sizes} by {options.width} and {options.depth}')
 
 
 if __name__ == '__main__':

@@ -702,7 +702,14 @@ def read_fits(path):
                 low, high = fitted.seen[name]
                 assert 0 <= low <= high < math.inf
         assert fits
-    except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+    ) as error:
         reason = type(error).__name__
         raise UserError(f'{path} is not a fit.json of scaling.py fit ({reason})') from None
     return fits

@@ -2,9 +2,11 @@
 
 import ast
 import re
+import tomllib
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 FOLDERS = ('', 'data', 'engine', 'extras')
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob('*.py'))]
@@ -87,3 +89,18 @@ def test_what_is_public_has_a_docstring(path):
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != '_':
             assert ast.get_docstring(node), node.name
+
+
+def test_the_project_can_be_installed():
+    """pyproject.toml lists the files, and ranges that hold what the tests run on."""
+    with open(ROOT / 'pyproject.toml', 'rb') as file:
+        content = tomllib.load(file)
+    modules = content['tool']['setuptools']['py-modules']
+    assert sorted(modules) == sorted(path.stem for path in FILES if path.parent == ROOT)
+    assert content['tool']['setuptools']['packages'] == [folder for folder in FOLDERS if folder]
+    lines = (ROOT / 'requirements.txt').read_text().split()
+    tested = dict(line.split('==') for line in lines if not line.startswith('pytest'))
+    ranges = [Requirement(line) for line in content['project']['dependencies']]
+    assert {wanted.name for wanted in ranges} == set(tested)
+    for wanted in ranges:
+        assert wanted.specifier.contains(tested[wanted.name])
