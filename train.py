@@ -102,6 +102,8 @@ class Run:
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
     recompute: Literal['none', 'selective', 'full'] = 'none'  # activations in the backward pass
     log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
+    tensorboard: bool = False  # also write the metrics to out_dir/tensorboard
+    wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
     keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
     accept_changes: bool = False  # continue a stage although knobs have changed since it began

@@ -235,6 +235,8 @@ MACHINE_KNOBS = {
     'save_minutes',
     'max_minutes',
     'anyway',
+    'tensorboard',
+    'wandb',
     'dry_run',
     'gpu_tflops',
     'keep_states',

@@ -186,7 +186,9 @@ def draw_panels(panels, path):
                 low = [y - half for y, half in zip(line.y, line.band)]
                 high = [y + half for y, half in zip(line.y, line.band)]
                 ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
-        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=panel.ylim)
+        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.ylim:
+            ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
         if panel.xlabel in WHOLE:
             ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(panel.title, fontsize=9)

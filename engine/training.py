@@ -22,6 +22,7 @@ from data.instruct import run_source
 from data.loader import batches
 from data.vocabulary import tokenizer_to_carry
 from engine import checkpoint
+from engine.dashboards import open_dashboards
 from engine.device import (
     SIGNALS,
     attention_kernel,
@@ -168,6 +169,8 @@ class Training:
             logged_until = self.step or -1  # from the beginning: not even the line of step 0
             truncate_metrics(self.folder / 'metrics.jsonl', logged_until)
             self.announce()
+        wanted = hardware.is_main
+        self.dashboards = open_dashboards(knobs, self.stage.name, self.step) if wanted else []
         set_threads(hardware.device, config, self.micro_batch_size * knobs.block_size)
         self.start_clock()
 
@@ -296,6 +299,8 @@ class Training:
         self.logged = time.time()
         if self.hardware.is_main:
             append_metrics(self.folder / 'metrics.jsonl', line)
+            for show in self.dashboards:
+                show(line)
             last = line['step'] == self.steps
             if self.bar.disable and (last or self.logged - self.printed > PRINT_SECONDS):
                 print(self.in_words(line), file=sys.stderr, flush=True)
@@ -358,6 +363,8 @@ class Training:
             best = load(self.folder / 'best', self.hardware.device)
             load_full_state(self.raw_model, best.state_dict())
         loss = self.validate(stoppable=True)
+        for show in self.dashboards:
+            show(dict(step=self.steps, val_loss=loss))
         sequences = self.steps * knobs.batch_size
         tokens = sequences * knobs.block_size
         result = Result(

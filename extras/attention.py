@@ -281,12 +281,15 @@ def observed_panels(groups):
         for place, when, style in ((0, 'before', ':'), (-1, 'after', '-')):
             rank = np.mean([seen[place][1]['rank'].max(1) for seen in runs], 0).tolist()
             name = f'{variant}, {when} training'
+            if when == 'before' and len(groups) > 4:
+                name = ''  # dotted; the legend would hide the lines
             ranks.lines.append(Line(layers, rank, name, style, f'C{i}'))
         steps = [step for step, _ in runs[0]]
         for kind, style in dict(uniform='-', sink='--', **{'as initialised': ':'}).items():
-            shares = [[share_of(kind, now) for _, now in seen] for seen in runs]
-            values, label = np.mean(shares, 0).tolist(), f'{variant}: {kind}'
-            lazy.lines.append(Line(steps, values, label, style, f'C{i}'))
+            values = np.mean([[share_of(kind, now) for _, now in seen] for seen in runs], 0)
+            if kind == 'uniform' or len(groups) <= 4 and np.nanmax(values, initial=0) > 0:
+                label = f'{variant}: {kind}'
+                lazy.lines.append(Line(steps, values.tolist(), label, style, f'C{i}'))
         norms = np.mean([seen[-1][1]['gradient_q'] for seen in runs], 0).tolist()
         gradients.lines.append(Line(layers, norms, variant))
     return [ranks, lazy, gradients] if ranks.lines else []
