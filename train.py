@@ -293,6 +293,8 @@ def train_stage(stage, run, hardware, record):
     called once the folder is known to be this stage's.
     """
     knobs = stage_knobs(run, stage, hardware.world_size)
+    if run.toy:  # its own, not those of the size that it stands for
+        stage.params = stage.config.num_params(head=True)
     training = Training(stage, knobs, hardware, count_steps(knobs, stage))
     result = training.finished_before()
     if result:
@@ -314,7 +316,7 @@ def stage_knobs(run, stage, world_size=1):
     knobs.block_size = min(knobs.block_size, stage.config.block_size)
     knobs.batch_size = knobs.sequences
     if knobs.toy:
-        knobs.eval_tokens, knobs.warmup = 2048, 1
+        knobs.eval_tokens, knobs.warmup, knobs.log_interval = 2048, 1, 1
     if knobs.batch_size % world_size:
         raise UserError(
             f'{stage.name}: a batch of {knobs.batch_size} sequences cannot be divided among '

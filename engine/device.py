@@ -133,6 +133,25 @@ def used_memory(device):
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def join_processes(backend):
+    """(rank, number) of the processes that torchrun started, joined. Raises UserError."""
+    names = ('RANK', 'WORLD_SIZE')
+    try:
+        rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        if not 0 <= rank < world_size:
+            raise ValueError('0 <= RANK < WORLD_SIZE does not hold')
+        if world_size > 1 and not dist.is_initialized():
+            # hours: one process may verify or write a terabyte while the others wait
+            dist.init_process_group(backend, timeout=timedelta(hours=4))
+    except (ValueError, RuntimeError) as error:
+        found = ', '.join(f'{name}={os.environ.get(name)}' for name in names)
+        raise UserError(
+            f'{found} of the environment do not work ({first_line(error)}): start several '
+            'processes with torchrun, or unset them'
+        ) from error
+    return rank, world_size
+
+
 def find_hardware(run):
     """Choose the device and join the processes that torchrun started. Raises UserError."""
     name = run.device
@@ -144,12 +163,7 @@ def find_hardware(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
         memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    rank = int(os.environ.get('RANK', 0))
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    if world_size > 1 and not dist.is_initialized():
-        # hours: one process may verify or write a terabyte while the others wait
-        backend = 'nccl' if on_gpu else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(hours=4))
+    rank, world_size = join_processes('nccl' if on_gpu else 'gloo')
     bf16 = run.dtype == 'bfloat16'
     if run.dtype == 'auto' and on_gpu:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

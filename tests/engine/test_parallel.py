@@ -311,3 +311,10 @@ def test_two_processes_measure_a_given_reference_as_one_does(data_dir, tmp_path)
         run_processes(number, 'train.py', *knobs, '--tokens=640', f'--out_dir={out}')
         losses.append(json.loads((out / 'reference.json').read_text())['val_loss'])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize('environment', [dict(WORLD_SIZE='two'), dict(WORLD_SIZE='2', RANK='2')])
+def test_an_environment_without_torchrun_is_explained(data_dir, environment, tmp_path):
+    process = run_command('train.py', f'--out_dir={tmp_path}/run', '--device=cpu', **environment)
+    assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
+    assert 'start several processes with torchrun' in process.stderr
