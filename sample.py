@@ -12,6 +12,7 @@ min(1, p / q), and replaces the first that it rejects by a token from the part o
 comes out is distributed exactly as if the model had written it alone; greedy, it is the same text.
 """
 
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,9 @@ from typing import Annotated, NamedTuple
 import torch
 
 from configurator import Count, Natural, NonNegative, Range, configure
+from data.corpus import open_corpus
 from data.instruct import prompt as instruction_prompt
+from data.loader import parse_mixture
 from data.vocabulary import (
     check_tokenizer,
     load_tokenizer,
@@ -29,6 +32,7 @@ from data.vocabulary import (
     tokenizer_in,
     tokenizer_of_model,
 )
+from engine.checkpoint import newest_weights
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
@@ -36,7 +40,7 @@ from engine.hub import model_folder
 from engine.loss import kl_of_logits
 from engine.report import table
 from engine.tokenizer_files import special_ids
-from model import load, probabilities
+from model import GPT, GPTConfig, load, probabilities
 
 
 class Sampling(NamedTuple):
@@ -185,8 +189,32 @@ def read_prompts(options):
     return Path(options.prompts).read_text(encoding='utf-8').splitlines()
 
 
+def still_trains(name):
+    """Whether a folder is that of a stage that is not finished."""
+    folder = Path(name)
+    return (folder / 'stage.json').is_file() and not (folder / 'config.json').is_file()
+
+
+def open_model(name, device):
+    """A model; of a stage that still trains, its newest saved state. Raises UserError."""
+    if not still_trains(name):
+        return load(name, device)
+    fields, weights, step = newest_weights(name)
+    print(f'{name} is not finished: this is its state after {step:,} steps', file=sys.stderr)
+    return GPT.from_state(GPTConfig(**fields), weights).to(device)
+
+
+def tokenizer_of_run(folder):
+    """The tokenizer of the corpora that a run reads. Raises UserError."""
+    knobs = read_json(Path(folder) / 'run.json', knobs=dict)['knobs']
+    corpus = next(iter(parse_mixture(knobs.get('data', ''))))
+    return open_corpus(corpus, knobs.get('data_dir', 'data')).meta['tokenizer']
+
+
 def choose_tokenizer(options):
     """The Tokenizer of the model, or the one given. Raises UserError if they are different."""
+    if not options.tokenizer and still_trains(options.model):
+        return load_tokenizer(tokenizer_of_run(Path(options.model).parent))
     name = options.tokenizer or tokenizer_of_model(options.model)
     tokenizer, own = load_tokenizer(name), tokenizer_in(options.model)
     if own and not same_tokenizer(own, name):
@@ -234,7 +262,7 @@ def main(argv):
     """Command line: print the continuations; with a draft model, what it brought."""
     options, _, _ = configure(argv, Options, program='sample.py')
     device = choose_device(options.device)
-    model = load(options.model, device).eval()
+    model = open_model(options.model, device).eval()
     set_threads(device, model.config, 1)
     tokenizer = choose_tokenizer(options)
     check_tokenizer(tokenizer, model.config)

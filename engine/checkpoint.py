@@ -219,6 +219,28 @@ def load_state(folder, model, optimizer):
     return progress
 
 
+def newest_weights(folder):
+    """
+    (fields of model.GPTConfig, {name: tensor}, steps done) of a stage that is not finished, from
+    its newest saved state. Raises UserError for a damaged one, or none.
+    """
+    states = saved_states(folder)
+    if not states:
+        raise UserError(f'{folder} is not finished and has no saved state yet (--save_minutes)')
+    newest = states[-1]
+    if damage := find_damage(newest, owner_of(folder)):
+        raise UserError(damage)
+    identity, weights = read_identity(folder), {}
+    for key, found in StateReader(newest).read_metadata().state_dict_metadata.items():
+        if key.startswith('model.'):
+            tensor = torch.empty(found.size, dtype=found.properties.dtype)
+            weights[key.removeprefix('model.')] = tensor
+    dcp.load(dict(model=weights), storage_reader=StateReader(newest), no_dist=True)
+    fields = {key.removeprefix('model.'): identity[key] for key in identity if key[:6] == 'model.'}
+    fields['rope_scaling'] = tuple(fields['rope_scaling'])
+    return fields, weights, step_of(newest)
+
+
 # ----------------------------------------------------------------------------------------------
 # what a stage is
 

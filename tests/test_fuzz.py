@@ -39,7 +39,7 @@ def run_cases(folder, first, last):
     lines, case = lines_of(process), None
     try:
         while True:
-            line = lines.get(timeout=LIMIT if case else 120)
+            line = lines.get(timeout=LIMIT if case else 600)  # it imports torch first
             if line is None:
                 if case:
                     yield case, f'died: {process.wait()}'

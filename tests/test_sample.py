@@ -10,9 +10,11 @@ import torch
 from conftest import run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
+import train
+from engine.checkpoint import newest_weights
 from engine.errors import UserError
 from expand import grow
-from model import GPT, GPTConfig, probabilities
+from model import GPT, GPTConfig, load, probabilities
 from sample import Sampling, answer_template, generate, speculate
 
 GREEDY = Sampling(temperature=0)
@@ -188,3 +190,23 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     other = train_tokenizer('byte-level', tmp_path / 'other', 300)
     process = run_command('sample.py', f'--model={tmp_path}/model', f'--tokenizer={other}')
     assert process.returncode == 2 and 'has another tokenizer than' in process.stderr
+
+
+def test_a_model_that_still_trains_can_be_sampled(data_dir, tmp_path):
+    """Its newest saved state, without disturbing the run."""
+    knobs = ['--size=16x2', '--tokens=6400', '--block_size=16', '--batch_size=2', '--device=cpu']
+    knobs += ['--eval_tokens=64', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run']
+    with pytest.raises(SystemExit):
+        train.main([*knobs, '--save_minutes=0', '--max_minutes=0.0001'])
+    folder = tmp_path / 'run' / '16x2'
+    assert not (folder / 'config.json').exists()
+    process = run_command('sample.py', f'--model={folder}', '--max_new_tokens=5', '--prompt=def')
+    assert process.returncode == 0 and '\ndef' in process.stdout, process.stderr
+    assert 'is not finished: this is its state after' in process.stderr
+    fields, weights, step = newest_weights(folder)
+    assert 0 < step < 200 and GPTConfig(**fields).n_layer == 2
+    train.main(knobs)  # it goes on
+    finished = load(folder).state_dict()
+    assert weights.keys() == finished.keys() and not torch.equal(
+        weights['wte.weight'], finished['wte.weight']
+    )
