@@ -226,7 +226,11 @@ def exit_saved(message, hardware):
     after max_minutes, 128 + signal after a signal.
     """
     if hardware.is_main:
-        command = f'python {shlex.join(sys.argv)}'
+        program = 'python'
+        if hardware.world_size > 1:
+            here = os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size)
+            program = f'torchrun --standalone --nproc_per_node={here}'
+        command = f'{program} {shlex.join(sys.argv)}'
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
     if hardware.world_size > 1:
         dist.destroy_process_group()

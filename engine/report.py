@@ -193,14 +193,26 @@ def draw_panels(panels, path):
             ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(panel.title, fontsize=9)
         ax.grid(alpha=0.25)
-        if 'x' in panel.log:
-            ax.set_xscale('log')
-        if 'y' in panel.log:
-            ax.set_yscale('log')
+        for which in panel.log:
+            ax.set(**{f'{which}scale': 'log'})
+            write_logarithmic_ticks(ax.xaxis if which == 'x' else ax.yaxis)
         labels = sum(bool(line.label) for line in panel.lines)
         if 0 < labels <= 24:
             ax.legend(frameon=False, fontsize=8 if labels <= 12 else 5)
     save_figure(figure, path)
+
+
+def write_logarithmic_ticks(axis):
+    """Ticks at 1, 2, 5 and their like with SI letters; matplotlib's overlap on short axes."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    locator = MaxNLocator(5)
+    if high > 5 * low:
+        locator = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_images(images, path, xlabel, ylabel):

@@ -116,7 +116,7 @@ def test_a_run_goes_on_at_another_number_of_processes(whole, data_dir, tmp_path,
     for (how, number), more in ((first, ['--max_minutes=1e-9']), (then, [])):  # stops after a step
         how = 'auto' if number == 1 else how
         run = partial(run_processes, number) if number > 1 else run_command
-        run(
+        outputs = run(
             'train.py',
             f'--data_dir={data_dir}',
             f'--out_dir={tmp_path}',
@@ -125,6 +125,8 @@ def test_a_run_goes_on_at_another_number_of_processes(whole, data_dir, tmp_path,
             *more,
         )
         assert more == [] or list((tmp_path / '16x2').glob('state-00000000[1-9]'))
+        if more and number > 1:  # how to go on
+            assert 'torchrun --standalone --nproc_per_node=2 train.py' in outputs[0]
     same_curves(whole, tmp_path)
 
 
