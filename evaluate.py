@@ -99,6 +99,8 @@ def run_tasks(folder, options, device, limit=None):
         task, _, number = text.partition(':')
         if number and not number.isdecimal():
             raise UserError(f'--tasks={text}: write TASK or TASK:EXAMPLES, as mmlu:5')
+        if task in itertools.chain(*examples.values()):
+            raise UserError(f'--tasks: {task} is asked for twice')
         examples.setdefault(int(number or options.num_fewshot), []).append(task)
     lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
     from lm_eval.models.huggingface import HFLM

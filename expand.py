@@ -637,7 +637,8 @@ class GrowthComparison:
 
     def shapes(self, run):
         """The shapes of the base and of the target, as they are trained."""
-        if self.base_model and not (run.toy or run.dry_run):  # a plan takes it from `base`
+        here = not run.dry_run or Path(self.base_model).is_dir()  # else a plan takes it from `base`
+        if self.base_model and not run.toy and here:
             base = run.given_config(self.base_model)
             return base, grown_shape(base, self.target)
         target = grown_shape(GPTConfig.named(self.base), self.target)

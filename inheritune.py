@@ -31,9 +31,8 @@ from configurator import (
     with_positionals,
 )
 from data.instruct import run_source
-from data.loader import Share
 from data.vocabulary import tokenizer_to_carry
-from engine.device import choose_device, gather, processes
+from engine.device import find_hardware, gather, processes
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
@@ -388,7 +387,8 @@ class Inheritune:
         if self.no_bias:
             changes['bias'] = False
         config = run.model_config(self.size, **changes)
-        if self.reference and not run.toy and not run.dry_run:  # a plan takes it from `size`
+        here = not run.dry_run or Path(self.reference).is_dir()  # else a plan takes it from `size`
+        if self.reference and not run.toy and here:
             config = run.given_config(self.reference)
         if run.toy:  # of as many layers as a toy has
             self.n, self.depths = 0, self.depths[:1]
@@ -454,7 +454,7 @@ def given_reference(name, run):
         return result
     corpus = run.val_data or next(iter(run.corpora))
     settings = dict(reference=str(name), data=corpus, eval_tokens=run.eval_tokens)
-    settings['block_size'] = run.block_size
+    settings |= dict(block_size=run.block_size, device=run.device, dtype=run.dtype)
     settings['weights'] = [file.stat().st_mtime_ns for file in weight_files(model_folder(name))]
     path, found = Path(run.out_dir) / 'reference.json', {}
     with contextlib.suppress(OSError, UserError):
@@ -471,11 +471,12 @@ def given_reference(name, run):
 
 
 def reference_loss(name, run):
-    """The validation loss of a model on a run's data, in float32, on all processes together."""
-    device = choose_device(run.device)
-    model = load(name, device).float()
+    """The validation loss of a model as a stage measures its own, on all processes together."""
+    hardware = find_hardware(run)
+    model = load(name, hardware.device).float()
     source = run_source(replace(run, block_size=min(run.block_size, model.config.block_size)))
-    return evaluate(model, source.validation(8, Share(device, *processes())))
+    with hardware.forward():
+        return evaluate(model, source.validation(8, hardware))
 
 
 # ----------------------------------------------------------------------------------------------

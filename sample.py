@@ -214,7 +214,7 @@ def tokenizer_of_run(folder):
 def choose_tokenizer(options):
     """The Tokenizer of the model, or the one given. Raises UserError if they are different."""
     if not options.tokenizer and still_trains(options.model):
-        return load_tokenizer(tokenizer_of_run(Path(options.model).parent))
+        return load_tokenizer(tokenizer_of_run(Path(options.model).resolve().parent))
     name = options.tokenizer or tokenizer_of_model(options.model)
     tokenizer, own = load_tokenizer(name), tokenizer_in(options.model)
     if own and not same_tokenizer(own, name):
@@ -299,7 +299,7 @@ def draft_for(model, prompts, options, sampling):
     tokenizers = [tokenizer_in(name) for name in (options.model, options.draft)]
     if all(tokenizers) and not same_tokenizer(*tokenizers):
         raise UserError(f'{options.model} has another tokenizer than its draft {options.draft}')
-    draft = load(options.draft, prompts[0].device).eval()
+    draft = open_model(options.draft, prompts[0].device).eval()
     found, total, started = [], Speculation(), time.time()
     for prompt in prompts:
         new, ahead = options.max_new_tokens, options.draft_tokens

@@ -37,6 +37,7 @@ from configurator import (
     differences,
 )
 from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
+from data.instruct import SETS
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
 from engine.checkpoint import record_session
@@ -81,7 +82,7 @@ class Run:
     batch_tokens: Natural = 0  # the same in tokens, instead of batch_size; 0: batch_size counts
     micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
     # optimisation
-    learning_rate: NonNegative = 1e-3  # the maximum
+    learning_rate: NonNegative = 1e-3  # the maximum; with init_from 1e-4, unless it is given
     schedule: Literal['cosine', 'wsd', 'constant'] = 'cosine'  # after the warmup; wsd: linear decay
     warmup: NonNegative = 0.01  # steps, or below 1 the fraction of a stage's steps
     min_lr_fraction: Fraction = 0.1  # last learning rate / maximum
@@ -180,25 +181,22 @@ class Pretrain:
 
     def stages(self, run):
         """One stage."""
-        name, origin, model, knobs = self.size, Origin(), None, {}
-        if self.init_from:
+        name, origin, model = self.size, Origin(), None
+        if self.init_from and not run.toy:  # a toy trains a small one
             name = f'{Path(self.init_from).name}-continued'
             origin = Origin('weights', (self.init_from,))
             model = partial(load, self.init_from)
             config = run.given_config(self.init_from)
-            if run.learning_rate == Run.learning_rate:  # nobody chose one
-                knobs = dict(learning_rate=GENTLE)
             if not run.dry_run:
                 print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
         else:
             config = run.model_config(self.size)
         params = config.num_params(head=True)
         tokens = self.tokens or 20 * params
-        if self.epochs or self.init_from and not self.tokens:
+        if (self.epochs or self.init_from and not self.tokens) and not run.toy:
             tokens = (self.epochs or 1.0) * epoch_tokens(run, config)
-        stage = Stage(name, config, tokens, params, origin, model, tokenizer=self.init_from)
-        stage.knobs = knobs
-        yield stage
+        kept = '' if run.toy else self.init_from
+        yield Stage(name, config, tokens, params, origin, model, tokenizer=kept)
 
 
 GENTLE = 1e-4  # maximum learning rate for weights that are trained already, where none is given
@@ -258,8 +256,10 @@ def train_step(training):
 def train_to_the_end(training):
     """The loop over the steps of a stage."""
     knobs = training.knobs
-    if knobs.eval_interval and training.step == 0:
-        line = dict(step=0, tokens=0, flops=0.0, val_loss=training.validate())
+    if training.step == 0 and (knobs.eval_interval or training.stage.observe):
+        line = dict(step=0, tokens=0, flops=0.0)
+        if knobs.eval_interval:
+            line['val_loss'] = training.validate()
         training.log(line | training.observe())
     while training.step < training.steps:
         rate = learning_rate(training.step, training.steps, knobs)
@@ -356,6 +356,10 @@ def plan_stage(stage, run):
     result.params = stage.params
     result.flops = 6.0 * stage.params * stage.tokens
     result.tokens = steps * knobs.batch_size * knobs.block_size
+    if run.toy:  # its own, not those of the size that it stands for
+        stage.params = result.params = stage.config.num_params(head=True)
+        stage.tokens, stage.baseline_flops = result.tokens, 0.0
+        result.flops = 6.0 * stage.params * stage.tokens
     result.inherited_flops = stage.inherited_flops
     result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens
@@ -382,7 +386,11 @@ CPU_DAYS = 60  # that a run on a CPU may take
 
 def for_planning(run, method):
     """The knobs with which a plan opens no model, and a method that it may change."""
-    return replace(run, dry_run=True), copy.deepcopy(method)
+    method = copy.deepcopy(method)
+    for knob in ('reference', 'base_model'):  # their shapes are read where they are on this disk
+        if getattr(method, knob, '') and not run.toy:
+            setattr(method, knob, str(model_folder(getattr(method, knob))))
+    return replace(run, dry_run=True), method
 
 
 def check_possible(run, method, hardware):
@@ -422,14 +430,23 @@ def find_corpora(run, method):
         if name in OFFLINE and not folder.is_dir():
             prepare_offline(name, folder)
         if not folder.is_dir():
-            tokens = 1.02 * max(p.result.position for p in plan(*for_planning(run, method)))
-            tokens = min(tokens, run.unique_tokens or tokens)
             raise UserError(
-                f'{folder} is not prepared: run  python data/prepare.py {name} '
-                f'--max_tokens={tokens:.2g}  first; --dry_run=True shows the plan without it, '
+                f'{folder} is not prepared: run  python data/prepare.py {name}'
+                f'{tokens_wanted(name, run, method)}  first; --dry_run=True shows the plan, '
                 '--toy=True runs it small'
             )
     return names
+
+
+def tokens_wanted(name, run, method):
+    """' --max_tokens=...', what a run draws from a corpus of text that is not prepared, or ''."""
+    if name not in run.corpora or name in SETS or getattr(method, 'init_from', ''):
+        return ''
+    tokens = max(p.result.position for p in plan(*for_planning(run, method)))
+    tokens = (
+        min(tokens, run.unique_tokens or tokens) * run.corpora[name] / sum(run.corpora.values())
+    )
+    return f' --max_tokens={1.06 * tokens:.2g}'  # rounding may take 5% off
 
 
 def main(argv):
@@ -439,6 +456,8 @@ def main(argv):
     name = files[-1] if files else run.method
     run.out_dir = run.out_dir or (f'out/toy/{name}' if run.toy else f'out/{name}')
     parse_mixture(run.data)
+    if getattr(method, 'init_from', '') and 'learning_rate' not in origins:
+        run.learning_rate = GENTLE
     if run.toy:
         use_toy_corpora(run, method)
     if run.dry_run:

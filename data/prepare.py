@@ -168,18 +168,18 @@ def matching(pattern):
     """The files of a path, folder or glob, or of several with commas between, sorted."""
     found = set()
     for part in [pattern] if os.path.exists(pattern) else pattern.split(','):
-        if os.path.isdir(part):
-            part = os.path.join(part, '**', '*')
-        found |= {path for path in glob.glob(part, recursive=True) if os.path.isfile(path)}
-    if os.path.isdir(pattern):  # it may hold others, too
-        found = {path for path in found if Path(path).suffix in BUILDERS}
+        inside = os.path.isdir(part)  # it may hold other files, too
+        paths = glob.glob(os.path.join(part, '**', '*') if inside else part, recursive=True)
+        paths = [path for path in paths if not inside or Path(path).suffix in BUILDERS]
+        found |= set(filter(os.path.isfile, paths))
     return sorted(found)
 
 
 def local_name(pattern):
     """What a corpus of one's own files is called: book.txt -> book, novels/*.txt -> novels."""
     path = Path(pattern.split(',')[0])
-    for part in (path.stem, *reversed(path.parts[:-1])):
+    own = path.name if path.is_dir() else path.stem
+    for part in (own, *reversed(path.parts[:-1])):
         if name := part.strip('*?_-./'):
             return name
     return 'local'
@@ -206,8 +206,11 @@ def local_files(pattern, files):
 def parted(text, val_fraction):
     """[(the beginning of a text, False), (its last lines, True)], the end for validation."""
     cut = int(len(text) * (1 - val_fraction))
-    cut = text.find('\n', cut) + 1 or cut
-    return [(text[:cut], False), (text[cut:], True)]
+    for end in '\n ':  # of a line, or else of a word
+        if found := text.find(end, cut, len(text.rstrip())) + 1:
+            cut = found
+            break
+    return [(part, is_val) for part, is_val in ((text[:cut], False), (text[cut:], True)) if part]
 
 
 def stream_batches(stream, column, options, rows=256):

@@ -237,7 +237,7 @@ def newest_weights(folder):
             weights[key.removeprefix('model.')] = tensor
     dcp.load(dict(model=weights), storage_reader=StateReader(newest), no_dist=True)
     fields = {key.removeprefix('model.'): identity[key] for key in identity if key[:6] == 'model.'}
-    fields['rope_scaling'] = tuple(fields['rope_scaling'])
+    fields['rope_scaling'] = tuple(fields.get('rope_scaling') or ())
     return fields, weights, step_of(newest)
 
 

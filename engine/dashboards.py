@@ -1,16 +1,25 @@
 """TensorBoard and Weights & Biases: what metrics.jsonl holds, where others look for it."""
 
+import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from engine.errors import UserError, first_line, import_extra
+from engine.files import write_atomically
+
+
+class Dashboard(NamedTuple):
+    """Where lines of metrics are shown."""
+
+    show: Any  # (line of metrics) -> None
+    close: Any  # () -> None
 
 
 def open_dashboards(knobs, name, step):
     """
-    Functions (line of metrics) -> None for the dashboards that `knobs` (train.Run) ask for, of the
-    stage `name`, which is at a step: what was logged behind it is dropped. Raises UserError where
-    one is not installed or not reached.
+    The Dashboards that `knobs` (train.Run) ask for, of the stage `name`, which is at a step: what
+    was logged behind it is dropped. Raises UserError where one is not installed or not reached.
     """
     dashboards = []
     if knobs.tensorboard:
@@ -25,18 +34,21 @@ def open_dashboards(knobs, name, step):
                 writer.add_scalar(key, value, line['step'])
             writer.flush()
 
-        dashboards.append(to_tensorboard)
+        dashboards.append(Dashboard(to_tensorboard, writer.close))
     if knobs.wandb:
         wandb = import_extra('wandb', '--wandb needs wandb')
-        Path(knobs.out_dir).mkdir(parents=True, exist_ok=True)
+        kept = Path(knobs.out_dir) / name / 'wandb-id'  # a stage that continues is the same run
+        if not kept.is_file():
+            write_atomically(kept, uuid.uuid4().hex)
         run = f'{Path(knobs.out_dir).name}-{name}'
-        how = dict(project=knobs.wandb, name=run, id=run, resume='allow', config=asdict(knobs))
+        how = dict(project=knobs.wandb, name=run, id=kept.read_text(), resume='allow')
         try:
-            found = wandb.init(dir=knobs.out_dir, reinit='finish_previous', **how)
+            found = wandb.init(dir=knobs.out_dir, config=asdict(knobs), **how)
         except (wandb.Error, ValueError, OSError) as error:
             way_out = 'WANDB_MODE=offline needs no account and no network'
             raise UserError(f'--wandb={knobs.wandb}: {first_line(error)}; {way_out}') from error
-        dashboards.append(lambda line: found.log(numbers_of(line), step=line['step']))
+        show = lambda line: found.log(numbers_of(line), step=line['step'])
+        dashboards.append(Dashboard(show, found.finish))
     return dashboards
 
 

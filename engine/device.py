@@ -118,11 +118,15 @@ def choose_device(name):
 
 def free_memory():
     """Bytes that programs on this machine may still take; infinite where that is not known."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError, LookupError):
         lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
         found = dict(line.split(':') for line in lines)
-        return 0.95 * 1024 * int(found['MemAvailable'].split()[0])
-    return math.inf
+        free = 1024 * int(found['MemAvailable'].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # a container may have less
+        limit, used = (Path(f'/sys/fs/cgroup/memory.{of}').read_text() for of in ('max', 'current'))
+        free = min(free, int(limit) - int(used))
+    return 0.95 * free
 
 
 def used_memory(device):
@@ -158,19 +162,24 @@ def find_hardware(run):
     if name == 'auto' and not torch.cuda.is_available() and torch.backends.mps.is_available():
         name = 'mps'
     device = choose_device(name)
-    on_gpu, memory = device.type == 'cuda', free_memory()
+    on_gpu = device.type == 'cuda'
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-        memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
     rank, world_size = join_processes('nccl' if on_gpu else 'gloo')
+    memory = torch.tensor(free_memory() / world_size, dtype=torch.float64)  # they share it
+    if on_gpu:
+        memory = torch.tensor(0.85 * torch.cuda.get_device_properties(device).total_memory)
+    if world_size > 1:  # one plan for all
+        memory = memory.to(device)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
     bf16 = run.dtype == 'bfloat16'
     if run.dtype == 'auto' and on_gpu:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     compiled = on_gpu if run.compile == 'auto' else run.compile == 'True'
     deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
-    return Hardware(device, dtype, compiled, rank, world_size, deadline, memory)
+    return Hardware(device, dtype, compiled, rank, world_size, deadline, memory.item())
 
 
 def set_threads(device, config, tokens):

@@ -65,8 +65,6 @@ def check_memory(name, config, knobs, hardware):
     """Raise UserError where a stage of this shape needs more memory than there is."""
     shards = hardware.world_size if knobs.parallel != 'ddp' else 1
     needed, found = sum(estimate_memory(config, knobs, 1, shards)), hardware.memory
-    if hardware.device.type == 'cpu':
-        found /= hardware.world_size  # they share it
     if needed > found:
         where = 'each of the GPUs' if hardware.device.type == 'cuda' else 'each process'
         raise UserError(

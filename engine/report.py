@@ -160,7 +160,7 @@ class Panel:
     ylim: tuple | None = None
 
 
-WHOLE = ('layer', 'step')  # axes on which there is nothing between whole numbers
+WHOLE_AXES = ('layer', 'step')  # axes on which there is nothing between whole numbers
 
 
 def pyplot():
@@ -189,7 +189,7 @@ def draw_panels(panels, path):
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
-        if panel.xlabel in WHOLE:
+        if panel.xlabel in WHOLE_AXES:
             ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(panel.title, fontsize=9)
         ax.grid(alpha=0.25)

@@ -299,8 +299,8 @@ class Training:
         self.logged = time.time()
         if self.hardware.is_main:
             append_metrics(self.folder / 'metrics.jsonl', line)
-            for show in self.dashboards:
-                show(line)
+            for dashboard in self.dashboards:
+                dashboard.show(line)
             last = line['step'] == self.steps
             if self.bar.disable and (last or self.logged - self.printed > PRINT_SECONDS):
                 print(self.in_words(line), file=sys.stderr, flush=True)
@@ -363,8 +363,9 @@ class Training:
             best = load(self.folder / 'best', self.hardware.device)
             load_full_state(self.raw_model, best.state_dict())
         loss = self.validate(stoppable=True)
-        for show in self.dashboards:
-            show(dict(step=self.steps, val_loss=loss))
+        for dashboard in self.dashboards:
+            dashboard.show(dict(step=self.steps, val_loss=loss))
+            dashboard.close()
         sequences = self.steps * knobs.batch_size
         tokens = sequences * knobs.block_size
         result = Result(

@@ -277,6 +277,8 @@ def observed_panels(groups):
         runs = [seen for seen in map(observed, results) if seen]
         if not runs:
             continue
+        steps = sorted(set.intersection(*({step for step, _ in seen} for seen in runs)))
+        runs = [[(step, now) for step, now in seen if step in steps] for seen in runs]
         layers = list(range(1, len(runs[0][0][1]['rank']) + 1))
         for place, when, style in ((0, 'before', ':'), (-1, 'after', '-')):
             rank = np.mean([seen[place][1]['rank'].max(1) for seen in runs], 0).tolist()
@@ -284,7 +286,6 @@ def observed_panels(groups):
             if when == 'before' and len(groups) > 4:
                 name = ''  # dotted; the legend would hide the lines
             ranks.lines.append(Line(layers, rank, name, style, f'C{i}'))
-        steps = [step for step, _ in runs[0]]
         for kind, style in dict(uniform='-', sink='--', **{'as initialised': ':'}).items():
             values = np.mean([[share_of(kind, now) for _, now in seen] for seen in runs], 0)
             if kind == 'uniform' or len(groups) <= 4 and np.nanmax(values, initial=0) > 0:

@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Literal
 
 from configurator import Count, Positive
+from engine.errors import UserError
 from engine.report import by_label, interval
 from engine.stage import Stage
 from extras.attention import (
@@ -36,6 +37,8 @@ class LazyLayers:
 
     def stages(self, run):
         """For every seed every combination, from random initialisation."""
+        if not (self.depths and self.positions and self.scaling) or run.parallel == 'fsdp':
+            raise UserError('lazy_layers needs depths, positions and scaling, and no shards')
         for seed in range(self.seeds):
             for depth, positions, scaling in product(self.depths, self.positions, self.scaling):
                 changes = dict(pos=positions, attn_scale_by_layer=scaling == 'by-layer', bias=False)
@@ -70,16 +73,20 @@ class LazyLayers:
         Records of each suspect: by how much a measure is higher with its first value than with
         its last, all else equal: the mean, and its 95% interval over seeds.
         """
-        suspects, records = dict(scaling=self.scaling, positions=self.positions), []
-        for suspect, (first, *_, last) in (suspects | dict(depth=self.depths)).items():
+        suspects = dict(scaling=self.scaling, positions=self.positions, depth=self.depths)
+        records = []
+        for suspect, values in suspects.items():
+            first, last = values[0], values[-1]
+            if first == last:  # one value has no effect to show
+                continue
             record = {'suspect': suspect, 'effect of': f'{first} instead of {last}'}
             for name in measured[results[0].name]:
                 differences = []
                 for runs in by_label(results, 'seed').values():
-                    values = by_label(runs, suspect)
-                    with_first = mean(measured[r.name][name] for r in values[first])
+                    sides = by_label(runs, suspect)
+                    with_first = mean(measured[r.name][name] for r in sides[first])
                     differences.append(
-                        with_first - mean(measured[r.name][name] for r in values[last])
+                        with_first - mean(measured[r.name][name] for r in sides[last])
                     )
                 found = interval(differences)
                 limits = f' ({found[0]:+.3f} to {found[1]:+.3f})' if found else ''

@@ -23,6 +23,7 @@ SMALLER = {  # knobs that a command gets besides its own
     'train': ['--tokens=512', '--eval_tokens=512', '--batch_size=2'],
     'evaluate': ['--eval_tokens=256', '--kl_examples=2'],
     'inheritune': ['--samples=2', '--length=20'],
+    'data.prepare': ['--out=prepared'],
     'bench': ['--size=64x2', '--block_size=16', '--rounds=1', '--steps=1'],
     'scaling fit': ['--bootstrap=2'],
     'scaling diagnose': ['--samples=2', '--iterations=1', '--block_size=16'],
@@ -101,7 +102,7 @@ def test_a_command_of_the_documents_works(command, workplace, monkeypatch, capsy
         words.append('--dry_run=True')  # at toy size they run in test_train.py
     else:
         words += SMALLER.get(key, [])
-    for made in ('grown', 'child', 'out/mine'):  # by another command of the documents
+    for made in ('grown', 'child', 'out/mine', 'prepared'):  # by another command of the documents
         shutil.rmtree(made, ignore_errors=True)
     importlib.import_module(program).main(words)
     assert capsys.readouterr().out

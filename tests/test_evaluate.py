@@ -220,6 +220,8 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
     assert asked == [(['choose', 'roll', 'write'], 0), (['choose'], 1), (['write'], 0)]
     with pytest.raises(UserError, match='write TASK or TASK:EXAMPLES, as mmlu:5'):
         run_tasks(folder, Evaluation(tasks=('choose:all',), task_folder=str(tmp_path)), 'cpu')
+    with pytest.raises(UserError, match='choose is asked for twice'):
+        run_tasks(folder, Evaluation(tasks=('choose', 'choose:5')), 'cpu')
     with pytest.raises(UserError, match='no task .chose.'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
 

@@ -53,7 +53,8 @@ def run_cases(folder, first, last):
             else:
                 case = found
     except queue.Empty:
-        yield case, 'hang'
+        if case:
+            yield case, 'hang'
     finally:
         process.kill()
         process.wait()
@@ -62,9 +63,11 @@ def run_cases(folder, first, last):
 def test_nothing_surprising(tmp_path):
     kinds, number = collections.defaultdict(list), 0
     while number < CASES:
+        before = number
         for case, outcome in run_cases(tmp_path, number, CASES):
             kinds[outcome].append(case)
             number = case['number'] + 1
+        assert number > before, 'the fuzzer itself does not start'
     fine, one_line = len(kinds.pop('fine')), len(kinds.pop('one line'))
     first = {kind: [len(cases), cases[0]] for kind, cases in kinds.items()}
     assert not kinds, json.dumps(first, indent=1)  # every kind, with its first case

@@ -474,3 +474,12 @@ def test_a_run_with_seeds_reports_losses_costs_and_lazy_heads(data_dir, tmp_path
     lines = (tmp_path / 'run' / '5-layers' / 'metrics.jsonl').read_text()
     assert '"attention"' in lines and '"moved"' not in lines  # it did not begin at random
     assert '"moved"' in (tmp_path / 'run' / 'random-5-s1' / 'metrics.jsonl').read_text()
+
+
+def test_a_given_reference_is_planned_in_its_own_shape(data_dir, tmp_path):
+    """Deeper than the default size: n is a number of its layers, not of the default's."""
+    GPT(GPTConfig.named('16x12', vocab_size=257, block_size=16)).save(tmp_path / 'deep', 'bytes')
+    knobs = ['--method=inheritune', f'--reference={tmp_path}/deep', '--n=10', '--tokens=64']
+    knobs += [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=64', '--batch_size=2']
+    train.main([*knobs, '--max_rounds=1', '--device=cpu', f'--out_dir={tmp_path}/run'])
+    assert load(tmp_path / 'run' / '10-layers').config.n_layer == 10

@@ -19,11 +19,12 @@ import torch
 from conftest import ROOT, run_command
 
 import train
+from data.corpus import open_corpus
 from engine import training
 from engine.errors import UserError
 from engine.optimizer import learning_rate, make_optimizer
 from engine.stage import Result, Stage
-from model import GPT, load
+from model import GPT, GPTConfig, load
 from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
 TINY = [
@@ -442,7 +443,7 @@ def test_train_help_and_a_run_as_a_program(data_dir, tmp_path):
 
 def test_the_method_in_the_readme_runs_as_it_is_printed(data_dir, tmp_path):
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    snippet = re.search(r'```python\n(.*?class Twice.*?)```', readme, re.DOTALL)[1]
+    snippet = re.search(r'```python\n(from expand import Operators.*?)```', readme, re.DOTALL)[1]
     source = (ROOT / 'train.py').read_text(encoding='utf-8')
     marker = '\nMETHODS = {\n'
     assert source.count(marker) == 1  # as a reader would: pasted above METHODS, with an entry
@@ -473,3 +474,44 @@ def test_metrics_reach_the_dashboards(data_dir, tmp_path, monkeypatch):
     result = Result.of(tmp_path / 'run' / '16x1')
     assert losses[-1].value == pytest.approx(result.val_loss)
     assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+
+
+def test_trained_weights_are_trained_on_gently_unless_a_rate_is_given(data_dir, tmp_path):
+    GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16)).save(tmp_path / 'old', 'bytes')
+    knobs = [f'--init_from={tmp_path}/old', f'--data_dir={data_dir}', '--block_size=16']
+    knobs += ['--eval_tokens=64', '--batch_size=2', '--device=cpu', '--log_interval=1']
+    for more, rate in (([], 1e-4), (['--learning_rate=1e-3'], 1e-3)):
+        out = tmp_path / f'{rate}'
+        train.main([*knobs, *more, '--tokens=320', f'--out_dir={out}'])
+        rates = [line['lr'] for line in metrics(out / 'old-continued')]
+        assert max(rates) == pytest.approx(rate, rel=0.05)
+    train.main([*knobs, '--toy=True', f'--out_dir={tmp_path}/toy'])  # of its own shape
+    assert load(tmp_path / 'toy' / '64x4').config.n_embd == 16
+
+
+def test_epochs_are_passes_over_the_data(data_dir):
+    run, config = train.Run(data_dir=str(data_dir), block_size=32), GPTConfig(block_size=16)
+    train_tokens = open_corpus('pydocs', data_dir).meta['splits']['train']['tokens']
+    assert train.epoch_tokens(run, config) == train_tokens
+    (stage,) = train.Pretrain(size='16x1', epochs=2.5).stages(run)
+    assert stage.tokens == 2.5 * train_tokens
+    run.unique_tokens = 100
+    assert train.epoch_tokens(run, config) == 100
+    names = [path.parent.name for path in data_dir.glob('*/meta.json')]
+    for name in names:
+        meta = open_corpus(name, data_dir).meta
+        if meta.get('kind') == 'supervised':  # a sequence an example
+            run = train.Run(data=name, data_dir=str(data_dir), block_size=32)
+            assert train.epoch_tokens(run, config) == 16 * meta['splits']['train']['documents']
+
+
+def test_what_cannot_be_done_is_refused_with_the_numbers(data_dir, tmp_path):
+    knobs = [f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run', '--device=cpu']
+    with pytest.raises(UserError, match='take about .* years on this CPU.*--anyway'):
+        train.main([*knobs, '--tokens=1e15'])
+    with pytest.raises(UserError, match='parameters need .* GB to be trained on each process'):
+        train.main([*knobs, '--size=160000x16', '--tokens=1'])
+    assert not (tmp_path / 'run').exists()
+    for data, words in (('fineweb_edu', '--max_tokens=1.1e'), ('dolly', 'prepare.py dolly  first')):
+        with pytest.raises(UserError, match=words):
+            train.main([*knobs, f'--data={data}', '--tokens=1e9'])

@@ -437,6 +437,23 @@ def test_files_of_ones_own_become_a_corpus(tmp_path, what, monkeypatch):
         assert b'0 of the book' in train and b'0 of the play' in train
 
 
+def test_a_text_of_one_paragraph_gives_its_last_words_to_validation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'book.txt').write_text('many words ' * 100 + '\n')
+    _, train, val = prepared('book.txt')
+    assert 40 < len(val) < 70 and val.split()[0] in (b'many', b'words')
+
+
+def test_other_files_of_a_folder_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'v1.5').mkdir()
+    (tmp_path / 'v1.5' / 'notes.md').write_text('Not this.')
+    for path in ('v1.5/a.txt', 'b.txt'):
+        (tmp_path / path).write_text('Some lines\nof some text.\n' * 20)
+    assert prepare.matching('v1.5,b.txt') == ['b.txt', 'v1.5/a.txt']
+    assert prepare.local_name('v1.5/') == 'v1.5'
+
+
 def test_files_that_were_added_are_not_ignored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(3):

@@ -123,6 +123,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
         ('sd', None, ''),
         ('from', 'a text', 'a text'),
         ('largest eigenvalue', 1234567.0, '1.23e+06'),
+        ('tokens/s', 1368.2283, '1,368'),
     ],
 )
 def test_a_value_is_written_as_its_column_wants_it(column, value, text):

@@ -9,6 +9,7 @@ from test_model import SHAPES, small, tokens
 
 import train
 from data.corpus import open_corpus
+from engine.errors import UserError
 from extras.attention import (
     analyse,
     attention_maps,
@@ -23,6 +24,7 @@ from extras.attention import (
     model_at_start,
     moved,
     observe_attention,
+    observed_panels,
     predict_n,
     query_key_gradients,
     sink,
@@ -200,6 +202,31 @@ def test_a_run_observes_its_heads_from_the_start_to_the_end(data_dir, tmp_path):
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert 'by-layer instead of none' in report and 'learned instead of rope' in report
     assert (tmp_path / 'run' / 'lazy.png').stat().st_size > 1000
+
+
+def test_one_value_of_a_suspect_has_no_effect_to_show(data_dir, tmp_path):
+    """And without evaluations on the way, the heads are still seen before training."""
+    knobs = ['--method=lazy_layers', '--width=16', '--depths=1', '--positions=rope', '--seeds=1']
+    knobs += [f'--data_dir={data_dir}', '--block_size=32', '--batch_size=4', '--eval_tokens=512']
+    train.main([*knobs, '--tokens=1280', '--device=cpu', f'--out_dir={tmp_path}/run'])
+    report = (tmp_path / 'run' / 'report.md').read_text()
+    assert 'by-layer instead of none' in report and 'depth' not in report
+    lines = (tmp_path / 'run' / '1-rope-none-0' / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines if '"attention"' in line] == [0, 10]
+    with pytest.raises(UserError, match='needs depths'):
+        train.main([*knobs, '--depths=', f'--out_dir={tmp_path}/none'])
+
+
+def test_seeds_that_observed_at_different_steps_meet_where_they_can(tmp_path):
+    for seed, steps in enumerate(((0, 5, 10), (0, 10))):
+        (tmp_path / str(seed)).mkdir()
+        seen = dict(rank=[[1.0]], mass=[[1.0]], sink=[[0.0]], evenness=[[1.0]])
+        seen |= dict(gradient_q=[1.0], gradient_k=[1.0])
+        lines = [json.dumps(dict(step=step, attention=seen)) for step in steps]
+        (tmp_path / str(seed) / 'metrics.jsonl').write_text('\n'.join(lines))
+    results = [result(tmp_path / str(seed)) for seed in (0, 1)]
+    _, lazy, _ = observed_panels(dict(reference=results))
+    assert lazy.lines[0].x == [0, 10]
 
 
 def test_effects_are_differences_with_all_else_equal(tmp_path):

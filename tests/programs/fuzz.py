@@ -127,7 +127,10 @@ def odd_knobs(rng, module, words):
     """The words of a command with one or two knobs set to something odd."""
     names = [name for name in knobs_of(module, words) if name not in LONG]
     for _ in range(rng.choice((1, 1, 2))):
-        words = [*words, f'--{rng.choice(names)}={rng.choice(rng.choice((TEXTS, NUMBERS)))}']
+        name, value = rng.choice(names), rng.choice(rng.choice((TEXTS, NUMBERS)))
+        if name in ('out', 'out_dir') and value in ('', '/', '..', '../..'):
+            value = 'elsewhere'  # that would be asking to write there
+        words = [*words, f'--{name}={value}']
     if rng.random() < 0.1:
         words = [*words, rng.choice(TEXTS)]
     return words
@@ -294,7 +297,9 @@ def main(folder, seed, first, last):
     canary = folder / 'canary'
     canary.mkdir(exist_ok=True, parents=True)
     if not (folder / 'given').is_dir():
-        make_given(folder / 'given')
+        shutil.rmtree(folder / 'begun', ignore_errors=True)
+        make_given(folder / 'begun')
+        (folder / 'begun').rename(folder / 'given')
     in_use = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 4 * 2**30,) * 2)
     for number in range(int(first), int(last)):
