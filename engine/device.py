@@ -238,7 +238,7 @@ def exit_saved(message, hardware):
         program = 'python'
         if hardware.world_size > 1:
             here = os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size)
-            program = f'torchrun --standalone --nproc_per_node={here}'
+            program = f'torchrun --standalone --nproc_per_node={here} --'  # -- : its own knobs end
         command = f'{program} {shlex.join(sys.argv)}'
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
     if hardware.world_size > 1:

@@ -126,7 +126,7 @@ def test_a_run_goes_on_at_another_number_of_processes(whole, data_dir, tmp_path,
         )
         assert more == [] or list((tmp_path / '16x2').glob('state-00000000[1-9]'))
         if more and number > 1:  # how to go on
-            assert 'torchrun --standalone --nproc_per_node=2 train.py' in outputs[0]
+            assert 'torchrun --standalone --nproc_per_node=2 -- train.py' in outputs[0]
     same_curves(whole, tmp_path)
 
 
