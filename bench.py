@@ -267,6 +267,8 @@ def measure(options):
 
 def print_steps(options):
     """Print the table of the variants, and what they were measured on."""
+    if not options.variants:
+        raise UserError('variants: which? See --help')
     found, rates, hardware = measure(options)
     config = options.config(options.size)
     dtype = str(hardware.dtype).removeprefix('torch.')

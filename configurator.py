@@ -84,7 +84,7 @@ def check(value, kind):
         if low <= value <= high:
             return value
     elif kind in (bool, str):
-        if type(value) is kind:
+        if type(value) is kind and '\0' not in str(value):  # which no path may hold
             return value
     elif type(value) in (int, float) and math.isfinite(value):
         if kind is float:

@@ -201,6 +201,13 @@ def test_the_help_fits_a_terminal_and_lists_the_methods(capsys):
             assert any(line.split()[:1] == [method] for line in lines), method
 
 
+def test_text_that_no_path_can_hold_is_refused(tmp_path):
+    file = tmp_path / 'null.py'
+    file.write_text("out_dir = 'a\\0b'")
+    with pytest.raises(UserError, match='out_dir must be text'):
+        train.main([str(file)])
+
+
 def test_words_of_a_command_stand_anywhere():
     argv = ['--bootstrap=0', 'results.csv', '--out=x', 'more']
     expected = ['--bootstrap=0', '--results=results.csv', '--out=x', 'more']
