@@ -702,15 +702,8 @@ def read_fits(path):
                 low, high = fitted.seen[name]
                 assert 0 <= low <= high < math.inf
         assert fits
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        LookupError,
-        RuntimeError,
-    ) as error:
-        reason = type(error).__name__
+    except (ValueError, TypeError, AttributeError, AssertionError, LookupError, RuntimeError) as e:
+        reason = type(e).__name__
         raise UserError(f'{path} is not a fit.json of scaling.py fit ({reason})') from None
     return fits
 

@@ -118,10 +118,10 @@ def run(data_dir, tmp_path_factory):
         law='multiplicative',
         parameters=dict.fromkeys(law.parameters, 0.5),
         intervals={},
-        samples=[],
+        samples=[[0.5] * len(law.parameters)],
         rms=0.1,
         leave_one_out=0.1,
-        seen={},
+        seen=dict.fromkeys(('N', 'D1', 'D2'), (1.0, 2.0)),
     )
     (folder / 'fit.json').write_text(json.dumps(dict(cpt=fitted)))
     return folder
