@@ -47,7 +47,7 @@ from extras.attention import (
     attention_command,
     observe_attention,
     observed_panels,
-    validation_samples,
+    run_samples,
 )
 from let import distil
 from model import GPT, load, read_config
@@ -172,14 +172,8 @@ class Comparison:
             stage.tokenizer = self.reference.folder
         if method.observe_attention and not self.run.dry_run:
             seed = stage.knobs['seed'] if stage.origin.kind == 'random' else None
-            stage.observe = observe_attention(self.samples(8), seed)
+            stage.observe = observe_attention(run_samples(self.run, self.config, 8), seed)
         return stage
-
-    def samples(self, n):
-        """n sequences of at most 100 tokens, on which attention is measured."""
-        corpus = self.run.val_data or next(iter(self.run.corpora))
-        length = min(100, self.run.block_size, self.config.block_size)
-        return validation_samples(corpus, self.run.data_dir, n, length)
 
     def copy(self, model, layers):
         """A model of these layers of another."""
@@ -243,7 +237,8 @@ def attentive_layers(c):
     """The layers whose heads have the highest ranks, wherever they are: the lazy ones left out."""
     n = c.n
     origin = Origin('attentive layers', settings=dict(layers=n))
-    build = lambda r: c.copy(r, most_attentive(r, c.samples(20)[:, :-1], n))
+    samples = lambda: run_samples(c.run, c.config, 20)[:, :-1]
+    build = lambda r: c.copy(r, most_attentive(r, samples(), n))
     yield c.inherited(f'attentive-layers-{n}', build, origin)
 
 

@@ -293,8 +293,6 @@ def train_stage(stage, run, hardware, record):
     called once the folder is known to be this stage's.
     """
     knobs = stage_knobs(run, stage, hardware.world_size)
-    if run.toy:  # its own, not those of the size that it stands for
-        stage.params = stage.config.num_params(head=True)
     training = Training(stage, knobs, hardware, count_steps(knobs, stage))
     result = training.finished_before()
     if result:
@@ -344,6 +342,8 @@ def stages_of(method, run, train):
             stage = stages.send(result)
         except StopIteration:
             return
+        if run.toy:  # it costs what it is, not what the size that it stands for does
+            stage.params, stage.baseline_flops = stage.config.num_params(head=True), 0.0
         result = train(stage)
         yield stage, result
 
@@ -354,12 +354,10 @@ def plan_stage(stage, run):
     steps = count_steps(knobs, stage)
     result = Result.given(stage.name, Path(run.out_dir) / stage.name)
     result.params = stage.params
-    result.flops = 6.0 * stage.params * stage.tokens
     result.tokens = steps * knobs.batch_size * knobs.block_size
-    if run.toy:  # its own, not those of the size that it stands for
-        stage.params = result.params = stage.config.num_params(head=True)
-        stage.tokens, stage.baseline_flops = result.tokens, 0.0
-        result.flops = 6.0 * stage.params * stage.tokens
+    if run.toy:
+        stage.tokens = result.tokens
+    result.flops = 6.0 * stage.params * stage.tokens
     result.inherited_flops = stage.inherited_flops
     result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens

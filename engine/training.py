@@ -376,7 +376,7 @@ class Training:
             tokens,
             flops=6.0 * stage.params * tokens,
             inherited_flops=stage.inherited_flops,
-            baseline_flops=0.0 if knobs.toy else stage.baseline_flops,
+            baseline_flops=stage.baseline_flops,
             val_loss=loss,
             bits_per_byte=bits_per_byte(loss, self.source.bytes_per_token),
             position=(self.first + sequences) * knobs.block_size,

@@ -303,6 +303,13 @@ def validation_samples(corpus, data_dir, n, length):
     return torch.cat([torch.cat((x, y[:, -1:]), 1) for x, y, _ in found])
 
 
+def run_samples(run, config, n):
+    """validation_samples of a run's corpus, n of at most 100 tokens, that a model can read."""
+    corpus = run.val_data or next(iter(run.corpora))
+    length = min(100, run.block_size, config.block_size)
+    return validation_samples(corpus, run.data_dir, n, length)
+
+
 # ----------------------------------------------------------------------------------------------
 # the command: inheritune.py FOLDER
 

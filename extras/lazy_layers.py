@@ -20,7 +20,7 @@ from extras.attention import (
     observe_attention,
     observed,
     observed_panels,
-    validation_samples,
+    run_samples,
 )
 
 
@@ -50,9 +50,7 @@ class LazyLayers:
                 stage.labels = dict(variant=variant, seed=seed, depth=depth)
                 stage.labels |= dict(positions=positions, scaling=scaling)
                 if not run.dry_run:
-                    length = min(100, run.block_size, config.block_size)
-                    corpus = run.val_data or next(iter(run.corpora))
-                    samples = validation_samples(corpus, run.data_dir, 8, length)
+                    samples = run_samples(run, config, 8)
                     stage.observe = observe_attention(samples, run.seed + seed)
                 yield stage
 
