@@ -40,7 +40,7 @@ from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
 from engine.parallel import wrap
-from engine.plan import all_params
+from engine.plan import all_params, estimate_memory
 from engine.report import format_count, table
 from engine.stage import Progress, next_token
 from let import Alignment, distil, let, pair_layers
@@ -235,6 +235,10 @@ def measure(options):
     """({variant: Measured}, FLOP/s of a matrix product in each round, the hardware)."""
     knobs = options.knobs()
     hardware = find_hardware(knobs)
+    needed = sum(estimate_memory(options.config(options.size), knobs, options.batch_size))
+    if needed > hardware.memory:
+        found = f'of which {hardware.memory / 1e9:.1f} GB are free'
+        raise UserError(f'{options.size} needs {needed / 1e9:.1f} GB with this batch, {found}')
     shape = (2, options.batch_size, options.block_size)
     pair = torch.randint(options.vocab_size, shape, device=hardware.device).unbind()
     stream = iter(lambda: pair, None)

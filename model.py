@@ -80,6 +80,8 @@ class GPTConfig:
                 raise UserError(f'{name} must be between 1 and {most:,}, not {found}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f'rotary_fraction is a share of a head, not {self.rotary_fraction}')
         if self.pos == 'rope' and self.rotary_dim % 2:
             raise UserError(f'RoPE rotates pairs of dimensions, but {self.rotary_dim} are odd')
         for name, choices in CHOICES.items():

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.device import barrier, gather, processes
+from engine.device import SIGNALS, barrier, gather, processes
 from engine.errors import UserError, first_line
 from engine.files import (
     digest,
@@ -97,6 +97,8 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
         dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
         files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
     except (Exception, CheckpointException) as error:
+        if len(SIGNALS) > 1:  # a second Ctrl-C, whatever torch made of it
+            raise KeyboardInterrupt from None
         failure = root_cause(error)
     failures = [failure]
     for other_files, other_failure in gather((files, failure)):

@@ -82,6 +82,28 @@ class Hardware(NamedTuple):
             yield
 
 
+# FLOP/s of dense bfloat16 matrix products (before Ampere: float16) by the makers' data sheets;
+# of two names that fit, the first counts
+PEAK_FLOPS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+    'V100': 125e12,
+    'T4': 65e12,
+}
+
+
+def peak_flops(name):
+    """PEAK_FLOPS of a device by its name, as Hardware.name gives it; None if it is not known."""
+    return next((PEAK_FLOPS[gpu] for gpu in PEAK_FLOPS if gpu in name), None)
+
+
 def attention_kernels(device):
     """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
     if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
@@ -204,9 +226,9 @@ def catch_signals():
     """Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
 
     def remember(number, frame):
-        if SIGNALS:
-            signal.default_int_handler(number, frame)
         SIGNALS.append(number)
+        if len(SIGNALS) > 1:
+            signal.default_int_handler(number, frame)
         print('\nstopping after this step (again: at once, without saving)', file=sys.stderr)
 
     SIGNALS.clear()

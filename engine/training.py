@@ -28,6 +28,7 @@ from engine.device import (
     attention_kernel,
     barrier,
     exit_saved,
+    peak_flops,
     set_threads,
     should_stop,
     used_memory,
@@ -274,6 +275,8 @@ class Training:
         line |= self.meter.read(self.hardware.world_size)
         line['param_norm'] = full_tensor(get_total_norm(self.raw_model.parameters())).item()
         line['tokens_per_second'] = round(speed)
+        if peak := peak_flops(self.hardware.name):  # model FLOPs utilisation, attention not counted
+            line['mfu'] = 6 * self.stage.params * speed / (peak * self.hardware.world_size)
         if not math.isfinite(line['loss'] + line['grad_norm']):  # before anything is saved
             raise UserError(
                 f'{self.stage.name}: loss {line["loss"]} and gradient norm {line["grad_norm"]} at '
@@ -313,6 +316,8 @@ class Training:
         if 'tokens_per_second' in line:
             speed = line['tokens_per_second']
             words += [f'{speed:,} tokens/s', f'{format_si(6 * self.stage.params * speed)}FLOP/s']
+            if 'mfu' in line:
+                words += [f'MFU {line["mfu"]:.0%}']
             left = (self.steps - self.step) * self.step_tokens / max(1, speed)
             words += [f'{format_bytes(used_memory(self.hardware.device))} of memory']
             words += [f'{timedelta(seconds=round(left))} left']

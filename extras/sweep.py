@@ -103,6 +103,9 @@ class Sweep:
             found = len(getattr(self, name))
             if found not in (allowed, len(self.sizes)):
                 raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
+        for name in ('sizes', 'first', 'second', 'reuse'):
+            if not getattr(self, name):
+                raise UserError(f'{name} is empty: a sweep needs one at least')
         for text in self.reuse:
             Reuse.parse(text, self, run)
         if run.warmup < 1 and not self.warmups:

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import signal
 import sys
 
 import pytest
@@ -15,12 +16,13 @@ from conftest import run_command
 from test_train import same
 
 import train
-from engine.checkpoint import IndexUnpickler, claim_folder, load_state, saved_states
+from engine.checkpoint import IndexUnpickler, claim_folder, load_state, save_state, saved_states
+from engine.device import SIGNALS, catch_signals
 from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
 from engine.stage import Result
-from model import GPT
+from model import GPT, GPTConfig
 
 TINY = [*test_train.TINY, '--tokens=640', '--log_interval=1']  # 10 steps
 
@@ -120,6 +122,42 @@ def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, hal
         '3',
         '4',
     ]
+
+
+@pytest.fixture
+def two_signals():
+    """Ctrl-C twice, at SIGALRM."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    catch_signals()
+
+    def press_twice(number, frame):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGALRM, press_twice)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+    SIGNALS.clear()
+
+
+def test_a_second_ctrl_c_anywhere_within_a_save_ends_the_program_and_spoils_nothing(
+    tmp_path, half, two_signals
+):
+    folder = shutil.copytree(half, tmp_path / 'run')
+    model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16))
+    optimizer, interrupted = make_optimizer(model, train.Run()), 0
+    load_state(folder, model, optimizer)
+    while saved_states(folder)[-1].name != 'state-000000004':
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-3 * (1 + interrupted))  # later and later
+            save_state(folder, model, optimizer, dict(step=4), keep=9)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+        SIGNALS.clear()
+        assert load_state(folder, model, optimizer)['step'] in (3, 4)
+    assert interrupted > 3
 
 
 def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from bench import peak_memory
-from engine.device import attention_kernel, attention_kernels, find_hardware
+from engine.device import attention_kernel, attention_kernels, find_hardware, peak_flops
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
 from engine.parallel import (
@@ -320,3 +320,10 @@ def test_an_environment_without_torchrun_is_explained(data_dir, environment, tmp
     process = run_command('train.py', f'--out_dir={tmp_path}/run', '--device=cpu', **environment)
     assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
     assert 'start several processes with torchrun' in process.stderr
+
+
+def test_the_peak_of_a_gpu_is_its_data_sheets():
+    assert peak_flops('cuda:0 (NVIDIA H100 80GB HBM3)') == 989e12
+    assert peak_flops('cuda:0 (NVIDIA H100 PCIe)') == 756e12
+    assert peak_flops('cuda:3 (NVIDIA L4)') < peak_flops('cuda:3 (NVIDIA L40S)')
+    assert peak_flops('cpu (x86_64)') is None

@@ -56,7 +56,8 @@ JSON_VALUES = [None, True, False, 0, 1, -1, 2, 1.5, 1e18, 10**30, -(10**9), floa
 JSON_VALUES += [float('inf'), '', 'x', '../../canary/x', '\udcff', 'x' * 300, [], [1], [None], {}]
 JSON_VALUES += [{'a': 1}, [[]], 'nan', '1', 10**6, 7, 0.3, [1.0, 2.0, 3.0, 4.0]]
 
-LONG = ('data_dir',)  # elsewhere, the offline corpora are made anew: that takes a minute
+# elsewhere, the offline corpora are made anew: a minute; without a dry run, hours are trained
+LONG = ('data_dir', 'dry_run')
 TINY = '--block_size=16 --batch_size=2 --eval_tokens=32 --device=cpu --data_dir=data '
 TINY += '--out_dir=out'
 TRAIN = {
@@ -69,7 +70,8 @@ TRAIN = {
     'let': '--size=16x2 --teacher_size=16x1 --teacher_tokens=32 --tokens=64 '
     '--variants=let --s_stop=0.5',
     'sweep': '--sizes=16x1 --longest=128 --first=1.0 --second=0.5 --warmup=1 --dry_run=True',
-    'col': '--dry_run=True',
+    'col': '--ancestor_size=16x3 --ancestor_tokens=64 --chain=16x2,16x1 --tokens=64 '
+    '--descendants= --recovery_tokens=64',
     'timeseries': '--dry_run=True',
 }
 COMMANDS = [
@@ -92,6 +94,7 @@ COMMANDS = [
     ('scaling', 'toy --features=100'),
     ('data.prepare', 'text/*.txt --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('data.prepare', 'text/*.jsonl --tokenizer=bytes --out=out --val_fraction=0.5'),
+    ('expand', 'nobody/nothing out --to=32x2'),
     ('bench', '--size=16x1 --batch_size=1 --block_size=8 --rounds=1 --steps=1 --device=cpu'),
 ]
 
