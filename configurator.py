@@ -21,7 +21,7 @@ import re
 import runpy
 import sys
 import textwrap
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -261,7 +261,8 @@ def knob_help(cls):
     comments between knobs, which head a group of them, under the name ''.
     """
     found, kinds = [], get_type_hints(cls, include_extras=True)
-    for line in inspect.getsource(cls).splitlines():
+    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c)]  # inherited
+    for line in ''.join(sources).splitlines():
         if heading := re.match(r'    # (.+)$', line):
             found.append(('', heading[1]))
         elif (knob := re.match(r'    (\w+): [^#]*(?:  # (.+))?$', line)) and knob[1] in kinds:

@@ -4,16 +4,18 @@ downstream tasks.
 
     python evaluate.py out/progressive_tiny                                # every member of a run
     python evaluate.py out/a/64x4 out/b/64x4 --data=pycode --kl_examples=1000
-    python evaluate.py out/progressive_8b --data=wikitext --stride=512 \\
-                       --tasks=lambada_openai,arc_easy,hellaswag
-    python evaluate.py out/progressive_8b config/tasks_inheritune_table4.py
+    python evaluate.py out/a out/b --tasks=lambada_openai,arc_easy,mmlu:5
+    python evaluate.py out/progressive_8b config/tasks_progressive.py
 """
 
 import difflib
 import itertools
 import math
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,37 +30,47 @@ from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, evaluate, kl_of_logits
 from engine.report import finished_stages, render, report_blocks, table
-from model import load
+from model import load, read_config
 
 
 @torch.no_grad()
-def compare(models, examples, batch_size=4):
+def compare(model_p, model_q, examples, batch_size=4):
     """
-    KL divergence and top-1 agreement of every pair of models, two (M, M) float64 tensors: [i, j]
-    is D(P_i || P_j), and the share of positions at which both prefer the same token. examples:
-    (n, T) int64. The mean over positions within an example, then over examples (progressive
-    training, Appendix F). Raises UserError for different vocabularies.
+    (D(P || Q), D(Q || P), share of positions at which both prefer the same token) of two models
+    over examples (n, T), int64: the mean over positions within an example, then over examples
+    (progressive training, Appendix F). Raises UserError for different vocabularies.
     """
-    vocabularies = {model.config.vocab_size for model in models}
-    if len(vocabularies) > 1:
-        sizes = sorted(vocabularies)
+    sizes = sorted({model_p.config.vocab_size, model_q.config.vocab_size})
+    if len(sizes) > 1:
         raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
-    kl, agreement = torch.zeros(2, len(models), len(models), dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     for x in tqdm(examples.split(batch_size), desc='comparing', leave=False):
-        logits = [model(x).logits for model in models]
-        best = [of_model.argmax(-1) for of_model in logits]
-        for i in range(len(models)):
-            for j in range(len(models)):
-                same = (best[i] == best[j]).double()
-                agreement[i, j] += same.mean(1).sum().item()
-                if i != j:
-                    kl[i, j] += kl_of_logits(logits[i], logits[j]).mean(1).sum().item()
-    return kl / len(examples), agreement / len(examples)
+        p, q = model_p(x).logits, model_q(x).logits
+        same = p.argmax(-1) == q.argmax(-1)
+        found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
+        sums += found.double().mean(-1).sum(-1).cpu()
+    return tuple((sums / len(examples)).tolist())
 
 
 def kl_divergence(model_a, model_b, examples):
     """D(P_a || P_b) in nats per token over examples (n, T)."""
-    return compare([model_a, model_b], examples)[0][0, 1].item()
+    return compare(model_a, model_b, examples)[0]
+
+
+def compare_all(openers, examples):
+    """
+    KL divergence and top-1 agreement of every pair of models, two (M, M) float64 tensors: [i, j]
+    is D(P_i || P_j), and compare()'s share. openers: functions that open a model each, of which
+    two are in memory at a time.
+    """
+    kl, agreement = torch.zeros(2, len(openers), len(openers), dtype=torch.float64)
+    agreement.fill_diagonal_(1)
+    for i in range(1, len(openers)):
+        model = openers[i]()
+        for j in range(i):
+            kl[i, j], kl[j, i], agreement[i, j] = compare(model, openers[j](), examples)
+            agreement[j, i] = agreement[i, j]
+    return kl, agreement
 
 
 @torch.no_grad()
@@ -155,47 +167,67 @@ class Evaluation:
     tokenizer: str = ''  # folder of another one for the tasks; empty: the models'
     out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of models; auto: bfloat16 on a GPU
 
 
 def members(folders):
-    """{name: folder} of models, and of the finished stages of runs. Raises UserError for none."""
-    found = {}
+    """
+    {name: folder} of models, and of the finished stages of runs in the order of their training.
+    A name is the path from the deepest folder that holds all of them. Raises UserError for none.
+    """
+    found = []
     for folder in folders:
-        if any(Path(folder).glob('*/result.json')):
-            found |= {result.name: result.folder for result in finished_stages(folder)}
-        else:
-            name = Path(folder).name
-            found[str(folder) if name in found else name] = str(folder)
+        is_run = any(Path(folder).glob('*/result.json'))
+        found += [r.folder for r in finished_stages(folder)] if is_run else [str(folder)]
+    found = list(dict.fromkeys(map(os.path.normpath, found)))
     if not found:
         raise UserError(
             'nothing to evaluate; usage: evaluate.py FOLDER [FOLDER ...], models or runs'
         )
-    return found
+    if len(found) == 1:
+        return {Path(found[0]).name: found[0]}
+    if len({os.path.isabs(folder) for folder in found}) > 1:
+        return {folder: folder for folder in found}
+    start = os.path.commonpath(map(os.path.dirname, found))
+    return {os.path.relpath(folder, start or '.'): folder for folder in found}
+
+
+def open_model(folder, device, dtype):
+    """A model for evaluation: its weights on a GPU in bfloat16, or as a knob says."""
+    model = load(folder, device).eval()
+    if dtype == 'bfloat16' or dtype == 'auto' and device.type == 'cuda':
+        model = model.to(torch.bfloat16)
+        model.build_rope(device)  # whose tables stay float32
+    elif dtype == 'float32':
+        model = model.float()
+    return model
 
 
 def evaluate_folders(folders, options):
     """Everything the options ask for: {'models': {name: {...}}, 'kl': ..., 'agreement': ...}."""
     device, found = choose_device(options.device), members(folders)
     corpus = verify_corpus(options.data, options.data_dir)
-    models = {name: load(folder, device).eval() for name, folder in found.items()}
-    longest = min(model.config.block_size for model in models.values())
+    configs = {name: read_config(model_folder(folder)) for name, folder in found.items()}
+    longest = min(config.block_size for config in configs.values())
     block_size = options.block_size or longest
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
         raise UserError(f'block_size {block_size}, stride {options.stride}: need {limits}')
-    widest = max((model.config for model in models.values()), key=lambda config: config.n_embd)
+    widest = max(configs.values(), key=lambda config: config.n_embd)
     set_threads(device, widest, 8 * block_size)
     outcome = dict(data=options.data, block_size=block_size, models={})
-    for name, model in models.items():
-        check_vocabulary(corpus, model.config, found[name])
-        row = outcome['models'][name] = losses(model, corpus, block_size, options)
+    for name, config in configs.items():
+        check_vocabulary(corpus, config, found[name])
+    openers = {n: partial(open_model, found[n], device, options.dtype) for n in found}
+    for name, opener in openers.items():
+        row = outcome['models'][name] = losses(opener(), corpus, block_size, options)
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
-    if len(models) > 1 and options.kl_examples:
+    if len(found) > 1 and options.kl_examples:
         n_tokens = options.kl_examples * block_size
         batches = validation_batches(corpus.val, block_size, 1, n_tokens, Share(device))
         examples = torch.cat([x for x, _, _ in batches])
-        kl, agreement = compare(list(models.values()), examples)
+        kl, agreement = compare_all(list(openers.values()), examples)
         outcome |= dict(kl=kl.tolist(), agreement=agreement.tolist())
     return outcome
 

@@ -22,6 +22,7 @@ and stay copies for ever; `noise` that sums to zero over them tells them apart a
 output. Growing in depth repeats layers, or adds layers that compute nothing yet.
 """
 
+import math
 import re
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +46,7 @@ from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder
 from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
 from engine.hub import model_folder
-from engine.optimizer import load_optimizer_state
+from engine.optimizer import load_optimizer_state, stable_steps
 from engine.report import (
     Line,
     Panel,
@@ -478,6 +479,7 @@ class Progressive:
     scratch_tokens: tuple[Positive, ...] = ()  # of each size from scratch; empty: per parameter
     tokens_per_param: Positive = 20.0  # 20: Chinchilla
     tokens: tuple[Positive, ...] = ()  # of each size as they are; empty: what Eq. 4 gives
+    shares: tuple[Positive, ...] = ()  # ... as shares of the tokens from scratch, instead
     learning_rates: tuple[Positive, ...] = ()  # maximum of each size; empty: learning_rate
     batch_sizes: tuple[Count, ...] = ()  # sequences per step of each size; empty: batch_size
     width: Literal[*WIDTH, 'random'] = 'aki'  # random: as many tokens, nothing inherited
@@ -494,12 +496,13 @@ class Progressive:
         X = self.params or [config.num_params(head=True) for config in configs]
         self.check(configs, X)
         scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in X]
-        tokens = self.tokens or allocate_tokens(X, scratch)
+        tokens = self.tokens or [share * t for share, t in zip(self.shares, scratch)]
+        tokens = tokens or allocate_tokens(X, scratch)
         baseline = [sum(6 * x * t for x, t in zip(X[: i + 1], scratch)) for i in range(len(X))]
         if self.width == 'random' or self.tokens and not self.scratch_tokens:
             baseline = [0.0] * len(X)  # nothing is saved, or there is nothing to compare with
 
-        smaller = None
+        smaller = member = None  # what the next size grows from, and the finished model
         for i, config in enumerate(configs):
             name = self.name(i)
             stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
@@ -507,20 +510,29 @@ class Progressive:
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
                 grow_stage(stage, smaller, configs[i - 1], operators, self.optimizer == 'grown')
+                stage.also_spent = member.flops if member is not smaller else 0.0
             if smaller and self.taught:
-                self.teach(stage, smaller, configs[i - 1])
-            smaller = yield stage
+                self.teach(stage, member, configs[i - 1])
+            if run.schedule == 'wsd':
+                smaller, member = yield from trunk_and_branch(stage, run)
+            else:
+                smaller = member = yield stage
 
         if self.compare == 'independent':
-            for i, config in enumerate(configs):
-                knobs, name = self.knobs_of(i), self.name(i)
-                if self.independent_learning_rates:
-                    knobs['learning_rate'] = self.independent_learning_rates[i]
-                if i or knobs != self.knobs_of(i):  # else the smallest is one model in both
-                    stage = Stage(f'independent-{name}', config, scratch[i], X[i], knobs=knobs)
+            for i, stage in enumerate(self.independents(configs, X, scratch)):
+                if i or stage.knobs != self.knobs_of(i):  # else the smallest is one model in both
                     stage.baseline_flops = baseline[i]
-                    stage.labels = dict(size=name, independent=True)
                     yield stage
+
+    def independents(self, configs, params, scratch_tokens):
+        """A stage per size, from scratch."""
+        for i, config in enumerate(configs):
+            stage = Stage(f'independent-{self.name(i)}', config, scratch_tokens[i], params[i])
+            stage.knobs = self.knobs_of(i)
+            if self.independent_learning_rates:
+                stage.knobs['learning_rate'] = self.independent_learning_rates[i]
+            stage.labels = dict(size=self.name(i), independent=True)
+            yield stage
 
     def configs(self, run):
         """The shape of each size."""
@@ -555,7 +567,7 @@ class Progressive:
 
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
-        lists = ('params', 'scratch_tokens', 'tokens', 'learning_rates', 'batch_sizes')
+        lists = ('params', 'scratch_tokens', 'tokens', 'shares', 'learning_rates', 'batch_sizes')
         for name in (*lists, 'independent_learning_rates'):
             found = len(getattr(self, name))
             if found not in (0, len(self.sizes)):
@@ -589,6 +601,38 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
 
         stage.optimizer_state = grown_state
         stage.knobs |= dict(warmup=0.0)
+
+
+def continue_from(stage, before, with_optimizer):
+    """Let a stage continue the Result `before`: with its optimizer state, or a new warmup."""
+    stage.parent, stage.model = before, partial(load, before.folder)
+    stage.origin = Origin('weights', (before.name,))
+    if with_optimizer:
+        stage.optimizer_state = partial(load_optimizer_state, before.folder)
+        stage.knobs = dict(warmup=0.0)
+    return stage
+
+
+def trunk_and_branch(stage, run):
+    """
+    A stage under WSD, in two: its stable phase, a piece of the family's trunk, and its decay, the
+    branch that becomes the member. Returns the Results of both: the next size grows from the
+    first, which a learning rate near zero has not settled yet.
+    """
+    knobs = replace(run, **stage.knobs)
+    step = knobs.sequences * min(run.block_size, stage.config.block_size)  # in tokens
+    steps = max(2, math.ceil(stage.tokens / step - 1e-9))
+    stable = stable_steps(steps, knobs) or steps - 1
+    trunk = replace(stage, name=f'{stage.name}-trunk', tokens=stable * step, baseline_flops=0.0)
+    trunk.knobs = stage.knobs | dict(schedule='constant', keep_optimizer=True)
+    trunk.labels = stage.labels | dict(trunk=True)
+    before = yield trunk
+    branch = Stage(stage.name, stage.config, (steps - stable) * step, stage.params)
+    branch = continue_from(branch, before, with_optimizer=True)
+    branch.knobs = stage.knobs | branch.knobs | dict(decay_fraction=1.0, keep_optimizer=False)
+    branch.labels, branch.baseline_flops = stage.labels, stage.baseline_flops
+    member = yield branch
+    return before, member
 
 
 @dataclass

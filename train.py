@@ -52,6 +52,7 @@ from engine.report import format_si, plan_text, render, report_blocks, write_rep
 from engine.stage import Origin, Result, Stage
 from engine.training import Training
 from expand import GrowthComparison, Progressive
+from extras.frontier import Frontier
 from extras.lazy_layers import LazyLayers
 from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
@@ -73,7 +74,7 @@ class Run:
     data_dir: str = 'data'  # where prepared corpora are
     val_data: str = ''  # corpus of the validation loss; empty: the first of data
     block_size: Count = 1024  # tokens in a sequence
-    order: Literal['epoch', 'random'] = 'epoch'  # shuffled without, or drawn with replacement
+    order: Literal['epoch', 'repeat', 'random'] = 'epoch'  # shuffled; alike each time; any start
     unique_tokens: Natural = 0  # cap on unique tokens, then the second epoch begins; 0: none
     eval_tokens: Natural = 1048576  # validation tokens of an evaluation; 0: the whole split
     eval_interval: Natural = 0  # steps between evaluations within a stage; 0: only at its end
@@ -216,6 +217,7 @@ def epoch_tokens(run, config):
 METHODS = {
     'pretrain': Pretrain,
     'progressive': Progressive,
+    'frontier': Frontier,
     'growth': GrowthComparison,
     'inheritune': Inheritune,
     'lazy_layers': LazyLayers,

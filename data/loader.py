@@ -78,7 +78,7 @@ class Order(NamedTuple):
     """How sequences are drawn."""
 
     block_size: int  # a sequence is one token longer
-    kind: str = 'epoch'  # epoch: without replacement; random: any start, with replacement
+    kind: str = 'epoch'  # epoch, repeat: without replacement; random: any start, with it
     seed: int = 0
     unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
 
@@ -86,9 +86,9 @@ class Order(NamedTuple):
 def offsets(positions, n_tokens, order):
     """
     Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). kind 'epoch':
-    aligned windows, each once per epoch, shuffled anew every epoch. With a cap, only the first so
-    many tokens of the shuffled order are used: a capped run sees what an uncapped one sees until
-    the cap is reached.
+    aligned windows, each once per epoch, shuffled anew every epoch; 'repeat': in the order of the
+    first. With a cap, only the first so many tokens of the shuffled order are used: a capped run
+    sees what an uncapped one sees until the cap is reached.
     """
     block_size, seed = order.block_size, order.seed
     windows = (n_tokens - 1) // block_size
@@ -101,6 +101,8 @@ def offsets(positions, n_tokens, order):
         if used == windows:
             return (hash_key(seed, positions) % np.uint64(n_tokens - block_size)).astype(np.int64)
         place = (hash_key(seed, positions) % np.uint64(used)).astype(np.int64)
+    elif order.kind == 'repeat':
+        place = np.asarray(positions, dtype=np.int64) % used
     else:
         place = epoch_order(positions, used, seed)
     return permute(place, windows, hash_key(seed, 0)) * block_size

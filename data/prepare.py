@@ -17,6 +17,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -197,6 +198,10 @@ def local_files(pattern, files):
     builder = BUILDERS.get(suffixes.pop()) if len(suffixes) == 1 else None
     if builder is None:
         raise UserError(f'{pattern}: all files must be .txt, or all .jsonl, .json or .parquet')
+    for file in files if builder == 'json' else ():
+        with open(file, 'rb') as opened:  # at which the reader would crash the whole program
+            if re.match(rb'[\s[]*null', opened.read(1024)):
+                raise UserError(f'{file} begins with null, not with a record')
     source = dict(path=builder, data_files=files, split='train')
     if builder == 'text':
         source['sample_by'] = 'document'  # a file is a document, not each of its lines

@@ -261,10 +261,10 @@ def in_brackets(settings):
 
 def finished_stages(folder):
     """The results of a run's finished stages, in order of training. Raises UserError for none."""
-    paths = sorted(Path(folder).glob('*/result.json'), key=lambda path: path.stat().st_mtime)
-    if not paths:
+    found = [Result.of(path.parent) for path in sorted(Path(folder).glob('*/result.json'))]
+    if not found:
         raise UserError(f'{folder} holds no finished stage')
-    return [Result.of(path.parent) for path in paths]
+    return sorted(found, key=lambda result: result.finished)
 
 
 def family_cost(result):

@@ -12,6 +12,7 @@ also have
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,6 +42,7 @@ class Stage:
     origin: Origin = field(default_factory=Origin)
     model: Callable | None = None  # builds the starting model, when the stage runs; None: random
     parent: Optional['Result'] = None  # its compute is inherited, its data position continued
+    also_spent: float = 0.0  # FLOPs of the family on other members, counted with the inherited
     data_after: Optional['Result'] = None  # continue this one's data position instead
     optimizer_state: Callable | None = None  # builds AdamW's starting state; None: fresh
     knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
@@ -57,8 +59,8 @@ class Stage:
 
     @property
     def inherited_flops(self):
-        """FLOPs already spent on the weights this stage starts from, all ancestors counted."""
-        return self.parent.total_flops if self.parent else 0.0
+        """FLOPs spent before: on all ancestors of the starting weights, and on the family."""
+        return self.also_spent + (self.parent.total_flops if self.parent else 0.0)
 
     @property
     def position(self):
@@ -96,13 +98,14 @@ class Result:
     params: float  # X in FLOPs = 6 X T
     tokens: int  # T: tokens trained on in this stage
     flops: float  # 6 X T of this stage
-    inherited_flops: float  # ... of all its ancestors
+    inherited_flops: float  # ... of all its ancestors, and of the smaller members of its family
     baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
     val_loss: float  # nats per token on the validation split
     bits_per_byte: float  # the same per byte of text: comparable between tokenizers
     position: int  # tokens drawn from the data order so far; the next stage continues here
     seconds: float  # wall-clock time of this stage
     labels: dict = field(default_factory=dict)  # the stage's
+    finished: float = 0.0  # seconds since 1970; orders a run's stages
 
     @property
     def total_flops(self):
@@ -124,11 +127,15 @@ class Result:
         if not path.is_file():
             raise UserError(f'{folder} holds no finished stage (no result.json)')
         types = {f.name: (float, int) if f.type is float else f.type for f in fields(cls)}
+        del types['finished']  # which older ones lack
         try:
             content = read_json(path, **types)
         except UserError as error:
             raise UserError(f'{error}; delete it to train this stage again') from None
         values = {name: content[name] for name in types}
+        finished = content.get('finished')
+        known = isinstance(finished, float) and math.isfinite(finished)
+        values['finished'] = finished if known else path.stat().st_mtime
         return cls(**values | dict(folder=str(folder)))  # the folder may have been moved
 
     @classmethod

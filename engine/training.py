@@ -387,6 +387,7 @@ class Training:
             position=(self.first + sequences) * knobs.block_size,
             seconds=self.seconds,
             labels=stage.labels,
+            finished=time.time(),
         )
         try:
             self.save_result(result)

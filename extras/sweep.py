@@ -12,7 +12,6 @@ go to results.csv, and scaling.py fits them.
 import csv
 import statistics
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +19,9 @@ from configurator import Count, Fraction, NonNegative, Positive
 from engine.errors import UserError, unknown
 from engine.files import commit_file
 from engine.metrics import read_metrics
-from engine.optimizer import load_optimizer_state
 from engine.report import format_si
-from engine.stage import Origin, Stage
-from expand import RELATIVE_SIZES, Operators, grow_stage
-from model import load
+from engine.stage import Stage
+from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
 from scaling import COLUMNS, fit_results, write_fits
 
 
@@ -232,13 +229,3 @@ class Series:
                 stage.labels = labels | dict(D2=end)
                 decayed[end] = yield stage
         return decayed, {end: at[steps[end]] for end in stable}
-
-
-def continue_from(stage, before, with_optimizer):
-    """Let a stage continue the Result `before`: with its optimizer state, or a new warmup."""
-    stage.parent, stage.model = before, partial(load, before.folder)
-    stage.origin = Origin('weights', (before.name,))
-    if with_optimizer:
-        stage.optimizer_state = partial(load_optimizer_state, before.folder)
-        stage.knobs = dict(warmup=0.0)
-    return stage

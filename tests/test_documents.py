@@ -17,7 +17,7 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # what is tried elsewhere: it needs a network, a GPU, nanoGPT, a compiler, or SmolLM2's weights
 ELSEWHERE = re.compile(
     r'torchrun|-m pytest|\.\.\.|\bpip\b|compile|nanogpt|from_gguf|smollm2|grown --data|'
-    r'family/4b|wikitext|prepare\.py (fineweb_edu|dolly|NAME)|--data=dolly'
+    r'family/4b|tasks[=_]|out/a |prepare\.py (fineweb_edu|dolly|NAME)|--data=dolly'
 )
 SMALLER = {  # knobs that a command gets besides its own
     'train': ['--tokens=512', '--eval_tokens=512', '--batch_size=2'],

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,11 @@ from evaluate import (
     Evaluation,
     bits_per_byte,
     compare,
+    compare_all,
     evaluate,
     kl_divergence,
+    members,
+    open_model,
     run_tasks,
     sliding_window_loss,
 )
@@ -56,7 +62,7 @@ def test_kl_divergence_is_the_mean_over_positions_then_examples():
 
 def test_matrices_of_a_family():
     models, x = [small(), small(n_layer=2), small()], tokens(6, 12)
-    kl, agreement = compare(models, x, batch_size=4)
+    kl, agreement = compare_all([partial(lambda model: model, model) for model in models], x)
     assert (kl >= 0).all() and kl[0, 2] == 0 == kl[1, 1] and kl[0, 1] == kl[2, 1] > 0
     assert (
         torch.equal(agreement, agreement.T)
@@ -68,7 +74,7 @@ def test_matrices_of_a_family():
     )
     assert agreement[0, 1].item() == pytest.approx(share)
     with pytest.raises(UserError, match='different vocabularies'):
-        compare([small(), small(vocab_size=60)], x)
+        compare(small(), small(vocab_size=60), x)
 
 
 def test_sliding_window_scores_every_token_once_with_context():
@@ -138,6 +144,43 @@ def test_evaluating_folders(data_dir, tmp_path):
         assert (
             process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
         ), process.stderr
+
+
+def test_runs_with_the_same_names_keep_all_their_members_in_the_order_of_training(tmp_path):
+    for i, run in enumerate(('b', 'a')):
+        for j, size in enumerate(('48x2', '32x2')):
+            result = Result.given(size, tmp_path / run / size)
+            result.finished = 10.0 * i + j + 1
+            Path(result.folder).mkdir(parents=True)
+            result.write()
+    copied = shutil.copytree(tmp_path / 'b' / '48x2', tmp_path / 'copy' / '48x2')  # a newer file
+    shutil.rmtree(tmp_path / 'b' / '48x2')
+    copied.rename(tmp_path / 'b' / '48x2')
+    found = members([tmp_path / 'b', tmp_path / 'a'])
+    assert list(found) == ['b/48x2', 'b/32x2', 'a/48x2', 'a/32x2']
+    assert list(members([tmp_path / 'b'])) == ['48x2', '32x2']
+    assert list(members([tmp_path / 'b', tmp_path / 'a' / '32x2'])) == [
+        'b/48x2',
+        'b/32x2',
+        'a/32x2',
+    ]
+    assert list(members(['gpt2', 'gpt2-medium'])) == ['gpt2', 'gpt2-medium']
+
+
+def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path):
+    x, alive = tokens(2, 12), weakref.WeakSet()
+
+    def opener():
+        model = small()
+        alive.add(model)
+        assert len(alive) <= 2
+        return model
+
+    compare_all([opener] * 4, x)
+    small().save(tmp_path, 'bytes')
+    half = open_model(tmp_path, torch.device('cpu'), 'bfloat16')
+    assert half.wte.weight.dtype == torch.bfloat16 and half.cos.dtype == torch.float32
+    assert kl_divergence(half, open_model(tmp_path, torch.device('cpu'), 'auto'), x) < 1e-3
 
 
 def test_the_report_of_a_run_is_shown_whole_but_for_its_pictures(data_dir, tmp_path):

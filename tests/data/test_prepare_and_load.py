@@ -65,6 +65,16 @@ def test_a_cap_on_unique_tokens_changes_nothing_until_it_is_reached():
     assert not np.array_equal(capped[20:], capped[:20])
 
 
+def test_fixed_data_reuses_what_earlier_stages_saw_and_nothing_of_its_own():
+    stages = np.array([40, 60, 120, 240])  # as in the 8B family, with 320 different windows
+    order = Order(1, 'repeat', seed=3, unique_tokens=320)
+    ends = stages.cumsum()
+    seen = [offsets(np.arange(end - n, end), 500, order) for n, end in zip(stages, ends)]
+    earlier, last = np.concatenate(seen[:3]), seen[3]
+    assert len(set(last)) == 240 and len(set(earlier) | set(last)) == 320
+    assert np.array_equal(last[100:], earlier[:140]) and not set(last[:100]) & set(earlier)
+
+
 def test_random_order_draws_any_offset_with_replacement():
     starts = offsets(np.arange(20000), 500, Order(8, 'random', seed=1))
     assert starts.min() == 0 and starts.max() == 491 and len(set(starts)) == 492
@@ -279,6 +289,17 @@ def test_what_cannot_be_prepared_is_refused(tmp_path, arguments, word):
     with pytest.raises(UserError, match=word):
         prepare.prepare(
             prepare.Preparation(**{**dict(tokenizer='bytes', out=str(tmp_path / 'c')), **arguments})
+        )
+
+
+@pytest.mark.parametrize('name, text', [('a.jsonl', 'null\n{"text": "b"}'), ('a.json', '[null]')])
+def test_a_file_at_which_the_json_reader_would_crash_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f'{name} begins with null'):
+        prepare.prepare(
+            prepare.Preparation(
+                corpus=str(tmp_path / name), out=str(tmp_path / 'c'), tokenizer='bytes'
+            )
         )
 
 

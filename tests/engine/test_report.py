@@ -69,6 +69,7 @@ def test_report_is_written_from_the_folder_alone(tmp_path):
             val_loss=2.0 - i / 10,
             inherited_flops=12.0 if i == 1 else 0.0,
             baseline_flops=24.0 if i else 12.0,
+            finished=1.0 + i,
         ).write()
         (folder / 'metrics.jsonl').write_text(
             ''.join(

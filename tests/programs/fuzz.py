@@ -131,8 +131,8 @@ def odd_knobs(rng, module, words):
     names = [name for name in knobs_of(module, words) if name not in LONG]
     for _ in range(rng.choice((1, 1, 2))):
         name, value = rng.choice(names), rng.choice(rng.choice((TEXTS, NUMBERS)))
-        if name in ('out', 'out_dir') and value in ('', '/', '..', '../..'):
-            value = 'elsewhere'  # that would be asking to write there
+        if name in ('out', 'out_dir', 'corpus') and value in ('', '/', '..', '../..'):
+            value = 'elsewhere'  # that would be asking to write there, or to read the whole disk
         words = [*words, f'--{name}={value}']
     if rng.random() < 0.1:
         words = [*words, rng.choice(TEXTS)]

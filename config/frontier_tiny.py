@@ -1,0 +1,15 @@
+# How cheap can a family be before a member is worse than the same size trained alone? The family
+# of progressive_tiny, grown along a trunk at a constant learning rate (Liew and Kato, section 4.3)
+# and as Progressive training (Yano et al.) does it, at several costs; independent models under
+# both schedules. Three hours on two CPU cores with five seeds, a process for some seeds on each.
+from progressive_tiny import *
+
+method = 'frontier'
+shares = (1.0, 0.8, 0.7)  # of each size's tokens from scratch; the largest gets what is left
+noise = 0.1
+families = ('trunk:60', 'trunk:50', 'trunk:70', 'eq4:60', 'paper:70')
+families += ('lossless:60', 'grown:60', 'taught:60')
+seeds = 5
+
+decay_fraction = 0.15  # wsd
+warmup = 30.0
