@@ -487,6 +487,7 @@ class Progressive:
     noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
     optimizer: Literal['fresh', 'grown'] = 'fresh'  # AdamW's state after a growth; grown: no warmup
     taught: NonNegative = 0.0  # lambda0 of LET by the size before, for 15% of the steps; 0: none
+    last_schedule: Literal['', 'cosine', 'wsd'] = ''  # of the largest, from which nothing grows
     compare: Literal['', 'independent'] = ''  # also train each size from scratch
     independent_learning_rates: tuple[Positive, ...] = ()  # of those; empty: the family's
 
@@ -507,16 +508,19 @@ class Progressive:
             name = self.name(i)
             stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
             stage.knobs, stage.labels = self.knobs_of(i), dict(size=name)
+            stage.knobs['keep_optimizer'] = self.optimizer == 'grown' or run.keep_optimizer
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
                 grow_stage(stage, smaller, configs[i - 1], operators, self.optimizer == 'grown')
                 stage.also_spent = member.flops if member is not smaller else 0.0
             if smaller and self.taught:
                 self.teach(stage, member, configs[i - 1])
-            if run.schedule == 'wsd':
+            if run.schedule == 'wsd' and i + 1 < len(configs):
                 smaller, member = yield from trunk_and_branch(stage, run)
-            else:
-                smaller = member = yield stage
+                continue
+            if self.last_schedule and i + 1 == len(configs):
+                stage.knobs['schedule'] = self.last_schedule
+            smaller = member = yield stage
 
         if self.compare == 'independent':
             for i, stage in enumerate(self.independents(configs, X, scratch)):
@@ -552,8 +556,6 @@ class Progressive:
     def knobs_of(self, i):
         """The general knobs that size i sets for itself."""
         knobs = {}
-        if self.optimizer == 'grown':
-            knobs['keep_optimizer'] = True
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]
         if self.batch_sizes:

@@ -52,6 +52,7 @@ from engine.report import format_si, plan_text, render, report_blocks, write_rep
 from engine.stage import Origin, Result, Stage
 from engine.training import Training
 from expand import GrowthComparison, Progressive
+from extras.dpo import PostTraining
 from extras.frontier import Frontier
 from extras.lazy_layers import LazyLayers
 from extras.sweep import Sweep
@@ -225,6 +226,7 @@ METHODS = {
     'timeseries': TimeSeries,
     'sweep': Sweep,
     'col': ChainOfLearngene,
+    'posttrain': PostTraining,
 }
 
 

@@ -5,10 +5,11 @@
 from progressive_tiny import *
 
 method = 'frontier'
-shares = (1.0, 0.8, 0.7)  # of each size's tokens from scratch; the largest gets what is left
+shares = (1.0, 1.0, 0.95)  # of each size's tokens from scratch; the largest gets what is left
 noise = 0.1
-families = ('trunk:60', 'trunk:50', 'trunk:70', 'eq4:60', 'paper:70')
-families += ('lossless:60', 'grown:60', 'taught:60')
+optimizer = 'grown'
+last_schedule = 'cosine'
+families = ('trunk:60', 'trunk:50', 'trunk:70', 'paper:70', 'adjusted:70', 'fresh:60', 'eq4:60')
 seeds = 5
 
 decay_fraction = 0.15  # wsd

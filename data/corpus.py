@@ -18,7 +18,7 @@ from engine.files import checksum, read_json, verify_files, write_json
 from engine.tokenizer_files import is_encoding, write_tokenizer
 
 SPLITS = ('train', 'val')
-OFFLINE = ('pydocs', 'pycode', 'signatures')  # corpora that need no network
+OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need no network
 
 
 @dataclass

@@ -77,8 +77,9 @@ def from_xlsum(row):
 
 
 def from_ultrachat(row):
-    """(instruction, input, output) of a row: the first turn."""
-    return row['messages'][0]['content'], '', row['messages'][1]['content']
+    """[(instruction, input, output)] of a row: each answer, after all that was said before it."""
+    texts = [message['content'] for message in row['messages']]
+    return [('\n'.join(texts[:i]), '', texts[i]) for i in range(1, len(texts), 2)]
 
 
 class HubSet(NamedTuple):
@@ -88,7 +89,7 @@ class HubSet(NamedTuple):
     configuration: str | None
     train: str
     validation: str | None  # None: held out from train
-    convert: Any  # row -> (instruction, input, output)
+    convert: Any  # row -> (instruction, input, output), or a list of them
 
 
 SETS = {
@@ -148,60 +149,89 @@ def example_of(row):
     return {field: row.get(field, '') for field in FIELDS}
 
 
-def file_examples(options):
+def file_records(path):
     """
-    The records of a .jsonl file, or of a .json file with a list. Raises UserError, with its number,
-    for a bad one.
+    Yield (number from 1, record) of a .jsonl file, or of a .json file with a list. Raises UserError
+    for what is no JSON.
     """
+    is_list = path.endswith('.json')
     try:
-        text = Path(options.corpus).read_text(encoding='utf-8')
-        is_list = options.corpus.endswith('.json')
+        text = Path(path).read_text(encoding='utf-8')
         records = json.loads(text) if is_list else list(filter(str.strip, text.split('\n')))
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{options.corpus} cannot be read ({first_line(error)})') from None
+        raise UserError(f'{path} cannot be read ({first_line(error)})') from None
+    if not isinstance(records, list):
+        raise UserError(f'{path} holds no list of records')
     for number, record in enumerate(records, 1):
         try:
-            example = example_of(record if is_list else json.loads(record))
+            yield number, record if is_list else json.loads(record)
+        except ValueError:
+            raise UserError(f'{path}, record {number}: no JSON') from None
+        except RecursionError:
+            raise UserError(f'{path}, record {number} is too deep') from None
+
+
+def file_examples(options):
+    """The records of a file. Raises UserError, with its number, for a bad one."""
+    for number, record in file_records(options.corpus):
+        try:
+            example = example_of(record)
             assert all(isinstance(text, str) for text in example.values())
             assert example['instruction'] and example['output']
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError):
             raise UserError(f'{options.corpus}, record {number}: not {RECORDS}') from None
-        except RecursionError:
-            raise UserError(f'{options.corpus}, record {number} is too deep') from None
         yield example, is_held_out(example['instruction'] + example['input'], options.val_fraction)
+
+
+def hub_rows(name, repository, configuration, train, validation):
+    """
+    Yield (row, is it for validation) of two splits of the hub, or with validation=None of one, and
+    None. Raises UserError if it cannot be reached.
+    """
+    reach_hub(f'the data set {name}')
+    import datasets
+
+    for split in filter(None, (train, validation)):
+        try:
+            rows = datasets.load_dataset(**hub_source(repository, configuration, split))
+        except Exception as error:  # its own, or those of whichever HTTP client it uses
+            reason = type(error).__name__
+            where = f'{name} ({repository})'
+            raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error
+        for row in tqdm(rows, desc=name, leave=False):
+            yield row, split == validation if validation else None
 
 
 def hub_examples(options):
     """The rows of a set of the hub. Raises UserError if it cannot be reached."""
-    reach_hub(f'the data set {options.corpus}')
-    import datasets
-
     found = SETS[options.corpus]
-    for split in filter(None, (found.train, found.validation)):
-        try:
-            rows = datasets.load_dataset(**hub_source(*found[:2], split))
-        except Exception as error:  # its own, or those of whichever HTTP client it uses
-            where = f'{options.corpus} ({found.repository})'
-            reason = type(error).__name__
-            raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error
-        for row in tqdm(rows, desc=options.corpus, leave=False):
-            example = dict(zip(FIELDS, found.convert(row)))
+    for row, is_val in hub_rows(options.corpus, *found[:4]):
+        answers = found.convert(row)
+        for answer in answers if isinstance(answers, list) else [answers]:
+            example = dict(zip(FIELDS, answer))
             held_out = is_held_out(example['instruction'], options.val_fraction)
-            yield example, split == found.validation if found.validation else held_out
+            yield example, held_out if is_val is None else is_val
 
 
 def is_supervised(corpus):
     """Whether a name given to data/prepare.py is one of instructions and answers."""
     if corpus == 'signatures' or corpus in SETS:
         return True
-    path = Path(corpus)
+    first = first_record(corpus)
+    kinds = (('"instruction"', '"output"'), ('"prompt"', '"completion"'), ('"messages"',))
+    return first is not None and (
+        any(all(field in first for field in fields) for fields in kinds) or not first
+    )
+
+
+def first_record(path):
+    """The text of the first record of a .jsonl or .json file; None for anything else."""
+    path = Path(path)
     if path.suffix not in ('.jsonl', '.json') or not path.is_file():
-        return False
+        return None
     with open(path, encoding='utf-8', errors='replace') as file:
         first = file.read(2**16).strip()
-    first = first.split('\n')[0] if path.suffix == '.jsonl' else first
-    kinds = (('"instruction"', '"output"'), ('"prompt"', '"completion"'), ('"messages"',))
-    return any(all(field in first for field in fields) for fields in kinds) or not first
+    return first.split('\n')[0] if path.suffix == '.jsonl' else first
 
 
 def prepare_supervised(options, out):
@@ -212,7 +242,7 @@ def prepare_supervised(options, out):
     return write_supervised(read(options), options, out)
 
 
-def write_supervised(examples, options, out):
+def write_supervised(examples, options, out, kind='supervised'):
     """Write (example, is it for validation) pairs as a prepared set, completely or not at all."""
     unfinished = Path(f'{out}.partial')
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -243,7 +273,7 @@ def write_supervised(examples, options, out):
         path = unfinished / f'{split}.spans.npy'
         np.save(path, np.array(spans[split], np.int64))
         checksums[path.name] = checksum(path)
-    more = dict(kind='supervised', checksums=checksums)
+    more = dict(kind=kind, checksums=checksums)
     return finish_corpus(unfinished, out, counts, options, **more)
 
 
@@ -251,14 +281,18 @@ def write_supervised(examples, options, out):
 # reading
 
 
+KINDS = dict(text='text', supervised='instructions with answers', preferences='preferences')
+
+
 class Examples:
     """One split of a prepared supervised set, and how examples are laid into sequences."""
 
-    def __init__(self, name, data_dir, split):
+    def __init__(self, name, data_dir, split, kind='supervised'):
         corpus, folder = open_corpus(name, data_dir), Path(data_dir) / name
         self.folder, self.tokens = folder, getattr(corpus, split)
-        if corpus.meta.get('kind') != 'supervised':
-            raise UserError(f'{folder} is text, not instructions with answers')
+        if corpus.meta.get('kind', 'text') != kind:
+            found = KINDS[corpus.meta.get('kind', 'text')]
+            raise UserError(f'{folder} is {found}, not {KINDS[kind]}')
         self.end = corpus.meta.get('end_of_text')
         self.tokenizer = corpus.meta['tokenizer']
         try:
@@ -336,6 +370,8 @@ def supervised_source(knobs, name=''):
 def run_source(knobs):
     """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
     kinds = {open_corpus(name, knobs.data_dir).meta.get('kind', 'text') for name in knobs.corpora}
+    if 'preferences' in kinds:
+        raise UserError(f'data={knobs.data}: preferences are for --method=posttrain')
     if 'supervised' not in kinds:
         return text_source(knobs)
     if len(knobs.corpora) > 1:

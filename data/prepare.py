@@ -37,6 +37,7 @@ from configurator import Natural, Range, configure
 from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
+from data.preferences import HUB_NAME, is_preferences, prepare_preferences
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line, import_extra, nearest, run_as_program
 from engine.files import locked, read_json, write_atomically
@@ -59,7 +60,7 @@ FEW = 100  # text files: of fewer each gives its end to validation, instead of s
 class Preparation:
     """What to turn into tokens, and how."""
 
-    corpus: str = 'pydocs'  # pydocs, pycode, signatures, a hub corpus or set, or files of your own
+    corpus: str = 'pydocs'  # one of data/corpus.py's OFFLINE, of the hub, or files of your own
     out: str = ''  # folder of the result; empty: data/CORPUS
     tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: gpt2 from the hub
     text_column: str = 'text'  # column of .jsonl and .parquet files that holds the text
@@ -71,7 +72,7 @@ class Preparation:
 
     def folder(self):
         """Fill in what depends on the corpus; returns the folder of the result."""
-        own = self.corpus not in (*OFFLINE, *HUB, *SETS)
+        own = self.corpus not in (*OFFLINE, *HUB, *SETS, HUB_NAME)
         name = local_name(self.corpus) if own else self.corpus
         self.files = {}  # of one's own: {path: bytes}
         if own:
@@ -262,6 +263,8 @@ def prepare(options):
 def make(options, out):
     """Make the corpus that `options` describe in the folder `out`; returns it."""
     load_tokenizer(options.tokenizer)  # complain before reading anything
+    if is_preferences(options.corpus):
+        return prepare_preferences(options, out)
     if is_supervised(options.corpus):
         return prepare_supervised(options, out)
     offline = options.corpus in OFFLINE

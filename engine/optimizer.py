@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engine.device import processes
+from engine.device import gather, processes
 from engine.errors import UserError
 from engine.files import commit_file
 
@@ -87,15 +87,19 @@ def load_optimizer_state(folder):
 
 
 def set_optimizer_state(model, optimizer, state, dtype=None):
-    """Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'."""
+    """
+    Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'. Of a sharded model
+    only process 0 needs the state, and the others pass None.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    fused = optimizer.defaults.get('fused')
+    fused, steps = optimizer.defaults.get('fused'), gather(state and float(state['step']))[0]
     for name, parameter in model.named_parameters():
-        step = torch.tensor(float(state['step']), device=parameter.device if fused else 'cpu')
+        step = torch.tensor(steps, device=parameter.device if fused else 'cpu')
         optimizer.state[parameter]['step'] = step
         for moment in ('exp_avg', 'exp_avg_sq'):
-            tensor = state[moment][name].to(parameter.device, dtype or parameter.dtype)
+            tensor = torch.empty(parameter.shape) if state is None else state[moment][name]
+            tensor = tensor.to(parameter.device, dtype or parameter.dtype)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 tensor = distribute_tensor(tensor, mesh, placements)

@@ -79,20 +79,27 @@ def check_memory(name, config, knobs, hardware):
 # placing and wrapping the model
 
 
-def place(model, strategy, hardware):
-    """The model in float32 on its device: whole, or under fsdp this process's shards."""
-    model = model.float()
+def place(make, empty, strategy, hardware):
+    """
+    The model that make() builds, in float32 on its device: whole, or under fsdp this process's
+    shards. Then process 0 alone builds it, so that the machine holds it once, and deals it out.
+    empty: a model of the same shape on the meta device, without memory.
+    """
     if strategy != 'fsdp':
-        return model.to(hardware.device)
+        return make().float().to(hardware.device)
+    whole = make().float().state_dict() if hardware.is_main else {}
     mesh = init_device_mesh(hardware.device.type, (hardware.world_size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if hardware.dtype == torch.float32 else hardware.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's tables stay float32
     )
-    for block in model.blocks:
+    for block in empty.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy).to(hardware.device)
+    model = fully_shard(empty, mesh=mesh, mp_policy=policy).to_empty(device=hardware.device)
+    model.build_rope(hardware.device)
+    load_full_state(model, whole)
+    return model
 
 
 def wrap(model, strategy, knobs, hardware):
@@ -171,12 +178,13 @@ def full_state(model):
 
 
 def load_full_state(model, state):
-    """Fill the model, sharded or not, with whole tensors."""
+    """Fill the model with whole tensors; where it is sharded, with those of process 0."""
     if not isinstance(model, FSDPModule):
         model.load_state_dict(state)
         return
     model.reshard()  # after an evaluation it is whole
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
 
 
 def full_tensor(tensor):

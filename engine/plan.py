@@ -51,8 +51,12 @@ def totals(run, planned):
     """The sums of a plan, as a dict: FLOPs, disk, unique tokens, and the family against scratch."""
     parents = [p.stage.parent.name for p in planned if p.stage.parent]
     sums = dict(flops=0.0, disk=0, saved_states=0, drawn=0, family=0.0, baseline=0.0, alone=0.0)
+    sums['host'] = 0  # bytes of a model and of the one that it grows from
+    weights = {p.stage.name: 4 * all_params(p.stage.config) for p in planned}
     for stage, knobs, steps, result in planned:
         saved_state = saved_state_bytes(stage.config, knobs)
+        grown_from = weights.get(stage.parent.name, 0) if stage.parent else 0
+        sums['host'] = max(sums['host'], weights[stage.name] + grown_from)
         sums['flops'] += result.flops
         sums['disk'] += 4 * all_params(stage.config)
         if stable_steps(steps, knobs) > 0:

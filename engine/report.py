@@ -442,6 +442,10 @@ def plan_text(run, planned):
         f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, if a replica does not fit)'
     )
     lines.append(
+        f'host memory: {format_bytes(total["host"])} while the largest model is built: once if it '
+        'is cut into shards, else in every process'
+    )
+    lines.append(
         f'disk: {format_bytes(total["disk"])} kept (models, states of stable phases), '
         f'{format_bytes(total["saved_states"])} for saved states, '
         f'{format_bytes(2 * total["unique"])} of tokens ({format_count(total["drawn"])} drawn, '

@@ -28,6 +28,7 @@ from engine.device import (
     attention_kernel,
     barrier,
     exit_saved,
+    gather,
     peak_flops,
     set_threads,
     should_stop,
@@ -129,16 +130,28 @@ class Training:
         torch.manual_seed(knobs.seed)
         self.strategy = choose_strategy(knobs, stage.config, hardware)
         self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
-        model = stage.model() if stage.model and self.fresh else GPT(stage.config)
-        self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
-        self.raw_model = place(model, self.strategy, hardware)
+        self.source_dtype = 'float32'
+
+        def make():
+            model = stage.model() if stage.model and self.fresh else GPT(stage.config)
+            self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
+            return model
+
+        self.raw_model = place(make, GPT.on_meta(stage.config), self.strategy, hardware)
+        self.source_dtype = gather(self.source_dtype)[0]
+
+    @property
+    def has_whole(self):
+        """Whether this process needs whole tensors: shards are dealt by process 0."""
+        return self.strategy != 'fsdp' or self.hardware.is_main
 
     def make_optimizer(self):
         """AdamW for the model, with the state that the stage starts from."""
         self.optimizer = make_optimizer(self.raw_model, self.knobs)
         if self.stage.optimizer_state and self.fresh:
-            dtype = getattr(torch, self.knobs.optimizer_dtype)
-            state = self.stage.optimizer_state()
+            dtype, state = getattr(torch, self.knobs.optimizer_dtype), None
+            if self.has_whole:
+                state = self.stage.optimizer_state()
             set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
 
     def restore(self):
@@ -365,8 +378,10 @@ class Training:
         self.bar.close()
         stage, knobs = self.stage, self.knobs
         if stage.score:
-            best = load(self.folder / 'best', self.hardware.device)
-            load_full_state(self.raw_model, best.state_dict())
+            best = {}
+            if self.has_whole:
+                best = load(self.folder / 'best', self.hardware.device).state_dict()
+            load_full_state(self.raw_model, best)
         loss = self.validate(stoppable=True)
         for dashboard in self.dashboards:
             dashboard.show(dict(step=self.steps, val_loss=loss))

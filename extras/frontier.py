@@ -18,14 +18,17 @@ from engine.errors import UserError, unknown
 from engine.report import Line, Panel, by_label, interval
 from expand import Progressive, allocate_tokens
 
-# what is special about a family: general knobs, knobs of Progressive
+PAPER = dict(shares=(), noise=0.0, optimizer='fresh', last_schedule='')
+# what is special about a family: general knobs, and knobs of Progressive
 ARMS = {
     'trunk': ({}, {}),
+    'fresh': ({}, dict(optimizer='fresh')),
+    'branch': ({}, dict(last_schedule='')),
     'lossless': ({}, dict(width='lossless')),
-    'grown': ({}, dict(optimizer='grown')),
     'taught': ({}, dict(taught=1.0)),
     'eq4': ({}, dict(shares=())),
-    'paper': (dict(schedule='cosine'), dict(shares=(), noise=0.0)),
+    'paper': (dict(schedule='cosine'), PAPER),
+    'adjusted': (dict(schedule='cosine'), PAPER | dict(learning_rates=(8e-3, 6e-3, 5e-3, 4e-3))),
 }
 SCHEDULES = ('wsd', 'cosine')  # of independent training
 

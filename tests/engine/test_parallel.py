@@ -150,6 +150,13 @@ def test_a_family_grows_with_its_sharded_optimizer_and_the_best_model_is_kept(da
         )
 
 
+def test_only_the_first_process_builds_a_model_that_is_sharded():
+    outputs = run_processes(2, 'tests/programs/deal_shards.py')
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first['built'] and not second['built'] and first['same']
+    assert first['held'] + second['held'] == first['all'] and second['held'] < 0.6 * first['all']
+
+
 def test_shards_are_chosen_when_a_replica_does_not_fit():
     config, run = GPTConfig.named('8b'), Run(device='cpu', block_size=2048, batch_size=64)
     eight_h100 = find_hardware(run)._replace(world_size=8, memory=68e9, device=torch.device('cuda'))

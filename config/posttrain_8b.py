@@ -1,0 +1,20 @@
+# Progressive training (Yano et al.), Appendix E: fine-tuning of the 8B family on UltraChat-200k at
+# 3e-5, then DPO on UltraFeedback at 5e-7, as Meng et al. do it (a batch of 128, one epoch, 10%
+# warmup, 2,048 tokens there, here as many as the models read).
+#   python data/prepare.py ultrachat
+#   python data/prepare.py ultrafeedback
+#   torchrun --standalone --nproc_per_node=8 train.py config/posttrain_8b.py
+method = 'posttrain'
+sizes = ('1b', '2b', '4b', '8b')
+models = tuple(f'out/progressive_8b/{size}' for size in sizes)
+data = 'ultrachat'
+preferences = 'ultrafeedback'
+
+block_size = 1024
+batch_size = 128
+sft_learning_rate = 3e-5
+dpo_learning_rate = 5e-7
+beta = 0.1
+warmup = 0.1
+schedule = 'cosine'
+min_lr_fraction = 0.0

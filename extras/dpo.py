@@ -1,0 +1,237 @@
+"""
+Direct preference optimisation (Rafailov et al.), and the post-training of a model family: answers
+first, then preferences (Progressive training, Appendix E).
+
+    python train.py config/posttrain_tiny.py
+    python train.py config/posttrain_8b.py
+
+With pi the model and pi_ref the model that it started as, c the answer to x that is preferred and
+r the other one,
+
+    L = -log sigmoid( beta [log pi(c|x) / pi_ref(c|x)  -  log pi(r|x) / pi_ref(r|x)] )
+
+log pi(y|x) is the sum over the answer's tokens. pi_ref does not change: its logarithms are
+computed once and kept in the stage's folder, and training holds one model.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from configurator import NonNegative, Positive
+from data.corpus import open_corpus
+from data.instruct import shuffled
+from data.loader import Source, to_device
+from data.preferences import Pairs
+from engine.device import barrier, choose_device, processes
+from engine.errors import UserError
+from engine.files import commit_file
+from engine.stage import Origin, Result, Stage
+from evaluate import compare
+from model import load
+
+# ----------------------------------------------------------------------------------------------
+# the objective
+
+
+def log_probability(model, x, y):
+    """log pi(y|x): the sum over targets y (n, T) that are not -100, of inputs x (n, T); (n,)."""
+    logits = model(x).logits
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    losses = F.cross_entropy(logits.flatten(0, 1).to(exact), y.flatten(), reduction='none')
+    return -losses.view(y.shape).sum(1)
+
+
+def rewards(model, x, y, reference):
+    """
+    log pi / pi_ref of both answers, (n, 2): x (n, 2, T), y (n, 2, T + 1) as data/preferences.py
+    lays them out, reference (all pairs, 2).
+    """
+    pairs, y = y[:, 0, -1], y[..., :-1]
+    ours = log_probability(model, x.flatten(0, 1), y.flatten(0, 1)).view(-1, 2)
+    return ours - reference.to(ours.device)[pairs]
+
+
+def dpo(reference, beta=0.1):
+    """The objective; reference: () -> log pi_ref of all pairs, (pairs, 2)."""
+
+    def objective(model, x, y, progress):
+        chosen, rejected = rewards(model, x, y, reference()).unbind(1)
+        loss = -F.logsigmoid(beta * (chosen - rejected)).mean()
+        accuracy = (chosen > rejected).float().mean()
+        return loss, dict(accuracy=accuracy, margin=beta * (chosen - rejected).mean())
+
+    return objective
+
+
+@torch.no_grad()
+def reference_of(model, pairs, block_size, device, batch_size=8):
+    """log pi_ref(y|x) of every pair, float32 (pairs, 2)."""
+    found = []
+    for first in tqdm(range(0, len(pairs), batch_size), desc='reference', leave=False):
+        rows = np.arange(first, min(first + batch_size, len(pairs)))
+        x, y = to_device(pairs.rows(rows, block_size), device)
+        x, y = x.flatten(0, 1), y[..., :-1].flatten(0, 1)
+        found.append(log_probability(model, x, y).view(-1, 2).float().cpu())
+    return torch.cat(found)
+
+
+def stored_reference(path, make):
+    """What make() computes, from the file `path`, which process 0 writes if there is none."""
+    if processes()[0] == 0 and not path.is_file():
+        save_file(dict(reference=make()), f'{path}.tmp')
+        commit_file(f'{path}.tmp', path)
+    barrier()
+    return load_file(path)['reference']
+
+
+# ----------------------------------------------------------------------------------------------
+# the method
+
+
+@dataclass
+class PostTraining:
+    """Fine-tuning on the run's instructions, then DPO, of every member of a family."""
+
+    models: tuple[str, ...] = ()  # folders of the members, ascending
+    sizes: tuple[str, ...] = ()  # their sizes, for a plan without them and for toys
+    preferences: str = 'preferences'  # prepared set, data/preferences.py
+    sft_epochs: Positive = 1.0  # passes over the instructions
+    sft_learning_rate: NonNegative = 3e-5  # the maximum
+    dpo_epochs: Positive = 1.0  # passes over the preferences
+    dpo_learning_rate: NonNegative = 5e-7  # the maximum
+    beta: Positive = 0.1  # of the loss: how much a preference may move the model
+
+    toy_corpora = dict(preferences='preferences')
+
+    @property
+    def corpora(self):
+        """Corpora that the stages read besides the run's."""
+        return [self.preferences]
+
+    def stages(self, run):
+        """For each member, fine-tuning and then DPO."""
+        if not self.models or len(self.sizes) not in (0, len(self.models)):
+            raise UserError('posttrain needs --models=FOLDER,...  and of each a size, or no sizes')
+        self.run = run
+        for i, name in enumerate(self.models):
+            given = Result.given(Path(name).name, name)
+            there = Path(name).is_dir() and not run.toy
+            if not there and not self.sizes:
+                raise UserError(f'no model {name}; a plan or a toy without it needs --sizes')
+            config = run.given_config(name) if there else run.model_config(self.sizes[i])
+            stage = Stage(f'{given.name}-sft', config, 0.0, config.num_params(head=True))
+            stage.tokens = self.sft_epochs * self.count(run.data) * run.block_size
+            stage.knobs = dict(learning_rate=self.sft_learning_rate)
+            if there:
+                stage.origin, stage.tokenizer = Origin('weights', (given.name,)), name
+                stage.model = partial(load, name)
+            stage.labels = dict(size=given.name, phase='sft')
+            tuned = yield stage
+            yield self.dpo_stage(given, tuned, config)
+
+    def count(self, name):
+        """Examples of a prepared set's training split; a guess in plans."""
+        if self.run.dry_run:
+            return 60_000
+        return open_corpus(name, self.run.data_dir).meta['splits']['train']['documents']
+
+    def dpo_stage(self, given, tuned, config):
+        """The Stage of DPO from the Result of fine-tuning."""
+        stage = Stage(f'{given.name}-dpo', config, 0.0, 2 * config.num_params(head=True))
+        stage.tokens = self.dpo_epochs * self.count(self.preferences) / 2 * self.run.block_size
+        stage.knobs = dict(learning_rate=self.dpo_learning_rate)
+        stage.parent, stage.data_after = tuned, given  # its own data from the beginning
+        stage.origin, stage.tokenizer = Origin('weights', (tuned.name,)), tuned.folder
+        stage.model = partial(load, tuned.folder)
+        stage.labels = dict(size=given.name, phase='dpo')
+        stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
+        reference = {}
+
+        def source(knobs):
+            pairs = Pairs(self.preferences, knobs.data_dir, 'train')
+            folder = Path(knobs.out_dir) / stage.name
+
+            def make():
+                device = choose_device(knobs.device)
+                model = load(tuned.folder, device).eval()
+                return reference_of(model, pairs, knobs.block_size, device)
+
+            reference['train'] = stored_reference(folder / 'reference.safetensors', make)
+            return preference_source(self.preferences, pairs, knobs)
+
+        stage.source, stage.objective = source, dpo(lambda: reference['train'], self.beta)
+        return stage
+
+    def summary(self, results):
+        """How well each member prefers, and how alike two neighbours are after each phase."""
+        run, records = self.run, []
+        device = choose_device(run.device)
+        val = Pairs(self.preferences, run.data_dir, 'val')
+        block = min(run.block_size, load(results[0].folder).config.block_size)
+        n = min(len(val), max(1, run.eval_tokens // block) if run.eval_tokens else len(val))
+        logs = {}
+        for result in results:
+            model = load(result.folder, device).eval()
+            logs[result.name] = reference_of(model, val, block, device)[:n]
+        won = {}  # size: whether its implied reward prefers the right answer, for every pair
+        for size in dict.fromkeys(r.labels['size'] for r in results):
+            before, after = logs[f'{size}-sft'], logs[f'{size}-dpo']
+            gain = after - before
+            won[size] = gain[:, 0] > gain[:, 1]
+            record = {'member': size, 'pairs': n}
+            record['right by likelihood, tuned'] = share(before[:, 0] > before[:, 1])
+            record['after DPO'] = share(after[:, 0] > after[:, 1])
+            record['right by implied reward'] = share(won[size])
+            record['margin'] = self.beta * (gain[:, 0] - gain[:, 1]).mean().item()
+            records.append(record)
+        examples = torch.from_numpy(val.preferred(np.arange(min(n, 256)), block)[0]).to(device)
+        return [records, self.consistency(results, won, examples)]
+
+    def consistency(self, results, won, examples):
+        """Records of neighbours: KL and agreement after each phase; on which pairs both agree."""
+        folders, records = {r.name: r.folder for r in results}, []
+        for small, large in pairwise(won):
+            record = {'members': f'{small} -> {large}'}
+            for phase in ('sft', 'dpo'):
+                pair = [load(folders[f'{m}-{phase}'], examples.device) for m in (small, large)]
+                kl, _, agreement = compare(*pair, examples)
+                record |= {f'KL, {phase}': kl, f'agreement, {phase}': agreement}
+            record['same preference'] = share(won[small] == won[large])
+            records.append(record)
+        return records
+
+
+def share(of):
+    """The share of a bool tensor that is True."""
+    return of.float().mean().item()
+
+
+def preference_source(name, pairs, knobs):
+    """The Source of a set of preferences; its validation loss is that of the preferred answers."""
+    val, size = Pairs(name, knobs.data_dir, 'val'), knobs.block_size
+    wanted = np.arange(len(val))
+    if knobs.eval_tokens:
+        wanted = wanted[: max(1, knobs.eval_tokens // size)]
+
+    def read(positions):
+        return pairs.rows(shuffled(positions, len(pairs), knobs.seed), size)
+
+    def validation(batch_size, share):
+        mine = wanted[share.rank :: share.world_size]
+        for i in range(0, -(-len(wanted) // share.world_size), batch_size):
+            chunk = mine[i : i + batch_size]
+            x, y = val.preferred(np.resize(chunk, batch_size), size)
+            y[len(chunk) :] = -100  # as many batches on every process
+            yield *to_device((x, y), share.device), int((y != -100).sum())
+
+    split = open_corpus(name, knobs.data_dir).meta['splits']['val']
+    bytes_per_token = split['bytes'] / int(val.examples.spans[:, 2].sum())
+    return Source(read, validation, bytes_per_token, pairs.examples.tokenizer)
