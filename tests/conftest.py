@@ -6,6 +6,7 @@ does.
 import argparse
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import random
@@ -83,6 +84,17 @@ def data_dir(tmp_path_factory):
         examples,
         Preparation(corpus='signatures', tokenizer='bytes', prompt='plain'),
         folder / 'signatures',
+    )
+    preferences = []
+    for (name, line), (_, other) in itertools.pairwise(pairs):
+        for answer in (line, other):  # its own documentation, then another function's
+            example = dict(instruction=name, input='', output=answer)
+            preferences.append((example, len(name) % 8 == 0))
+    write_supervised(
+        preferences,
+        Preparation(corpus='preferences', tokenizer='bytes', prompt='plain'),
+        folder / 'preferences',
+        kind='preferences',
     )
     return folder
 

@@ -429,7 +429,7 @@ def test_sizes_too_close_for_the_budget_are_refused():
         allocate_tokens([1e9, 1.01e9], [40e9, 20e9])
 
 
-def planned(**knobs):
+def planned(schedule='cosine', **knobs):
     """The stages of a Progressive run that trains nothing."""
 
     def pretend(stage):
@@ -448,7 +448,61 @@ def planned(**knobs):
             0.0,
         )
 
-    return list(stages_of(Progressive(**knobs), Run(data='pydocs', block_size=128), pretend))
+    run = Run(data='pydocs', block_size=128, schedule=schedule)
+    return list(stages_of(Progressive(**knobs), run, pretend))
+
+
+def test_under_wsd_a_family_grows_from_a_trunk_and_every_member_is_a_branch():
+    sizes = ('32x2', '48x2', '64x2', '64x4')
+    stages = planned(schedule='wsd')
+    names = [stage.name for stage, _ in stages]
+    assert names == ['32x2-trunk', '32x2', '48x2-trunk', '48x2', '64x2-trunk', '64x2', '64x4']
+    found = {stage.name: (stage, result) for stage, result in stages}
+    for size, before in zip(sizes, (None, *sizes)):
+        stage, result = found[size]
+        if size != '64x4':  # from which nothing grows
+            assert stage.parent.name == f'{size}-trunk' and stage.knobs['decay_fraction'] == 1
+            stage, trunk = found[f'{size}-trunk']
+            assert stage.knobs['schedule'] == 'constant' and not trunk.baseline_flops
+            assert result.tokens == pytest.approx(0.1 * (result.tokens + trunk.tokens), rel=0.02)
+        if before:
+            assert stage.parent.name == f'{before}-trunk'
+    members = [found[size][1] for size in sizes]  # Eq. 4 counts the branches, too
+    spent = sum(result.flops for _, result in stages)
+    assert members[-1].total_flops == spent and members[1].total_flops == sum(
+        found[name][1].flops for name in names[:4]
+    )
+    assert members[-1].total_flops == pytest.approx(planned()[-1][1].total_flops, rel=1e-3)
+    last = planned(schedule='wsd', last_schedule='cosine')[-1][0]
+    assert last.name == '64x4' and last.knobs['schedule'] == 'cosine'
+
+
+def test_shares_are_of_the_tokens_from_scratch():
+    shares = [1, 0.5, 0.25, 2]
+    scratch = [stage.tokens for stage, _ in planned(compare='independent')[4:]]
+    found = [stage.tokens for stage, _ in planned(shares=shares)]
+    assert found[1:] == pytest.approx([share * t for share, t in zip(shares[1:], scratch)])
+    with pytest.raises(UserError, match='shares has 2 values for 4 sizes'):
+        planned(shares=(1.0, 0.5))
+
+
+def test_a_trunk_with_its_branch_is_one_run_under_wsd_bit_for_bit(data_dir, tmp_path):
+    general = [
+        f'--data_dir={data_dir}',
+        '--schedule=wsd',
+        '--decay_fraction=0.25',
+        '--warmup=3',
+        '--block_size=16',
+        '--eval_tokens=512',
+        '--device=cpu',
+    ]
+    family = ['--method=progressive', '--sizes=16x1,16x2', '--tokens=5120,5120', '--noise=0.1']
+    train.main([*general, *family, f'--out_dir={tmp_path / "family"}'])
+    train.main([*general, '--size=16x1', '--tokens=5120', f'--out_dir={tmp_path / "one"}'])
+    branch, whole = (load(tmp_path / run / '16x1') for run in ('family', 'one'))
+    assert all(map(torch.equal, branch.state_dict().values(), whole.state_dict().values()))
+    results = {name: Result.of(tmp_path / 'family' / name) for name in ('16x1-trunk', '16x1')}
+    assert results['16x1'].val_loss < results['16x1-trunk'].val_loss
 
 
 def test_stages_of_the_tiny_family():
