@@ -254,7 +254,7 @@ def measure(options):
         step()
         found[name] = Measured(held, peak_memory(step, hardware.device), [])
     tokens = options.steps * options.batch_size * options.block_size
-    for turn in tqdm(range(options.rounds), desc='measuring', leave=False):
+    for turn in tqdm(range(options.rounds), desc='measuring', leave=False, disable=None):
         rates.append(matrix_product_rate(hardware.device, hardware.dtype))
         names = list(variants)
         if turn % 2:

@@ -12,16 +12,17 @@ import difflib
 import itertools
 import math
 import os
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import Natural, configure
+from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from engine.device import choose_device, set_threads
@@ -31,6 +32,7 @@ from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, evaluate, kl_of_logits
 from engine.report import finished_stages, render, report_blocks, table
 from model import load, read_config
+from sample import Sampling, check_same_tokenizer, draft_for, generate
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def compare(model_p, model_q, examples, batch_size=4):
     if len(sizes) > 1:
         raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
     sums = torch.zeros(3, dtype=torch.float64)
-    for x in tqdm(examples.split(batch_size), desc='comparing', leave=False):
+    for x in tqdm(examples.split(batch_size), desc='comparing', leave=False, disable=None):
         p, q = model_p(x).logits, model_q(x).logits
         same = p.argmax(-1) == q.argmax(-1)
         found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
@@ -81,7 +83,9 @@ def sliding_window_loss(model, tokens, window, stride, device):
     WikiText perplexity is reported.
     """
     total, scored, end_of_last = 0.0, 0, 1
-    for start in tqdm(range(0, len(tokens) - 1, stride), desc='sliding window', leave=False):
+    for start in tqdm(
+        range(0, len(tokens) - 1, stride), desc='sliding window', leave=False, disable=None
+    ):
         end = min(start + window, len(tokens) - 1)
         chunk = torch.from_numpy(np.asarray(tokens[start : end + 1], np.int64)).to(device)
         targets = chunk[1:].clone()
@@ -94,6 +98,34 @@ def sliding_window_loss(model, tokens, window, stride, device):
         if end == len(tokens) - 1:
             break
     return total / scored
+
+
+def drafting(generator, openers, examples, options):
+    """
+    Records of how well each of several models drafts for `generator` (progressive training,
+    Table 5): openers {name: function that opens it}, examples (n, T) of validation text, whose
+    beginnings are the prompts. Times are seconds per continuation.
+    """
+    half = examples.shape[1] // 2
+    prompts = list(examples[: options.draft_prompts, :half])
+    limits = examples.shape[1] - half, options.draft_tokens
+    sampling = Sampling(options.draft_temperature)
+    torch.manual_seed(0)
+    started = time.time()
+    for prompt in tqdm(prompts, desc='without a draft', leave=False, disable=None):
+        generate(generator, [prompt], limits[0], sampling)
+    records = [{'draft': 'none', 'seconds': (time.time() - started) / len(prompts)}]
+    for name, opener in openers.items():
+        draft = opener()
+        started = time.time()
+        _, found = draft_for(
+            generator, draft, tqdm(prompts, desc=name, leave=False, disable=None), limits, sampling
+        )
+        record = {'draft': name, 'seconds': (time.time() - started) / len(prompts)}
+        record['KL(draft || model) on text'] = kl_divergence(draft, generator, examples)
+        record['KL where it drafts'] = found['KL(draft || model)']
+        records.append(record | {'acceptance rate': found['acceptance rate']})
+    return records
 
 
 # ----------------------------------------------------------------------------------------------
@@ -161,6 +193,10 @@ class Evaluation:
     block_size: Natural = 0  # tokens of context; 0: what the models were trained with
     stride: Natural = 0  # also through a window moving by so many tokens (WikiText); 0: no
     kl_examples: Natural = 256  # sequences for KL and agreement (the paper: 10000); 0: none
+    drafts: tuple[str, ...] = ()  # models that draft for the last one that is evaluated
+    draft_prompts: Count = 1000  # beginnings of validation sequences that are continued for that
+    draft_tokens: Annotated[int, Range(1, 64)] = 8  # drafted ahead
+    draft_temperature: NonNegative = 1.0  # of both models; 0: greedy
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: lambada_openai,arc_easy,mmlu:5,...
     num_fewshot: Natural = 0  # examples in a task's prompt, unless it says so itself: mmlu:5
     task_folder: str = ''  # folder of task files of your own, instead of the harness' tasks
@@ -224,12 +260,23 @@ def evaluate_folders(folders, options):
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
     if len(found) > 1 and options.kl_examples:
-        n_tokens = options.kl_examples * block_size
-        batches = validation_batches(corpus.val, block_size, 1, n_tokens, Share(device))
-        examples = torch.cat([x for x, _, _ in batches])
+        examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)
         outcome |= dict(kl=kl.tolist(), agreement=agreement.tolist())
+    if options.drafts:
+        *_, last = found
+        for draft in options.drafts:
+            check_same_tokenizer(found[last], draft)
+        examples = some_sequences(corpus, options.draft_prompts, block_size, device)
+        drafts = {name: partial(open_model, name, device, options.dtype) for name in options.drafts}
+        outcome['drafting'] = drafting(openers[last](), drafts, examples, options)
     return outcome
+
+
+def some_sequences(corpus, n, block_size, device):
+    """Up to n sequences, (n, block_size), spread over a validation split."""
+    batches = validation_batches(corpus.val, block_size, 1, n * block_size, Share(device))
+    return torch.cat([x for x, _, _ in batches])
 
 
 def losses(model, corpus, block_size, options):
@@ -263,6 +310,8 @@ def evaluation_tables(outcome):
         if key in outcome:
             matrix = [{'': a, **dict(zip(names, row))} for a, row in zip(names, outcome[key])]
             text += f'\n\n{title}\n\n{table(matrix)}'
+    if 'drafting' in outcome:
+        text += f'\n\nDrafting for {names[-1]}\n\n{table(outcome["drafting"])}'
     return text
 
 

@@ -52,8 +52,11 @@ from engine.report import (
     Panel,
     by_label,
     compare_variants,
+    family_cost,
     lead_begins,
     mean_curve,
+    steps_to_loss,
+    training_curve,
 )
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
@@ -538,6 +541,15 @@ class Progressive:
             stage.labels = dict(size=self.name(i), independent=True)
             yield stage
 
+    def summary(self, results):
+        """With independent models, FLOPs until a member has the training loss of its like."""
+        alone = {r.labels['size']: r for r in results if r.labels.get('independent')}
+        records = []
+        for r in results:
+            if r.labels['size'] in alone and not set(r.labels) & {'independent', 'trunk'}:
+                records.append(equal_loss(r, alone[r.labels['size']]))
+        return [records] if records else []
+
     def configs(self, run):
         """The shape of each size."""
         configs = []
@@ -603,6 +615,19 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
 
         stage.optimizer_state = grown_state
         stage.knobs |= dict(warmup=0.0)
+
+
+def equal_loss(member, alone):
+    """
+    A record: FLOPs of the whole family until a member has the last training loss of the model
+    that was trained alone, against what that one and the smaller ones cost (Figure 2). The loss
+    is the mean over a twentieth of a stage.
+    """
+    loss = training_curve(alone, points=20)[1][-1]
+    reached = steps_to_loss(list(zip(*training_curve(member, points=20))), loss)
+    record = {'member': member.name, 'training loss alone': loss, 'FLOPs alone': family_cost(alone)}
+    record['FLOPs to it'] = reached
+    return record | {'saved': None if reached is None else 1 - reached / family_cost(alone)}
 
 
 def continue_from(stage, before, with_optimizer):

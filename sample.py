@@ -237,6 +237,13 @@ def answer_template(name):
     return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
 
 
+def reply(model, tokenizer, ids, max_new_tokens, sampling):
+    """The text that a model says after a conversation of token ids."""
+    ids = torch.tensor(ids, device=model.wte.weight.device)
+    (found,) = generate(model, [ids], max_new_tokens, sampling)
+    return tokenizer.text(found.tolist()).strip()
+
+
 def converse(model, tokenizer, options, sampling):
     """Answer every line that is typed, with the conversation so far as context, to the end."""
     template, messages = answer_template(options.model), []
@@ -250,10 +257,8 @@ def converse(model, tokenizer, options, sampling):
         if len(ids) + options.max_new_tokens > model.config.block_size:
             sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
             raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')
-        ids = torch.tensor(ids, device=model.wte.weight.device)
         how = sampling._replace(stop=end)
-        (found,) = generate(model, [ids], options.max_new_tokens, how)
-        answer = tokenizer.text(found.tolist()).strip()
+        answer = reply(model, tokenizer, ids, options.max_new_tokens, how)
         print(answer, flush=True)
         messages.append(dict(role='assistant', content=answer))
 
@@ -287,23 +292,31 @@ def main(argv):
         found = generate(model, prompts, options.max_new_tokens, sampling)
     records = [{'': 'alone', 'tokens/s': sum(map(len, found)) / (time.time() - started)}]
     if options.draft:
-        found, record = draft_for(model, prompts, options, sampling)
+        check_same_tokenizer(options.model, options.draft)
+        limits = options.max_new_tokens, options.draft_tokens
+        draft = open_model(options.draft, device).eval()
+        found, record = draft_for(model, draft, prompts, limits, sampling)
         records.append(record)
     for i, (text, continuation) in enumerate(zip(texts, found), 1):
         print(f'--- {i}\n{text}{tokenizer.text(continuation.tolist())}')
     print(f'\n{table(records)}')
 
 
-def draft_for(model, prompts, options, sampling):
-    """(the continuations with a draft model, the record of what it brought)."""
-    tokenizers = [tokenizer_in(name) for name in (options.model, options.draft)]
+def check_same_tokenizer(name, draft):
+    """Raise UserError if a model, a folder or hub name, has another tokenizer than its draft."""
+    tokenizers = [tokenizer_in(name), tokenizer_in(draft)]
     if all(tokenizers) and not same_tokenizer(*tokenizers):
-        raise UserError(f'{options.model} has another tokenizer than its draft {options.draft}')
-    draft = open_model(options.draft, prompts[0].device).eval()
+        raise UserError(f'{name} has another tokenizer than its draft {draft}')
+
+
+def draft_for(model, draft, prompts, limits, sampling):
+    """
+    (the continuations of prompts with a draft model, the record of what it brought). limits:
+    (most tokens of a continuation, tokens that are drafted ahead).
+    """
     found, total, started = [], Speculation(), time.time()
     for prompt in prompts:
-        new, ahead = options.max_new_tokens, options.draft_tokens
-        sequence, stats = speculate(model, draft, prompt[None], new, ahead, sampling)
+        sequence, stats = speculate(model, draft, prompt[None], *limits, sampling)
         found.append(sequence[0, len(prompt) :])
         total.rounds += stats.rounds
         total.drafted += stats.drafted

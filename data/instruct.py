@@ -198,7 +198,7 @@ def hub_rows(name, repository, configuration, train, validation):
             reason = type(error).__name__
             where = f'{name} ({repository})'
             raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error
-        for row in tqdm(rows, desc=name, leave=False):
+        for row in tqdm(rows, desc=name, leave=False, disable=None):
             yield row, split == validation if validation else None
 
 

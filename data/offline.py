@@ -122,7 +122,11 @@ def offline_documents(corpus, packages, val_fraction, pool):
     files = source_files(packages)
     jobs = [(corpus, str(path)) for _, path in files]
     read = pool.imap(read_source, jobs, chunksize=16)
-    texts = list(tqdm(read, total=len(files), desc=f'reading {corpus}', unit='file', leave=False))
+    texts = list(
+        tqdm(
+            read, total=len(files), desc=f'reading {corpus}', unit='file', leave=False, disable=None
+        )
+    )
     held_out = [is_held_out(name, val_fraction) for name, _ in files]
     seen = set()
     for is_val in (True, False):
@@ -151,7 +155,9 @@ def signatures(packages):
     """Yield (source name, signature, first line of its documentation) of functions."""
     seen = set()
     files = source_files(packages)
-    for name, path in tqdm(files, desc='reading signatures', unit='file', leave=False):
+    for name, path in tqdm(
+        files, desc='reading signatures', unit='file', leave=False, disable=None
+    ):
         parsed = parse_file(path)
         if parsed is None:
             continue

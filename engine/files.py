@@ -203,7 +203,9 @@ def verify_files(folder, wanted, way_out=''):
     with contextlib.suppress(OSError, UserError):
         if read_json(folder / 'verified.json') == found:
             return
-    for name in tqdm(wanted, desc=f'verifying {folder.name}', unit='file', leave=False):
+    for name in tqdm(
+        wanted, desc=f'verifying {folder.name}', unit='file', leave=False, disable=None
+    ):
         if name not in found:
             raise UserError(f'{folder / name} is missing{way_out}')
         if checksum(folder / name) != wanted[name]:

@@ -39,6 +39,7 @@ def format_bytes(number):
 
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
+FLOPS += ('FLOPs alone', 'FLOPs to it')
 BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory')
 PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak', 'of peak, causal')
 WHOLE = ('tokens/s', 'GPU-hours', 'GFLOP/s')

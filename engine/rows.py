@@ -218,7 +218,7 @@ def write_model(folder, config, shapes, dtype, pieces):
         theirs_shapes[theirs] = shape
         sizes[theirs] = dtype.itemsize * torch.Size(shape).numel()
     files, total = split_in_files(sizes), sum(sizes.values())
-    bar = tqdm(desc=f'writing {folder}', total=total, unit='B', unit_scale=True)
+    bar = tqdm(desc=f'writing {folder}', total=total, unit='B', unit_scale=True, disable=None)
     with bar:
         for file, names in files.items():
             with open(Path(folder) / file, 'wb') as out:

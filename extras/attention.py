@@ -115,7 +115,7 @@ def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
     """
     ranks, masses = [], []
     few = len(samples) <= batch_size
-    for x in tqdm(samples.split(batch_size), desc='attention', leave=False, disable=few):
+    for x in tqdm(samples.split(batch_size), desc='attention', leave=False, disable=few or None):
         maps = list(attention_maps(model, x, causal))
         ranks.append(torch.stack([attention_rank(a, threshold) for a in maps]))
         masses.append(torch.stack([column_mass(a, threshold) for a in maps]))
@@ -179,7 +179,9 @@ def losses_without(model, idx):
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
 
     alone, above = [], []
-    for layer in tqdm(range(model.config.n_layer), desc='layers left out', leave=False):
+    for layer in tqdm(
+        range(model.config.n_layer), desc='layers left out', leave=False, disable=None
+    ):
         stream, _ = model.residual_stream(x, layers=layer)
         above.append(loss(stream))
         for block in model.blocks[layer + 1 :]:

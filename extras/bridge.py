@@ -74,7 +74,7 @@ def write_answers(generate, examples, path, style='paper', batch_size=16):
     path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
     starts = range(len(lines), len(examples), batch_size)
     with open(path, 'a', encoding='utf-8') as file:
-        for i in tqdm(starts, desc=f'answers for {path.parent.name}', leave=False):
+        for i in tqdm(starts, desc=f'answers for {path.parent.name}', leave=False, disable=None):
             chunk = examples[i : i + batch_size]
             prompts = [prompt(e['instruction'], e['input'], style) for e in chunk]
             for example, output in zip(chunk, generate(prompts)):

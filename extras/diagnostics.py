@@ -77,7 +77,7 @@ def largest_eigenvalue(model, batches, iterations=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     vector = [torch.randn(p.shape, generator=generator).to(p) for p in model.parameters()]
     value = math.nan
-    for _ in tqdm(range(iterations), desc='power iteration', leave=False):
+    for _ in tqdm(range(iterations), desc='power iteration', leave=False, disable=None):
         length = norm(vector)
         vector = [v / length for v in vector]
         product = mean_over(batches, lambda x, y: hessian_vector_product(model, x, y, vector))

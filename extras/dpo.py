@@ -75,7 +75,9 @@ def dpo(reference, beta=0.1):
 def reference_of(model, pairs, block_size, device, batch_size=8):
     """log pi_ref(y|x) of every pair, float32 (pairs, 2)."""
     found = []
-    for first in tqdm(range(0, len(pairs), batch_size), desc='reference', leave=False):
+    for first in tqdm(
+        range(0, len(pairs), batch_size), desc='reference', leave=False, disable=None
+    ):
         rows = np.arange(first, min(first + batch_size, len(pairs)))
         x, y = to_device(pairs.rows(rows, block_size), device)
         x, y = x.flatten(0, 1), y[..., :-1].flatten(0, 1)

@@ -120,6 +120,8 @@ def test_evaluating_folders(data_dir, tmp_path):
         '--eval_tokens=1024',
         '--kl_examples=8',
         '--stride=16',
+        f'--drafts={tmp_path}/model1,{tmp_path}/model2',
+        '--draft_prompts=3',
         f'--out={tmp_path}/out',
     )
     assert (
@@ -136,6 +138,11 @@ def test_evaluating_folders(data_dir, tmp_path):
         and outcome['kl'][0][0] == 0
         and 'sliding_window_perplexity' in outcome['models']['model2']
     )
+    alone, other, itself = outcome['drafting']  # model2 has no better draft than itself
+    assert alone['seconds'] > 0 and other['draft'].endswith('model1')
+    assert itself['acceptance rate'] == 1 and abs(itself['KL where it drafts']) < 1e-6
+    assert 0 < other['acceptance rate'] < 1
+    assert other['KL(draft || model) on text'] == pytest.approx(outcome['kl'][0][1], rel=0.2)
     for argument, word in (
         (tmp_path / 'nothing', 'config.json'),
         ('--data=no', 'nothing to evaluate'),

@@ -477,6 +477,28 @@ def test_under_wsd_a_family_grows_from_a_trunk_and_every_member_is_a_branch():
     assert last.name == '64x4' and last.knobs['schedule'] == 'cosine'
 
 
+def test_the_cost_of_an_equal_loss_is_read_from_the_curves(tmp_path):
+    def stage(name, labels, losses, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [dict(step=i, flops=10.0 * (i + 1), loss=loss) for i, loss in enumerate(losses)]
+        (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+        result = Result.given(name, folder)
+        result.labels, result.flops = labels, 10.0 * len(losses)
+        result.__dict__ |= more
+        return result
+
+    grown = stage('b', dict(size='b'), [4.0, 3.0, 2.0, 1.0], inherited_flops=60.0)
+    alone = dict(size='b', independent=True)
+    alone = stage('independent-b', alone, [5.0, 4.0, 3.0, 2.5], baseline_flops=200.0)
+    smallest = stage('a', dict(size='a'), [5.0, 4.0])
+    ((record,),) = Progressive().summary([smallest, grown, alone])
+    assert record['member'] == 'b' and record['training loss alone'] == 2.5
+    assert record['FLOPs to it'] == pytest.approx(60 + 25)  # between its second and third line
+    assert record['FLOPs alone'] == 200 and record['saved'] == pytest.approx(1 - 85 / 200)
+    assert Progressive().summary([smallest, grown]) == []
+
+
 def test_shares_are_of_the_tokens_from_scratch():
     shares = [1, 0.5, 0.25, 2]
     scratch = [stage.tokens for stage, _ in planned(compare='independent')[4:]]
