@@ -249,6 +249,8 @@ def evaluate_folders(folders, options):
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
         raise UserError(f'block_size {block_size}, stride {options.stride}: need {limits}')
+    if options.drafts and block_size < 2:
+        raise UserError('half a sequence is the prompt of --drafts: block_size must be at least 2')
     widest = max(configs.values(), key=lambda config: config.n_embd)
     set_threads(device, widest, 8 * block_size)
     outcome = dict(data=options.data, block_size=block_size, models={})

@@ -254,8 +254,8 @@ def write_supervised(examples, options, out, kind='supervised'):
         tokens, texts = {}, {}
         for split in SPLITS:
             tokens[split] = stack.enter_context(open(unfinished / f'{split}.bin', 'wb'))
-            file = open(unfinished / f'{split}.jsonl', 'w', encoding='utf-8')
-            texts[split] = stack.enter_context(file)
+            how = dict(encoding='utf-8', errors='replace')  # of lone surrogates, as the tokens
+            texts[split] = stack.enter_context(open(unfinished / f'{split}.jsonl', 'w', **how))
         for example, is_val in examples:
             split = SPLITS[is_val]
             text = prompt(example['instruction'], example['input'], options.prompt)
@@ -291,7 +291,7 @@ class Examples:
         corpus, folder = open_corpus(name, data_dir), Path(data_dir) / name
         self.folder, self.tokens = folder, getattr(corpus, split)
         if corpus.meta.get('kind', 'text') != kind:
-            found = KINDS[corpus.meta.get('kind', 'text')]
+            found = KINDS.get(corpus.meta.get('kind', 'text'), 'of an unknown kind')
             raise UserError(f'{folder} is {found}, not {KINDS[kind]}')
         self.end = corpus.meta.get('end_of_text')
         self.tokenizer = corpus.meta['tokenizer']

@@ -45,6 +45,7 @@ class Frontier(Progressive):
         """For every seed, independent training under both schedules, then every family."""
         configs = self.configs(run)
         X = [config.num_params(head=True) for config in configs]
+        replace(self, shares=()).check(configs, X)
         scratch = self.scratch_tokens or [self.tokens_per_param * x for x in X]
         made = {family: self.family(family, X, scratch) for family in self.families}
         for seed, schedule in product(range(self.seeds), SCHEDULES):

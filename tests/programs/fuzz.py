@@ -73,6 +73,9 @@ TRAIN = {
     'col': '--ancestor_size=16x3 --ancestor_tokens=64 --chain=16x2,16x1 --tokens=64 '
     '--descendants= --recovery_tokens=64',
     'timeseries': '--dry_run=True',
+    'frontier': '--sizes=16x1,16x2 --shares=1 --families=trunk:80 --seeds=1 --dry_run=True',
+    'posttrain': '--models=model --data=pairs --preferences=prefs --sft_epochs=0.2 '
+    '--dpo_epochs=0.5',
 }
 COMMANDS = [
     *[('train', f'--method={method} {TINY} {more}') for method, more in TRAIN.items()],
@@ -92,6 +95,15 @@ COMMANDS = [
     ('scaling', 'advise --paper=True --base_params=1e9 --base_tokens=1e12 --budget=1e21'),
     ('scaling', 'diagnose model --data_dir=data --samples=2 --block_size=8 --iterations=1'),
     ('scaling', 'toy --features=100'),
+    (
+        'evaluate',
+        'model --drafts=model --draft_prompts=2 --data_dir=data --eval_tokens=64 --device=cpu',
+    ),
+    (
+        'extras.mt_bench',
+        'model --questions=q.jsonl --out=out.jsonl --max_new_tokens=2 --device=cpu',
+    ),
+    ('data.prepare', 'prefs.jsonl --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('data.prepare', 'text/*.txt --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('data.prepare', 'text/*.jsonl --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('expand', 'nobody/nothing out --to=32x2'),
@@ -116,7 +128,7 @@ def knobs_of(module, words):
             col='Interpolation',
             bench='Bench',
         )
-        names['data.prepare'] = 'Preparation'
+        names |= {'data.prepare': 'Preparation', 'extras.mt_bench': 'Answering'}
         if module == 'scaling':
             verbs = dict(fit=found.Fitting, advise=found.Question)
             verbs |= dict(diagnose=diagnostics.Diagnosis, toy=diagnostics.Toy)
@@ -277,6 +289,12 @@ def make_given(folder):
     )
     pairs = [(dict(instruction=f'n{i}', input='', output=f'o{i}'), i % 4 == 0) for i in range(16)]
     write_supervised(pairs, Preparation('pairs', tokenizer='bytes'), Path('data/pairs'))
+    write_supervised(
+        pairs, Preparation('prefs', tokenizer='bytes'), Path('data/prefs'), 'preferences'
+    )
+    rows = [dict(prompt=f'n{i}', chosen=f'o{i}', rejected='no') for i in range(8)]
+    Path('prefs.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    Path('q.jsonl').write_text('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n')
     GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16)).save(Path('model'), 'bytes')
     trained = run_case(
         'train', f'--method=progressive {TINY} --sizes=16x1,32x2 --tokens=64,64'.split()
