@@ -266,7 +266,7 @@ def write_supervised(examples, options, out, kind='supervised'):
             tokens[split].write(ids.tobytes())
             texts[split].write(json.dumps(example, ensure_ascii=False) + '\n')
             counts[split]['tokens'] += len(ids)
-            counts[split]['bytes'] += len(example['output'].encode())
+            counts[split]['bytes'] += len(example['output'].encode('utf-8', 'replace'))
             counts[split]['documents'] += 1
     checksums = {}
     for split in SPLITS:

@@ -16,12 +16,12 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 # what is tried elsewhere: it needs a network, a GPU, nanoGPT, a compiler, or SmolLM2's weights
 ELSEWHERE = re.compile(
-    r'torchrun|-m pytest|\.\.\.|\bpip\b|compile|nanogpt|from_gguf|smollm2|grown --data|'
+    r'torchrun|-m pytest|mt_bench|\.\.\.|\bpip\b|compile|nanogpt|from_gguf|smollm2|grown --data|'
     r'family/4b|tasks[=_]|out/a |prepare\.py (fineweb_edu|dolly|NAME)|--data=dolly'
 )
 SMALLER = {  # knobs that a command gets besides its own
     'train': ['--tokens=512', '--eval_tokens=512', '--batch_size=2'],
-    'evaluate': ['--eval_tokens=256', '--kl_examples=2'],
+    'evaluate': ['--eval_tokens=256', '--kl_examples=2', '--draft_prompts=2'],
     'inheritune': ['--samples=2', '--length=20'],
     'data.prepare': ['--out=prepared'],
     'bench': ['--size=64x2', '--block_size=16', '--rounds=1', '--steps=1'],
@@ -63,6 +63,8 @@ def workplace(data_dir, tmp_path_factory):
     (folder / 'mine.jsonl').write_text(
         '\n'.join(json.dumps(dict(instruction=f'n{i}', output='x')) for i in range(50))
     )
+    preferred = [dict(prompt=f'n{i}', chosen='x', rejected='y') for i in range(50)]
+    (folder / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, preferred)))
     return folder
 
 
