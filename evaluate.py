@@ -116,7 +116,9 @@ def drafting(generator, openers, examples, options):
         generate(generator, [prompt], limits[0], sampling)
     records = [{'draft': 'none', 'seconds': (time.time() - started) / len(prompts)}]
     for name, opener in openers.items():
+        draft = None  # the one before must not stay in memory
         draft = opener()
+        torch.manual_seed(0)
         started = time.time()
         _, found = draft_for(
             generator, draft, tqdm(prompts, desc=name, leave=False, disable=None), limits, sampling
@@ -228,7 +230,7 @@ def members(folders):
     return {os.path.relpath(folder, start or '.'): folder for folder in found}
 
 
-def open_model(folder, device, dtype):
+def open_for_evaluation(folder, device, dtype):
     """A model for evaluation: its weights on a GPU in bfloat16, or as a knob says."""
     model = load(folder, device).eval()
     if dtype == 'bfloat16' or dtype == 'auto' and device.type == 'cuda':
@@ -245,6 +247,12 @@ def evaluate_folders(folders, options):
     corpus = verify_corpus(options.data, options.data_dir)
     configs = {name: read_config(model_folder(folder)) for name, folder in found.items()}
     longest = min(config.block_size for config in configs.values())
+    for draft in options.drafts:
+        *_, last = found
+        check_same_tokenizer(found[last], draft)
+        config = read_config(model_folder(draft))
+        check_vocabulary(corpus, config, draft)
+        longest = min(longest, config.block_size)
     block_size = options.block_size or longest
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
@@ -256,7 +264,7 @@ def evaluate_folders(folders, options):
     outcome = dict(data=options.data, block_size=block_size, models={})
     for name, config in configs.items():
         check_vocabulary(corpus, config, found[name])
-    openers = {n: partial(open_model, found[n], device, options.dtype) for n in found}
+    openers = {n: partial(open_for_evaluation, found[n], device, options.dtype) for n in found}
     for name, opener in openers.items():
         row = outcome['models'][name] = losses(opener(), corpus, block_size, options)
         if options.tasks:
@@ -266,11 +274,11 @@ def evaluate_folders(folders, options):
         kl, agreement = compare_all(list(openers.values()), examples)
         outcome |= dict(kl=kl.tolist(), agreement=agreement.tolist())
     if options.drafts:
-        *_, last = found
-        for draft in options.drafts:
-            check_same_tokenizer(found[last], draft)
         examples = some_sequences(corpus, options.draft_prompts, block_size, device)
-        drafts = {name: partial(open_model, name, device, options.dtype) for name in options.drafts}
+        drafts = {
+            name: partial(open_for_evaluation, name, device, options.dtype)
+            for name in options.drafts
+        }
         outcome['drafting'] = drafting(openers[last](), drafts, examples, options)
     return outcome
 

@@ -527,7 +527,8 @@ class Progressive:
 
         if self.compare == 'independent':
             for i, stage in enumerate(self.independents(configs, X, scratch)):
-                if i or stage.knobs != self.knobs_of(i):  # else the smallest is one model in both
+                same = stage.knobs == self.knobs_of(i) and tokens[i] == scratch[i]
+                if i or not same:  # else the smallest is one model in both
                     stage.baseline_flops = baseline[i]
                     yield stage
 
@@ -546,8 +547,9 @@ class Progressive:
         alone = {r.labels['size']: r for r in results if r.labels.get('independent')}
         records = []
         for r in results:
-            if r.labels['size'] in alone and not set(r.labels) & {'independent', 'trunk'}:
-                records.append(equal_loss(r, alone[r.labels['size']]))
+            peer = alone.get(r.labels['size'])
+            if peer and peer.baseline_flops and not set(r.labels) & {'independent', 'trunk'}:
+                records.append(equal_loss(r, peer))
         return [records] if records else []
 
     def configs(self, run):
@@ -647,7 +649,8 @@ def trunk_and_branch(stage, run):
     first, which a learning rate near zero has not settled yet.
     """
     knobs = replace(run, **stage.knobs)
-    step = knobs.sequences * min(run.block_size, stage.config.block_size)  # in tokens
+    knobs.block_size = min(run.block_size, stage.config.block_size)
+    step = knobs.sequences * knobs.block_size  # in tokens
     steps = max(2, math.ceil(stage.tokens / step - 1e-9))
     stable = stable_steps(steps, knobs) or steps - 1
     trunk = replace(stage, name=f'{stage.name}-trunk', tokens=stable * step, baseline_flops=0.0)
@@ -656,7 +659,8 @@ def trunk_and_branch(stage, run):
     before = yield trunk
     branch = Stage(stage.name, stage.config, (steps - stable) * step, stage.params)
     branch = continue_from(branch, before, with_optimizer=True)
-    branch.knobs = stage.knobs | branch.knobs | dict(decay_fraction=1.0, keep_optimizer=False)
+    branch.knobs = stage.knobs | branch.knobs | dict(decay_fraction=1.0)
+    branch.knobs['keep_optimizer'] = run.keep_optimizer
     branch.labels, branch.baseline_flops = stage.labels, stage.baseline_flops
     member = yield branch
     return before, member

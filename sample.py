@@ -225,13 +225,13 @@ def choose_tokenizer(options):
 def answer_template(name):
     """
     A function messages [{'role': 'user', 'content': ...}, ...] -> the text before the answer: by
-    the template in the model's folder, else the last message as data/instruct.py writes it.
+    the template in the model's folder, else as data/instruct.py writes a conversation.
     """
     folder = model_folder(name)
     settings = folder / 'tokenizer_config.json'
     described = settings.is_file() and 'chat_template' in read_json(settings)
     if not described and not (folder / 'chat_template.jinja').is_file():
-        return lambda messages: instruction_prompt(messages[-1]['content'], '')
+        return lambda messages: instruction_prompt('\n'.join(m['content'] for m in messages), '')
     transformers = import_extra('transformers', 'chat templates need the package transformers')
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)

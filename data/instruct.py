@@ -185,8 +185,8 @@ def file_examples(options):
 
 def hub_rows(name, repository, configuration, train, validation):
     """
-    Yield (row, is it for validation) of two splits of the hub, or with validation=None of one, and
-    None. Raises UserError if it cannot be reached.
+    Yield (row, is it for validation) of the splits `train` and `validation` of a set of the hub;
+    without a validation split, (row, None). Raises UserError if it cannot be reached.
     """
     reach_hub(f'the data set {name}')
     import datasets
@@ -341,13 +341,13 @@ def shuffled(positions, n, seed):
     return indices
 
 
-def supervised_source(knobs, name=''):
-    """The Source of a supervised set: the run's first corpus, or `name`. knobs: train.Run."""
-    name = name or next(iter(knobs.corpora))
-    train = Examples(name, knobs.data_dir, 'train')
-    val = Examples(knobs.val_data or name, knobs.data_dir, 'val')
+def answer_batches(rows, n, knobs):
+    """
+    The `validation` of a Source: batches of n examples, or of as many as knobs.eval_tokens are.
+    rows: (numbers of examples, block_size) -> inputs and targets.
+    """
     size = knobs.block_size
-    wanted = np.arange(len(val))
+    wanted = np.arange(n)
     if knobs.eval_tokens:
         wanted = wanted[: max(1, knobs.eval_tokens // size)]
 
@@ -355,13 +355,23 @@ def supervised_source(knobs, name=''):
         mine = wanted[share.rank :: share.world_size]
         for i in range(0, -(-len(wanted) // share.world_size), batch_size):
             chunk = mine[i : i + batch_size]
-            x, y = val.rows(np.resize(chunk, batch_size), size)
+            x, y = rows(np.resize(chunk, batch_size), size)
             y[len(chunk) :] = -100  # as many batches on every process
             yield *to_device((x, y), share.device), int((y != -100).sum())
 
-    def read(positions):
-        return train.rows(shuffled(positions, len(train), knobs.seed), size)
+    return validation
 
+
+def supervised_source(knobs, name=''):
+    """The Source of a supervised set: the run's first corpus, or `name`. knobs: train.Run."""
+    name = name or next(iter(knobs.corpora))
+    train = Examples(name, knobs.data_dir, 'train')
+    val = Examples(knobs.val_data or name, knobs.data_dir, 'val')
+
+    def read(positions):
+        return train.rows(shuffled(positions, len(train), knobs.seed), knobs.block_size)
+
+    validation = answer_batches(val.rows, len(val), knobs)
     answer_bytes = open_corpus(name, knobs.data_dir).meta['splits']['val']['bytes']
     bytes_per_token = answer_bytes / int(val.spans[:, 2].sum())
     return Source(read, validation, bytes_per_token, train.tokenizer)

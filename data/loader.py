@@ -78,7 +78,7 @@ class Order(NamedTuple):
     """How sequences are drawn."""
 
     block_size: int  # a sequence is one token longer
-    kind: str = 'epoch'  # epoch, repeat: without replacement; random: any start, with it
+    kind: str = 'epoch'  # epoch, repeat; random: any start, drawn with replacement
     seed: int = 0
     unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
 

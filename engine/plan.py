@@ -71,4 +71,6 @@ def totals(run, planned):
             sums['baseline'] = stage.baseline_flops
     sums['unique'] = min(sums['drawn'], run.unique_tokens or sums['drawn'])
     sums['shared'] = len(set(parents)) < len(parents)  # some stages are trained once for several
+    if any(p.stage.also_spent for p in planned):
+        sums['shared'] = False  # a trunk and its branches: its sums are the family's
     return sums

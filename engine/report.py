@@ -3,6 +3,7 @@ Every table and picture of the project. Methods and tools return data: records (
 become a Markdown table, Panels of Lines a picture, and what a stage is becomes a sentence.
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -292,10 +293,11 @@ def result_records(results):
 def training_curve(result, points=80):
     """(cumulative FLOPs, smoothed training loss on the data) of a stage: two lists."""
     metrics = [m for m in read_metrics(result.folder) if 'loss' in m]
-    width = max(1, len(metrics) // points)
     start, flops, losses = family_cost(result) - result.flops, [], []
-    for i in range(0, len(metrics), width):
-        group = metrics[i : i + width]
+    points = min(points, len(metrics))
+    edges = [i * len(metrics) // points for i in range(points + 1)] if metrics else []
+    for first, last in itertools.pairwise(edges):
+        group = metrics[first:last]
         flops.append(start + group[-1]['flops'])
         losses.append(statistics.mean(m.get('data_loss', m['loss']) for m in group))
     return flops, losses
@@ -363,7 +365,8 @@ def write_report(folder, blocks):
 
 def steps_to_loss(curve, loss):
     """
-    Where a curve, [(share of the steps, loss)], first reaches `loss`, linear between its points;
+    Where a curve, [(share of the steps, or FLOPs, loss)], first reaches `loss`, linear between its
+    points;
     None if it never does.
     """
     for (before, high), (after, low) in zip(curve, curve[1:]):

@@ -288,7 +288,8 @@ class Training:
         line |= self.meter.read(self.hardware.world_size)
         line['param_norm'] = full_tensor(get_total_norm(self.raw_model.parameters())).item()
         line['tokens_per_second'] = round(speed)
-        if peak := peak_flops(self.hardware.name):  # model FLOPs utilisation, attention not counted
+        peak = peak_flops(self.hardware.name) if self.hardware.dtype == torch.bfloat16 else None
+        if peak:  # model FLOPs utilisation, attention not counted
             line['mfu'] = 6 * self.stage.params * speed / (peak * self.hardware.world_size)
         if not math.isfinite(line['loss'] + line['grad_norm']):  # before anything is saved
             raise UserError(

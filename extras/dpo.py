@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 from configurator import NonNegative, Positive
 from data.corpus import open_corpus
-from data.instruct import shuffled
+from data.instruct import answer_batches, shuffled
 from data.loader import Source, to_device
 from data.preferences import Pairs
-from engine.device import barrier, choose_device, processes
+from engine.device import barrier, choose_device, find_hardware, gather
 from engine.errors import UserError
 from engine.files import commit_file
 from engine.stage import Origin, Result, Stage
-from evaluate import compare
-from model import load
+from evaluate import compare, open_for_evaluation
+from model import load, read_config
 
 # ----------------------------------------------------------------------------------------------
 # the objective
@@ -49,53 +49,70 @@ def log_probability(model, x, y):
     return -losses.view(y.shape).sum(1)
 
 
-def rewards(model, x, y, reference):
+def log_ratios(model, x, y, reference):
     """
-    log pi / pi_ref of both answers, (n, 2): x (n, 2, T), y (n, 2, T + 1) as data/preferences.py
-    lays them out, reference (all pairs, 2).
+    (log pi / pi_ref of both answers, (n, 2); loss of the preferred ones in nats per token).
+    x (n, 2, T), y (n, 2, T + 1) as data/preferences.py lays them out, reference (all pairs, 2).
     """
     pairs, y = y[:, 0, -1], y[..., :-1]
     ours = log_probability(model, x.flatten(0, 1), y.flatten(0, 1)).view(-1, 2)
-    return ours - reference.to(ours.device)[pairs]
+    loss = -ours[:, 0].sum() / (y[:, 0] >= 0).sum()
+    return ours - reference[pairs], loss
 
 
 def dpo(reference, beta=0.1):
-    """The objective; reference: () -> log pi_ref of all pairs, (pairs, 2)."""
+    """The objective; reference: () -> log pi_ref of all pairs, (pairs, 2), on the device."""
 
     def objective(model, x, y, progress):
-        chosen, rejected = rewards(model, x, y, reference()).unbind(1)
+        ratios, data_loss = log_ratios(model, x, y, reference())
+        chosen, rejected = ratios.unbind(1)
         loss = -F.logsigmoid(beta * (chosen - rejected)).mean()
-        accuracy = (chosen > rejected).float().mean()
-        return loss, dict(accuracy=accuracy, margin=beta * (chosen - rejected).mean())
+        scalars = dict(margin=beta * (chosen - rejected).mean(), data_loss=data_loss)
+        return loss, scalars | dict(accuracy=(chosen > rejected).float().mean())
 
     return objective
 
 
 @torch.no_grad()
-def reference_of(model, pairs, block_size, device, batch_size=8):
-    """log pi_ref(y|x) of every pair, float32 (pairs, 2)."""
-    found = []
-    for first in tqdm(
-        range(0, len(pairs), batch_size), desc='reference', leave=False, disable=None
-    ):
-        rows = np.arange(first, min(first + batch_size, len(pairs)))
-        x, y = to_device(pairs.rows(rows, block_size), device)
+def reference_of(model, pairs, numbers, block_size, batch_size=8):
+    """log pi_ref(y|x) of both answers of the pairs with these numbers, float32 (n, 2)."""
+    found, device = [torch.zeros(0, 2)], model.wte.weight.device
+    for first in tqdm(range(0, len(numbers), batch_size), 'reference', leave=False, disable=None):
+        x, y = to_device(pairs.rows(numbers[first : first + batch_size], block_size), device)
         x, y = x.flatten(0, 1), y[..., :-1].flatten(0, 1)
         found.append(log_probability(model, x, y).view(-1, 2).float().cpu())
     return torch.cat(found)
 
 
-def stored_reference(path, make):
-    """What make() computes, from the file `path`, which process 0 writes if there is none."""
-    if processes()[0] == 0 and not path.is_file():
-        save_file(dict(reference=make()), f'{path}.tmp')
-        commit_file(f'{path}.tmp', path)
-    barrier()
-    return load_file(path)['reference']
+def stored_reference(path, folder, pairs, knobs):
+    """
+    log pi_ref of all pairs under the model in `folder`, (pairs, 2) on the device: from the file
+    `path`, or else computed, a share by each process, and written there.
+    """
+    hardware = find_hardware(knobs)
+    if not any(gather(path.is_file())):
+        model = load(folder, hardware.device).eval()
+        mine = np.arange(hardware.rank, len(pairs), hardware.world_size)
+        with hardware.forward():
+            shares = gather(reference_of(model, pairs, mine, knobs.block_size))
+        reference = torch.empty(len(pairs), 2)
+        for rank, share in enumerate(shares):
+            reference[rank :: hardware.world_size] = share
+        if hardware.is_main:
+            save_file(dict(reference=reference), f'{path}.tmp')
+            commit_file(f'{path}.tmp', path)
+        barrier()
+    reference = load_file(path)['reference']
+    if reference.shape != (len(pairs), 2):
+        raise UserError(f'{path} belongs to other preferences: delete its folder')
+    return reference.to(hardware.device)
 
 
 # ----------------------------------------------------------------------------------------------
 # the method
+
+
+GUESSED_EXAMPLES = dict(ultrachat=600_000, ultrafeedback=120_000)  # answers; a pair has two
 
 
 @dataclass
@@ -129,44 +146,47 @@ class PostTraining:
             if not there and not self.sizes:
                 raise UserError(f'no model {name}; a plan or a toy without it needs --sizes')
             config = run.given_config(name) if there else run.model_config(self.sizes[i])
+            length = min(run.block_size, config.block_size)
             stage = Stage(f'{given.name}-sft', config, 0.0, config.num_params(head=True))
-            stage.tokens = self.sft_epochs * self.count(run.data) * run.block_size
+            stage.tokens = self.sft_epochs * self.count(run.data, 'supervised') * length
             stage.knobs = dict(learning_rate=self.sft_learning_rate)
             if there:
                 stage.origin, stage.tokenizer = Origin('weights', (given.name,)), name
                 stage.model = partial(load, name)
             stage.labels = dict(size=given.name, phase='sft')
             tuned = yield stage
-            yield self.dpo_stage(given, tuned, config)
+            yield self.dpo_stage(given, tuned, config, length)
 
-    def count(self, name):
-        """Examples of a prepared set's training split; a guess in plans."""
-        if self.run.dry_run:
-            return 60_000
-        return open_corpus(name, self.run.data_dir).meta['splits']['train']['documents']
+    def count(self, name, kind):
+        """Examples of a prepared set's training split; a guess in plans without it. UserError."""
+        if self.run.dry_run and not (Path(self.run.data_dir) / name / 'meta.json').is_file():
+            return GUESSED_EXAMPLES.get(name, 10_000)
+        meta = open_corpus(name, self.run.data_dir).meta
+        if meta.get('kind') != kind and not self.run.toy:
+            raise UserError(f'{name} is no set of {kind} examples, which posttrain needs')
+        return meta['splits']['train']['documents']
 
-    def dpo_stage(self, given, tuned, config):
+    def dpo_stage(self, given, tuned, config, length):
         """The Stage of DPO from the Result of fine-tuning."""
-        stage = Stage(f'{given.name}-dpo', config, 0.0, 2 * config.num_params(head=True))
-        stage.tokens = self.dpo_epochs * self.count(self.preferences) / 2 * self.run.block_size
-        stage.knobs = dict(learning_rate=self.dpo_learning_rate)
+        run, params = self.run, config.num_params(head=True)
+        pairs = self.count(self.preferences, 'preferences') / 2
+        # an example is a pair: its two answers are two sequences, hence 2 X
+        stage = Stage(f'{given.name}-dpo', config, self.dpo_epochs * pairs * length, 2 * params)
+        stage.also_spent = 4.0 * params * pairs * length  # pi_ref: forward alone, of two answers
         stage.parent, stage.data_after = tuned, given  # its own data from the beginning
         stage.origin, stage.tokenizer = Origin('weights', (tuned.name,)), tuned.folder
         stage.model = partial(load, tuned.folder)
         stage.labels = dict(size=given.name, phase='dpo')
+        stage.knobs = dict(learning_rate=self.dpo_learning_rate)
+        if 20 * run.sequences * length * config.vocab_size > 4e9:  # bytes of logits, all at once
+            stage.knobs['micro_batch_size'] = run.micro_batch_size or 1
         stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
         reference = {}
 
         def source(knobs):
             pairs = Pairs(self.preferences, knobs.data_dir, 'train')
-            folder = Path(knobs.out_dir) / stage.name
-
-            def make():
-                device = choose_device(knobs.device)
-                model = load(tuned.folder, device).eval()
-                return reference_of(model, pairs, knobs.block_size, device)
-
-            reference['train'] = stored_reference(folder / 'reference.safetensors', make)
+            path = Path(knobs.out_dir) / stage.name / 'reference.safetensors'
+            reference['train'] = stored_reference(path, tuned.folder, pairs, knobs)
             return preference_source(self.preferences, pairs, knobs)
 
         stage.source, stage.objective = source, dpo(lambda: reference['train'], self.beta)
@@ -174,15 +194,14 @@ class PostTraining:
 
     def summary(self, results):
         """How well each member prefers, and how alike two neighbours are after each phase."""
-        run, records = self.run, []
+        run, records, logs = self.run, [], {}
         device = choose_device(run.device)
         val = Pairs(self.preferences, run.data_dir, 'val')
-        block = min(run.block_size, load(results[0].folder).config.block_size)
+        block = min(run.block_size, *(read_config(r.folder).block_size for r in results))
         n = min(len(val), max(1, run.eval_tokens // block) if run.eval_tokens else len(val))
-        logs = {}
         for result in results:
-            model = load(result.folder, device).eval()
-            logs[result.name] = reference_of(model, val, block, device)[:n]
+            model = open_for_evaluation(result.folder, device, 'auto')
+            logs[result.name] = reference_of(model, val, np.arange(n), block)
         won = {}  # size: whether its implied reward prefers the right answer, for every pair
         for size in dict.fromkeys(r.labels['size'] for r in results):
             before, after = logs[f'{size}-sft'], logs[f'{size}-dpo']
@@ -203,7 +222,10 @@ class PostTraining:
         for small, large in pairwise(won):
             record = {'members': f'{small} -> {large}'}
             for phase in ('sft', 'dpo'):
-                pair = [load(folders[f'{m}-{phase}'], examples.device) for m in (small, large)]
+                pair = [
+                    open_for_evaluation(folders[f'{member}-{phase}'], examples.device, 'auto')
+                    for member in (small, large)
+                ]
                 kl, _, agreement = compare(*pair, examples)
                 record |= {f'KL, {phase}': kl, f'agreement, {phase}': agreement}
             record['same preference'] = share(won[small] == won[large])
@@ -218,22 +240,12 @@ def share(of):
 
 def preference_source(name, pairs, knobs):
     """The Source of a set of preferences; its validation loss is that of the preferred answers."""
-    val, size = Pairs(name, knobs.data_dir, 'val'), knobs.block_size
-    wanted = np.arange(len(val))
-    if knobs.eval_tokens:
-        wanted = wanted[: max(1, knobs.eval_tokens // size)]
+    val = Pairs(name, knobs.data_dir, 'val')
 
     def read(positions):
-        return pairs.rows(shuffled(positions, len(pairs), knobs.seed), size)
-
-    def validation(batch_size, share):
-        mine = wanted[share.rank :: share.world_size]
-        for i in range(0, -(-len(wanted) // share.world_size), batch_size):
-            chunk = mine[i : i + batch_size]
-            x, y = val.preferred(np.resize(chunk, batch_size), size)
-            y[len(chunk) :] = -100  # as many batches on every process
-            yield *to_device((x, y), share.device), int((y != -100).sum())
+        return pairs.rows(shuffled(positions, len(pairs), knobs.seed), knobs.block_size)
 
     split = open_corpus(name, knobs.data_dir).meta['splits']['val']
     bytes_per_token = split['bytes'] / int(val.examples.spans[:, 2].sum())
+    validation = answer_batches(val.preferred, len(val), knobs)
     return Source(read, validation, bytes_per_token, pairs.examples.tokenizer)

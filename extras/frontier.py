@@ -46,6 +46,8 @@ class Frontier(Progressive):
         configs = self.configs(run)
         X = [config.num_params(head=True) for config in configs]
         replace(self, shares=()).check(configs, X)
+        if self.params or self.tokens or self.compare:
+            raise UserError('frontier sets params, tokens and compare itself: leave them out')
         scratch = self.scratch_tokens or [self.tokens_per_param * x for x in X]
         made = {family: self.family(family, X, scratch) for family in self.families}
         for seed, schedule in product(range(self.seeds), SCHEDULES):
@@ -66,6 +68,8 @@ class Frontier(Progressive):
         own = {field: getattr(self, field) for field in Progressive.__dataclass_fields__}
         method = Progressive(**own | knobs)
         left = int(percent) / 100 * sum(x * t for x, t in zip(params, scratch))
+        if left <= 0:
+            raise UserError(f'{name} leaves nothing to train with')
         if not method.shares:  # Eq. 4's, in proportion
             tokens = allocate_tokens(params, scratch)
             factor = left / sum(x * t for x, t in zip(params, tokens))
@@ -88,13 +92,15 @@ class Frontier(Progressive):
             record = {'family': family, 'seeds': len(by_label(runs, 'seed'))}
             record['cost'] = mean_cost(runs) / alone
             differences = {}
-            for size, own in by_label([r for r in runs if r in members], 'size').items():
+            for size, own in by_label(
+                [r for r in runs if not r.labels.get('trunk')], 'size'
+            ).items():
                 differences[size] = [loss - better[size][seed] for seed, loss in losses(own)]
                 record[f'against {size}'] = mean(differences[size])
             record['worst'] = worst = max(differences, key=lambda size: mean(differences[size]))
             low, high = interval(differences[worst]) or (math.nan, math.nan)
             record['95% interval'] = f'{low:+.3f} to {high:+.3f}' if math.isfinite(low) else None
-            record['p, worse'] = sign_flip_test(differences[worst])
+            record['p, worse'] = sign_flip_test(list(differences.values()))
             records.append(record)
             point = record['cost'], mean(differences[worst]), (high - low) / 2
             arms.setdefault(family.partition(':')[0], []).append(point)
@@ -118,6 +124,7 @@ def within(stages, family, knobs):
         stage.name = f'{family.replace(":", "-")}-{stage.name.removeprefix("independent-")}-{seed}'
         stage.knobs = knobs | stage.knobs
         stage.labels |= dict(family=family, seed=seed)
+        stage.baseline_flops = 0.0  # of one family; here are several
         result = yield stage
 
 
@@ -138,11 +145,17 @@ def better_alone(runs):
     return min(candidates, key=lambda found: mean(found.values()))
 
 
-def sign_flip_test(values):
+def sign_flip_test(members):
     """
-    The one-sided p-value of a mean above 0, exact and without a distribution: the share of all
-    ways to flip the signs of the values whose mean is at least as high.
+    The one-sided p-value of a worst member whose mean is above 0, exact and without a
+    distribution. members: the differences of each, lists in the order of the seeds. The signs of
+    a seed are flipped for all members at once, in all ways: the share of ways in which the highest
+    of the means is at least as high. So it counts that the worst member was chosen afterwards.
     """
-    flips = product((1, -1), repeat=len(values))
-    means = [mean(sign * value for sign, value in zip(signs, values)) for signs in flips]
-    return mean(found >= mean(values) - 1e-12 for found in means)
+
+    def highest(signs):
+        return max(mean(s * value for s, value in zip(signs, values)) for values in members)
+
+    seeds = range(len(members[0]))
+    found = [highest(signs) for signs in product((1, -1), repeat=len(seeds))]
+    return mean(value >= found[0] - 1e-12 for value in found)  # the first one flips nothing

@@ -24,7 +24,7 @@ from evaluate import (
     evaluate,
     kl_divergence,
     members,
-    open_model,
+    open_for_evaluation,
     run_tasks,
     sliding_window_loss,
 )
@@ -185,9 +185,9 @@ def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path
 
     compare_all([opener] * 4, x)
     small().save(tmp_path, 'bytes')
-    half = open_model(tmp_path, torch.device('cpu'), 'bfloat16')
+    half = open_for_evaluation(tmp_path, torch.device('cpu'), 'bfloat16')
     assert half.wte.weight.dtype == torch.bfloat16 and half.cos.dtype == torch.float32
-    assert kl_divergence(half, open_model(tmp_path, torch.device('cpu'), 'auto'), x) < 1e-3
+    assert kl_divergence(half, open_for_evaluation(tmp_path, torch.device('cpu'), 'auto'), x) < 1e-3
 
 
 def test_the_report_of_a_run_is_shown_whole_but_for_its_pictures(data_dir, tmp_path):

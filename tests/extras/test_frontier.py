@@ -10,10 +10,11 @@ from train import Run, plan, stages_of
 
 
 def test_the_sign_flip_test_counts_the_flips_that_are_as_extreme():
-    assert sign_flip_test([1.0, 2.0, 3.0]) == 1 / 8  # none but the values themselves
-    assert sign_flip_test([-1.0, -2.0, -3.0]) == 1
-    assert sign_flip_test([1.0, -1.0]) == 3 / 4  # means 0, 1, -1, 0: three at least 0
-    assert sign_flip_test([0.0, 0.0]) == 1
+    assert sign_flip_test([[1.0, 2.0, 3.0]]) == 1 / 8  # none but the values themselves
+    assert sign_flip_test([[-1.0, -2.0, -3.0]]) == 1
+    assert sign_flip_test([[1.0, -1.0]]) == 3 / 4  # means 0, 1, -1, 0: three at least 0
+    assert sign_flip_test([[1.0, 1.0], [-1.0, -1.0]]) == 2 / 4  # flipped, the other is the worst
+    assert sign_flip_test([[0.0, 0.0], [-1.0, -2.0]]) == 1  # nobody is worse
 
 
 def test_families_cost_what_they_say_with_trunks_and_branches():
@@ -56,7 +57,7 @@ def test_the_worst_member_counts_against_the_better_schedule():
     family = {record['family']: record for record in records}['trunk:80']
     assert family['against 16x1'] == pytest.approx(-0.1)  # of wsd's 2.0
     assert family['against 16x2'] == pytest.approx(0.05)  # of cosine's 1.4
-    assert family['worst'] == '16x2' and family['p, worse'] == 1 / 8
+    assert family['worst'] == '16x2' and family['p, worse'] == 2 / 8
     assert family['95% interval'] == '+0.025 to +0.075'  # 0.05, 0.01 / sqrt 3 x 4.303
     assert family['cost'] == pytest.approx(0.8, rel=2e-3) and name == 'frontier.png'
     assert [line.label for line in panel.lines] == [
