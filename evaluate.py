@@ -29,29 +29,10 @@ from engine.device import choose_device, set_threads
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
-from engine.loss import bits_per_byte, evaluate, kl_of_logits
+from engine.loss import bits_per_byte, compare, evaluate
 from engine.report import finished_stages, render, report_blocks, table
 from model import load, read_config
 from sample import Sampling, check_same_tokenizer, draft_for, generate
-
-
-@torch.no_grad()
-def compare(model_p, model_q, examples, batch_size=4):
-    """
-    (D(P || Q), D(Q || P), share of positions at which both prefer the same token) of two models
-    over examples (n, T), int64: the mean over positions within an example, then over examples
-    (progressive training, Appendix F). Raises UserError for different vocabularies.
-    """
-    sizes = sorted({model_p.config.vocab_size, model_q.config.vocab_size})
-    if len(sizes) > 1:
-        raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
-    sums = torch.zeros(3, dtype=torch.float64)
-    for x in tqdm(examples.split(batch_size), desc='comparing', leave=False, disable=None):
-        p, q = model_p(x).logits, model_q(x).logits
-        same = p.argmax(-1) == q.argmax(-1)
-        found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
-        sums += found.double().mean(-1).sum(-1).cpu()
-    return tuple((sums / len(examples)).tolist())
 
 
 def kl_divergence(model_a, model_b, examples):

@@ -33,8 +33,8 @@ from data.preferences import Pairs
 from engine.device import barrier, choose_device, find_hardware, gather
 from engine.errors import UserError
 from engine.files import commit_file
+from engine.loss import compare
 from engine.stage import Origin, Result, Stage
-from evaluate import compare, open_for_evaluation
 from model import load, read_config
 
 # ----------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class PostTraining:
         block = min(run.block_size, *(read_config(r.folder).block_size for r in results))
         n = min(len(val), max(1, run.eval_tokens // block) if run.eval_tokens else len(val))
         for result in results:
-            model = open_for_evaluation(result.folder, device, 'auto')
+            model = load(result.folder, device).eval()
             logs[result.name] = reference_of(model, val, np.arange(n), block)
         won = {}  # size: whether its implied reward prefers the right answer, for every pair
         for size in dict.fromkeys(r.labels['size'] for r in results):
@@ -222,10 +222,7 @@ class PostTraining:
         for small, large in pairwise(won):
             record = {'members': f'{small} -> {large}'}
             for phase in ('sft', 'dpo'):
-                pair = [
-                    open_for_evaluation(folders[f'{member}-{phase}'], examples.device, 'auto')
-                    for member in (small, large)
-                ]
+                pair = [load(folders[f'{m}-{phase}'], examples.device) for m in (small, large)]
                 kl, _, agreement = compare(*pair, examples)
                 record |= {f'KL, {phase}': kl, f'agreement, {phase}': agreement}
             record['same preference'] = share(won[small] == won[large])

@@ -171,7 +171,7 @@ def test_a_conversation_follows_the_models_template(tmp_path):
     GPT(GPTConfig.named('16x1', vocab_size=257, block_size=256)).save(tmp_path, 'bytes')
     messages = [dict(role='user', content='Hi'), dict(role='assistant', content='Ho')]
     messages.append(dict(role='user', content='Why?'))
-    assert 'Instruction:\nWhy?' in answer_template(tmp_path)(messages)
+    assert 'Instruction:\nHi\nHo\nWhy?' in answer_template(tmp_path)(messages)
     template = '{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}[assistant: '
     (tmp_path / 'chat_template.jinja').write_text(template)
     expected = '[user: Hi][assistant: Ho][user: Why?][assistant: '

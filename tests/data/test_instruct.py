@@ -38,8 +38,10 @@ ROWS = {  # a row of each set as its repository has it -> what is answered
     ),
     'xlsum': (dict(title='T', text='Long.', summary='Short.'), 'Short.'),
     'ultrachat': (
-        dict(messages=[dict(content='Hi', role='user'), dict(content='Hello', role='assistant')]),
-        'Hello',
+        dict(
+            messages=[dict(content=c, role=r) for c, r in (('Hi', 'user'), ('Ho', 'assistant'))] * 2
+        ),
+        'Ho',
     ),
 }
 
@@ -47,8 +49,11 @@ ROWS = {  # a row of each set as its repository has it -> what is answered
 @pytest.mark.parametrize('name', SETS)
 def test_every_set_says_its_rows_in_words(name):
     row, answer = ROWS[name]
-    instruction, given, output = SETS[name].convert(row)
-    assert output == answer and instruction and isinstance(given, str)
+    found = SETS[name].convert(row)
+    if name == 'ultrachat':  # every answer, after all that was said before it
+        assert [instruction for instruction, _, _ in found] == ['Hi', 'Hi\nHo\nHi']
+    for instruction, given, output in found if isinstance(found, list) else [found]:
+        assert output == answer and instruction and isinstance(given, str)
 
 
 def test_prompts_are_appendix_cs():
