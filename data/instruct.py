@@ -291,7 +291,7 @@ class Examples:
         corpus, folder = open_corpus(name, data_dir), Path(data_dir) / name
         self.folder, self.tokens = folder, getattr(corpus, split)
         if corpus.meta.get('kind', 'text') != kind:
-            found = KINDS.get(corpus.meta.get('kind', 'text'), 'of an unknown kind')
+            found = KINDS.get(str(corpus.meta.get('kind', 'text')), 'of an unknown kind')
             raise UserError(f'{folder} is {found}, not {KINDS[kind]}')
         self.end = corpus.meta.get('end_of_text')
         self.tokenizer = corpus.meta['tokenizer']
@@ -379,7 +379,8 @@ def supervised_source(knobs, name=''):
 
 def run_source(knobs):
     """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
-    kinds = {open_corpus(name, knobs.data_dir).meta.get('kind', 'text') for name in knobs.corpora}
+    metas = [open_corpus(name, knobs.data_dir).meta for name in knobs.corpora]
+    kinds = {str(meta.get('kind', 'text')) for meta in metas}
     if 'preferences' in kinds:
         raise UserError(f'data={knobs.data}: preferences are for --method=posttrain')
     if 'supervised' not in kinds:

@@ -181,6 +181,9 @@ class PostTraining:
         if 20 * run.sequences * length * config.vocab_size > 4e9:  # bytes of logits, all at once
             stage.knobs['micro_batch_size'] = run.micro_batch_size or 1
         stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
+        if not run.dry_run:  # another set under this name is another stage
+            train = open_corpus(self.preferences, run.data_dir).meta['splits']['train']
+            stage.teaching['sha256'] = str(train.get('sha256', ''))[:16]
         reference = {}
 
         def source(knobs):
