@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def run_processes(number, *arguments, timeout=120, **environment):
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
+        'PYTHONFAULTHANDLER': '1',
         'WORLD_SIZE': str(number),
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': port,
@@ -154,6 +156,10 @@ def run_processes(number, *arguments, timeout=120, **environment):
     ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    except subprocess.TimeoutExpired:
+        for process in started:
+            process.send_signal(signal.SIGABRT)  # each prints where it hangs
+        outputs = [process.communicate(timeout=20)[0] for process in started]
     finally:
         for process in started:
             process.kill()
