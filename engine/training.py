@@ -138,7 +138,8 @@ class Training:
             return model
 
         self.raw_model = place(make, GPT.on_meta(stage.config), self.strategy, hardware)
-        self.source_dtype = gather(self.source_dtype)[0]
+        if self.strategy == 'fsdp':  # the others have built nothing
+            self.source_dtype = gather(self.source_dtype)[0]
 
     @property
     def has_whole(self):
