@@ -30,7 +30,6 @@ from typing import Annotated, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import train
 from configurator import Count, NonNegative, Range, configure
@@ -41,6 +40,7 @@ from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
 from engine.parallel import wrap
 from engine.plan import all_params, estimate_memory
+from engine.progress import progress_bar
 from engine.report import format_count, table
 from engine.stage import Progress, next_token
 from let import Alignment, distil, let, pair_layers
@@ -254,7 +254,7 @@ def measure(options):
         step()
         found[name] = Measured(held, peak_memory(step, hardware.device), [])
     tokens = options.steps * options.batch_size * options.block_size
-    for turn in tqdm(range(options.rounds), desc='measuring', leave=False, disable=None):
+    for turn in progress_bar(range(options.rounds), desc='measuring'):
         rates.append(matrix_product_rate(hardware.device, hardware.dtype))
         names = list(variants)
         if turn % 2:

@@ -36,7 +36,7 @@ from configurator import (
 from data.corpus import check_same_tokenizer
 from data.instruct import Examples, run_source, supervised_source
 from data.loader import Share
-from data.vocabulary import same_tokenizer, tokenizer_in
+from data.vocabulary import share_tokenizer, tokenizer_in
 from engine.device import processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
@@ -608,13 +608,12 @@ def interpolate(options, folder):
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, wanted)
-    tokenizers = [tokenizer_in(folders[name]) for name in (small, large)]
-    if all(tokenizers) and not same_tokenizer(*tokenizers):
+    if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
     models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
     made = linit(*models, config, alpha, options.depth)
-    made.save(folder, tokenizers[0], dtype=getattr(torch, options.save_dtype, None))
+    made.save(folder, tokenizer_in(folders[small]), dtype=getattr(torch, options.save_dtype, None))
     return made, small, large
 
 

@@ -20,7 +20,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
@@ -30,9 +29,10 @@ from engine.errors import UserError, first_line, import_extra, run_as_program, u
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, compare, evaluate
+from engine.progress import progress_bar
 from engine.report import finished_stages, render, report_blocks, table
 from model import load, read_config
-from sample import Sampling, check_same_tokenizer, draft_for, generate
+from sample import Sampling, check_tokenizer_of_draft, draft_for, generate
 
 
 def kl_divergence(model_a, model_b, examples):
@@ -64,9 +64,7 @@ def sliding_window_loss(model, tokens, window, stride, device):
     WikiText perplexity is reported.
     """
     total, scored, end_of_last = 0.0, 0, 1
-    for start in tqdm(
-        range(0, len(tokens) - 1, stride), desc='sliding window', leave=False, disable=None
-    ):
+    for start in progress_bar(range(0, len(tokens) - 1, stride), desc='sliding window'):
         end = min(start + window, len(tokens) - 1)
         chunk = torch.from_numpy(np.asarray(tokens[start : end + 1], np.int64)).to(device)
         targets = chunk[1:].clone()
@@ -93,7 +91,7 @@ def drafting(generator, openers, examples, options):
     sampling = Sampling(options.draft_temperature)
     torch.manual_seed(0)
     started = time.time()
-    for prompt in tqdm(prompts, desc='without a draft', leave=False, disable=None):
+    for prompt in progress_bar(prompts, desc='without a draft'):
         generate(generator, [prompt], limits[0], sampling)
     records = [{'draft': 'none', 'seconds': (time.time() - started) / len(prompts)}]
     for name, opener in openers.items():
@@ -101,9 +99,7 @@ def drafting(generator, openers, examples, options):
         draft = opener()
         torch.manual_seed(0)
         started = time.time()
-        _, found = draft_for(
-            generator, draft, tqdm(prompts, desc=name, leave=False, disable=None), limits, sampling
-        )
+        _, found = draft_for(generator, draft, progress_bar(prompts, desc=name), limits, sampling)
         record = {'draft': name, 'seconds': (time.time() - started) / len(prompts)}
         record['KL(draft || model) on text'] = kl_divergence(draft, generator, examples)
         record['KL where it drafts'] = found['KL(draft || model)']
@@ -230,7 +226,7 @@ def evaluate_folders(folders, options):
     longest = min(config.block_size for config in configs.values())
     for draft in options.drafts:
         *_, last = found
-        check_same_tokenizer(found[last], draft)
+        check_tokenizer_of_draft(found[last], draft)
         config = read_config(model_folder(draft))
         check_vocabulary(corpus, config, draft)
         longest = min(longest, config.block_size)

@@ -29,6 +29,7 @@ from data.vocabulary import (
     check_tokenizer,
     load_tokenizer,
     same_tokenizer,
+    share_tokenizer,
     tokenizer_in,
     tokenizer_of_model,
 )
@@ -292,7 +293,7 @@ def main(argv):
         found = generate(model, prompts, options.max_new_tokens, sampling)
     records = [{'': 'alone', 'tokens/s': sum(map(len, found)) / (time.time() - started)}]
     if options.draft:
-        check_same_tokenizer(options.model, options.draft)
+        check_tokenizer_of_draft(options.model, options.draft)
         limits = options.max_new_tokens, options.draft_tokens
         draft = open_model(options.draft, device).eval()
         found, record = draft_for(model, draft, prompts, limits, sampling)
@@ -302,10 +303,9 @@ def main(argv):
     print(f'\n{table(records)}')
 
 
-def check_same_tokenizer(name, draft):
+def check_tokenizer_of_draft(name, draft):
     """Raise UserError if a model, a folder or hub name, has another tokenizer than its draft."""
-    tokenizers = [tokenizer_in(name), tokenizer_in(draft)]
-    if all(tokenizers) and not same_tokenizer(*tokenizers):
+    if not share_tokenizer(name, draft):
         raise UserError(f'{name} has another tokenizer than its draft {draft}')
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data.corpus import SPLITS, finish_corpus, open_corpus
 from data.loader import Source, hash_key, permute, text_source, to_device
@@ -27,6 +26,7 @@ from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
 from engine.files import checksum
 from engine.hub import WAY_OUT, hub_source, reach_hub
+from engine.progress import progress_bar
 
 FIELDS = ('instruction', 'input', 'output')
 
@@ -37,49 +37,50 @@ def choices(options, letters='ABCDEFGH'):
 
 
 def from_dolly(row):
-    """(instruction, input, output) of a row."""
-    return row['instruction'], row['context'], row['response']
+    """Yield (instruction, input, output) of a row."""
+    yield row['instruction'], row['context'], row['response']
 
 
 def from_boolq(row):
-    """(instruction, input, output) of a row."""
+    """Yield (instruction, input, output) of a row."""
     answer = 'true' if row['answer'] else 'false'
-    return f'{row["question"]}? Answer true or false.', row['passage'], answer
+    yield f'{row["question"]}? Answer true or false.', row['passage'], answer
 
 
 def from_hellaswag(row):
-    """(instruction, input, output) of a row."""
+    """Yield (instruction, input, output) of a row."""
     question = f'Which ending follows?\n{choices(row["endings"])}'
-    return question, row['ctx'], 'ABCD'[int(row['label'])]
+    yield question, row['ctx'], 'ABCD'[int(row['label'])]
 
 
 def from_winogrande(row):
-    """(instruction, input, output) of a row."""
+    """Yield (instruction, input, output) of a row."""
     question = f'What does _ stand for?\n{choices([row["option1"], row["option2"]])}'
-    return question, row['sentence'], 'AB'[int(row['answer']) - 1]
+    yield question, row['sentence'], 'AB'[int(row['answer']) - 1]
 
 
 def from_mmlu(row):
-    """(instruction, input, output) of a row."""
-    return row['question'], choices(row['choices']), 'ABCD'[int(row['answer'])]
+    """Yield (instruction, input, output) of a row."""
+    yield row['question'], choices(row['choices']), 'ABCD'[int(row['answer'])]
 
 
 def from_arc(row):
-    """(instruction, input, output) of a row."""
+    """Yield (instruction, input, output) of a row."""
     options = row['choices']
-    return row['question'], choices(options['text'], options['label']), row['answerKey']
+    yield row['question'], choices(options['text'], options['label']), row['answerKey']
 
 
 def from_xlsum(row):
-    """(instruction, input, output) of a row."""
+    """Yield (instruction, input, output) of a row."""
     title = f'the title of the article is {row["title"]}, please summarize the article.'
-    return f'Given the following article, and {title}', row['text'], row['summary']
+    yield f'Given the following article, and {title}', row['text'], row['summary']
 
 
 def from_ultrachat(row):
-    """[(instruction, input, output)] of a row: each answer, after all that was said before it."""
+    """Yield (instruction, input, output): each answer, after all that was said before it."""
     texts = [message['content'] for message in row['messages']]
-    return [('\n'.join(texts[:i]), '', texts[i]) for i in range(1, len(texts), 2)]
+    for i in range(1, len(texts), 2):
+        yield '\n'.join(texts[:i]), '', texts[i]
 
 
 class HubSet(NamedTuple):
@@ -89,7 +90,7 @@ class HubSet(NamedTuple):
     configuration: str | None
     train: str
     validation: str | None  # None: held out from train
-    convert: Any  # row -> (instruction, input, output), or a list of them
+    convert: Any  # yields (instruction, input, output) of a row, once or several times
 
 
 SETS = {
@@ -198,7 +199,7 @@ def hub_rows(name, repository, configuration, train, validation):
             reason = type(error).__name__
             where = f'{name} ({repository})'
             raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error
-        for row in tqdm(rows, desc=name, leave=False, disable=None):
+        for row in progress_bar(rows, desc=name):
             yield row, split == validation if validation else None
 
 
@@ -206,8 +207,7 @@ def hub_examples(options):
     """The rows of a set of the hub. Raises UserError if it cannot be reached."""
     found = SETS[options.corpus]
     for row, is_val in hub_rows(options.corpus, *found[:4]):
-        answers = found.convert(row)
-        for answer in answers if isinstance(answers, list) else [answers]:
+        for answer in found.convert(row):
             example = dict(zip(FIELDS, answer))
             held_out = is_held_out(example['instruction'], options.val_fraction)
             yield example, held_out if is_val is None else is_val
@@ -293,6 +293,7 @@ class Examples:
         if corpus.meta.get('kind', 'text') != kind:
             found = KINDS.get(str(corpus.meta.get('kind', 'text')), 'of an unknown kind')
             raise UserError(f'{folder} is {found}, not {KINDS[kind]}')
+        self.sizes = corpus.meta['splits'][split]
         self.end = corpus.meta.get('end_of_text')
         self.tokenizer = corpus.meta['tokenizer']
         try:
@@ -309,6 +310,11 @@ class Examples:
 
     def __len__(self):
         return len(self.spans)
+
+    @property
+    def bytes_per_token(self):
+        """Bytes of the answers per token of them."""
+        return self.sizes['bytes'] / int(self.spans[:, 2].sum())
 
     def prompt(self, i, longest):
         """The last `longest` tokens of example i before its answer, int64."""
@@ -372,9 +378,7 @@ def supervised_source(knobs, name=''):
         return train.rows(shuffled(positions, len(train), knobs.seed), knobs.block_size)
 
     validation = answer_batches(val.rows, len(val), knobs)
-    answer_bytes = open_corpus(name, knobs.data_dir).meta['splits']['val']['bytes']
-    bytes_per_token = answer_bytes / int(val.spans[:, 2].sum())
-    return Source(read, validation, bytes_per_token, train.tokenizer)
+    return Source(read, validation, val.bytes_per_token, train.tokenizer)
 
 
 def run_source(knobs):

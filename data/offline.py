@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from pathlib import Path
 
-from tqdm import tqdm
+from engine.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED_FOLDERS = set(
@@ -122,11 +122,7 @@ def offline_documents(corpus, packages, val_fraction, pool):
     files = source_files(packages)
     jobs = [(corpus, str(path)) for _, path in files]
     read = pool.imap(read_source, jobs, chunksize=16)
-    texts = list(
-        tqdm(
-            read, total=len(files), desc=f'reading {corpus}', unit='file', leave=False, disable=None
-        )
-    )
+    texts = list(progress_bar(read, total=len(files), desc=f'reading {corpus}', unit='file'))
     held_out = [is_held_out(name, val_fraction) for name, _ in files]
     seen = set()
     for is_val in (True, False):
@@ -155,9 +151,7 @@ def signatures(packages):
     """Yield (source name, signature, first line of its documentation) of functions."""
     seen = set()
     files = source_files(packages)
-    for name, path in tqdm(
-        files, desc='reading signatures', unit='file', leave=False, disable=None
-    ):
+    for name, path in progress_bar(files, desc='reading signatures', unit='file'):
         parsed = parse_file(path)
         if parsed is None:
             continue

@@ -23,7 +23,6 @@ import signal
 import sys
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -351,10 +350,9 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
         for split in SPLITS:
             file = files[split] = stack.enter_context(open(unfinished / f'{split}.bin', 'ab'))
             file.truncate(counts[split]['tokens'] * token_bytes(options))  # drop what is unrecorded
-        bar = partial(tqdm, desc=f'writing {options.corpus}', unit='tok', unit_scale=True)
-        total = options.max_tokens or None
-        initial = counts['train']['tokens']
-        bar = stack.enter_context(bar(initial=initial, total=total))
+        sizes = dict(initial=counts['train']['tokens'], total=options.max_tokens or None)
+        how = dict(unit='tok', unit_scale=True, disable=None)
+        bar = stack.enter_context(tqdm(desc=f'writing {options.corpus}', **sizes, **how))
         for i, (piece, state['stream']) in enumerate(pieces, 1):
             for split, (ids, n_bytes, documents) in piece.items():
                 files[split].write(ids.tobytes())

@@ -115,3 +115,9 @@ def tokenizer_of_model(name):
 def same_tokenizer(one, other):
     """Whether two tokenizers, names or folders, have the same vocabulary and merges."""
     return one == other or fingerprint(one) == fingerprint(other)
+
+
+def share_tokenizer(one, other):
+    """Whether two models, folders or hub names, have one tokenizer, as far as both name theirs."""
+    found = [tokenizer_in(one), tokenizer_in(other)]
+    return not all(found) or same_tokenizer(*found)

@@ -13,9 +13,8 @@ import platform
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from engine.errors import UserError
+from engine.progress import progress_bar
 
 # ----------------------------------------------------------------------------------------------
 # atomic writes
@@ -203,9 +202,7 @@ def verify_files(folder, wanted, way_out=''):
     with contextlib.suppress(OSError, UserError):
         if read_json(folder / 'verified.json') == found:
             return
-    for name in tqdm(
-        wanted, desc=f'verifying {folder.name}', unit='file', leave=False, disable=None
-    ):
+    for name in progress_bar(wanted, desc=f'verifying {folder.name}', unit='file'):
         if name not in found:
             raise UserError(f'{folder / name} is missing{way_out}')
         if checksum(folder / name) != wanted[name]:

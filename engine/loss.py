@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 from engine.device import gather
 from engine.errors import UserError
+from engine.progress import progress_bar
 
 IGNORED = -100  # the target of positions excluded from the loss
 
@@ -222,7 +222,7 @@ def compare(model_p, model_q, examples, batch_size=4):
     if len(sizes) > 1:
         raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
     sums = torch.zeros(3, dtype=torch.float64)
-    for x in tqdm(examples.split(batch_size), desc='comparing', leave=False, disable=None):
+    for x in progress_bar(examples.split(batch_size), desc='comparing'):
         p, q = model_p(x).logits, model_q(x).logits
         same = p.argmax(-1) == q.argmax(-1)
         found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])

@@ -70,7 +70,7 @@ def totals(run, planned):
             sums['family'] = result.total_flops
             sums['baseline'] = stage.baseline_flops
     sums['unique'] = min(sums['drawn'], run.unique_tokens or sums['drawn'])
-    sums['shared'] = len(set(parents)) < len(parents)  # some stages are trained once for several
-    if any(p.stage.also_spent for p in planned):
-        sums['shared'] = False  # a trunk and its branches: its sums are the family's
+    # some stages are trained once for several; of a trunk and its branches the family's sums tell
+    family = any(p.stage.also_spent for p in planned)
+    sums['shared'] = not family and len(set(parents)) < len(parents)
     return sums

@@ -366,8 +366,7 @@ def write_report(folder, blocks):
 def steps_to_loss(curve, loss):
     """
     Where a curve, [(share of the steps, or FLOPs, loss)], first reaches `loss`, linear between its
-    points;
-    None if it never does.
+    points; None if it never does.
     """
     for (before, high), (after, low) in zip(curve, curve[1:]):
         if low <= loss:

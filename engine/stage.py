@@ -42,7 +42,7 @@ class Stage:
     origin: Origin = field(default_factory=Origin)
     model: Callable | None = None  # builds the starting model, when the stage runs; None: random
     parent: Optional['Result'] = None  # its compute is inherited, its data position continued
-    also_spent: float = 0.0  # FLOPs of the family on other members, counted with the inherited
+    also_spent: float = 0.0  # FLOPs on what are no ancestors, smaller members or a reference
     data_after: Optional['Result'] = None  # continue this one's data position instead
     optimizer_state: Callable | None = None  # builds AdamW's starting state; None: fresh
     knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def inherited_flops(self):
-        """FLOPs spent before: on all ancestors of the starting weights, and on the family."""
+        """FLOPs spent before: on all ancestors of the starting weights, and beside them."""
         return self.also_spent + (self.parent.total_flops if self.parent else 0.0)
 
     @property
@@ -98,7 +98,7 @@ class Result:
     params: float  # X in FLOPs = 6 X T
     tokens: int  # T: tokens trained on in this stage
     flops: float  # 6 X T of this stage
-    inherited_flops: float  # ... of all its ancestors, and of the smaller members of its family
+    inherited_flops: float  # ... of all its ancestors, and also_spent
     baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
     val_loss: float  # nats per token on the validation split
     bits_per_byte: float  # the same per byte of text: comparable between tokenizers

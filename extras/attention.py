@@ -27,7 +27,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from configurator import Count, Fraction, Natural, Range
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
@@ -37,6 +36,7 @@ from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.metrics import has_metrics, read_metrics
+from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_images, draw_panels, table
 from model import GPT, load
 
@@ -115,7 +115,7 @@ def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
     """
     ranks, masses = [], []
     few = len(samples) <= batch_size
-    for x in tqdm(samples.split(batch_size), desc='attention', leave=False, disable=few or None):
+    for x in progress_bar(samples.split(batch_size), desc='attention', disable=few or None):
         maps = list(attention_maps(model, x, causal))
         ranks.append(torch.stack([attention_rank(a, threshold) for a in maps]))
         masses.append(torch.stack([column_mass(a, threshold) for a in maps]))
@@ -179,9 +179,7 @@ def losses_without(model, idx):
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
 
     alone, above = [], []
-    for layer in tqdm(
-        range(model.config.n_layer), desc='layers left out', leave=False, disable=None
-    ):
+    for layer in progress_bar(range(model.config.n_layer), desc='layers left out'):
         stream, _ = model.residual_stream(x, layers=layer)
         above.append(loss(stream))
         for block in model.blocks[layer + 1 :]:

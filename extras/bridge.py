@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data.instruct import FIELDS, prompt, write_supervised
 from data.prepare import Preparation
@@ -19,6 +18,7 @@ from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, processes
 from engine.errors import UserError
 from engine.files import read_json
+from engine.progress import progress_bar
 from engine.teacher import is_ours, transformers_model
 from extras.minillm import Answering, answer
 from model import load
@@ -74,7 +74,7 @@ def write_answers(generate, examples, path, style='paper', batch_size=16):
     path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
     starts = range(len(lines), len(examples), batch_size)
     with open(path, 'a', encoding='utf-8') as file:
-        for i in tqdm(starts, desc=f'answers for {path.parent.name}', leave=False, disable=None):
+        for i in progress_bar(starts, desc=f'answers for {path.parent.name}'):
             chunk = examples[i : i + batch_size]
             prompts = [prompt(e['instruction'], e['input'], style) for e in chunk]
             for example, output in zip(chunk, generate(prompts)):

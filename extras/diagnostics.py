@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from configurator import Count, NonNegative, Positive, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
@@ -28,6 +27,7 @@ from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import read_json
 from engine.metrics import has_metrics, read_metrics
+from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, table
 from model import load
 
@@ -77,7 +77,7 @@ def largest_eigenvalue(model, batches, iterations=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     vector = [torch.randn(p.shape, generator=generator).to(p) for p in model.parameters()]
     value = math.nan
-    for _ in tqdm(range(iterations), desc='power iteration', leave=False, disable=None):
+    for _ in progress_bar(range(iterations), desc='power iteration'):
         length = norm(vector)
         vector = [v / length for v in vector]
         product = mean_over(batches, lambda x, y: hessian_vector_product(model, x, y, vector))

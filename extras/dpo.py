@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from configurator import NonNegative, Positive
-from data.corpus import open_corpus
+from data.corpus import check_vocabulary, open_corpus
 from data.instruct import answer_batches, shuffled
 from data.loader import Source, to_device
 from data.preferences import Pairs
@@ -34,6 +33,7 @@ from engine.device import barrier, choose_device, find_hardware, gather
 from engine.errors import UserError
 from engine.files import commit_file
 from engine.loss import compare
+from engine.progress import progress_bar
 from engine.stage import Origin, Result, Stage
 from model import load, read_config
 
@@ -77,7 +77,7 @@ def dpo(reference, beta=0.1):
 def reference_of(model, pairs, numbers, block_size, batch_size=8):
     """log pi_ref(y|x) of both answers of the pairs with these numbers, float32 (n, 2)."""
     found, device = [torch.zeros(0, 2)], model.wte.weight.device
-    for first in tqdm(range(0, len(numbers), batch_size), 'reference', leave=False, disable=None):
+    for first in progress_bar(range(0, len(numbers), batch_size), 'reference'):
         x, y = to_device(pairs.rows(numbers[first : first + batch_size], block_size), device)
         x, y = x.flatten(0, 1), y[..., :-1].flatten(0, 1)
         found.append(log_probability(model, x, y).view(-1, 2).float().cpu())
@@ -146,6 +146,8 @@ class PostTraining:
             if not there and not self.sizes:
                 raise UserError(f'no model {name}; a plan or a toy without it needs --sizes')
             config = run.given_config(name) if there else run.model_config(self.sizes[i])
+            if there and not run.dry_run:
+                check_vocabulary(open_corpus(self.preferences, run.data_dir), config, name)
             length = min(run.block_size, config.block_size)
             stage = Stage(f'{given.name}-sft', config, 0.0, config.num_params(head=True))
             stage.tokens = self.sft_epochs * self.count(run.data, 'supervised') * length
@@ -245,7 +247,5 @@ def preference_source(name, pairs, knobs):
     def read(positions):
         return pairs.rows(shuffled(positions, len(pairs), knobs.seed), knobs.block_size)
 
-    split = open_corpus(name, knobs.data_dir).meta['splits']['val']
-    bytes_per_token = split['bytes'] / int(val.examples.spans[:, 2].sum())
     validation = answer_batches(val.preferred, len(val), knobs)
-    return Source(read, validation, bytes_per_token, pairs.examples.tokenizer)
+    return Source(read, validation, val.examples.bytes_per_token, pairs.examples.tokenizer)

@@ -85,16 +85,14 @@ class Frontier(Progressive):
         """A record for each family, and the frontier: worst member against cost, by arm."""
         members = [r for r in results if not r.labels.get('trunk')]
         better = {size: better_alone(runs) for size, runs in by_label(members, 'size').items()}
-        families = by_label(results, 'family')
+        families, of_family = by_label(results, 'family'), by_label(members, 'family')
         alone = mean_cost(families[f'independent-{SCHEDULES[0]}'])
         records, arms = [], {}
         for family, runs in families.items():
             record = {'family': family, 'seeds': len(by_label(runs, 'seed'))}
             record['cost'] = mean_cost(runs) / alone
             differences = {}
-            for size, own in by_label(
-                [r for r in runs if not r.labels.get('trunk')], 'size'
-            ).items():
+            for size, own in by_label(of_family[family], 'size').items():
                 differences[size] = [loss - better[size][seed] for seed, loss in losses(own)]
                 record[f'against {size}'] = mean(differences[size])
             record['worst'] = worst = max(differences, key=lambda size: mean(differences[size]))

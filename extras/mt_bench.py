@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -27,6 +26,7 @@ from engine.device import choose_device
 from engine.errors import UserError, run_as_program
 from engine.files import write_atomically
 from engine.hub import model_folder
+from engine.progress import progress_bar
 from engine.tokenizer_files import special_ids
 from sample import Sampling, answer_template, open_model, reply
 
@@ -69,7 +69,7 @@ def answers(model, name, questions, max_new_tokens):
     tokenizer, template = load_tokenizer(tokenizer_of_model(name)), answer_template(name)
     end = special_ids(model_folder(name)).get('eos_token_id', tokenizer.end)
     new = min(max_new_tokens, model.config.block_size // 2)
-    for question in tqdm(questions, desc='questions', leave=False, disable=None):
+    for question in progress_bar(questions, desc='questions'):
         sampling = Sampling(TEMPERATURES.get(str(question.get('category')), 0.7), stop=end)
         messages, said = [], []
         for turn in question['turns']:

@@ -49,10 +49,11 @@ ROWS = {  # a row of each set as its repository has it -> what is answered
 @pytest.mark.parametrize('name', SETS)
 def test_every_set_says_its_rows_in_words(name):
     row, answer = ROWS[name]
-    found = SETS[name].convert(row)
+    found = list(SETS[name].convert(row))
     if name == 'ultrachat':  # every answer, after all that was said before it
         assert [instruction for instruction, _, _ in found] == ['Hi', 'Hi\nHo\nHi']
-    for instruction, given, output in found if isinstance(found, list) else [found]:
+    assert found
+    for instruction, given, output in found:
         assert output == answer and instruction and isinstance(given, str)
 
 
