@@ -368,6 +368,8 @@ class Training:
     def exit(self):
         """Say that the stage is saved, and end the program."""
         self.bar.close()
+        self.ddp_model = None  # a DDP that outlives Python may wait for a thread that waits for it
+        gc.collect()
         exit_saved(
             f'{self.stage.name} is saved at step {self.step:,} of {self.steps:,}', self.hardware
         )
