@@ -28,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 from torch import nn
 

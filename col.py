@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 
 from configurator import (

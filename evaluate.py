@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import engine.quick_help  # --help need not wait for torch
+
 import numpy as np
 import torch
 

@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 
 from configurator import (

@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import engine.quick_help  # --help need not wait for torch
+
 from configurator import (
     Count,
     Fraction,

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 
 from configurator import Count, Natural, NonNegative, Range, configure

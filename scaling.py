@@ -31,6 +31,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 
 from configurator import (

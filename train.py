@@ -21,6 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import engine.quick_help  # --help need not wait for torch
+
 import torch
 import torch.distributed as dist
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import engine.quick_help  # --help need not wait for torch
+
+import torch
+
 from configurator import configure, with_positionals
 from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import new_folder

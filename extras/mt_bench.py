@@ -15,10 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import engine.quick_help  # --help need not wait for torch
+
+import torch
+
 from configurator import Count, Natural, configure, with_positionals
 from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model

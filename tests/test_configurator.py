@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -212,6 +213,64 @@ def test_words_of_a_command_stand_anywhere():
     argv = ['--bootstrap=0', 'results.csv', '--out=x', 'more']
     expected = ['--bootstrap=0', '--results=results.csv', '--out=x', 'more']
     assert with_positionals(argv, 'results') == expected
+
+
+PROGRAMS = (
+    'train.py',
+    'train.py --method=let',
+    'sample.py',
+    'evaluate.py',
+    'bench.py',
+    'expand.py',
+    'inheritune.py',
+    'col.py',
+    'scaling.py',
+    'scaling.py fit',
+    'scaling.py diagnose',
+    'data/prepare.py',
+    'extras/mt_bench.py',
+    'extras/from_gguf.py',
+)
+ASK_ALL = """
+import contextlib, runpy, sys
+import engine.quick_help  # before help is asked for, so that it does nothing
+for program in sys.argv[1:]:
+    sys.argv = [*program.split(), '--help']
+    sys.path[0] = program.split('/')[0] if '/' in program else ''
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    print('-- next --')
+assert 'torch._C' in sys.modules
+"""
+
+
+def test_the_help_does_not_import_torch_and_is_the_same():
+    def python(*words):
+        process = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {'PYTHONPATH': str(ROOT)},
+            timeout=100,
+        )
+        assert process.returncode == 0, process.stderr
+        return process
+
+    helps = python('-c', ASK_ALL, *PROGRAMS).stdout.split('-- next --\n')
+    for program, text in zip(PROGRAMS, helps):
+        process = python('-X', 'importtime', *program.split(), '--help')
+        assert len(process.stdout) > 300 and process.stdout == text
+        assert 'torch._C' not in process.stderr
+
+
+def test_a_program_of_someone_else_that_asks_for_help_has_torch(tmp_path):
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        f'import sys; sys.path.append({str(ROOT)!r}); import expand, torch; print(torch.ones(1))'
+    )
+    process = subprocess.run([sys.executable, file, '--help'], capture_output=True, text=True)
+    assert process.stdout == 'tensor([1.])\n', process.stderr
 
 
 def test_help_lists_every_knob_with_its_comment(capsys):
