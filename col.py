@@ -456,6 +456,7 @@ class ChainOfLearngene:
                 stage.objective = minillm(teacher.folder, examples, folder, settings)
         else:
             stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
+            stage.teacher_params = teacher.params
             if self.sft_data:
                 use_set(stage, self.sft_data)
         if self.score_examples and self.sft_data:

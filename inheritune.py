@@ -190,11 +190,12 @@ class Comparison:
         return self.stage(name, **fields)
 
     def distilled(self, stage):
-        """Let the reference teach a stage by its logits; only its training is counted as FLOPs."""
+        """Let the reference teach a stage by its logits."""
         stage.tokens = self.method.distillation_tokens or stage.tokens
         settings = dict(alpha=self.method.alpha, temperature=self.method.temperature)
         stage.objective = distil(self.reference.folder, **settings)
         stage.teaching = dict(objective='distillation', teacher=self.reference.name, **settings)
+        stage.teacher_params = self.config.num_params(head=True)
         return stage
 
     def trained_reference(self):

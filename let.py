@@ -10,22 +10,27 @@ Paper: Zhao et al., Late-to-Early Training: LET LLMs Learn Earlier, So Faster an
     L_proj = -cos(target's hidden state after layer k, teacher's after its last)         (Eq. 4)
     loss = alpha CE + (1 - alpha) T^2 KL(teacher / T || target / T)                distillation
 
-From step S_stop the teacher is gone. Distillation throughout is RKD, for the first S_stop steps
-SALT (Rawat et al.). Both are objectives that any stage of any method can have.
+"After its last layer" is before the final norm (Eq. 3), whatever library opens the teacher. From
+step S_stop the teacher is gone. Distillation throughout is RKD, for the first S_stop steps SALT
+(Rawat et al.). Both are objectives that any stage of any method can have. What a layer, a weight or
+a teacher would do is measured before training by extras/alignment.py.
 """
 
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from configurator import Count, Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.translate import check_alignable, translate
+from data.instruct import run_source
+from data.loader import Share
+from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.errors import UserError, unknown
 from engine.loss import Distillation, kl_of_logits
@@ -36,12 +41,20 @@ from engine.report import (
     by_label,
     compare_variants,
     format_si,
+    interval,
     mean_curve,
     steps_to_loss,
 )
 from engine.stage import Stage, next_token
-from engine.teacher import LazyTeacher, hidden_states, in_windows, longest_context, open_teacher
-from model import GPT
+from engine.teacher import (
+    LazyTeacher,
+    hidden_states,
+    in_windows,
+    longest_context,
+    open_teacher,
+    teacher_states,
+)
+from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------
 # losses
@@ -86,26 +99,72 @@ def cosine_similarity(target, teacher, covered=None):
     return mean_over(F.cosine_similarity(matched, teacher, dim=-1), covered)
 
 
+def centred(hidden, covered=None):
+    """Hidden vectors (..., D) less their mean over positions, or over those that are covered."""
+    mask = covered if covered is None else covered[..., None]
+    if mask is None:
+        return hidden - hidden.flatten(0, -2).mean(0)
+    total = (hidden * mask).flatten(0, -2).sum(0)
+    return hidden - total / mask.sum().clamp(min=1)
+
+
 def cosine(target, teacher, covered):
     """-cos, the mean over positions (Eq. 4; Eq. 7's sum taken as a mean, like the CE beside it)."""
     return -cosine_similarity(target, teacher, covered)
 
 
-def logsum(target, teacher, covered):
+def per_vector(hidden, covered):
+    """Hidden vectors (..., D) at length 1, as the cosine compares them."""
+    return F.normalize(hidden, dim=-1)
+
+
+def per_feature(hidden, covered, eps=1e-4):
+    """Hidden vectors (B, T, D), every feature at mean 0 and variance 1 over a sequence."""
+    mask = torch.ones_like(hidden[..., :1]) if covered is None else covered[..., None]
+    count = mask.sum(-2, keepdim=True).clamp(min=1)
+    hidden = hidden - (hidden * mask).sum(-2, keepdim=True) / count
+    variance = (hidden.square() * mask).sum(-2, keepdim=True) / count
+    return hidden / (variance + eps).sqrt()
+
+
+def logsum(target, teacher, covered, normalise=per_feature):
     """
-    log of the mean over positions of sum |difference|^4 between unit vectors (Appendix H, after
-    Miles and Mikolajczyk): what differs most counts most.
+    log of sum |difference|^4 over the positions and features of a sequence (B, T, D), the mean
+    over sequences (Appendix H, after Miles and Mikolajczyk): what differs most counts most. They
+    sum over a batch of vectors, whose features they standardise; here a sequence is that batch, so
+    that neither micro-batches nor processes change the loss. normalise: per_feature, or per_vector
+    for vectors of length 1, as the cosine has them. The sum is taken as a mean over positions,
+    which moves the loss by a constant.
     """
-    target = F.normalize(match_width(target, teacher.shape[-1]), dim=-1)
-    difference = (target - F.normalize(teacher, dim=-1)).pow(4).sum(-1)
-    return (mean_over(difference, covered) + 1e-12).log()
+    target = normalise(match_width(target, teacher.shape[-1]), covered)
+    difference = (target - normalise(teacher, covered)).pow(4).sum(-1)
+    if covered is None:
+        return (difference.mean(-1) + 1e-12).log().mean()
+    count = covered.sum(-1)
+    in_sequence = (difference * covered).sum(-1) / count.clamp(min=1)
+    return mean_over((in_sequence + 1e-12).log(), count > 0)
+
+
+CCA_POSITIONS = 10  # for each dimension: independent noise has a correlation of about 1 / this
+
+
+def check_cca(positions, dimensions):
+    """Raise UserError for too few positions: sets of vectors then correlate by chance."""
+    needed = CCA_POSITIONS * dimensions
+    if positions < needed:
+        raise UserError(
+            f'cca of {dimensions} dimensions needs {needed:,} positions in a batch, not '
+            f'{positions:,}: fewer correlate by chance'
+        )
 
 
 def cca(target, teacher, covered, ridge=1e-3):
     """
     Minus the mean squared canonical correlation of the two sets of vectors, of any widths (Table
-    5). Needs more positions than dimensions.
+    5). It is of a whole batch: pieces of it correlate by chance, so too few positions are refused
+    (UserError), as are micro-batches where a stage has this loss (Stage.whole_batch).
     """
+    check_cca(target[..., 0].numel(), max(target.shape[-1], teacher.shape[-1]))
     if covered is None:
         covered = torch.ones(target.shape[:-1], device=target.device)
     weight, whitened = covered.to(target.dtype).flatten()[:, None], []
@@ -136,6 +195,24 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
         return ALIGNMENTS[kind](target, teacher, covered)
 
 
+@torch.no_grad()
+def similarity_floors(teacher_hidden, idx, covered=None):
+    """
+    What is reached without reading a context: the mean cosine similarity to the teacher's hidden
+    states (B, T, D) of the best constant vector, and of the best function of the current token of
+    idx (B, T). Each position is compared with what the others give (leave one out); a token that
+    comes once has the constant. Returns (constant, token).
+    """
+    kept = torch.ones_like(idx, dtype=torch.bool) if covered is None else covered
+    unit = F.normalize(at_least_float32(teacher_hidden)[kept], dim=-1)  # (n, D)
+    _, token, count = idx[kept].unique(return_inverse=True, return_counts=True)
+    sums = unit.new_zeros(len(count), unit.shape[-1]).index_add_(0, token, unit)
+    all_others = unit.sum(0) - unit
+    alike = torch.where((count > 1)[token][:, None], sums[token] - unit, all_others)
+    found = [F.cosine_similarity(unit, best, dim=-1).mean() for best in (all_others, alike)]
+    return tuple(value.item() for value in found)
+
+
 def kd_loss(student_logits, teacher_logits, temperature=1.0):
     """T^2 KL(teacher / T || student / T) of logits (..., V), in nats, the mean over positions."""
     teacher = teacher_logits.detach() / temperature
@@ -161,6 +238,7 @@ class Alignment:
     lambda0: float = 0.1  # weight of L_proj at the first step
     s_stop: float = 1500.0  # the step at which it reaches zero; below 1: a fraction of all steps
     kind: str = 'cosine'
+    untrained: bool = False  # a control: the teacher's shape, initialised at random
 
 
 def let(teacher, alignment, tokenizers=None):
@@ -170,7 +248,7 @@ def let(teacher, alignment, tokenizers=None):
     it is exactly next-token prediction, and the teacher is freed. tokenizers: the names of (the
     student's, the teacher's) if they differ; then every batch's ids visit the host.
     """
-    lazy = LazyTeacher(teacher)
+    lazy = LazyTeacher(teacher, alignment.untrained)
 
     def objective(model, x, y, progress):
         weight = alignment.lambda0 * (1 - progress.fraction_of(alignment.s_stop))
@@ -182,26 +260,25 @@ def let(teacher, alignment, tokenizers=None):
             theirs, covered = teacher_states(x, lazy.on(x.device), layer, tokenizers)
         output = model(x, y, hidden_at=alignment.target_layer)
         l_proj = alignment_loss(output.hidden, theirs, alignment.kind, covered)
-        similarity = -l_proj
-        if alignment.kind != 'cosine':
-            similarity = cosine_similarity(output.hidden.detach(), theirs, covered)
-        scalars = dict(data_loss=output.loss, alignment_loss=l_proj, similarity=similarity)
+        scalars = dict(data_loss=output.loss, alignment_loss=l_proj)
+        scalars |= similarities(output.hidden.detach(), theirs, covered)
         scalars['alignment_weight'] = torch.full((), weight, device=x.device)
         return output.loss + weight * l_proj, scalars
 
     return objective
 
 
-def teacher_states(x, teacher, layer, tokenizers):
-    """The teacher's hidden state for each position of x (B, T), and which have one, None: all."""
-    hidden = hidden_states(teacher, layer)
-    longest = longest_context(teacher)
-    if tokenizers is None:
-        return in_windows(hidden, x, longest), None
-    found = translate(x.cpu().numpy(), *tokenizers, longest)
-    ids, place, covered = (torch.from_numpy(array).to(x.device) for array in found)
-    states = hidden(ids)
-    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
+def similarities(target_hidden, teacher_hidden, covered=None):
+    """
+    Cosine similarity of hidden states as they are, and centred: without what all positions have
+    in common, which a constant vector would match.
+    """
+    target = match_width(at_least_float32(target_hidden), teacher_hidden.shape[-1])
+    centred_pair = centred(target, covered), centred(teacher_hidden, covered)
+    return dict(
+        similarity=cosine_similarity(target, teacher_hidden, covered),
+        centred_similarity=cosine_similarity(*centred_pair, covered),
+    )
 
 
 def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
@@ -229,10 +306,15 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
     return objective
 
 
-def teach(stage, teacher, alignment, tokenizers=None):
-    """Give a stage the objective of LET; teacher: a model folder or hub name."""
+def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
+    """
+    Give a stage the objective of LET. teacher: a model folder or hub name; params: its X, of which
+    a forward pass costs 2 X FLOPs a token; 0 if it is not known.
+    """
     stage.objective = let(teacher, alignment, tokenizers)
     stage.teaching = dict(objective='let', teacher=Path(teacher).name, **asdict(alignment))
+    stage.teacher_params, stage.taught_until = params, alignment.s_stop
+    stage.whole_batch = alignment.kind == 'cca'
 
 
 # ----------------------------------------------------------------------------------------------
@@ -240,6 +322,7 @@ def teach(stage, teacher, alignment, tokenizers=None):
 
 PAIRINGS = ('L2E', 'L2M', 'L2L', 'M2E', 'M2M', 'M2L')
 UNKNOWN_LAYERS = 10**6  # more than any pairing asks for
+FLOOR_POSITIONS = 2**13  # on which the similarity floors are estimated
 
 
 def pair_layers(pairing, teacher_layers, target_layers):
@@ -266,6 +349,16 @@ def pair_layers(pairing, teacher_layers, target_layers):
     return ours, theirs
 
 
+class Teacher(NamedTuple):
+    """Who teaches the runs of LET."""
+
+    name: str  # model folder or hub name; '': yet to be trained
+    layers: int
+    params: float = 0.0  # X in FLOPs = 2 X a token of a forward pass; 0: not known
+    config: GPTConfig | None = None  # of one that is yet to be trained
+    tokenizers: tuple[str, str] | None = None  # names of the target's and its own, if they differ
+
+
 @dataclass
 class LET:
     """Late-to-Early Training (Zhao et al.) and what it is compared with, at equal steps."""
@@ -275,33 +368,27 @@ class LET:
     teacher: str = ''  # model folder or hub name; empty: train one of teacher_size first
     teacher_size: str = '48x2'  # of the teacher that is trained first
     teacher_tokens: Positive = 3e6  # training tokens of that teacher
-    variants: tuple[str, ...] = ('let',)  # baseline, rkd, salt, let, let+0.3, let+L2M, let+logsum
+    variants: tuple[str, ...] = ('let',)  # baseline, rkd, salt, let and let+PART+..., see docs
     lambda0: NonNegative = 0.1  # weight of L_proj at the first step
     s_stop: NonNegative = 1500.0  # step at which LET and SALT end; below 1: fraction of all steps
     pairing: str = 'L2E'  # L2E, L2M, L2L, M2E, M2M, M2L, or such as L1F3
     alignment: Literal[*ALIGNMENTS] = 'cosine'  # L_proj
-    alpha: Fraction = 0.5  # RKD and SALT: weight of the data; the rest is the teacher's
-    temperature: Positive = 1.0  # RKD and SALT
+    alpha: Fraction = 0.5  # RKD and SALT: weight of the data, the rest is the teacher's; our choice
+    temperature: Positive = 1.0  # RKD and SALT; our choice, as the paper names none
     seeds: Count = 1  # runs of every variant, each with its own initialisation and data order
 
     def stages(self, run):
         """The teacher, if it is not given; then for every seed every variant."""
-        config = run.model_config(self.size)
-        teacher_config = run.model_config(self.teacher_size)
-        layers, tokenizers = teacher_config.n_layer, None
-        given = self.teacher and not run.toy
-        if given and run.dry_run:
-            layers = UNKNOWN_LAYERS  # a plan opens no teacher
-        elif given:
-            layers, tokenizers = self.examine(run)
+        config, teacher = run.model_config(self.size), self.teacher_of(run)
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
-        alignments = {v: self.parse(v, layers, config.n_layer) for v in self.variants}
-        teacher = self.teacher
-        if not given:
-            X = teacher_config.num_params(head=True)
-            taught = yield Stage('teacher', teacher_config, self.teacher_tokens, X)
-            teacher = taught.folder
+        alignments = {v: self.parse(v, teacher.layers, config.n_layer) for v in self.variants}
+        check_positions(alignments, config, run)
+        if not teacher.name:
+            stage = Stage('teacher', teacher.config, self.teacher_tokens, teacher.params)
+            taught = yield stage
+            teacher = teacher._replace(name=taught.folder)
+        self.floors = partial(floors_text, teacher, run)  # for the summary
         for seed in range(self.seeds):
             for variant, alignment in alignments.items():
                 stage = Stage(
@@ -310,12 +397,22 @@ class LET:
                 stage.knobs = dict(seed=run.seed + seed)
                 stage.labels = dict(variant=variant, seed=seed)
                 if alignment:
-                    teach(stage, teacher, alignment, tokenizers)
+                    teach(stage, teacher.name, alignment, teacher.params, teacher.tokenizers)
                 elif variant != 'baseline':
                     self.distil(stage, variant, teacher)
-                if given and stage.teaching:  # its path: a name alone could be another teacher's
-                    stage.teaching['teacher'] = self.teacher
+                if self.teacher and not run.toy and stage.teaching:
+                    stage.teaching['teacher'] = self.teacher  # its path: names may be alike
                 yield stage
+
+    def teacher_of(self, run):
+        """The Teacher: a given one, examined before training, or one that is yet to be trained."""
+        config = run.model_config(self.teacher_size)
+        if not self.teacher or run.toy:
+            params = config.num_params(head=True)
+            return Teacher('', config.n_layer, params, config)
+        if run.dry_run:  # a plan opens no teacher
+            return Teacher(self.teacher, UNKNOWN_LAYERS)
+        return self.examine(run)
 
     def parse(self, variant, teacher_layers, target_layers):
         """The Alignment of a variant, None for the baselines. Raises UserError for others."""
@@ -325,26 +422,36 @@ class LET:
         if name != 'let':
             known = ('baseline', 'rkd', 'salt', 'let', 'let+0.3', 'let+L2M', 'let+logsum')
             raise unknown('variant', variant, known)
-        lambda0, kind, pairing = self.lambda0, self.alignment, self.pairing
+        found = Alignment(0, 0, self.lambda0, self.s_stop, self.alignment)
+        pairing = self.pairing
         for part in parts:
-            if re.fullmatch(r'\d+(\.\d+)?', part):
-                lambda0 = float(part)
+            number = re.fullmatch(r'(stop)?(\d+(?:\.\d+)?)', part)
+            if number and number[1]:
+                found.s_stop = float(number[2])
+            elif number:
+                found.lambda0 = float(number[2])
+            elif part == 'untrained':
+                found.untrained = True
             elif part in ALIGNMENTS:
-                kind = part
+                found.kind = part
             else:
                 pairing = part
-        ours, theirs = pair_layers(pairing, teacher_layers, target_layers)
-        return Alignment(ours, theirs, lambda0, self.s_stop, kind)
+        pair = pair_layers(pairing, teacher_layers, target_layers)
+        found.target_layer, found.teacher_layer = pair
+        if found.teacher_layer == teacher_layers:
+            found.teacher_layer = 0  # its last, however many it has
+        return found
 
     def distil(self, stage, variant, teacher):
         """Give a stage the objective of RKD or SALT."""
         s_stop = self.s_stop if variant == 'salt' else None
         settings = dict(alpha=self.alpha, temperature=self.temperature, s_stop=s_stop)
-        stage.objective = distil(teacher, **settings)
-        stage.teaching = dict(objective=variant, teacher=Path(teacher).name, **settings)
+        stage.objective = distil(teacher.name, **settings)
+        stage.teaching = dict(objective=variant, teacher=Path(teacher.name).name, **settings)
+        stage.teacher_params, stage.taught_until = teacher.params, s_stop
 
     def examine(self, run):
-        """(layers of a given teacher, the two tokenizers if they differ). Raises UserError."""
+        """The Teacher that is given, opened and compared with the corpus. Raises UserError."""
         model = open_teacher(self.teacher)
         corpus = open_corpus(next(iter(run.corpora)), run.data_dir)
         ours = theirs = corpus.meta['tokenizer']
@@ -354,43 +461,98 @@ class LET:
             check_vocabulary(corpus, model.config, self.teacher)
             print(f'{self.teacher} does not name its tokenizer; assuming {ours}, as the corpus')
         layers = getattr(model.config, 'n_layer', None) or model.config.num_hidden_layers
+        params = float(sum(p.numel() for p in model.parameters()))
+        if isinstance(model, GPT):
+            params = model.config.num_params(head=True)
         distilling = {'rkd', 'salt'} & set(self.variants)
         if distilling and not isinstance(model, GPT):
             raise UserError(f'RKD and SALT need a model that load() opens, not {self.teacher}')
+        found = Teacher(self.teacher, layers, params)
         if same_tokenizer(ours, theirs):
             if distilling:
                 check_vocabulary(corpus, model.config, self.teacher)
-            return layers, None
+            return found
         if distilling:
             names = f'the corpus has {ours}, {self.teacher} {theirs}'
             raise UserError(f'RKD and SALT need one tokenizer: {names}')
         check_alignable(ours, theirs)
-        return layers, (ours, theirs)
+        return found._replace(tokenizers=(ours, theirs))
 
     def summary(self, results):
-        """Losses against the baseline, steps to its last loss, and similarity to the teacher."""
-        records, blocks = compare_variants(results, 'baseline'), []
+        """
+        Losses, steps to the baseline's last loss, FLOPs and time beside the baseline's, and how
+        similar target and teacher were, with what is reached without reading a context.
+        """
+        records = compare_variants(results, 'baseline')
         groups = by_label(results, 'variant')
-        baseline = [r.val_loss for r in groups.get('baseline', [])]
-        panel = Panel('step', 'cosine similarity to the teacher')
+        baseline = {r.labels['seed']: r for r in groups.get('baseline', [])}
+        names = ('similarity', 'centred_similarity')
+        panels = [Panel('step', name.replace('_', ' ')) for name in names]
         for record in records:
             runs = groups[record['variant']]
             if baseline:
-                share = steps_to_loss(mean_curve(runs), statistics.mean(baseline))
-                reached = 'not reached' if share is None else f'{share:.2f}x'
-                record['steps to its loss'] = reached
-            for result in runs:
-                lines = [m for m in read_metrics(result.folder) if 'similarity' in m]
-                if lines:
-                    record.setdefault('similarity', lines[-1]['similarity'])
-                    steps = [m['step'] for m in lines]
-                    values = [m['similarity'] for m in lines]
-                    panel.lines.append(Line(steps, values, result.name))
+                record |= against(runs, baseline)
+            for name, panel in zip(names, panels):
+                steps, values = mean_scalar(runs, name)
+                if steps:
+                    record[name.replace('_', ' ')] = values[-1]
+                    panel.lines.append(Line(steps, values, record['variant']))
+        blocks = [records]
         for result in results:
             if result.name == 'teacher':
                 flops = format_si(result.flops)
-                blocks.append(f'teacher: {result.val_loss:.4f} after {flops}FLOPs')
-        blocks.append(records)
-        if panel.lines:
-            blocks.append(('similarity.png', [panel]))
+                blocks.insert(0, f'teacher: {result.val_loss:.4f} after {flops}FLOPs')
+        if panels[0].lines:
+            blocks += [self.floors(), ('similarity.png', panels)]
         return blocks
+
+
+def check_positions(alignments, config, run):
+    """Raise UserError, before training, where CCA has too few positions for the target's width."""
+    positions = run.sequences * min(run.block_size, config.block_size)
+    if any(alignment and alignment.kind == 'cca' for alignment in alignments.values()):
+        check_cca(positions, config.n_embd)
+
+
+def floors_text(teacher, run):
+    """The similarity floors of a Teacher on validation text, in words."""
+    length = min(run.block_size, longest_context(model := open_teacher(teacher.name)))
+    knobs = replace(run, block_size=length)
+    x, *_ = next(run_source(knobs).validation(max(1, FLOOR_POSITIONS // length), Share()))
+    with torch.no_grad():
+        states, covered = teacher_states(x, model, 0, teacher.tokenizers)
+    constant, token = similarity_floors(states, x, covered)
+    _, centred_token = similarity_floors(centred(states, covered), x, covered)
+    return (
+        f'similarity to the teacher without reading a context: a constant vector {constant:.2f}, '
+        f'a function of the current token {token:.2f} (centred: 0, {centred_token:.2f})'
+    )
+
+
+def mean_scalar(runs, name):
+    """(steps, means over the runs) of a scalar of metrics.jsonl, where all of them have it."""
+    lines = [{m['step']: m[name] for m in read_metrics(r.folder) if name in m} for r in runs]
+    steps = sorted(set.intersection(*map(set, lines)))
+    return steps, [statistics.mean(found[step] for found in lines) for step in steps]
+
+
+def against(runs, baseline):
+    """
+    A variant beside the baseline, {seed: Result}, paired by seed: the share of the steps after
+    which it has the baseline's last loss, with its 95% interval, and FLOPs and seconds as ratios.
+    """
+    runs = [r for r in runs if r.labels['seed'] in baseline]
+    pairs = [(r, baseline[r.labels['seed']]) for r in runs]
+    shares = [steps_to_loss(mean_curve([r]), b.val_loss) for r, b in pairs]
+    record = dict.fromkeys(('steps to its loss', 'FLOPs', 'time'))
+    missed = shares.count(None)
+    if missed:
+        record['steps to its loss'] = f'not reached by {missed} of {len(shares)}'
+    elif shares:
+        record['steps to its loss'] = f'{statistics.mean(shares):.2f}x'
+        if low_high := interval(shares):
+            record['steps to its loss'] += f' ({low_high[0]:.2f} to {low_high[1]:.2f})'
+    if pairs:
+        record['FLOPs'] = sum(r.flops for r in runs) / sum(b.flops for _, b in pairs)
+        record['time'] = sum(r.seconds for r in runs) / sum(b.seconds for _, b in pairs)
+    return record

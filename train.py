@@ -51,7 +51,7 @@ from engine.optimizer import learning_rate
 from engine.parallel import check_memory, full_tensor, gradient_sync
 from engine.plan import PlannedStage
 from engine.report import format_si, plan_text, render, report_blocks, write_report
-from engine.stage import Origin, Result, Stage
+from engine.stage import Origin, Progress, Result, Stage
 from engine.training import Training
 from expand import GrowthComparison, Progressive
 from extras.dpo import PostTraining
@@ -100,6 +100,7 @@ class Run:
     optimizer_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of AdamW's two moments
     save_dtype: SaveDtype = 'auto'  # of saved weights; auto: a source model's, else float32
     keep_optimizer: bool = False  # save AdamW's state with the model, for growth to continue it
+    keep_every: Natural = 0  # steps between models that are kept, in STAGE/step-N; 0: none
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
@@ -273,6 +274,8 @@ def train_to_the_end(training):
             group['lr'] = rate
         training.meter.add(train_step(training))
         training.count_step()
+        if knobs.keep_every and training.step % knobs.keep_every == 0:
+            training.keep()
 
         last = training.step == training.steps
         evaluating = knobs.eval_interval and training.step % knobs.eval_interval == 0 and not last
@@ -363,7 +366,8 @@ def plan_stage(stage, run):
     result.tokens = steps * knobs.batch_size * knobs.block_size
     if run.toy:
         stage.tokens = result.tokens
-    result.flops = 6.0 * stage.params * stage.tokens
+    # of the tokens asked for: those trained on are rounded up to whole batches
+    result.flops = stage.flops(Progress(steps, steps), stage.tokens / steps)
     result.inherited_flops = stage.inherited_flops
     result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens
@@ -402,7 +406,7 @@ def check_possible(run, method, hardware):
     planned = plan(*for_planning(run, method))
     for stage, knobs, _, _ in planned:
         check_memory(stage.name, stage.config, knobs, hardware)
-    flops = sum(6.0 * stage.params * result.tokens for stage, _, _, result in planned)
+    flops = sum(result.flops for _, _, _, result in planned)
     days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
     if hardware.device.type == 'cpu' and days > CPU_DAYS:
         long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.0f} years'

@@ -264,6 +264,7 @@ MACHINE_KNOBS = {
     'dry_run',
     'gpu_tflops',
     'keep_states',
+    'keep_every',
     'accept_changes',
     'parallel',
     'recompute',

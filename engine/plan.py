@@ -58,7 +58,8 @@ def totals(run, planned):
         grown_from = weights.get(stage.parent.name, 0) if stage.parent else 0
         sums['host'] = max(sums['host'], weights[stage.name] + grown_from)
         sums['flops'] += result.flops
-        sums['disk'] += 4 * all_params(stage.config)
+        kept = 1 + (steps // knobs.keep_every if knobs.keep_every else 0)
+        sums['disk'] += 4 * all_params(stage.config) * kept
         if stable_steps(steps, knobs) > 0:
             sums['disk'] += saved_state  # the state at the end of a stable phase is kept
         largest = (1 + run.keep_states) * saved_state

@@ -50,6 +50,9 @@ class Stage:
         None  # (model, x, y, Progress) -> (loss, scalars); None: next_token
     )
     teaching: dict = field(default_factory=dict)  # what the objective is, as data
+    teacher_params: float = 0.0  # X of a teacher, whose forward pass costs 2 X FLOPs a token; ...
+    taught_until: float | None = None  # ... until this step (below 1: share of all); None: the end
+    whole_batch: bool = False  # the objective is of a batch as a whole, not a mean over sequences
     tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
     score: Callable | None = None  # model -> float; the best model is kept; None: the last one
@@ -61,6 +64,14 @@ class Stage:
     def inherited_flops(self):
         """FLOPs spent before: on all ancestors of the starting weights, and beside them."""
         return self.also_spent + (self.parent.total_flops if self.parent else 0.0)
+
+    def flops(self, progress, step_tokens):
+        """FLOPs of the steps until `progress`, a teacher's forward passes included."""
+        taught = progress.step
+        if self.taught_until is not None:
+            taught = min(taught, math.ceil(progress.step_of(self.taught_until)))
+        trained = 6.0 * self.params * progress.step
+        return step_tokens * (trained + 2.0 * self.teacher_params * taught)
 
     @property
     def position(self):
@@ -75,12 +86,15 @@ class Progress(NamedTuple):
     step: int
     steps: int
 
+    def step_of(self, limit):
+        """The step at which `limit` (steps, or below 1 a fraction of all steps) is reached."""
+        return limit * self.steps if limit < 1 else limit
+
     def fraction_of(self, limit):
         """Share of the way to `limit` (steps, or below 1 a fraction of all steps), at most 1."""
         if not limit:
             return 1.0
-        target = limit * self.steps if limit < 1 else limit
-        return min(1.0, self.step / max(1.0, target))
+        return min(1.0, self.step / max(1.0, self.step_of(limit)))
 
 
 def next_token(model, x, y, progress):
@@ -97,7 +111,7 @@ class Result:
     n_params: int  # N: parameters without embeddings and head
     params: float  # X in FLOPs = 6 X T
     tokens: int  # T: tokens trained on in this stage
-    flops: float  # 6 X T of this stage
+    flops: float  # 6 X T of this stage, and a teacher's forward passes
     inherited_flops: float  # ... of all its ancestors, and also_spent
     baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
     val_loss: float  # nats per token on the validation split

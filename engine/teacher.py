@@ -2,11 +2,12 @@
 
 import torch
 
+from data.translate import translate
 from engine.errors import UserError, first_line, import_extra
 from engine.files import read_json
 from engine.hub import model_folder
 from engine.hugging_face import FAMILIES, READ_AS, config_from_hugging_face
-from model import GPT, load
+from model import GPT, load, read_config
 
 
 def is_ours(name):
@@ -21,16 +22,28 @@ def is_ours(name):
     return not config or 'nanofamily' in config or config.get('model_type') in FAMILIES
 
 
-def open_teacher(name, device='cpu'):
-    """The frozen model of this name, in autocast's dtype: ours, else transformers'. UserError."""
+def open_teacher(name, device='cpu', untrained=False):
+    """
+    The frozen model of this name, in autocast's dtype: ours, else transformers'. untrained: one of
+    ours as it was initialised, in place of its weights. Raises UserError.
+    """
     device, dtype = torch.device(device), torch.float32
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    if is_ours(name):
+    if untrained:
+        model = as_initialised(read_config(model_folder(name))).to(device, dtype)
+    elif is_ours(name):
         model = load(name, device).to(dtype)
     else:
         model = transformers_model(name, 'AutoModel', dtype).to(device)
     return model.eval().requires_grad_(False)
+
+
+def as_initialised(config, seed=0):
+    """A model of random weights; the generators of random numbers are left as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GPT(config)
 
 
 def transformers_model(name, kind, dtype=torch.float32):
@@ -46,15 +59,15 @@ def transformers_model(name, kind, dtype=torch.float32):
 class LazyTeacher:
     """A teacher that is opened when the first batch comes, and forgotten when it is done."""
 
-    def __init__(self, name_or_model):
-        self.name_or_model, self.model = name_or_model, None
+    def __init__(self, name_or_model, untrained=False):
+        self.name_or_model, self.untrained, self.model = name_or_model, untrained, None
 
     def on(self, device):
         """The model, opened on the device."""
         if self.model is None:
             self.model = self.name_or_model
             if not callable(self.model):  # a folder or hub name
-                self.model = open_teacher(self.model, device)
+                self.model = open_teacher(self.model, device, self.untrained)
         return self.model
 
     def forget(self):
@@ -65,16 +78,41 @@ class LazyTeacher:
 def hidden_states(teacher, layer=0):
     """
     A function ids (B, T) -> hidden states (B, T, D) of a teacher after `layer` (0: its last) and
-    before the final norm; transformers normalises its last. Other callables are used as they are.
+    before the final norm. Other callables than models are used as they are.
     """
     if isinstance(teacher, GPT):
         return lambda ids: teacher.residual_stream(ids, layers=layer or None)[0]
     if not hasattr(teacher, 'get_input_embeddings'):
         return teacher
-    if layer == 0:
-        return lambda ids: teacher(ids, use_cache=False).last_hidden_state
-    how = dict(use_cache=False, output_hidden_states=True)
-    return lambda ids: teacher(ids, **how).hidden_states[layer]
+    # transformers returns its last hidden state normalised: what the layer itself returns is not
+    layers = next(m for m in teacher.modules() if isinstance(m, torch.nn.ModuleList))
+
+    def after_layer(ids):
+        found = []
+        keep = lambda module, inputs, output: found.append(output)
+        hook = layers[layer - 1].register_forward_hook(keep)
+        try:
+            teacher(ids, use_cache=False)
+        finally:
+            hook.remove()
+        return found[0][0] if isinstance(found[0], tuple) else found[0]
+
+    return after_layer
+
+
+def teacher_states(x, teacher, layer, tokenizers=None):
+    """
+    (the teacher's hidden state for each position of x (B, T), which positions have one or None:
+    all). tokenizers: the names of (x's, the teacher's) if they differ.
+    """
+    hidden = hidden_states(teacher, layer)
+    longest = longest_context(teacher)
+    if tokenizers is None:
+        return in_windows(hidden, x, longest), None
+    found = translate(x.cpu().numpy(), *tokenizers, longest)
+    ids, place, covered = (torch.from_numpy(array).to(x.device) for array in found)
+    states = hidden(ids)
+    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
 
 
 def longest_context(teacher):

@@ -174,6 +174,12 @@ class Training:
         knobs, hardware, config = self.knobs, self.hardware, self.stage.config
         self.micro_batch_size = choose_micro_batch(knobs, config, hardware)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
+        if self.stage.whole_batch and self.micro_batch_size < knobs.batch_size:
+            raise UserError(
+                f'{self.stage.name}: its objective is of a whole batch, which must be one '
+                f'micro-batch of one process, not {self.micro_batch_size} of {knobs.batch_size} '
+                'sequences: --micro_batch_size, or a smaller batch'
+            )
         self.source = (self.stage.source or run_source)(knobs)
         self.tokenizer = self.source.tokenizer
         if self.stage.tokenizer:
@@ -283,7 +289,7 @@ class Training:
     def measure(self, rate):
         """A line of metrics: means since the last one. Raises UserError if they are not finite."""
         line = dict(step=self.step, tokens=self.step * self.step_tokens)
-        line['flops'] = 6.0 * self.stage.params * line['tokens']
+        line['flops'] = self.stage.flops(self.progress, self.step_tokens)
         line['lr'] = rate
         speed = self.step_tokens / self.step_seconds
         line |= self.meter.read(self.hardware.world_size)
@@ -355,6 +361,19 @@ class Training:
         barrier()
         return score
 
+    @property
+    def weights_dtype(self):
+        """The dtype of saved weights: the knob, or that of the model the stage started from."""
+        asked = self.knobs.save_dtype
+        return getattr(torch, self.source_dtype if asked == 'auto' else asked)
+
+    def keep(self):
+        """Save the model as it is now beside what the stage will end with, for evaluation."""
+        state = full_state(self.raw_model)
+        if self.hardware.is_main:
+            folder = self.folder / f'step-{self.step}'
+            self.raw_model.save(folder, self.tokenizer, state, self.weights_dtype)
+
     def save(self):
         """Save a resumable state, for good at the end of a stable phase."""
         progress = dict(step=self.step, seconds=self.seconds, source_dtype=self.source_dtype)
@@ -398,7 +417,7 @@ class Training:
             stage.config.num_params(),
             stage.params,
             tokens,
-            flops=6.0 * stage.params * tokens,
+            flops=stage.flops(self.progress, self.step_tokens),
             inherited_flops=stage.inherited_flops,
             baseline_flops=stage.baseline_flops,
             val_loss=loss,
@@ -425,9 +444,7 @@ class Training:
             save_optimizer_state(self.folder, self.raw_model, self.optimizer)
         if not self.hardware.is_main:
             return
-        dtype = self.knobs.save_dtype
-        dtype = getattr(torch, self.source_dtype if dtype == 'auto' else dtype)
-        self.raw_model.save(self.folder, self.tokenizer, state, dtype)
+        self.raw_model.save(self.folder, self.tokenizer, state, self.weights_dtype)
         saved = [
             *self.folder.glob('model*.safetensors*'),
             *self.folder.glob('optimizer.safetensors'),

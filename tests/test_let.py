@@ -85,14 +85,62 @@ def test_cosine_alignment_is_the_mean_over_positions_that_have_a_partner():
     assert alignment_loss(target, 3 * target).item() == pytest.approx(-1)
 
 
-def test_logsum_is_the_log_of_the_mean_fourth_power_of_differences():
+def test_logsum_is_the_log_of_summed_fourth_powers_and_the_same_in_micro_batches():
     target, teacher = drawn(2, 5, 6), drawn(2, 5, 6, seed=1)
-    unit = [
-        x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (target.numpy(), teacher.numpy())
-    ]
-    assert alignment_loss(target, teacher, 'logsum').item() == pytest.approx(
-        np.log((np.abs(unit[0] - unit[1]) ** 4).sum(-1).mean())
+
+    def standardised(x):  # every feature over the positions of a sequence
+        return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-4)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    ways = ((let.per_feature, standardised), (let.per_vector, unit))
+    for normalise, expected in ways:
+        difference = expected(target.numpy()) - expected(teacher.numpy())
+        by_hand = np.log((difference**4).sum(-1).mean(-1)).mean()
+        found = let.logsum(target, teacher, None, normalise).item()
+        assert found == pytest.approx(by_hand)
+        pieces = [let.logsum(a[None], b[None], None, normalise) for a, b in zip(target, teacher)]
+        assert found == pytest.approx(torch.stack(pieces).mean().item())
+        first = torch.arange(5).expand(2, 5) < 3
+        assert let.logsum(target, teacher, first, normalise).item() == pytest.approx(
+            let.logsum(target[:, :3], teacher[:, :3], None, normalise).item()
+        )
+    assert alignment_loss(target, teacher, 'logsum') == let.logsum(target, teacher, None)
+
+
+def test_similarity_floors_are_what_a_constant_and_the_current_token_reach():
+    idx = torch.randint(0, 5, (4, 200), generator=torch.Generator().manual_seed(0))
+    of_token, noise = 3 * drawn(5, 8), drawn(4, 200, 8, seed=1)
+    constant, token = let.similarity_floors(of_token[idx], idx)
+    assert token == pytest.approx(1) and constant < 0.9
+    constant, token = let.similarity_floors(noise, idx)
+    assert abs(constant) < 0.1 and abs(token) < 0.1  # nothing is learned from a position itself
+    constant, token = let.similarity_floors(noise + 100, idx)
+    assert min(constant, token) > 0.99
+    alone = torch.arange(800).view(4, 200)  # every token once: the constant is all there is
+    constant, token = let.similarity_floors(noise + 1, alone)
+    assert constant == pytest.approx(token)
+    half = torch.arange(200).expand(4, 200) < 100
+    assert let.similarity_floors(noise, idx, half) == pytest.approx(
+        let.similarity_floors(noise[:, :100], idx[:, :100])
     )
+
+
+def test_centred_similarity_does_not_count_what_all_positions_share():
+    target, teacher = drawn(2, 50, 6), drawn(2, 50, 4, seed=1)
+    found = let.similarities(target + 50, teacher + 50)
+    assert found['similarity'] > 0.95 and abs(found['centred_similarity']) < 0.2
+    by_hand = F.cosine_similarity(
+        match_width(target, 4) - match_width(target, 4).mean((0, 1)),
+        teacher - teacher.mean((0, 1)),
+        dim=-1,
+    ).mean()
+    assert found['centred_similarity'].item() == pytest.approx(by_hand.item())
+    half = torch.arange(50).expand(2, 50) < 25
+    covered = let.similarities(target, teacher, half)['centred_similarity']
+    alone = let.similarities(target[:, :25], teacher[:, :25])['centred_similarity']
+    assert covered.item() == pytest.approx(alone.item())
 
 
 def test_cca_is_the_mean_squared_canonical_correlation_and_sees_through_linear_maps():
@@ -109,6 +157,8 @@ def test_cca_is_the_mean_squared_canonical_correlation_and_sees_through_linear_m
         let.cca(target, target @ drawn(6, 6, seed=2), None, ridge=1e-12).item() == pytest.approx(-1)
         and alignment_loss(target, target, 'cca').item() < -0.99
     )
+    with pytest.raises(UserError, match='needs 60 positions in a batch, not 50'):
+        let.cca(target[:1], teacher[:1], None)
     half = torch.arange(50).expand(4, 50) < 25
     assert let.cca(target, teacher, half, 0).item() == pytest.approx(
         let.cca(target[:, :25], teacher[:, :25], None, 0).item()
@@ -117,8 +167,8 @@ def test_cca_is_the_mean_squared_canonical_correlation_and_sees_through_linear_m
 
 @pytest.mark.parametrize('kind', let.ALIGNMENTS)
 def test_alignment_teaches_no_layer_above_k_and_not_the_teacher(kind):
-    model, x = small(), tokens(4)
-    teacher = drawn(4, 20, 12).requires_grad_()
+    model, x = small(), tokens(16)
+    teacher = drawn(16, 20, 12).requires_grad_()
     alignment_loss(model(x, hidden_at=2).hidden, teacher, kind).backward()
     assert teacher.grad is None
     for name, p in model.named_parameters():  # Eq. 10
@@ -227,8 +277,8 @@ def test_from_the_stop_on_the_teacher_is_gone(taught, make, monkeypatch):
     folder, _, student, x, y = taught
     opened = []
 
-    def remember(name, device):
-        model = open_teacher(name, device)
+    def remember(name, device, untrained):
+        model = open_teacher(name, device, untrained)
         opened.append(weakref.ref(model))
         return model
 
@@ -314,9 +364,32 @@ def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
     theirs.save_pretrained(tmp_path / 'mistral')
     opened = open_teacher(tmp_path / 'mistral')
     states = theirs(x, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(hidden_states(opened)(x), states[2])
+    torch.testing.assert_close(theirs.norm(hidden_states(opened)(x)), states[2])
     torch.testing.assert_close(hidden_states(opened, 1)(x), states[1])
     let.let(tmp_path / 'mistral', Alignment(2))(student, x, y, START)[0].backward()
+
+
+def test_a_layer_means_the_same_in_our_models_and_in_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    ours, x = small(n_layer=3).float().eval(), tokens()
+    ours.save(tmp_path / 'llama')
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / 'llama', dtype=torch.float32)
+    for layer in (0, 1, 2, 3):
+        torch.testing.assert_close(
+            hidden_states(ours, layer)(x), hidden_states(theirs, layer)(x), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_the_control_is_the_teachers_shape_as_initialised(taught):
+    folder, teacher, student, x, y = taught
+    generator = torch.get_rng_state()
+    control = let.let(folder, Alignment(2, untrained=True))(student, x, y, START)[1]
+    again = let.let(folder, Alignment(2, untrained=True))(student, x, y, START)[1]
+    real = let.let(folder, Alignment(2))(student, x, y, START)[1]
+    assert control['similarity'] == again['similarity'] != real['similarity']
+    assert torch.equal(torch.get_rng_state(), generator)  # the run draws what it would have drawn
+    fresh = open_teacher(folder, untrained=True)
+    assert fresh.config == teacher.config and not fresh.wte.weight.requires_grad
 
 
 def test_a_teacher_of_another_vocabulary_is_asked_where_its_tokens_end(taught):
@@ -395,7 +468,7 @@ def compared(data_dir, tmp_path_factory):
         arguments(
             data_dir,
             out,
-            '--variants=baseline,let,let+0,let+L2M+logsum,let+cca+1.0+L1F1,rkd,salt',
+            '--variants=baseline,let,let+0,let+L2M+logsum,let+untrained+1.0+stop0.25,rkd,salt',
             '--eval_interval=5',
         )
     )
@@ -404,10 +477,12 @@ def compared(data_dir, tmp_path_factory):
 
 def test_all_variants_run_and_are_reported(compared):
     report = (compared / 'report.md').read_text()
-    variants = ('baseline', 'let', 'let+0', 'let+L2M+logsum', 'let+cca+1.0+L1F1', 'rkd', 'salt')
+    control = 'let+untrained+1.0+stop0.25'
+    variants = ('baseline', 'let', 'let+0', 'let+L2M+logsum', control, 'rkd', 'salt')
     for variant in variants:
         assert f'\n| {variant} ' in report
         assert math.isfinite(Result.of(compared / f'{variant}-0').val_loss)
+    assert 'similarity to the teacher without reading a context: a constant vector 0.' in report
     assert 'similarity.png' in report and (compared / 'similarity.png').stat().st_size > 5000
     assert same(compared / 'baseline-0', compared / 'let+0-0') and not same(
         compared / 'baseline-0', compared / 'let-0'
@@ -420,10 +495,53 @@ def test_all_variants_run_and_are_reported(compared):
         all({'data_loss', 'alignment_loss', 'similarity'} <= m.keys() for m in lines[:5])
         and 'similarity' not in lines[-1]
     )
+    lines = [m for m in metrics(compared / f'{control}-0') if 'alignment_weight' in m]
+    assert [m['alignment_weight'] for m in lines] == pytest.approx([0.9, 0.5, 0.2])  # of 5 steps
     assert (
         'distillation_loss' in metrics(compared / 'rkd-0')[-1]
         and 'distillation_loss' not in metrics(compared / 'salt-0')[-1]
     )
+
+
+def test_a_teachers_forward_passes_count(compared, data_dir, tmp_path):
+    """2 X of the teacher for every token it reads; in the plan as in the result."""
+    X, T = Result.of(compared / 'baseline-0').params, 1280
+    teacher = Result.of(compared / 'teacher').params
+    for variant, share in (('baseline', 0), ('let', 0.5), ('rkd', 1), ('salt', 0.5)):
+        result = Result.of(compared / f'{variant}-0')
+        assert result.flops == pytest.approx(T * (6 * X + 2 * teacher * share)), variant
+        assert metrics(compared / f'{variant}-0')[-1]['flops'] == result.flops
+    argv = arguments(data_dir, tmp_path, '--variants=baseline,let,rkd,salt')
+    run, method, _ = train.configure(argv, train.Run, train.METHODS)
+    planned = {p.stage.name: p.result.flops for p in train.plan(run, method)}
+    found = {name: Result.of(compared / name).flops for name in planned}
+    assert planned == pytest.approx(found)
+
+
+def test_cca_is_of_a_whole_batch(data_dir, tmp_path):
+    more = ['--variants=let+cca', '--tokens=640', '--teacher_tokens=64', '--eval_interval=0']
+    with pytest.raises(UserError, match='cca of 16 dimensions needs 160 positions in a batch'):
+        train.main(arguments(data_dir, tmp_path / 'few', *more))
+    assert not (tmp_path / 'few').exists()
+    more.append('--batch_size=10')
+    train.main(arguments(data_dir, tmp_path / 'whole', *more))
+    with pytest.raises(UserError, match='must be one micro-batch of one process, not 5 of 10'):
+        train.main(arguments(data_dir, tmp_path / 'split', *more, '--micro_batch_size=5'))
+
+
+def test_models_along_a_run_are_kept_and_evaluated(compared, data_dir, tmp_path, capsys):
+    import evaluate
+
+    more = ['--variants=let', '--keep_every=8', f'--teacher={compared / "teacher"}']
+    train.main(arguments(data_dir, tmp_path, *more))
+    stage = tmp_path / 'let-0'
+    assert {path.name for path in stage.glob('step-*')} == {'step-8', 'step-16'}
+    assert same(stage, compared / 'let-0')  # which it is not disturbed by
+    kept, last = load(stage / 'step-16'), load(stage)
+    assert kept.config == last.config and not torch.equal(kept.wte.weight, last.wte.weight)
+    capsys.readouterr()
+    evaluate.main([str(stage / 'step-8'), str(stage), f'--data_dir={data_dir}', '--data=pydocs'])
+    assert 'step-8' in capsys.readouterr().out
 
 
 def test_a_resumed_run_goes_on_with_its_weight_of_alignment(compared, data_dir, tmp_path):
