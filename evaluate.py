@@ -12,6 +12,8 @@ import difflib
 import itertools
 import math
 import os
+import re
+import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +33,17 @@ from engine.errors import UserError, first_line, import_extra, run_as_program, u
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.loss import bits_per_byte, compare, evaluate
+from engine.metrics import has_metrics, read_metrics
 from engine.progress import progress_bar
-from engine.report import finished_stages, render, report_blocks, table
+from engine.report import (
+    Line,
+    Panel,
+    draw_panels,
+    finished_stages,
+    render,
+    report_blocks,
+    table,
+)
 from model import load, read_config
 from sample import Sampling, check_tokenizer_of_draft, draft_for, generate
 
@@ -160,6 +171,12 @@ def run_tasks(folder, options, device, limit=None):
     return scores
 
 
+def average_accuracy(scores):
+    """{'average_accuracy': mean over the tasks that have one}, or {} for fewer than two."""
+    found = [metrics['acc'] for metrics in scores.values() if 'acc' in metrics]
+    return dict(average_accuracy=statistics.mean(found)) if len(found) > 1 else {}
+
+
 # ----------------------------------------------------------------------------------------------
 # the command line
 
@@ -248,6 +265,7 @@ def evaluate_folders(folders, options):
         row = outcome['models'][name] = losses(opener(), corpus, block_size, options)
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
+            row |= average_accuracy(row['tasks'])
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)
@@ -292,6 +310,8 @@ def evaluation_tables(outcome):
                 record[key.replace('_', ' ')] = value
         for task, metrics in row.get('tasks', {}).items():
             record |= {f'{task} {metric}': value for metric, value in metrics.items()}
+        if 'average_accuracy' in row:  # the last column
+            record['average accuracy'] = record.pop('average accuracy')
         records.append(record)
     text = table(records)
     titles = dict(kl='KL divergence D(row || column), nats per token', agreement='top-1 agreement')
@@ -302,6 +322,30 @@ def evaluation_tables(outcome):
     if 'drafting' in outcome:
         text += f'\n\nDrafting for {names[-1]}\n\n{table(outcome["drafting"])}'
     return text
+
+
+def curves_over_training(outcome, folders):
+    """
+    Panels of perplexity and of average accuracy over the steps of training, a line for each stage
+    of which models were kept along the way (train.py --keep_every). folders: {name: folder}.
+    """
+    panels = []
+    for score in ('perplexity', 'average_accuracy'):
+        panel, points = Panel('step', score.replace('_', ' ')), {}
+        for name, row in outcome['models'].items():
+            kept = re.fullmatch(r'(?:(.*)/)?step-(\d+)', name)
+            stage = (kept[1] or '') if kept else name
+            if score in row and kept:
+                points.setdefault(stage, {})[int(kept[2])] = row[score]
+            elif score in row and has_metrics(folders[name]):  # what the stage ended with
+                points.setdefault(stage, {})[read_metrics(folders[name])[-1]['step']] = row[score]
+        for stage, curve in points.items():
+            if len(curve) > 1:
+                steps = sorted(curve)
+                panel.lines.append(Line(steps, [curve[step] for step in steps], stage, 'o-'))
+        if panel.lines:
+            panels.append(panel)
+    return panels
 
 
 def main(argv):
@@ -325,7 +369,11 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / 'evaluation.json', outcome)
     write_atomically(out / 'evaluation.md', text + '\n')
-    print(f'\nevaluation.json and evaluation.md are in {out}/')
+    written = 'evaluation.json and evaluation.md are'
+    if panels := curves_over_training(outcome, members(folders)):
+        draw_panels(panels, out / 'evaluation.png')
+        written = 'evaluation.json, evaluation.md and evaluation.png are'
+    print(f'\n{written} in {out}/')
 
 
 if __name__ == '__main__':

@@ -44,15 +44,17 @@ def loss_variance(losses, width=20):
     return float((residual**2).sum(0).mean() / (width - 2))
 
 
-def hessian_vector_product(model, x, y, vector):
-    """H v for the Hessian H of the mean cross entropy on (x, y), v like model.parameters()."""
-    parameters = list(model.parameters())
+def hessian_vector_product(loss, parameters, vector):
+    """H v for the Hessian H of loss(), a scalar tensor, in parameters that it depends on."""
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
-        logits = model(x).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        gradient = torch.autograd.grad(loss(), parameters, create_graph=True)
         slope = sum((g * v).sum() for g, v in zip(gradient, vector))
         return torch.autograd.grad(slope, parameters)
+
+
+def plain_cross_entropy(model, x, y):
+    """The mean cross entropy through whole logits, which has second derivatives."""
+    return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
 
 
 def norm(vector):
@@ -63,8 +65,8 @@ def norm(vector):
 def mean_over(batches, function):
     """The mean over batches of a function that returns a list of tensors."""
     total = None
-    for x, y in batches:
-        parts = [part / len(batches) for part in function(x, y)]
+    for batch in batches:
+        parts = [part / len(batches) for part in function(*batch)]
         total = parts if total is None else [a + b for a, b in zip(total, parts)]
     return total
 
@@ -75,12 +77,17 @@ def largest_eigenvalue(model, batches, iterations=10, seed=0):
     largest in size, with its sign, by power iteration (the paper: 10 iterations, 128 samples).
     """
     generator = torch.Generator().manual_seed(seed)
-    vector = [torch.randn(p.shape, generator=generator).to(p) for p in model.parameters()]
+    parameters = list(model.parameters())
+    vector = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
     value = math.nan
+
+    def product_on(x, y):
+        return hessian_vector_product(lambda: plain_cross_entropy(model, x, y), parameters, vector)
+
     for _ in progress_bar(range(iterations), desc='power iteration'):
         length = norm(vector)
         vector = [v / length for v in vector]
-        product = mean_over(batches, lambda x, y: hessian_vector_product(model, x, y, vector))
+        product = mean_over(batches, product_on)
         value = sum((p.double() * v.double()).sum().item() for p, v in zip(product, vector))
         vector = product
     return value

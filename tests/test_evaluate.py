@@ -18,10 +18,13 @@ from engine.errors import UserError
 from engine.stage import Result
 from evaluate import (
     Evaluation,
+    average_accuracy,
     bits_per_byte,
     compare,
     compare_all,
+    curves_over_training,
     evaluate,
+    evaluation_tables,
     kl_divergence,
     members,
     open_for_evaluation,
@@ -274,6 +277,26 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         run_tasks(folder, Evaluation(tasks=('choose', 'choose:5')), 'cpu')
     with pytest.raises(UserError, match='no task .chose.'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
+
+
+def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_path):
+    scores = dict(a=dict(acc=0.25), b=dict(acc=0.75, acc_norm=0.5), c=dict(perplexity=9.0))
+    assert average_accuracy(scores) == dict(average_accuracy=0.5)
+    assert average_accuracy(dict(a=dict(acc=0.25))) == {}
+    stage = tmp_path / 'let-0'
+    stage.mkdir()
+    (stage / 'metrics.jsonl').write_text('{"step": 30}\n')
+    row = dict(n_params=1, val_loss=1.0, perplexity=2.7, average_accuracy=0.5)
+    models = {'let-0/step-20': row, 'let-0/step-9': row | dict(average_accuracy=0.4)}
+    models |= {'let-0': row | dict(average_accuracy=0.6), 'other': row}
+    folders = {name: str(tmp_path / name) for name in models}
+    perplexity, accuracy = curves_over_training(dict(models=models), folders)
+    assert [(line.label, line.x, line.y) for line in accuracy.lines] == [
+        ('let-0', [9, 20, 30], [0.4, 0.5, 0.6])
+    ]
+    assert perplexity.lines[0].y == [2.7] * 3
+    text = evaluation_tables(dict(models=models))
+    assert text.splitlines()[0].split('|')[-2].strip() == 'average accuracy'
 
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'config').glob('tasks_*.py')), ids=str)

@@ -1,0 +1,8 @@
+# Late-to-Early Training (Zhao et al.), Table 1: nine tasks with one example in each prompt, and
+# their average. With models kept along the runs (--keep_every=500) the average over training as a
+# picture, Figures 1 and 8 to 11:
+#   python evaluate.py out/let_1.4b/*/ out/let_1.4b/*/step-* config/tasks_let.py --data=pile_smollm2
+tasks = ('arc_challenge', 'arc_easy', 'hellaswag', 'lambada_openai', 'openbookqa', 'piqa', 'sciq')
+tasks += ('winogrande', 'boolq')
+num_fewshot = 1
+kl_examples = 0

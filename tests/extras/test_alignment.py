@@ -1,0 +1,118 @@
+"""What a teacher would teach: gradients, noise and curvature against direct computations."""
+
+import math
+import re
+
+import pytest
+import torch
+from conftest import run_command
+from test_model import small
+
+from engine.errors import UserError
+from extras import alignment
+from extras.alignment import MICRO_BATCH, curvature, data_gradient, projection_loss, reached
+from let import pair_layers
+from model import GPT, GPTConfig
+
+
+def drawn_batches(model, n, width=12, length=10):
+    """n batches of random ids, their targets, and a teacher's hidden states."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(n):
+        x = torch.randint(model.config.vocab_size, (MICRO_BATCH, length), generator=generator)
+        theirs = torch.randn(MICRO_BATCH, length, width, generator=generator, dtype=torch.float64)
+        found.append((x, x.roll(-1, 1), theirs))
+    return found
+
+
+def test_the_gradient_of_the_data_and_its_variance():
+    model = small(n_layer=1, n_embd=8, n_head=1, n_mlp=8)
+    batches = drawn_batches(model, 5)
+    mean, variances = data_gradient(model, batches)
+    for i, p in enumerate(model.parameters()):
+        each = [torch.autograd.grad(model(x, y).loss, p)[0].flatten() for x, y, _ in batches]
+        each = torch.stack(each)
+        torch.testing.assert_close(mean[i].flatten(), each.mean(0))
+        assert variances[i] == pytest.approx(each.var(0).sum().item(), rel=1e-6)
+
+
+def test_the_weight_pulls_as_strongly_against_the_noise_at_every_batch_size():
+    model = small(n_embd=16, n_head=2)
+    batches = drawn_batches(model, 4)
+    data, records = data_gradient(model, batches), {}
+    for batch_size in (8, 32):
+        options = alignment.Options(batch_size=batch_size, ratio=3.0)
+        records[batch_size] = alignment.measure(model, batches, 2, data, options)
+        pull = records[batch_size]['lambda0'] * records[batch_size]['|grad L_proj|']
+        assert pull == pytest.approx(3 * records[batch_size]['noise'])
+    # four times the sequences: half the noise, so half the weight
+    assert records[32]['lambda0'] == pytest.approx(records[8]['lambda0'] / 2)
+    chosen = reached(model, batches[0], 2)
+    noise = math.sqrt(sum(data[1][i] for i in chosen))
+    assert records[8]['noise'] == pytest.approx(noise)  # a micro-batch is 8 sequences
+    names = [name for name, _ in model.named_parameters()]
+    below = ('wte', 'blocks.0.', 'blocks.1.')
+    assert [names[i] for i in chosen] == [name for name in names if name.startswith(below)]
+
+
+def test_a_gradient_agrees_with_itself():
+    """A teacher whose states are moved along the slope of the loss pulls where the data pull."""
+    model = small(n_layer=1, n_embd=16, n_head=2)
+    x, y, _ = drawn_batches(model, 1)[0]
+    hidden = model(x, hidden_at=1).hidden
+    slope = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(
+            model.lm_head(model.norm(hidden)).flatten(0, 1), y.flatten()
+        ),
+        hidden,
+    )[0]
+    for sign in (1, -1):
+        towards = (hidden - sign * 1e-3 * slope).detach()
+        batches = [(x, y, towards)] * 2
+        options = alignment.Options()
+        record = alignment.measure(model, batches, 1, data_gradient(model, batches), options)
+        assert sign * record['agreement'] > 0.3
+
+
+def test_curvature_is_the_frobenius_norm_of_the_hessian():
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_head=1, n_embd=4, n_mlp=4, vocab_size=7, block_size=6)
+    model = GPT(GPTConfig(**shape, init_std=0.3)).double()
+    (batch,) = drawn_batches(model, 1, width=4, length=6)
+    for layer in (1, 2):
+        everything = list(model.parameters())
+        parameters = [everything[i] for i in reached(model, batch, layer)]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = projection_loss(model, batch, layer)
+            gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+            flat = torch.cat([g.flatten() for g in gradient])
+            rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in flat]
+        hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        estimate = curvature(model, batch, layer, probes=400)
+        assert estimate == pytest.approx(hessian.norm().item(), rel=0.15)
+
+
+def test_command_line(data_dir, tmp_path):
+    shape = dict(vocab_size=257, block_size=32)
+    GPT(GPTConfig.named('16x2', **shape)).save(tmp_path / 'teacher', 'bytes')
+    GPT(GPTConfig.named('32x3', **shape)).save(tmp_path / 'target', 'bytes')
+    argv = [tmp_path / 'teacher', f'--data_dir={data_dir}', '--samples=16', '--block_size=32']
+    program = 'extras/alignment.py'
+    fresh = run_command(program, *map(str, argv), '--size=32x6', '--probes=2')
+    assert fresh.returncode == 0, fresh.stderr
+    header, _, *rows = [line for line in fresh.stdout.splitlines() if line.startswith('|')]
+    assert '|H_proj|' in header and [int(row.split('|')[1]) for row in rows] == [3, 6]
+    assert re.search(r'a constant vector 0\.\d\d, a function of the current', fresh.stdout)
+    trained = run_command(program, *map(str, argv), f'--target={tmp_path / "target"}')
+    assert trained.returncode == 0 and '|H_proj|' not in trained.stdout
+    for more, word in (
+        (['--layers=9', '--size=32x6'], 'there is no layer 9'),
+        (['--samples=0'], 'samples must be'),
+        (['--data=nothing'], 'nothing'),
+    ):
+        with pytest.raises(UserError, match=word):
+            alignment.main([*map(str, argv), *more])
+    with pytest.raises(UserError, match='missing argument'):
+        alignment.main([])
+    assert [pair_layers(pair, 1, 6)[0] for pair in ('L2E', 'L2M', 'L2L')] == [3, 3, 6]
