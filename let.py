@@ -50,11 +50,12 @@ from engine.teacher import (
     LazyTeacher,
     hidden_states,
     in_windows,
+    is_ours,
     longest_context,
     open_teacher,
     teacher_states,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, read_config
 
 # ----------------------------------------------------------------------------------------------
 # losses
@@ -239,6 +240,7 @@ class Alignment:
     s_stop: float = 1500.0  # the step at which it reaches zero; below 1: a fraction of all steps
     kind: str = 'cosine'
     untrained: bool = False  # a control: the teacher's shape, initialised at random
+    pairing: str = ''  # which the two layers follow from
 
 
 def let(teacher, alignment, tokenizers=None):
@@ -312,7 +314,11 @@ def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
     a forward pass costs 2 X FLOPs a token; 0 if it is not known.
     """
     stage.objective = let(teacher, alignment, tokenizers)
-    stage.teaching = dict(objective='let', teacher=Path(teacher).name, **asdict(alignment))
+    settings = asdict(alignment)
+    del settings['pairing']  # the layers say it
+    if not alignment.untrained:
+        del settings['untrained']
+    stage.teaching = dict(objective='let', teacher=Path(teacher).name, **settings)
     stage.teacher_params, stage.taught_until = params, alignment.s_stop
     stage.whole_batch = alignment.kind == 'cca'
 
@@ -353,7 +359,7 @@ class Teacher(NamedTuple):
     """Who teaches the runs of LET."""
 
     name: str  # model folder or hub name; '': yet to be trained
-    layers: int
+    layers: int  # 0: not known
     params: float = 0.0  # X in FLOPs = 2 X a token of a forward pass; 0: not known
     config: GPTConfig | None = None  # of one that is yet to be trained
     tokenizers: tuple[str, str] | None = None  # names of the target's and its own, if they differ
@@ -382,7 +388,8 @@ class LET:
         config, teacher = run.model_config(self.size), self.teacher_of(run)
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
-        alignments = {v: self.parse(v, teacher.layers, config.n_layer) for v in self.variants}
+        layers = teacher.layers or UNKNOWN_LAYERS
+        alignments = {v: self.parse(v, layers, config.n_layer) for v in self.variants}
         check_positions(alignments, config, run)
         if not teacher.name:
             stage = Stage('teacher', teacher.config, self.teacher_tokens, teacher.params)
@@ -402,6 +409,8 @@ class LET:
                     self.distil(stage, variant, teacher)
                 if self.teacher and not run.toy and stage.teaching:
                     stage.teaching['teacher'] = self.teacher  # its path: names may be alike
+                if alignment and not teacher.layers:  # of a plan
+                    stage.teaching['teacher_layer'] = f'by {alignment.pairing}'
                 yield stage
 
     def teacher_of(self, run):
@@ -410,9 +419,12 @@ class LET:
         if not self.teacher or run.toy:
             params = config.num_params(head=True)
             return Teacher('', config.n_layer, params, config)
-        if run.dry_run:  # a plan opens no teacher
-            return Teacher(self.teacher, UNKNOWN_LAYERS)
-        return self.examine(run)
+        if not run.dry_run:
+            return self.examine(run)
+        if Path(self.teacher).is_dir() and is_ours(self.teacher):
+            config = read_config(self.teacher)
+            return Teacher(self.teacher, config.n_layer, config.num_params(head=True))
+        return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
 
     def parse(self, variant, teacher_layers, target_layers):
         """The Alignment of a variant, None for the baselines. Raises UserError for others."""
@@ -422,8 +434,7 @@ class LET:
         if name != 'let':
             known = ('baseline', 'rkd', 'salt', 'let', 'let+0.3', 'let+L2M', 'let+logsum')
             raise unknown('variant', variant, known)
-        found = Alignment(0, 0, self.lambda0, self.s_stop, self.alignment)
-        pairing = self.pairing
+        found = Alignment(0, 0, self.lambda0, self.s_stop, self.alignment, pairing=self.pairing)
         for part in parts:
             number = re.fullmatch(r'(stop)?(\d+(?:\.\d+)?)', part)
             if number and number[1]:
@@ -435,11 +446,9 @@ class LET:
             elif part in ALIGNMENTS:
                 found.kind = part
             else:
-                pairing = part
-        pair = pair_layers(pairing, teacher_layers, target_layers)
+                found.pairing = part
+        pair = pair_layers(found.pairing, teacher_layers, target_layers)
         found.target_layer, found.teacher_layer = pair
-        if found.teacher_layer == teacher_layers:
-            found.teacher_layer = 0  # its last, however many it has
         return found
 
     def distil(self, stage, variant, teacher):

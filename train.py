@@ -48,7 +48,7 @@ from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
 from engine.optimizer import learning_rate
-from engine.parallel import check_memory, full_tensor, gradient_sync
+from engine.parallel import beside_teacher, check_memory, full_tensor, gradient_sync
 from engine.plan import PlannedStage
 from engine.report import format_si, plan_text, render, report_blocks, write_report
 from engine.stage import Origin, Progress, Result, Stage
@@ -395,7 +395,11 @@ CPU_DAYS = 60  # that a run on a CPU may take
 def for_planning(run, method):
     """The knobs with which a plan opens no model, and a method that it may change."""
     method = copy.deepcopy(method)
-    for knob in ('reference', 'base_model'):  # their shapes are read where they are on this disk
+    for knob in (
+        'reference',
+        'base_model',
+        'teacher',
+    ):  # their shapes are read where they are on this disk
         if getattr(method, knob, '') and not run.toy:
             setattr(method, knob, str(model_folder(getattr(method, knob))))
     return replace(run, dry_run=True), method
@@ -405,7 +409,7 @@ def check_possible(run, method, hardware):
     """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
     planned = plan(*for_planning(run, method))
     for stage, knobs, _, _ in planned:
-        check_memory(stage.name, stage.config, knobs, hardware)
+        check_memory(stage.name, stage.config, knobs, beside_teacher(hardware, stage))
     flops = sum(result.flops for _, _, _, result in planned)
     days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
     if hardware.device.type == 'cpu' and days > CPU_DAYS:

@@ -61,6 +61,13 @@ def choose_micro_batch(knobs, config, hardware):
     return 1
 
 
+def beside_teacher(hardware, stage):
+    """The hardware with the memory that a stage's teacher, if it has one, leaves."""
+    return hardware._replace(
+        memory=hardware.memory - stage.teacher_params * hardware.dtype.itemsize
+    )
+
+
 def check_memory(name, config, knobs, hardware):
     """Raise UserError where a stage of this shape needs more memory than there is."""
     shards = hardware.world_size if knobs.parallel != 'ddp' else 1

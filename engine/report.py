@@ -412,6 +412,7 @@ def plan_text(run, planned):
     records = []
     for stage, knobs, steps, result in planned:
         state, sequence = estimate_memory(stage.config, knobs, 1)
+        state += 2 * stage.teacher_params  # in bfloat16
         record = {'stage': stage.name, 'from': describe(stage), 'N': stage.config.num_params()}
         record |= {'all parameters': all_params(stage.config), 'tokens': stage.tokens}
         record |= {'steps': steps, 'batch': knobs.batch_size}

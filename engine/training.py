@@ -41,6 +41,7 @@ from engine.metrics import append_metrics, truncate_metrics
 from engine.optimizer import make_optimizer, save_optimizer_state, set_optimizer_state, stable_steps
 from engine.parallel import (
     Meter,
+    beside_teacher,
     choose_micro_batch,
     choose_strategy,
     full_state,
@@ -128,7 +129,8 @@ class Training:
         """The stage's starting model, placed on the hardware."""
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
-        self.strategy = choose_strategy(knobs, stage.config, hardware)
+        room = beside_teacher(hardware, stage)
+        self.strategy = choose_strategy(knobs, stage.config, room)
         self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
         self.source_dtype = 'float32'
 
@@ -172,7 +174,8 @@ class Training:
     def open_data(self):
         """Open the data where the stage is, say what follows, and start the clocks."""
         knobs, hardware, config = self.knobs, self.hardware, self.stage.config
-        self.micro_batch_size = choose_micro_batch(knobs, config, hardware)
+        room = beside_teacher(hardware, self.stage)
+        self.micro_batch_size = choose_micro_batch(knobs, config, room)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
         if self.stage.whole_batch and self.micro_batch_size < knobs.batch_size:
             raise UserError(

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from test_train import metrics, same
 import let
 import train
 from engine import teacher as teachers
+from engine.device import find_hardware
 from engine.errors import UserError
+from engine.parallel import beside_teacher
 from engine.report import mean_curve, steps_to_loss
 from engine.stage import Progress, Result, next_token
 from engine.teacher import hidden_states, open_teacher
@@ -667,7 +670,20 @@ def test_a_given_teacher_is_examined_before_training(compared, data_dir, tmp_pat
 def test_a_plan_opens_no_teacher_and_knows_not_how_many_layers_it_has(data_dir, tmp_path, capsys):
     more = ('--teacher=owner/large', '--dry_run=True', '--pairing=L2F1')
     train.main(arguments(data_dir, tmp_path / 'run', *more))
-    assert 'objective let (teacher owner/large' in capsys.readouterr().out
+    words = 'teacher owner/large, target_layer 1, teacher_layer by L2F1'
+    assert words in capsys.readouterr().out
+
+
+def test_a_plan_counts_a_teacher_that_is_here(compared, data_dir, tmp_path, capsys):
+    """Its forward passes, and its weights in the memory of a GPU."""
+    argv = arguments(data_dir, tmp_path, f'--teacher={compared / "teacher"}')
+    run, method, _ = train.configure(argv, train.Run, train.METHODS)
+    (planned,) = train.plan(replace(run, dry_run=True), method)
+    assert planned.result.flops == Result.of(compared / 'let-0').flops
+    assert planned.stage.teaching['teacher_layer'] == 1
+    hardware = find_hardware(run)
+    left = beside_teacher(hardware, planned.stage).memory
+    assert hardware.memory - left == 4 * load(compared / 'teacher').num_params(head=True)
 
 
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):
