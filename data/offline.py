@@ -114,7 +114,7 @@ def read_source(job):
 
 def is_held_out(text, fraction):
     """Whether a text belongs to the validation split: by a hash, the same everywhere."""
-    return zlib.crc32(text.encode('utf-8')) < fraction * 2**32
+    return zlib.crc32(text.encode('utf-8', 'replace')) < fraction * 2**32  # lone surrogates
 
 
 def offline_documents(corpus, packages, val_fraction, pool):

@@ -180,7 +180,7 @@ def special_ids(folder):
     for kind in ('bos', 'eos', 'pad'):
         token = settings.get(f'{kind}_token')
         token = token.get('content') if isinstance(token, dict) else token
-        if token in vocab:
+        if isinstance(token, str) and token in vocab:
             ids[f'{kind}_token_id'] = vocab[token]
     ends = [vocab[end] for end in ENDS if end in vocab]
     return dict(eos_token_id=ends[0]) | ids if ends else ids

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -11,10 +12,19 @@ from conftest import TEXT, run_command, train_tokenizer
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine import tokenizer_files
 from engine.errors import UserError
-from engine.tokenizer_files import as_tokenizer_json, fingerprint, write_tokenizer
+from engine.tokenizer_files import as_tokenizer_json, fingerprint, special_ids, write_tokenizer
 from model import GPT, GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
+
+
+def test_an_end_token_that_is_no_text_is_passed_over(tmp_path):
+    folder = Path(train_tokenizer('byte-level', tmp_path / 'odd'))
+    for odd in ([1.0, 2.0], {'content': ['<|endoftext|>']}, 7):
+        settings = dict(bos_token=odd, eos_token='<|endoftext|>')
+        (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+        assert set(special_ids(folder)) == {'eos_token_id'}
+
 
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -10,7 +10,7 @@ from conftest import run_command
 from test_model import small, tokens
 
 import train
-from data.preferences import LAG, Pairs, is_preferences, offline_preferences
+from data.preferences import LAG, Pairs, file_preferences, is_preferences, offline_preferences
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Progress, Result
@@ -73,6 +73,16 @@ def test_a_bad_record_is_named(tmp_path):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b"}')
     with pytest.raises(UserError, match='bad.jsonl, record 2: not {"prompt", "chosen"'):
         prepare(Preparation(str(path), str(tmp_path / 'set'), tokenizer='bytes'))
+
+
+def test_half_a_character_in_a_prompt_is_replaced(tmp_path):
+    """JSON may hold half of a surrogate pair, which is no text."""
+    path = tmp_path / 'odd.jsonl'
+    records = [dict(prompt=f'\udcff{i}', chosen='yes', rejected='no') for i in range(9)]
+    path.write_text('\n'.join(map(json.dumps, records)))
+    found = list(file_preferences(Preparation(str(path), val_fraction=0.5)))
+    assert [prompt for prompt, *_ in found] == [record['prompt'] for record in records]
+    assert {is_val for *_, is_val in found} == {True, False}
 
 
 def test_offline_preferences_are_a_functions_own_documentation(monkeypatch):

@@ -56,8 +56,9 @@ JSON_VALUES = [None, True, False, 0, 1, -1, 2, 1.5, 1e18, 10**30, -(10**9), floa
 JSON_VALUES += [float('inf'), '', 'x', '../../canary/x', '\udcff', 'x' * 300, [], [1], [None], {}]
 JSON_VALUES += [{'a': 1}, [[]], 'nan', '1', 10**6, 7, 0.3, [1.0, 2.0, 3.0, 4.0]]
 
-# elsewhere, the offline corpora are made anew: a minute; without a dry run, hours are trained
-LONG = ('data_dir', 'dry_run')
+# elsewhere, the offline corpora are made anew: a minute; without a dry run, hours are trained; a
+# compiler takes longer than a case may
+LONG = ('data_dir', 'dry_run', 'compile')
 TINY = '--block_size=16 --batch_size=2 --eval_tokens=32 --device=cpu --data_dir=data '
 TINY += '--out_dir=out'
 TRAIN = {
@@ -103,6 +104,10 @@ COMMANDS = [
         'extras.mt_bench',
         'model --questions=q.jsonl --out=out.jsonl --max_new_tokens=2 --device=cpu',
     ),
+    (
+        'extras.alignment',
+        'model --size=16x2 --data_dir=data --samples=16 --block_size=8 --device=cpu',
+    ),
     ('data.prepare', 'prefs.jsonl --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('data.prepare', 'text/*.txt --tokenizer=bytes --out=out --val_fraction=0.5'),
     ('data.prepare', 'text/*.jsonl --tokenizer=bytes --out=out --val_fraction=0.5'),
@@ -129,6 +134,7 @@ def knobs_of(module, words):
             bench='Bench',
         )
         names |= {'data.prepare': 'Preparation', 'extras.mt_bench': 'Answering'}
+        names |= {'extras.alignment': 'Options'}
         if module == 'scaling':
             verbs = dict(fit=found.Fitting, advise=found.Question)
             verbs |= dict(diagnose=diagnostics.Diagnosis, toy=diagnostics.Toy)
