@@ -8,6 +8,8 @@ Model Pretraining.
     python scaling.py fit out/scaling_tiny/results.csv       # parameters, errors, pictures
     python scaling.py advise --paper=True --base_params=1e9 --base_tokens=2e12 --budget=1e22
     python scaling.py advise --fit=out/scaling_tiny/fit.json --base_params=1e5 ...
+    python scaling.py sunk_cost --paper=True                 # up to how many tokens growing wins
+    python scaling.py optimal --paper=True --base_tokens=1e10    # the best N and D2 of a budget
     python scaling.py diagnose FOLDER [FOLDER ...]           # extras/diagnostics.py
     python scaling.py toy                                    # the toy model of section 5.3
 
@@ -15,7 +17,8 @@ Model Pretraining.
 
 D1 and D2 are the tokens of the first and second stage, N the parameters without embeddings of the
 base, before growth; D1 = 0 marks a model trained from scratch for D2 tokens. Losses are in nats,
-logarithms natural. A results.csv has the columns method, N, D1, D2, seed, loss. A method is
+logarithms natural. A results.csv has the columns method, N, D1, D2, seed, loss, and may have
+trained_N, the N of the model that the second stage trains. A method is
 scratch, cpt, or a growth (exp, stk2, stk4), with a variant (stk2+stable), and behind a dash the
 corpus of its losses if that is not the base's: losses on different text cannot be compared.
 """
@@ -24,6 +27,7 @@ import csv
 import itertools
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,13 +42,25 @@ import torch
 from configurator import (
     Natural,
     NonNegative,
+    Positive,
     configure,
     with_positionals,
 )
 from engine.errors import UserError, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
 from engine.minimise import levenberg_marquardt
-from engine.report import Line, Panel, draw_pictures, format_count, format_si, render, table
+from engine.progress import progress_bar
+from engine.report import (
+    Line,
+    Panel,
+    draw_panels,
+    draw_pictures,
+    format_count,
+    format_si,
+    render,
+    table,
+)
+from extras import decisions
 
 # ----------------------------------------------------------------------------------------------
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
@@ -163,8 +179,19 @@ class Fit(NamedTuple):
     intervals: dict  # {name: (low, high)}, 90%
     samples: list  # bootstrap samples of the parameters (S, P)
     rms: float  # of the residuals of log L
-    leave_one_out: float  # root mean square error of log L at points left out
+    leave_one_out: float  # root mean square error of log L at cells (N, D1, D2) left out
     seen: dict  # {N, D1, D2: (least, largest) of the points}
+    growth: float | None = None  # N of the model that is trained / of its base; None: not known
+
+    def losses(self, N, D1, D2):
+        """
+        Losses (1 + S, n) of the law at its parameters, and then at its bootstrap samples, at a
+        size N and points of D1 and D2 tokens, numbers or float64 (n,).
+        """
+        rows = [list(self.parameters.values()), *self.samples]
+        columns = (torch.as_tensor(D, dtype=torch.float64) for D in (D1, D2, N))
+        D1, D2, N = torch.broadcast_tensors(*map(torch.atleast_1d, columns))
+        return predict(self.law, rows, dict(N=N, D1=D1, D2=D2))
 
 
 def starts_of(law, x, target):
@@ -228,9 +255,10 @@ def check_points(law, data):
 
 def fit(law, data, bootstrap=200, seed=0):
     """
-    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. A sample of the
-    solutions, good and bad, starts the leave-one-out fits; the best starts the fits of `bootstrap`
-    resamplings, which give the intervals. Raises UserError.
+    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
+    `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
+    their seed alone say nothing about how well the law predicts. A few of the solutions, good and
+    bad, start the fits with a cell left out; the best starts the resampled ones. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
@@ -238,15 +266,15 @@ def fit(law, data, bootstrap=200, seed=0):
     target = torch.as_tensor(data['loss'], dtype=torch.float64).log()
     everything = torch.ones(1, n, dtype=torch.float64)
     (found,), _ = solve(shape, data, everything, starts_of(shape, x, target))
-    candidates = found[:: max(1, len(found) // 16)]
+    candidates = found[:: max(1, len(found) // 4)]
     (theta,), decrease = solve(shape, data, everything, candidates[:1], steps=1500)
     if not theta.isfinite().all() or decrease > 1e-2:
         raise UserError(f'the fit of {law} did not converge: the points do not determine it')
-    left_out = 1 - torch.eye(n, dtype=torch.float64)
-    others = solve(shape, data, left_out, candidates)[0][:, 0]
+    in_cell = cells_of(data)
+    others = solve(shape, data, 1 - in_cell, candidates)[0][:, 0]
     samples = theta
     if bootstrap:
-        counts = resampled(n, bootstrap, seed)
+        counts = resampled(len(in_cell), bootstrap, seed) @ in_cell
         samples = solve(shape, data, counts, theta)[0][:, 0]
     ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return Fit(
@@ -255,13 +283,28 @@ def fit(law, data, bootstrap=200, seed=0):
         dict(zip(shape.parameters, ends.T.tolist())),
         samples.tolist(),
         rms=root_mean_square(log_loss(shape, theta, x)[0] - target),
-        leave_one_out=root_mean_square((log_loss(shape, others, x) - target).diagonal()),
+        leave_one_out=root_mean_square((log_loss(shape, others, x) - target)[in_cell > 0]),
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
+        growth=growth_of(data),
     )
 
 
+def growth_of(data):
+    """The mean of trained_N / N of points that all say it, else None."""
+    trained = data.get('trained_N', [math.nan])
+    ratios = [large / N for large, N in zip(trained, data['N'])]
+    return statistics.mean(ratios) if all(map(math.isfinite, ratios)) else None
+
+
+def cells_of(data):
+    """Which points belong to each cell of equal N, D1 and D2: float64 (cells, n), 0 or 1."""
+    rows = torch.tensor([data['N'], data['D1'], data['D2']], dtype=torch.float64)
+    _, cell = rows.unique(dim=1, return_inverse=True)
+    return torch.nn.functional.one_hot(cell).T.double()
+
+
 def resampled(n, times, seed):
-    """How often each of n points is in each of some bootstrap samples: float64 (times, n)."""
+    """How often each of n cells is in each of some bootstrap samples: float64 (times, n)."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (times, n), generator=generator)
     return torch.nn.functional.one_hot(drawn, n).sum(1).double()
@@ -273,7 +316,7 @@ def root_mean_square(residuals):
 
 
 def leave_one_out(law, data):
-    """Root mean square error of log L at points left out one at a time (Table 1)."""
+    """Root mean square error of log L at cells left out one at a time (Table 1)."""
     return fit(law, data, bootstrap=0).leave_one_out
 
 
@@ -286,7 +329,6 @@ PUBLISHED = {
     'cpt-code': ('joint', ('15.062', '0.048', '0.126', '0.001', '27.234', '0.238', '0.105')),
     'stk2': ('joint', ('33.394', '0.087', '0.119', '0.003', '22.471', '0.173', '0.041')),
 }
-GROWTH_FACTOR = {'exp': 2, 'stk2': 2, 'stk4': 4}
 
 
 def published():
@@ -313,6 +355,7 @@ def published():
 # results.csv
 
 COLUMNS = ('method', 'N', 'D1', 'D2', 'seed', 'loss')
+NUMBERS = (*COLUMNS[1:], 'trained_N')  # the last may be missing: NaN
 
 
 def read_results(path):
@@ -335,13 +378,13 @@ def read_results(path):
         if not re.fullmatch(r'[\w@+.-]+', cells['method']):  # it names a picture
             wanted = 'letters, digits and the signs _ @ + . -'
             raise UserError(f'{path}, row {number}: method {cells["method"]!r} is not {wanted}')
-        key = (cells['method'], *values[:-1])
+        key = (cells['method'], *values[:4])
         if key in seen:
             same = 'the same method, N, D1, D2 and seed'
             raise UserError(f'{path}, row {number} repeats row {seen[key]}: {same}')
         seen[key] = number
-        columns = results.setdefault(cells['method'], {name: [] for name in COLUMNS[1:]})
-        for name, value in zip(COLUMNS[1:], values):
+        columns = results.setdefault(cells['method'], {name: [] for name in NUMBERS})
+        for name, value in zip(NUMBERS, values):
             columns[name].append(value)
     if not results:
         raise UserError(f'{path} holds no results')
@@ -352,15 +395,18 @@ def read_results(path):
 
 
 def read_row(cells, where):
-    """The numbers of one row, in the order of COLUMNS[1:]. Raises UserError."""
+    """The values of NUMBERS in one row. Raises UserError."""
     try:
         values = [float(cells[name]) for name in COLUMNS[1:]]
+        trained = float(cells.get('trained_N') or math.nan)
     except (ValueError, KeyError):
         raise UserError(f'{where}: a number is missing in {",".join(COLUMNS[1:])}') from None
     N, D1, D2, _, loss = values
     if not all(map(math.isfinite, values)) or min(loss, N, D2) <= 0 or D1 < 0:
         raise UserError(f'{where}: loss, N and D2 must be positive numbers, D1 positive or 0')
-    return values
+    if trained < N or trained == math.inf:
+        raise UserError(f'{where}: trained_N must be at least N')
+    return [*values, trained]
 
 
 def by_size(results):
@@ -388,188 +434,6 @@ def laws_for(data):
 
 
 # ----------------------------------------------------------------------------------------------
-# decisions
-
-
-def loss_of(fitted, N, D1, D2):
-    """Predicted loss in nats at one point."""
-    theta = [list(fitted.parameters.values())]
-    return predict(fitted.law, theta, dict(N=[N], D1=[D1], D2=[D2])).item()
-
-
-def sampled_losses(fitted, N, D1, D2):
-    """The predicted losses (S,) of the bootstrap samples at one point."""
-    return predict(fitted.law, fitted.samples, dict(N=[N], D1=[D1], D2=[D2]))[:, 0]
-
-
-def crossing(better_early, better_late, low=1e3, high=1e20):
-    """
-    The tokens, between low and high, from which the second of two curves (functions of tokens)
-    stays below the first; None if it is below from the beginning, or not at the end.
-    """
-    grid = [low * (high / low) ** (i / 400) for i in range(401)]
-    ahead = [better_late(tokens) - better_early(tokens) for tokens in grid]  # > 0: first is better
-    last = max((i for i, lead in enumerate(ahead) if lead > 0), default=400)
-    if last == 400:
-        return None
-    low, high = grid[last], grid[last + 1]
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        if better_late(middle) > better_early(middle):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def sunk_cost_limit(scratch, grown, N, factor=2):
-    """
-    D* in tokens (Eq. 12): a model of factor x N trained from scratch for D* is as good as one
-    grown from N after D* tokens and trained for D* more; beyond, starting over wins. None: the
-    curves do not cross.
-    """
-    reused = lambda D: loss_of(grown, N, D, D)
-    return crossing(reused, lambda D: loss_of(scratch, factor * N, 0.0, D))
-
-
-def published_sunk_cost_limit(N):
-    """The paper's approximation of D* in tokens (Appendix E.1)."""
-    return 13e12 * (N / 1e11) ** (-0.6 - 0.04 * math.log(N / 1e11))
-
-
-def compute_optimal(joint_fit, D1, compute, factor=1):
-    """
-    (D2, N) that minimise a joint law at fixed D1 for C2 = 6 factor N D2 FLOPs (Eq. 13, Appendix
-    E.2; N before growth). Raises UserError where more tokens never help.
-    """
-    p = SimpleNamespace(**joint_fit.parameters)
-    alpha = p.alpha2 - p.alpha3 * math.log(D1)
-    if alpha <= 0 or p.beta <= 0:
-        raise UserError(
-            f'at D1 = {D1:g} the exponent of D2 is {alpha:.3f}: no compute-optimal point'
-        )
-    log_A = p.logA - p.alpha1 * math.log(D1)
-    log_G = (log_A + math.log(alpha) - p.logB - math.log(p.beta)) / (alpha + p.beta)
-    log_product = math.log(compute / (6 * factor))
-    share = p.beta / (alpha + p.beta)
-    D2 = math.exp(log_G + share * log_product)
-    return D2, math.exp(-log_G + (1 - share) * log_product)
-
-
-class Choice(NamedTuple):
-    """Something to do with a budget, and the law that predicts its loss."""
-
-    label: str
-    fitted: Fit
-    N: float  # of the law
-    D1: float
-    D2: float
-    trained: float  # parameters N that are trained
-
-    def beyond_the_fit(self):
-        """What of this choice lies outside the points of its fit, as sentences."""
-        beyond = []
-        for name in ('N', 'D1', 'D2'):
-            value, (low, high) = getattr(self, name), self.fitted.seen[name]
-            inside = low * 0.999 <= value <= high * 1.001 or name == 'D1' and value == 0
-            if not inside:
-                beyond.append(
-                    f'  {self.label}: {name} = {value:.3g} ({low:.3g} to {high:.3g} seen)'
-                )
-        return beyond
-
-
-def factor_of(method):
-    """How many times larger than its base a method's model is."""
-    return GROWTH_FACTOR.get(re.split('[+@]', method)[0], 1)
-
-
-def of_domain(fits, domain):
-    """The fits whose losses are on one corpus, '' for the base's. Raises UserError for none."""
-    chosen = {}
-    for method, fitted in fits.items():
-        name, _, corpus = method.partition('-')
-        if corpus == domain:
-            chosen[name] = fitted
-    if not chosen:
-        known = sorted({method.partition('-')[2] or "''" for method in fits})
-        raise unknown('domain', domain, known)
-    return chosen
-
-
-def choices_for(fits, N, D1, budget):
-    """The Choices for a budget of FLOPs and a base of N parameters after D1 tokens."""
-    choices = []
-    factors = sorted({1} | {factor_of(method) for method in fits})
-    for method, fitted in fits.items():
-        factor = factor_of(method)
-        if method.startswith('scratch'):
-            for k in factors:
-                D2 = budget / (6 * k * N)
-                label = f'start over, {format_count(k * N)}'
-                choices.append(Choice(label, fitted, k * N, 0.0, D2, k * N))
-            if 'cpt' not in fits:  # the same data continue: the law of one stage, for D1 + D2
-                label = f'continue, {format_count(N)}'
-                choices.append(Choice(label, fitted, N, 0.0, D1 + budget / (6 * N), N))
-        else:
-            kind = f'grow by {method}' if factor > 1 else f'continue ({method})'
-            label = f'{kind}, {format_count(factor * N)}'
-            D2 = budget / (6 * factor * N)
-            choices.append(Choice(label, fitted, N, D1, D2, factor * N))
-    return [choice for choice in choices if says_something(choice)]
-
-
-def says_something(choice):
-    """Whether a fit covers a size: one at a single size says nothing about others."""
-    smallest, largest = choice.fitted.seen['N']
-    return smallest != largest or math.isclose(choice.N, smallest, rel_tol=0.01)
-
-
-def advise(fits, N, D1, budget):
-    """
-    The text that answers: a base of N parameters (without embeddings) was trained for D1 tokens,
-    `budget` FLOPs are left: grow it, continue, or start over? fits: {method: Fit}. Raises
-    UserError if no fit covers this size.
-    """
-    choices = choices_for(fits, N, D1, budget)
-    if not choices:
-        sizes = sorted({f'{fitted.seen["N"][0]:,.0f}' for fitted in fits.values()})
-        raise UserError(f'these fits are for N = {", ".join(sizes)}, not for {N:,.0f}')
-    choices.sort(key=lambda c: loss_of(c.fitted, c.N, c.D1, c.D2))
-    records, samples, warnings = [], [], []
-    for c in choices:
-        samples.append(sampled_losses(c.fitted, c.N, c.D1, c.D2))
-        low, high = samples[-1].quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-        record = {'choice': c.label, 'tokens': budget / (6 * c.trained)}
-        record['predicted loss'] = loss_of(c.fitted, c.N, c.D1, c.D2)
-        records.append(record | {'90% interval': f'{low:.3f} to {high:.3f}'})
-        warnings += c.beyond_the_fit()
-    least = min(len(s) for s in samples)
-    best = torch.stack([s[:least] for s in samples]).argmin(0)
-    confidence = (best == 0).double().mean().item()
-    lines = [f'{choices[0].label} is best, in {confidence:.0%} of the resampled laws']
-    lines += [crossing_line(c, choices) for c in choices if c.D1]
-    text = f'{table(records)}\n\n' + '\n'.join(filter(None, lines))
-    if warnings:
-        text += '\n\noutside what the laws were fitted to, so take it as a guess:\n'
-        text += '\n'.join(warnings)
-    return text
-
-
-def crossing_line(choice, choices):
-    """Up to how many tokens a choice is ahead of starting over, as a sentence, or ''."""
-    label = f'start over, {format_count(choice.trained)}'
-    rivals = [c for c in choices if c.label == label]
-    if not rivals:
-        return ''
-    reused = lambda D: loss_of(choice.fitted, choice.N, choice.D1, D)
-    at = crossing(reused, lambda D: loss_of(rivals[0].fitted, choice.trained, 0.0, D))
-    if at is None:
-        return f'{choice.label} and starting over do not cross'
-    return f'{choice.label} is ahead of starting over up to {format_count(at)} tokens'
-
-
-# ----------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -582,18 +446,6 @@ class Fitting:
     out: str = ''  # folder for fit.json and pictures; empty: that of the results
 
 
-@dataclass
-class Question:
-    """Grow, continue or start over: scaling.py advise."""
-
-    fit: str = ''  # fit.json of `scaling.py fit`
-    paper: bool = False  # the published coefficients instead
-    base_params: NonNegative = 0.0  # N of the base model, without embeddings
-    base_tokens: NonNegative = 0.0  # tokens it was trained on
-    budget: NonNegative = 0.0  # FLOPs to spend, at 6 per parameter and token
-    domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
-
-
 def fit_results(path, bootstrap=200):
     """Fit every method's laws to a results.csv: (blocks for the report, {method: Fit})."""
     results = by_size(read_results(path))
@@ -602,7 +454,7 @@ def fit_results(path, bootstrap=200):
     errors = {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
     for method, data in results.items():
         fits = {}
-        for law in laws_for(data):
+        for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
             try:
                 fits[law] = fit(law, data, bootstrap)
                 errors[law][method] = f'{1e3 * fits[law].leave_one_out:.3f}'
@@ -656,11 +508,12 @@ def law_panel(data, fits, title):
         D2s, losses = points_at(data, D1)
         color, label = f'C{i % 10}', f'D1 = {format_count(D1)}'
         panel.lines.append(Line(D2s, losses, label, 'o', color))
-        grid = torch.logspace(math.log10(D2s[0]), math.log10(D2s[-1]), 50).tolist()
+        ends = math.log10(D2s[0]), math.log10(D2s[-1])
+        grid = torch.logspace(*ends, 50, dtype=torch.float64)
         for law, fitted in fits.items():
             if law in styles:
-                curve = [loss_of(fitted, data['N'][0], D1, D2) for D2 in grid]
-                panel.lines.append(Line(grid, curve, '', styles[law], color))
+                curve = fitted.losses(data['N'][0], D1, grid)[0].tolist()
+                panel.lines.append(Line(grid.tolist(), curve, '', styles[law], color))
     return panel
 
 
@@ -703,6 +556,7 @@ def read_fits(path):
             for name in ('N', 'D1', 'D2'):
                 low, high = fitted.seen[name]
                 assert 0 <= low <= high < math.inf
+            assert fitted.growth is None or 1 <= fitted.growth < math.inf
         assert fits
     except (ValueError, TypeError, AttributeError, AssertionError, LookupError, RuntimeError) as e:
         reason = type(e).__name__
@@ -723,18 +577,94 @@ def fit_command(argv):
     print(f'\nfit.json and pictures are in {options.out}/')
 
 
+@dataclass
+class Laws:
+    """Whose laws decide."""
+
+    fit: str = ''  # fit.json of `scaling.py fit`
+    paper: bool = False  # the published coefficients instead
+    domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
+
+    def read(self):
+        """{method: Fit} of the domain. Raises UserError."""
+        if self.paper == bool(self.fit):
+            raise UserError('whose laws? --fit=FILE or --paper=True')
+        fits = published() if self.paper else read_fits(self.fit)
+        return decisions.of_domain(fits, self.domain)
+
+
+@dataclass
+class Question(Laws):
+    """Grow, continue or start over: scaling.py advise."""
+
+    base_params: NonNegative = 0.0  # N of the base model, without embeddings
+    base_tokens: NonNegative = 0.0  # tokens it was trained on
+    budget: NonNegative = 0.0  # FLOPs to spend, at 6 per parameter and token
+
+
 def advise_command(argv):
     """scaling.py advise"""
     options, _, _ = configure(argv, Question, program='scaling.py advise')
     for knob in ('base_params', 'base_tokens', 'budget'):
         if getattr(options, knob) < 1:
             raise UserError(f'missing argument --{knob}=NUMBER')
-    if options.paper == bool(options.fit):
-        raise UserError('whose laws? --fit=FILE or --paper=True')
-    fits = of_domain(published() if options.paper else read_fits(options.fit), options.domain)
-    print(advise(fits, options.base_params, options.base_tokens, options.budget))
+    fits = options.read()
+    print(decisions.advise(fits, options.base_params, options.base_tokens, options.budget))
     budget = format_si(options.budget)
     print(f'\n{budget}FLOPs; N without embeddings; losses in nats on the data of the fit')
+
+
+@dataclass
+class SunkCost(Laws):
+    """Up to how many tokens growing is ahead of starting over, D* over N: scaling.py sunk_cost."""
+
+    growth: str = 'stk2'  # method whose law is compared with starting over
+    out: str = '.'  # folder for sunk_cost.png
+
+
+def sunk_cost_command(argv):
+    """scaling.py sunk_cost"""
+    options, _, _ = configure(argv, SunkCost, program='scaling.py sunk_cost')
+    fits = options.read()
+    for method in ('scratch', options.growth):
+        law = law_of(fits, method)
+        if law.seen['N'][0] == law.seen['N'][1]:
+            raise UserError(f'the law of {method} is of one size: D* over N needs several')
+    print(table(decisions.sunk_cost_records(fits, options.growth)))
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    panels = decisions.sunk_cost_panels(fits, options.growth)
+    draw_panels(panels, Path(options.out) / 'sunk_cost.png')
+    print(f'\nsunk_cost.png is in {options.out}/')
+
+
+@dataclass
+class Optimum(Laws):
+    """The compute-optimal N and D2 of a second stage (Eq. 13): scaling.py optimal."""
+
+    growth: str = 'stk2'  # method of the second stage: cpt, stk2, ...
+    base_tokens: Positive = 1e10  # D1, of the base
+    out: str = '.'  # folder for optimal.png
+
+
+def optimal_command(argv):
+    """scaling.py optimal"""
+    options, _, _ = configure(argv, Optimum, program='scaling.py optimal')
+    law, D1 = law_of(options.read(), options.growth), options.base_tokens
+    if law.law != 'joint':
+        raise UserError(f'the law of {options.growth} is {law.law}, which says nothing about N')
+    records = decisions.optimal_records(law, options.growth, D1)
+    print(table(records))
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    panels = decisions.optimal_panels(law, options.growth, D1)
+    draw_panels(panels, Path(options.out) / 'optimal.png')
+    print(f'\noptimal.png is in {options.out}/')
+
+
+def law_of(fits, method):
+    """The Fit of a method. Raises UserError if there is none."""
+    if method not in fits:
+        raise unknown('law of a method', method, fits)
+    return fits[method]
 
 
 def main(argv):
@@ -744,6 +674,8 @@ def main(argv):
     verbs = {
         'fit': fit_command,
         'advise': advise_command,
+        'sunk_cost': sunk_cost_command,
+        'optimal': optimal_command,
         'diagnose': diagnostics.diagnose_command,
         'toy': diagnostics.toy_command,
     }

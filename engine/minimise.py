@@ -10,21 +10,24 @@ def huber(residual):
     return torch.where(size <= 1, 0.5 * size**2, size - 0.5)
 
 
-def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-9):
+def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-6):
     """
     Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta (P,)
     -> residuals (n,) in units of the Huber loss's knee; theta (B, P) float64 starts; weight
     (B, n). Each step solves (J^T W J + damping diag) step = -J^T W r with Huber's weights
     W = weight / max(1, |r|); a step that does not improve is not taken, and the damping grows.
+    For |r| > 1 these weights see more curvature than there is, so after a step that improved the
+    next is stretched by half as much again.
     Returns (theta, values (B,), relative decrease over the last 20 steps (B,): 0 if converged).
     """
-    residuals, jacobian = vmap(function), vmap(jacfwd(function))
+    residuals = vmap(function)
+    linearised = vmap(jacfwd(lambda x: (function(x),) * 2, has_aux=True))  # (J, r)
     value = (weight * huber(residuals(theta))).sum(1)
-    damping = torch.full_like(value, 1e-2)
+    damping, stretch = torch.full_like(value, 1e-2), torch.ones_like(value)
     before, decrease = value.clone(), torch.full_like(value, torch.inf)
     working = torch.arange(len(theta))  # problems that have not converged
     for step in range(1, steps + 1):
-        r, J = residuals(theta[working]), jacobian(theta[working])
+        J, r = linearised(theta[working])
         w = weight[working] / r.abs().clamp(min=1)
         gradient = torch.einsum('bnp,bn->bp', J, w * r)
         H = torch.einsum('bnp,bn,bnq->bpq', J, w, J)
@@ -32,13 +35,15 @@ def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-9):
         least = 1e-8 * diagonal.amax(1, keepdim=True)  # else a term that vanishes runs away
         damped = H + torch.diag_embed(damping[working, None] * diagonal.maximum(least))
         change, failed = torch.linalg.solve_ex(damped, -gradient)
-        new = theta[working] + change
+        new = theta[working] + stretch[working, None] * change
         new_value = (weight[working] * huber(residuals(new))).sum(1)
         better = (new_value < value[working]) & (failed == 0)  # False where it is not a number
         improved = working[better]
         theta[improved], value[improved] = new[better], new_value[better]
-        factor = torch.where(better, 0.3, 5.0)
+        tried = stretch[working]
+        factor = torch.where(better, 0.3, torch.where(tried > 1, 1.0, 5.0))
         damping[working] = (damping[working] * factor).clamp(1e-15, 1e15)
+        stretch[working] = torch.where(better, 1.5 * tried, 1.0)
         if step % 20 == 0:
             decrease[working] = (before - value)[working] / value[working].clamp(min=1e-8)
             before = value.clone()

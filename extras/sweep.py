@@ -13,14 +13,14 @@ import csv
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from configurator import Count, Fraction, NonNegative, Positive
 from engine.errors import UserError, unknown
 from engine.files import commit_file
 from engine.metrics import read_metrics
 from engine.report import format_si
-from engine.stage import Stage
+from engine.stage import Result, Stage
 from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
 from scaling import COLUMNS, fit_results, write_fits
 
@@ -35,6 +35,7 @@ class Sweep:
     second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of that
     reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; with +stable, cpt also +replay
     second_data: str = ''  # corpus of cpt; its loss counts there
+    second_position: Literal['begin', 'continue'] = 'begin'  # in the data, of second stages
     replay: Fraction = 0.25  # share of the base's data under cpt+replay
     scratch: tuple[Positive, ...] = ()  # D of runs from scratch of all shapes, as fractions
     learning_rates: tuple[NonNegative, ...] = ()  # of each size; empty: learning_rate
@@ -68,12 +69,16 @@ class Sweep:
         ways = [Reuse.parse(text, self, run) for text in self.reuse]
         stable = first if any(way.stable for way in ways) else set()
         labels = dict(method='scratch', N=config.num_params(), D1=0.0, seed=seed)
+        labels |= dict(trained_N=config.num_params())
         bases, phases = yield from series.runs(name, config, first, labels, stable)
         for way in ways:
             own = series.with_data(way.data)
             for D1 in sorted(first):
                 start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
+                if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
+                    start.data_after = Result.given('', '')
                 labels = labels | dict(method=f'{way.name}{way.corpus}', D1=D1)
+                labels |= dict(trained_N=start.config.num_params())
                 grid = f'{name}-{format_si(D1)}-{way.name}'
                 yield from own.runs(grid, start.config, second, labels, (), start)
         if scratch:
@@ -83,6 +88,7 @@ class Sweep:
                 labels = dict(
                     method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0, seed=seed
                 )
+                labels |= dict(trained_N=shape.num_params())
                 yield from own.runs(f'{name}-scratch-{kind}', shape, scratch, labels)
 
     def knobs_of(self, i, run, seed):
@@ -118,7 +124,7 @@ class Sweep:
     def summary(self, results):
         """Write results.csv, fit the laws, and return their tables."""
         out = Path(results[0].folder).parent
-        columns = (*COLUMNS, 'gradient_norm', 'parameter_norm')
+        columns = (*COLUMNS, 'trained_N', 'gradient_norm', 'parameter_norm')
         temporary = out / 'results.csv.tmp'
         with open(temporary, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, columns)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,65 +11,108 @@ from test_scaling_laws import TABLE_6, grid
 
 import scaling
 from engine.errors import UserError
-from scaling import (
-    LAWS,
-    Fit,
+from extras.decisions import (
+    TOKENS,
     advise,
+    compute_optima,
     compute_optimal,
-    crossing,
-    fit_results,
-    loss_of,
+    crossings,
     of_domain,
-    predict,
-    published,
+    optimal_records,
     published_sunk_cost_limit,
-    read_fits,
-    read_results,
-    sunk_cost_limit,
+    sunk_cost_limits,
+    sunk_cost_records,
 )
+from scaling import LAWS, Fit, fit, fit_results, predict, published, read_fits, read_results
 
 PAPER = published()
 
 
+def loss_of(fitted, N, D1, D2):
+    """The loss that a fit predicts at one point."""
+    return fitted.losses(N, D1, D2)[0, 0].item()
+
+
 def test_sunk_cost_limit_is_the_papers():
-    found = sunk_cost_limit(PAPER['scratch'], PAPER['stk2'], 1e11)
-    assert found == pytest.approx(1.2e13, rel=0.02) and loss_of(
-        PAPER['stk2'], 1e11, found, found
-    ) == pytest.approx(loss_of(PAPER['scratch'], 2e11, 0, found))
+    found = sunk_cost_limits(PAPER['scratch'], PAPER['stk2'], 1e11)[0].item()
+    assert found == pytest.approx(1.2e13, rel=0.02)
+    grown, scratch = PAPER['stk2'], PAPER['scratch']
+    assert loss_of(grown, 1e11, found, found) == pytest.approx(loss_of(scratch, 2e11, 0, found))
     for N in (1e10, 1e11, 1e12):  # Appendix E.1's approximation
-        assert sunk_cost_limit(PAPER['scratch'], PAPER['stk2'], N) == pytest.approx(
-            published_sunk_cost_limit(N), rel=0.1
-        )
+        limits = sunk_cost_limits(scratch, grown, N)
+        assert limits[0].item() == pytest.approx(published_sunk_cost_limit(N), rel=0.1)
     assert published_sunk_cost_limit(1e11) == 13e12
 
 
 def test_crossings():
-    assert crossing(lambda d: 3 * d**-0.1, lambda d: 10 * d**-0.2) == pytest.approx(
-        (10 / 3) ** 10, rel=1e-6
-    )
-    assert (
-        crossing(lambda d: 1.0, lambda d: 0.5) is None
-        and crossing(lambda d: 0.5, lambda d: 1.0) is None
-    )
+    early, late, low, high = 3 * TOKENS**-0.1, 10 * TOKENS**-0.2, TOKENS * 0 + 0.5, TOKENS * 0 + 1
+    found = crossings(torch.stack([early, low, high]), torch.stack([late, high, low]))
+    assert found.tolist() == [pytest.approx((10 / 3) ** 10, rel=1e-5), math.inf, 0.0]
+
+
+def test_a_decision_is_as_certain_as_the_laws():
+    """The published coefficients within their rounding: what do they decide?"""
+    (record,) = sunk_cost_records(PAPER, 'stk2', sizes=[1e11])
+    assert record['D* (tokens)'] == '11.9T' and record['no D* in'] == '21% of the laws'
+    limits = sunk_cost_limits(PAPER['scratch'], PAPER['stk2'], 1e11)
+    assert (limits[1:] == math.inf).sum() + (limits[1:] == 0).sum() == 42  # of 200
+    low, high = limits[limits.isfinite() & (limits > 0)].aminmax()
+    assert low < 2e10 and high > 1e19
+    text = advise(of_domain(PAPER, ''), 1e9, 2e12, 1e22)
+    interval = r'up to 736T tokens .90% interval \d.* to any; at any number in 5\d% of the'
+    assert re.search(interval, text)
+
+
+def test_the_optimum_of_every_law():
+    (record,) = optimal_records(PAPER['stk2'], 'stk2', 1e10, budgets=[1e21])
+    points = compute_optima(PAPER['stk2'], 1e10, 1e21, factor=2)
+    expected = compute_optimal(PAPER['stk2'].parameters, 1e10, 1e21, 2)
+    assert points[0].tolist() == pytest.approx(list(expected)) and len(points) == 201
+    assert record['none in'] == '0% of the laws'
+    low, high = record['90% interval of D2'].split(' to ')
+    assert low != high
+    none = compute_optima(PAPER['stk2'], 1e60, 1e21)
+    assert not none[0].isfinite().any()
+
+
+def test_what_does_not_add_up_in_the_paper():
+    """docs/scaling.md, "What does not add up": its numbers."""
+    data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
+    expected = {14_751_680: (1.259, 1.244), 521_889_760: (1.637, 1.377)}
+    for N, (with_it, without) in expected.items():
+        chosen = [i for i, n in enumerate(data['N']) if n == N]
+        rows = {k: [v[i] for i in chosen] for k, v in data.items()}
+        found = fit('multiplicative', rows, bootstrap=100 if N > 1e8 else 0)
+        assert 1e3 * found.leave_one_out == pytest.approx(with_it, abs=0.02)
+        rival = fit('no_interaction', rows, bootstrap=0)
+        assert 1e3 * rival.leave_one_out == pytest.approx(without, abs=0.02)
+    low, high = found.intervals['alpha3']  # of the 0.5B base
+    assert low < -0.3 and high > 0.1
+    limits = [sunk_cost_limits(PAPER['scratch'], PAPER['stk2'], N)[0] for N in (1e8, 5e8, 5e9)]
+    assert limits[0] < limits[1] > limits[2]  # D* rises before it falls
+    N, D1 = 521_889_760, 7.38e10
+    reused = PAPER['stk2'].losses(N, D1, TOKENS)
+    found = crossings(reused[:1], PAPER['scratch'].losses(2 * N, 0.0, TOKENS)[:1])
+    assert found[0] > 1e14  # Figure 4 has a crossing within its axis, below 1e12
 
 
 @pytest.mark.parametrize('method, factor', [('cpt-code', 1), ('stk2', 2)])
 def test_compute_optimum_is_the_numerical_one(method, factor):
     fitted, D1, compute = PAPER[method], 1e10, 1e21
-    D2, N = compute_optimal(fitted, D1, compute, factor)
+    D2, N = compute_optimal(fitted.parameters, D1, compute, factor)
     assert 6 * factor * N * D2 == pytest.approx(compute)
     around = [loss_of(fitted, N * s, D1, D2 / s) for s in torch.logspace(-0.5, 0.5, 101).tolist()]
     assert min(range(101), key=around.__getitem__) == 50
     with pytest.raises(UserError, match='no compute-optimal point'):
-        compute_optimal(fitted, 1e60, compute)
+        compute_optimal(fitted.parameters, 1e60, compute)
 
 
 def test_eq_13_is_how_the_optimum_grows_with_compute():
     p = PAPER['cpt-code'].parameters
     effective = p['alpha2'] - p['alpha3'] * math.log(1e10)
     (d, n), (d10, n10) = (
-        compute_optimal(PAPER['cpt-code'], 1e10, 1e20),
-        compute_optimal(PAPER['cpt-code'], 1e10, 1e21),
+        compute_optimal(p, 1e10, 1e20),
+        compute_optimal(p, 1e10, 1e21),
     )
     assert math.log10(d10 / d) == pytest.approx(p['beta'] / (p['beta'] + effective)) and math.log10(
         n10 / n
@@ -80,7 +124,7 @@ def test_published_losses_are_fitted():
     large = [i for i, n in enumerate(data['N']) if n == 521_889_760]
     table_9 = {k: [v[i] for i in large] for k, v in data.items()}
     assert len(data['loss']) == 27 and len(large) == 13
-    found = scaling.fit('multiplicative', table_9, bootstrap=0)
+    found = fit('multiplicative', table_9, bootstrap=0)
     assert (
         found.rms < 1.2e-3 and found.parameters['alpha1'] > 0 and found.parameters['alpha3'] > 0
     )  # Table 9's own error: 0.0012-0.0016
@@ -91,7 +135,7 @@ def test_a_law_that_points_do_not_determine_has_wide_intervals():
     data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
     small = [i for i, n in enumerate(data['N']) if n == 14_751_680]
     table_8 = {k: [v[i] for i in small] for k, v in data.items()}
-    low, high = scaling.fit('additive', table_8, bootstrap=20).intervals['logA']
+    low, high = fit('additive', table_8, bootstrap=20).intervals['logA']
     assert high - low > 2
 
 
@@ -155,12 +199,13 @@ def test_a_far_overtrained_base_is_better_not_grown():
 # files and commands
 
 
-def write(path, data, method='stk2'):
+def write(path, data, method='stk2', growth=None):
     rows = [
-        f'{method},{n},{d1},{d2},0,{loss}'
+        f'{method},{n},{d1},{d2},0,{loss}' + (f',{growth * n}' if growth else '')
         for n, d1, d2, loss in zip(data['N'], data['D1'], data['D2'], data['loss'])
     ]
-    path.write_text('\n'.join(['method,N,D1,D2,seed,loss', *rows]) + '\n')
+    head = 'method,N,D1,D2,seed,loss' + (',trained_N' if growth else '')
+    path.write_text('\n'.join([head, *rows]) + '\n')
 
 
 def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
@@ -186,7 +231,36 @@ def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
             '--budget=1e19',
         ]
     )
-    assert 'grow by stk2, 197M is best' in capsys.readouterr().out
+    assert 'grow by stk2, 197M is the only choice that these laws' in capsys.readouterr().out
+
+
+def test_the_size_that_is_trained_is_counted_as_it_is(tmp_path):
+    """Width by sqrt 2 at 8 heads is 1.89 times the parameters, not twice."""
+    data = grid('multiplicative', TABLE_6['Stack'])
+    for name, growth in (('with', 1.89), ('without', None)):
+        write(tmp_path / f'{name}.csv', data, 'exp', growth)
+        (found,) = read_results(tmp_path / f'{name}.csv').values()
+        fits = dict(exp=fit('multiplicative', found, bootstrap=0))
+        assert fits['exp'].growth == (growth and pytest.approx(growth))
+        N = data['N'][0]
+        text = advise(fits, N, 4e9, 1e19)
+        assert f'grow by exp, {(growth or 2) * N / 1e6:.0f}M' in text
+    write(tmp_path / 'smaller.csv', data, 'exp', 0.9)
+    with pytest.raises(UserError, match='row 2: trained_N must be at least N'):
+        read_results(tmp_path / 'smaller.csv')
+
+
+def test_twins_are_left_out_together():
+    """Runs that differ by their seed alone do not make the leave-one-out error smaller."""
+    generator = torch.Generator().manual_seed(0)
+    once = grid('multiplicative', TABLE_6['Stack'])
+    noise = 1 + 0.01 * torch.randn(len(once['loss']), generator=generator)
+    once['loss'] = [loss * n for loss, n in zip(once['loss'], noise.tolist())]
+    twice = {name: [*values, *values] for name, values in once.items()}
+    alone = fit('multiplicative', once, bootstrap=0)
+    twins = fit('multiplicative', twice, bootstrap=0)
+    assert twins.leave_one_out == pytest.approx(alone.leave_one_out, rel=1e-3)
+    assert twins.leave_one_out > 1.2 * twins.rms
 
 
 def test_points_of_two_sizes_are_two_fits():

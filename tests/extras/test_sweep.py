@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.optimizer import learning_rate
 from engine.report import describe
 from engine.stage import Result
-from model import load
+from model import GPTConfig, load
 from train import Run
 
 TINY = [
@@ -78,6 +78,31 @@ def test_every_point_is_in_the_table(swept):
         )
     )
     assert 'no fit' in (swept / 'report.md').read_text()  # of four points there is none
+
+
+def test_every_row_says_which_size_was_trained(swept):
+    for row in csv.DictReader(open(swept / 'results.csv')):
+        N, trained = float(row['N']), float(row['trained_N'])
+        if row['method'].startswith('stk2'):
+            grown = GPTConfig.named('16x2', vocab_size=257, block_size=16)
+            assert trained == grown.num_params() > 1.9 * N
+        else:
+            assert trained == N
+
+
+@pytest.mark.parametrize('place, offset', [('begin', 0), ('continue', 640)])
+def test_second_stages_begin_in_the_data_where_they_are_told_to(data_dir, tmp_path, place, offset):
+    """From the beginning for every base, as in the paper, or on from where the base stopped."""
+    argv = [*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--reuse=stk2,stk2+stable']
+    run, method, _ = train.configure(
+        [*argv, f'--second_position={place}'], train.Run, train.METHODS
+    )
+    stages = {p.stage.name: p for p in train.plan(run, method)}
+    for way in ('stk2', 'stk2+stable'):
+        first = stages[f'16x1-640-{way}-stable-256']
+        assert first.stage.position == offset and first.stage.parent.position == 640
+        branch = stages[f'16x1-640-{way}-320']
+        assert branch.stage.position == offset + 256 and branch.result.position == offset + 320
 
 
 def test_a_branch_is_the_run_that_would_have_been_trained_alone(swept, data_dir, tmp_path):
