@@ -94,6 +94,8 @@ COMMANDS = [
     ('scaling', 'fit few.csv --bootstrap=2'),
     ('scaling', 'advise --fit=fit.json --base_params=1e6 --base_tokens=1e7 --budget=1e15'),
     ('scaling', 'advise --paper=True --base_params=1e9 --base_tokens=1e12 --budget=1e21'),
+    ('scaling', 'sunk_cost --paper=True --out=out'),
+    ('scaling', 'optimal --paper=True --base_tokens=1e10 --out=out'),
     ('scaling', 'diagnose model --data_dir=data --samples=2 --block_size=8 --iterations=1'),
     ('scaling', 'toy --features=100'),
     (
@@ -137,6 +139,7 @@ def knobs_of(module, words):
         names |= {'extras.alignment': 'Options'}
         if module == 'scaling':
             verbs = dict(fit=found.Fitting, advise=found.Question)
+            verbs |= dict(sunk_cost=found.SunkCost, optimal=found.Optimum)
             verbs |= dict(diagnose=diagnostics.Diagnosis, toy=diagnostics.Toy)
             classes = [verbs[words[0]]]
         else:
