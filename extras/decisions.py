@@ -270,14 +270,15 @@ def sunk_cost_records(fits, method, sizes=SIZES):
 
 
 def sunk_cost_panels(fits, method, sizes=SIZES):
-    """D* over the size of the base with the interval of the laws (Figure 10, right)."""
+    """D* over the size of the base, and between which half of the laws lie (Figure 10, right)."""
     scratch, grown = fits['scratch'], fits[method]
     factor = factor_of(method, grown)
     panel = Panel('N of the base', 'D* (tokens)', log='xy')
-    rows = {'as fitted': [], '5% of the laws are below': [], '95% (none: no D*)': []}
+    rows = {'as fitted': [], 'a quarter of the laws is below': [], 'a quarter is above': []}
+    quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
     for N in sizes:
         found = sunk_cost_limits(scratch, grown, N, factor)
-        low, high = found[1:].quantile(QUANTILES, interpolation='nearest').tolist()
+        low, high = found[1:].quantile(quarters, interpolation='nearest').tolist()
         for values, value in zip(rows.values(), (found[0].item(), low, high)):
             values.append(value if 0 < value < math.inf else math.nan)
     for (label, values), style in zip(rows.items(), ('o-', ':', ':')):

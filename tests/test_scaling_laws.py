@@ -185,6 +185,20 @@ def test_levenberg_marquardt_on_functions_that_are_known():
     assert theta[0].tolist() == pytest.approx([2, 1], abs=2e-3)
 
 
+def test_laws_are_tried_on_the_lowest_losses_which_they_have_not_seen():
+    """The tenth of the cells with the lowest losses, as in the middle of Figure 3."""
+    data = grid('multiplicative', TABLE_6['Stack'], noise=1e-3)
+    right, wrong = (fit(law, data, bootstrap=0) for law in ('multiplicative', 'no_interaction'))
+    assert right.extrapolation < 3e-3 < 5e-3 < wrong.extrapolation
+    order = sorted(range(25), key=data['loss'].__getitem__)
+    rest = {name: [values[i] for i in sorted(order[2:])] for name, values in data.items()}
+    lowest = {name: [values[i] for i in order[:2]] for name, values in data.items()}
+    without = fit('multiplicative', rest, bootstrap=0)
+    found = predict('multiplicative', [list(without.parameters.values())], lowest)[0].log()
+    by_hand = (found - torch.tensor(lowest['loss'], dtype=torch.float64).log()).square().mean()
+    assert right.extrapolation == pytest.approx(by_hand.sqrt().item(), rel=0.02)
+
+
 def test_what_cannot_be_fitted_is_said():
     data = grid('multiplicative', TABLE_6['Stack'])
     few = {k: v[:6] for k, v in data.items()}
