@@ -342,7 +342,7 @@ class ChainOfLearngene:
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
-    recovery_tokens: Positive = 3e5  # training tokens of each descendant, on the run's data
+    recovery_tokens: NonNegative = 3e5  # of each descendant, on the run's data; 0: as it starts
     recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
     baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')  # what LInit is compared with
     downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored

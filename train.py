@@ -263,7 +263,7 @@ def train_step(training):
 def train_to_the_end(training):
     """The loop over the steps of a stage."""
     knobs = training.knobs
-    if training.step == 0 and (knobs.eval_interval or training.stage.observe):
+    if training.step == 0 and (knobs.eval_interval or training.stage.observe or not training.steps):
         line = dict(step=0, tokens=0, flops=0.0)
         if knobs.eval_interval:
             line['val_loss'] = training.validate()
@@ -333,9 +333,14 @@ def stage_knobs(run, stage, world_size=1):
 
 
 def count_steps(knobs, stage):
-    """Optimizer steps of a stage: its tokens in whole batches, rounded up; 4 for a toy."""
+    """
+    Optimizer steps of a stage: its tokens in whole batches, rounded up; 4 for a toy. A stage of no
+    tokens is its starting model, evaluated and saved.
+    """
     if knobs.toy:
         return 4
+    if not stage.tokens:
+        return 0
     return max(1, math.ceil(stage.tokens / (knobs.batch_size * knobs.block_size) - 1e-9))
 
 
@@ -367,7 +372,7 @@ def plan_stage(stage, run):
     if run.toy:
         stage.tokens = result.tokens
     # of the tokens asked for: those trained on are rounded up to whole batches
-    result.flops = stage.flops(Progress(steps, steps), stage.tokens / steps)
+    result.flops = stage.flops(Progress(steps, steps), stage.tokens / max(1, steps))
     result.inherited_flops = stage.inherited_flops
     result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens

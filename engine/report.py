@@ -387,7 +387,7 @@ def mean_curve(results):
     """[(share of the steps, validation loss)], the mean over runs of equal steps."""
     curves = [dict(validation_curve(result)) for result in results]
     steps = sorted(set.intersection(*map(set, curves)))
-    return [(s / steps[-1], statistics.mean(curve[s] for curve in curves)) for s in steps]
+    return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
 
 
 def lead_begins(curve, other):

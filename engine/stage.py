@@ -37,7 +37,7 @@ class Stage:
 
     name: str  # its folder under out_dir
     config: Any  # GPTConfig of the model that is trained
-    tokens: float  # training tokens T, rounded up to whole batches
+    tokens: float  # training tokens T, rounded up to whole batches; 0: nothing is trained
     params: float  # X in FLOPs = 6 X T, as the method's paper counts it
     origin: Origin = field(default_factory=Origin)
     model: Callable | None = None  # builds the starting model, when the stage runs; None: random

@@ -13,6 +13,7 @@ import col
 import train
 from col import default_alpha, learngene_layers, linit, neighbours, subset
 from engine.errors import UserError
+from engine.stage import Result
 from expand import grow
 from model import GPT, GPTConfig, load
 
@@ -213,6 +214,21 @@ def chain(data_dir, tmp_path_factory):
         + ['--chain=32x3,16x2', '--descendants=32x2']
     )
     return out
+
+
+def test_descendants_without_recovery_are_what_they_start_from(data_dir, tmp_path):
+    """Zero recovery tokens (Figure 3): LInit's weights, evaluated and saved, at no cost."""
+    more = ['--chain=32x3,16x2', '--descendants=32x2', '--baselines=single,random']
+    train.main(arguments(data_dir, tmp_path, *more, '--recovery_tokens=0', '--eval_interval=0'))
+    small, large = load(tmp_path / '16x2'), load(tmp_path / '32x3')
+    found = load(tmp_path / '32x2-linit')
+    assert same(found, linit(small, large, found.config))
+    results = {start: Result.of(tmp_path / f'32x2-{start}') for start in ('linit', 'random')}
+    assert results['linit'].tokens == results['linit'].flops == 0
+    assert [line['step'] for line in metrics(tmp_path / '32x2-linit')] == [0]
+    assert results['linit'].val_loss != results['random'].val_loss
+    report = (tmp_path / 'report.md').read_text()
+    assert 'loss at step 0' in report and (tmp_path / 'report.png').is_file()
 
 
 def test_everything_is_trained_and_reported(chain):
