@@ -564,7 +564,10 @@ def given_ancestor(name):
     """The Result of an ancestor that exists; a public one's cost is not known."""
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
-    return Result.given('ancestor', model_folder(name), load(name).num_params())
+    model = load(name)
+    result = Result.given('ancestor', model_folder(name), model.num_params())
+    result.params = model.num_params(head=True)  # what it costs as a teacher is known
+    return result
 
 
 def write_chain(out_dir, chain):

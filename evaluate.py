@@ -171,9 +171,13 @@ def run_tasks(folder, options, device, limit=None):
     return scores
 
 
-def average_accuracy(scores):
-    """{'average_accuracy': mean over the tasks that have one}, or {} for fewer than two."""
-    found = [metrics['acc'] for metrics in scores.values() if 'acc' in metrics]
+def average_accuracy(scores, tasks):
+    """
+    {'average_accuracy': mean over those of the tasks that have one}, or {} for fewer than two.
+    tasks: as asked for; the harness also returns the parts of a group, which count within it.
+    """
+    asked = [scores.get(task.partition(':')[0], {}) for task in tasks]
+    found = [metrics['acc'] for metrics in asked if 'acc' in metrics]
     return dict(average_accuracy=statistics.mean(found)) if len(found) > 1 else {}
 
 
@@ -265,7 +269,7 @@ def evaluate_folders(folders, options):
         row = outcome['models'][name] = losses(opener(), corpus, block_size, options)
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
-            row |= average_accuracy(row['tasks'])
+            row |= average_accuracy(row['tasks'], options.tasks)
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)

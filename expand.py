@@ -581,7 +581,8 @@ class Progressive:
     def teach(self, stage, smaller, small_config):
         """Let the size before teach a grown one, by Late-to-Early Training."""
         layers = pair_layers('L2E', small_config.n_layer, stage.config.n_layer)
-        teach(stage, smaller.folder, Alignment(*layers, self.taught, s_stop=0.15), smaller.params)
+        X = small_config.num_params()
+        teach(stage, smaller.folder, Alignment(*layers, self.taught, s_stop=0.15), X)
 
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""

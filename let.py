@@ -32,8 +32,9 @@ from data.instruct import run_source
 from data.loader import Share
 from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
+from engine.device import choose_device
 from engine.errors import UserError, unknown
-from engine.loss import Distillation, kl_of_logits
+from engine.loss import IGNORED, Distillation, kl_of_logits
 from engine.metrics import read_metrics
 from engine.report import (
     Line,
@@ -165,7 +166,8 @@ def cca(target, teacher, covered, ridge=1e-3):
     5). It is of a whole batch: pieces of it correlate by chance, so too few positions are refused
     (UserError), as are micro-batches where a stage has this loss (Stage.whole_batch).
     """
-    check_cca(target[..., 0].numel(), max(target.shape[-1], teacher.shape[-1]))
+    positions = target[..., 0].numel() if covered is None else int(covered.sum())
+    check_cca(positions, max(target.shape[-1], teacher.shape[-1]))
     if covered is None:
         covered = torch.ones(target.shape[:-1], device=target.device)
     weight, whitened = covered.to(target.dtype).flatten()[:, None], []
@@ -310,8 +312,9 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
 
 def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
     """
-    Give a stage the objective of LET. teacher: a model folder or hub name; params: its X, of which
-    a forward pass costs 2 X FLOPs a token; 0 if it is not known.
+    Give a stage the objective of LET. teacher: a model folder or hub name; params: of its layers,
+    whose forward pass costs 2 FLOPs each a token (a teacher with a coarser tokenizer reads fewer
+    tokens than are counted); 0 if they are not known.
     """
     stage.objective = let(teacher, alignment, tokenizers)
     settings = asdict(alignment)
@@ -319,7 +322,8 @@ def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
     if not alignment.untrained:
         del settings['untrained']
     stage.teaching = dict(objective='let', teacher=Path(teacher).name, **settings)
-    stage.teacher_params, stage.taught_until = params, alignment.s_stop
+    stage.teacher_params = params if alignment.lambda0 else 0.0
+    stage.taught_until = alignment.s_stop
     stage.whole_batch = alignment.kind == 'cca'
 
 
@@ -360,9 +364,23 @@ class Teacher(NamedTuple):
 
     name: str  # model folder or hub name; '': yet to be trained
     layers: int  # 0: not known
-    params: float = 0.0  # X in FLOPs = 2 X a token of a forward pass; 0: not known
+    width: int = 0
+    params: float = 0.0  # of its layers: a forward pass costs 2 FLOPs each a token; 0: not known
+    head: float = 0.0  # of its head, which distillation needs too
     config: GPTConfig | None = None  # of one that is yet to be trained
     tokenizers: tuple[str, str] | None = None  # names of the target's and its own, if they differ
+
+    @classmethod
+    def of(cls, name, config):
+        """One of our architectures."""
+        params = config.num_params()
+        head = config.num_params(head=True) - params
+        return cls(name, config.n_layer, config.n_embd, params, head)
+
+    def used_by(self, alignment):
+        """Parameters of the layers that an alignment asks for: ours stops there."""
+        ours = self.layers and self.head
+        return self.params * (alignment.teacher_layer / self.layers if ours else 1.0)
 
 
 @dataclass
@@ -390,9 +408,10 @@ class LET:
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
         layers = teacher.layers or UNKNOWN_LAYERS
         alignments = {v: self.parse(v, layers, config.n_layer) for v in self.variants}
-        check_positions(alignments, config, run)
+        check_positions(alignments, max(config.n_embd, teacher.width), config, run)
         if not teacher.name:
-            stage = Stage('teacher', teacher.config, self.teacher_tokens, teacher.params)
+            X = teacher.params + teacher.head
+            stage = Stage('teacher', teacher.config, self.teacher_tokens, X)
             taught = yield stage
             teacher = teacher._replace(name=taught.folder)
         self.floors = partial(floors_text, teacher, run)  # for the summary
@@ -404,7 +423,8 @@ class LET:
                 stage.knobs = dict(seed=run.seed + seed)
                 stage.labels = dict(variant=variant, seed=seed)
                 if alignment:
-                    teach(stage, teacher.name, alignment, teacher.params, teacher.tokenizers)
+                    params = teacher.used_by(alignment)
+                    teach(stage, teacher.name, alignment, params, teacher.tokenizers)
                 elif variant != 'baseline':
                     self.distil(stage, variant, teacher)
                 if self.teacher and not run.toy and stage.teaching:
@@ -417,13 +437,11 @@ class LET:
         """The Teacher: a given one, examined before training, or one that is yet to be trained."""
         config = run.model_config(self.teacher_size)
         if not self.teacher or run.toy:
-            params = config.num_params(head=True)
-            return Teacher('', config.n_layer, params, config)
+            return Teacher.of('', config)._replace(config=config)
         if not run.dry_run:
             return self.examine(run)
         if Path(self.teacher).is_dir() and is_ours(self.teacher):
-            config = read_config(self.teacher)
-            return Teacher(self.teacher, config.n_layer, config.num_params(head=True))
+            return Teacher.of(self.teacher, read_config(self.teacher))
         return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
 
     def parse(self, variant, teacher_layers, target_layers):
@@ -434,19 +452,20 @@ class LET:
         if name != 'let':
             known = ('baseline', 'rkd', 'salt', 'let', 'let+0.3', 'let+L2M', 'let+logsum')
             raise unknown('variant', variant, known)
-        found = Alignment(0, 0, self.lambda0, self.s_stop, self.alignment, pairing=self.pairing)
+        given = {}
         for part in parts:
             number = re.fullmatch(r'(stop)?(\d+(?:\.\d+)?)', part)
-            if number and number[1]:
-                found.s_stop = float(number[2])
-            elif number:
-                found.lambda0 = float(number[2])
+            if number:
+                field, value = 's_stop' if number[1] else 'lambda0', float(number[2])
             elif part == 'untrained':
-                found.untrained = True
-            elif part in ALIGNMENTS:
-                found.kind = part
+                field, value = 'untrained', True
             else:
-                found.pairing = part
+                field, value = 'kind' if part in ALIGNMENTS else 'pairing', part
+            if field in given:
+                raise UserError(f'{variant!r} in variants says {field} twice')
+            given[field] = value
+        usual = dict(lambda0=self.lambda0, s_stop=self.s_stop, kind=self.alignment)
+        found = Alignment(0, **usual | dict(pairing=self.pairing) | given)
         pair = pair_layers(found.pairing, teacher_layers, target_layers)
         found.target_layer, found.teacher_layer = pair
         return found
@@ -457,7 +476,7 @@ class LET:
         settings = dict(alpha=self.alpha, temperature=self.temperature, s_stop=s_stop)
         stage.objective = distil(teacher.name, **settings)
         stage.teaching = dict(objective=variant, teacher=Path(teacher.name).name, **settings)
-        stage.teacher_params, stage.taught_until = teacher.params, s_stop
+        stage.teacher_params, stage.taught_until = teacher.params + teacher.head, s_stop
 
     def examine(self, run):
         """The Teacher that is given, opened and compared with the corpus. Raises UserError."""
@@ -469,14 +488,18 @@ class LET:
         except UserError:
             check_vocabulary(corpus, model.config, self.teacher)
             print(f'{self.teacher} does not name its tokenizer; assuming {ours}, as the corpus')
-        layers = getattr(model.config, 'n_layer', None) or model.config.num_hidden_layers
-        params = float(sum(p.numel() for p in model.parameters()))
-        if isinstance(model, GPT):
-            params = model.config.num_params(head=True)
         distilling = {'rkd', 'salt'} & set(self.variants)
-        if distilling and not isinstance(model, GPT):
-            raise UserError(f'RKD and SALT need a model that load() opens, not {self.teacher}')
-        found = Teacher(self.teacher, layers, params)
+        untrained = any('untrained' in variant.split('+') for variant in self.variants)
+        if (distilling or untrained) and not isinstance(model, GPT):
+            needed = 'RKD, SALT and untrained teachers'
+            raise UserError(f'{needed} need a model that load() opens, not {self.teacher}')
+        if isinstance(model, GPT):
+            found = Teacher.of(self.teacher, model.config)
+        else:
+            embeddings = model.get_input_embeddings().weight
+            params = float(sum(p.numel() for p in model.parameters()) - embeddings.numel())
+            layers = model.config.num_hidden_layers
+            found = Teacher(self.teacher, layers, embeddings.shape[-1], params)
         if same_tokenizer(ours, theirs):
             if distilling:
                 check_vocabulary(corpus, model.config, self.teacher)
@@ -516,24 +539,28 @@ class LET:
         return blocks
 
 
-def check_positions(alignments, config, run):
-    """Raise UserError, before training, where CCA has too few positions for the target's width."""
+def check_positions(alignments, widest, config, run):
+    """Raise UserError, before training, where CCA has too few positions for vectors this wide."""
     positions = run.sequences * min(run.block_size, config.block_size)
     if any(alignment and alignment.kind == 'cca' for alignment in alignments.values()):
-        check_cca(positions, config.n_embd)
+        check_cca(positions, widest)
 
 
 def floors_text(teacher, run):
     """The similarity floors of a Teacher on validation text, in words."""
-    length = min(run.block_size, longest_context(model := open_teacher(teacher.name)))
-    knobs = replace(run, block_size=length)
-    x, *_ = next(run_source(knobs).validation(max(1, FLOOR_POSITIONS // length), Share()))
+    device = choose_device(run.device)
+    model = open_teacher(teacher.name, device)
+    length = min(run.block_size, longest_context(model))
+    found = run_source(replace(run, block_size=length)).validation
+    x, y, _ = next(found(max(1, FLOOR_POSITIONS // length), Share(device)))
+    x = x[(y != IGNORED).any(1)]  # a short split is filled up with copies
     with torch.no_grad():
         states, covered = teacher_states(x, model, 0, teacher.tokenizers)
     constant, token = similarity_floors(states, x, covered)
     _, centred_token = similarity_floors(centred(states, covered), x, covered)
     return (
-        f'similarity to the teacher without reading a context: a constant vector {constant:.2f}, '
+        "similarity to the teacher's last layer without reading a context: "
+        f'a constant vector {constant:.2f}, '
         f'a function of the current token {token:.2f} (centred: 0, {centred_token:.2f})'
     )
 
@@ -552,7 +579,8 @@ def against(runs, baseline):
     """
     runs = [r for r in runs if r.labels['seed'] in baseline]
     pairs = [(r, baseline[r.labels['seed']]) for r in runs]
-    shares = [steps_to_loss(mean_curve([r]), b.val_loss) for r, b in pairs]
+    curves = [(mean_curve([r]), b.val_loss) for r, b in pairs]
+    shares = [steps_to_loss(curve, loss) for curve, loss in curves if len(curve) > 1]
     record = dict.fromkeys(('steps to its loss', 'FLOPs', 'time'))
     missed = shares.count(None)
     if missed:

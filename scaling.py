@@ -245,9 +245,9 @@ def check_points(law, data):
     """Raise UserError for an unknown law, or points that cannot determine it."""
     if law not in LAWS:
         raise unknown('law', law, LAWS)
-    n, least = len(data['loss']), len(LAWS[law].parameters) + 2
+    n, least = len(cells_of(data)), len(LAWS[law].parameters) + 2
     if n < least:
-        raise UserError(f'{law} needs at least {least} points, not {n}')
+        raise UserError(f'{law} needs at least {least} points of different N, D1 or D2, not {n}')
     columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
     for column in LAWS[law].depends_on:
         if len(set(columns[column])) < 2:
@@ -646,9 +646,10 @@ def sunk_cost_command(argv):
             raise UserError(f'the law of {method} is of one size: D* over N needs several')
     print(table(decisions.sunk_cost_records(fits, options.growth)))
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    panels = decisions.sunk_cost_panels(fits, options.growth)
+    approximate = decisions.published_sunk_cost_limit if options.paper else None
+    panels = decisions.sunk_cost_panels(fits, options.growth, approximate)
     draw_panels(panels, Path(options.out) / 'sunk_cost.png')
-    print(f'\nsunk_cost.png is in {options.out}/')
+    print(f'\n{seen_sizes(fits[options.growth])}; sunk_cost.png is in {options.out}/')
 
 
 @dataclass
@@ -671,7 +672,13 @@ def optimal_command(argv):
     Path(options.out).mkdir(parents=True, exist_ok=True)
     panels = decisions.optimal_panels(law, options.growth, D1)
     draw_panels(panels, Path(options.out) / 'optimal.png')
-    print(f'\noptimal.png is in {options.out}/')
+    print(f'\n{seen_sizes(law)}; optimal.png is in {options.out}/')
+
+
+def seen_sizes(law):
+    """Which sizes a law was fitted to, in words: what lies beyond is a guess."""
+    low, high = law.seen['N']
+    return f'the law was fitted to N from {format_count(low)} to {format_count(high)}'
 
 
 def law_of(fits, method):

@@ -400,8 +400,7 @@ CPU_DAYS = 60  # that a run on a CPU may take
 def for_planning(run, method):
     """The knobs with which a plan opens no model, and a method that it may change."""
     method = copy.deepcopy(method)
-    # the shapes of given models are read where they are on this disk
-    for knob in ('reference', 'base_model', 'teacher'):
+    for knob in ('reference', 'base_model'):  # their shapes are read where they are on this disk
         if getattr(method, knob, '') and not run.toy:
             setattr(method, knob, str(model_folder(getattr(method, knob))))
     return replace(run, dry_run=True), method

@@ -271,7 +271,7 @@ MACHINE_KNOBS = {
 }
 # the meaning of the steps already done depends on these: they can never change
 FIXED = re.compile(
-    r'origin|teaching|continues_optimizer|parent.*|params|toy|block_size|batch_size|batch_tokens|'
+    r'origin|teaching|continues_optimizer|parent.*|position|params|toy|block_size|batch_size|batch_tokens|'
     r'optimizer_dtype|model\..*'
 )
 
@@ -285,6 +285,7 @@ def stage_identity(stage, knobs, texts):
         parent=None,
         tokens=stage.tokens,
         params=stage.params,
+        position=stage.position,
     )
     if stage.parent:
         identity |= {

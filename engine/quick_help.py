@@ -50,6 +50,7 @@ class StandIns:
         """Nothing to run."""
 
 
-folder = Path(sys.argv[0]).resolve().parent  # of the program: ours, not another that imports us
-if folder in (ROOT, ROOT / 'data', ROOT / 'extras') and {'-h', '--help'} & set(sys.argv[1:]):
+program = Path(sys.argv[0]).resolve()  # ours, not another that imports us, nor python -c
+ours = program.is_file() and program.parent in (ROOT, ROOT / 'data', ROOT / 'extras')
+if ours and {'-h', '--help'} & set(sys.argv[1:]):
     sys.meta_path.insert(0, StandIns)

@@ -50,7 +50,7 @@ class Stage:
         None  # (model, x, y, Progress) -> (loss, scalars); None: next_token
     )
     teaching: dict = field(default_factory=dict)  # what the objective is, as data
-    teacher_params: float = 0.0  # X of a teacher, whose forward pass costs 2 X FLOPs a token; ...
+    teacher_params: float = 0.0  # of a teacher that are used, at 2 FLOPs each a token; ...
     taught_until: float | None = None  # ... until this step (below 1: share of all); None: the end
     whole_batch: bool = False  # the objective is of a batch as a whole, not a mean over sequences
     tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's

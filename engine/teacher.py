@@ -36,14 +36,18 @@ def open_teacher(name, device='cpu', untrained=False):
         model = load(name, device).to(dtype)
     else:
         model = transformers_model(name, 'AutoModel', dtype).to(device)
+    if isinstance(model, GPT):
+        model.build_rope(device)  # whose tables stay float32
     return model.eval().requires_grad_(False)
 
 
 def as_initialised(config, seed=0):
-    """A model of random weights; the generators of random numbers are left as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return GPT(config)
+    """A model of random weights, on the CPU, whose generator is left as it was."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    model = GPT(config)
+    torch.set_rng_state(before)
+    return model
 
 
 def transformers_model(name, kind, dtype=torch.float32):
@@ -60,6 +64,7 @@ class LazyTeacher:
     """A teacher that is opened when the first batch comes, and forgotten when it is done."""
 
     def __init__(self, name_or_model, untrained=False):
+        assert not (untrained and callable(name_or_model)), 'it says no shape to initialise'
         self.name_or_model, self.untrained, self.model = name_or_model, untrained, None
 
     def on(self, device):

@@ -63,9 +63,9 @@ class Options:
 # a batch is (x, y, the teacher's hidden states), x and y of MICRO_BATCH sequences
 
 
-def batches_of(options, corpus, teacher, device):
+def batches_of(options, block_size, corpus, teacher, device):
     """The batches to measure on, from the training split."""
-    order = Order(options.block_size, seed=options.seed)
+    order = Order(block_size, seed=options.seed)
     found = []
     for start in range(0, max(options.samples, 2 * MICRO_BATCH), MICRO_BATCH):
         positions = range(start, start + MICRO_BATCH)
@@ -99,7 +99,8 @@ def data_gradient(model, batches):
             squares[i] += norm([g]) ** 2
     n = len(batches)
     mean = [g / n for g in total]
-    return mean, [(q - n * norm([m]) ** 2) / (n - 1) for q, m in zip(squares, mean)]
+    spread = [q - n * norm([m]) ** 2 for q, m in zip(squares, mean)]
+    return mean, [max(0.0, value) / (n - 1) for value in spread]
 
 
 def curvature(model, batch, layer, probes, seed=0):
@@ -138,15 +139,15 @@ def measure(model, batches, layer, data, options):
     ours = mean_over(batches, gradient)
     theirs = [mean[i] for i in chosen]
     product = sum((a.double() * b.double()).sum().item() for a, b in zip(ours, theirs))
-    record['|grad L_proj|'] = norm(ours)
-    record['|grad CE|'] = norm(theirs)
+    record['gradient of L_proj'] = norm(ours)
+    record['gradient of CE'] = norm(theirs)
     record['agreement'] = product / (norm(ours) * norm(theirs))
     record['noise'] = math.sqrt(
         sum(variances[i] for i in chosen) * MICRO_BATCH / options.batch_size
     )
     record['lambda0'] = matched_weight(record['noise'], norm(ours), options.ratio)
     if options.probes:
-        record['|H_proj|'] = curvature(model, batches[0], layer, options.probes, options.seed)
+        record['curvature'] = curvature(model, batches[0], layer, options.probes, options.seed)
     return record
 
 
@@ -178,7 +179,8 @@ def main(argv):
     layers = list(dict.fromkeys(options.layers or layers))
     if max(layers) > n_layer:
         raise UserError(f'layers: the target has {n_layer}, there is no layer {max(layers)}')
-    batches = batches_of(options, corpus, teacher, device)
+    block_size = min(options.block_size, model.config.block_size)
+    batches = batches_of(options, block_size, corpus, teacher, device)
     data = data_gradient(model, batches)
     bar = progress_bar(layers, desc='layers')
     print(table([measure(model, batches, layer, data, options) for layer in bar]))

@@ -46,12 +46,17 @@ def crossings(reused, fresh, tokens=TOKENS):
 
 
 def count(tokens):
-    """A number of tokens in words: 'none' for 0, 'any' for infinity."""
+    """Up to how many tokens reuse is ahead, in words: 'none' for 0, 'any' for infinity."""
     return {0.0: 'none', math.inf: 'any'}.get(tokens) or format_count(tokens)
 
 
 def interval_of(found):
-    """'LOW to HIGH', 90% of the samples in found (1 + S,), whose first is the fit itself."""
+    """
+    'LOW to HIGH', 90% of the samples in found (1 + S,), whose first is the fit itself; None if one
+    sample is all there is.
+    """
+    if len(found) < 3:
+        return None
     low, high = found[1:].quantile(QUANTILES, interpolation='nearest').tolist()
     return f'{count(low)} to {count(high)}'
 
@@ -99,14 +104,18 @@ def compute_optimal(law, D1, compute, factor=1):
 
 
 def compute_optima(fitted, D1, compute, factor=1):
-    """compute_optimal of a fit and of its samples, float64 (1 + S, 2); inf where there is none."""
+    """
+    compute_optimal of a fit and of its samples, float64 (1 + S, 2); 0 where there is none. Raises
+    UserError if the fit itself has none.
+    """
     points = []
+    compute_optimal(fitted.parameters, D1, compute, factor)
     for row in [list(fitted.parameters.values()), *fitted.samples]:
         law = dict(zip(fitted.parameters, row))
         try:
             points.append(compute_optimal(law, D1, compute, factor))
         except (UserError, OverflowError):
-            points.append((math.inf, math.inf))
+            points.append((0.0, 0.0))
     return torch.tensor(points, dtype=torch.float64)
 
 
@@ -165,7 +174,10 @@ def of_domain(fits, domain):
 def choices_for(fits, N, D1, budget):
     """The Choices for a budget of FLOPs and a base of N parameters after D1 tokens."""
     choices = []
-    factors = sorted({1} | {factor_of(method, fitted) for method, fitted in fits.items()})
+    factors = [1]
+    for factor in sorted(factor_of(method, fitted) for method, fitted in fits.items()):
+        if factor > 1.01 * factors[-1]:  # those of two methods may differ by a norm's parameters
+            factors.append(factor)
     for method, fitted in fits.items():
         factor = factor_of(method, fitted)
         if method.startswith('scratch'):
@@ -232,19 +244,22 @@ def best_line(choices):
 
 def crossing_line(choice, choices):
     """Up to how many tokens a choice is ahead of starting over, in words, or ''."""
-    label = f'start over, {format_count(choice.trained)}'
-    rivals = [c for c in choices if c.label == label]
+    rivals = [c for c in choices if not c.D1 and c.label.startswith('start over')]
+    rivals = [c for c in rivals if math.isclose(c.trained, choice.trained, rel_tol=0.02)]
     if not rivals:
         return ''
     reused = choice.fitted.losses(choice.N, choice.D1, TOKENS)
     fresh = rivals[0].fitted.losses(choice.trained, 0.0, TOKENS)
     found = crossings(reused, fresh)
-    line = f'{choice.label} is ahead of starting over up to {count(found[0].item())} tokens'
+    at = found[0].item()
+    words = {0.0: 'at no budget', math.inf: 'at any budget'}
+    words = words.get(at) or f'up to {format_count(at)} tokens'
+    line = f'{choice.label} is ahead of starting over {words}'
     if len(found) < 3:
         return line
     always, never = shares_without(found)
     return (
-        f'{line} (90% interval {interval_of(found)}; at any number in {always:.0%} of the '
+        f'{line} (90% interval {interval_of(found)}; at any budget in {always:.0%} of the '
         f'resampled laws, at none in {never:.0%})'
     )
 
@@ -252,27 +267,47 @@ def crossing_line(choice, choices):
 # ----------------------------------------------------------------------------------------------
 # tables and pictures of the decisions
 
-SIZES = [10 ** (8 + i / 2) for i in range(9)]  # N of bases
-BUDGETS = [10 ** (18 + i) for i in range(8)]  # FLOPs
+BEYOND = 1000  # times what the points of a fit have, as the paper's Figure 10 goes
 
 
-def sunk_cost_records(fits, method, sizes=SIZES):
+def spaced(low, high, n=9):
+    """n numbers from low to high, evenly spaced in their logarithms."""
+    return torch.logspace(math.log10(low), math.log10(high), n, dtype=torch.float64).tolist()
+
+
+def sizes_for(fitted):
+    """Sizes N of bases, from those of a fit's points to BEYOND them."""
+    low, high = fitted.seen['N']
+    return spaced(low, BEYOND * high)
+
+
+def budgets_for(fitted, factor):
+    """FLOPs of second stages, from those of a fit's points to BEYOND them."""
+    (N, N_high), (D2, D2_high) = fitted.seen['N'], fitted.seen['D2']
+    return spaced(6 * factor * N * D2, BEYOND * 6 * factor * N_high * D2_high)
+
+
+def sunk_cost_records(fits, method, sizes=()):
     """D* over the size of the base (Eq. 12), a record each: fits: {method: Fit}."""
     scratch, grown = fits['scratch'], fits[method]
     factor, records = factor_of(method, grown), []
-    for N in sizes:
+    for N in sizes or sizes_for(grown):
         limits = sunk_cost_limits(scratch, grown, N, factor)
-        always, never = shares_without(limits)
         record = {'N of the base': format_count(N), 'D* (tokens)': count(limits[0].item())}
         record |= {'90% interval': interval_of(limits)}
-        records.append(record | {'no D* in': f'{always + never:.0%} of the laws'})
+        if len(limits) > 2:
+            record['no D* in'] = f'{sum(shares_without(limits)):.0%} of the laws'
+        records.append(record)
     return records
 
 
-def sunk_cost_panels(fits, method, sizes=SIZES):
-    """D* over the size of the base, and between which half of the laws lie (Figure 10, right)."""
+def sunk_cost_panels(fits, method, approximate=None):
+    """
+    D* over the size of the base, and between which half of the laws lie (Figure 10, right).
+    approximate: also a function N -> D*.
+    """
     scratch, grown = fits['scratch'], fits[method]
-    factor = factor_of(method, grown)
+    factor, sizes = factor_of(method, grown), sizes_for(grown)
     panel = Panel('N of the base', 'D* (tokens)', log='xy')
     rows = {'as fitted': [], 'a quarter of the laws is below': [], 'a quarter is above': []}
     quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -283,28 +318,32 @@ def sunk_cost_panels(fits, method, sizes=SIZES):
             values.append(value if 0 < value < math.inf else math.nan)
     for (label, values), style in zip(rows.items(), ('o-', ':', ':')):
         panel.lines.append(Line(list(sizes), values, label, style, 'C0'))
-    approximation = [published_sunk_cost_limit(N) for N in sizes]
-    panel.lines.append(Line(list(sizes), approximation, 'Appendix E.1', '--', 'C3'))
+    if approximate:
+        values = [approximate(N) for N in sizes]
+        panel.lines.append(Line(list(sizes), values, 'Appendix E.1', '--', 'C3'))
     return [panel]
 
 
-def optimal_records(fitted, method, D1, budgets=BUDGETS):
+def optimal_records(fitted, method, D1, budgets=()):
     """The compute-optimal N and D2 of budgets in FLOPs (Eq. 13), a record each."""
     factor, records = factor_of(method, fitted), []
-    for compute in budgets:
+    for compute in budgets or budgets_for(fitted, factor):
         found = compute_optima(fitted, D1, compute, factor)
         record = {'budget (FLOPs)': format_si(compute)}
         for name, values in zip(('D2 (tokens)', 'N of the base'), found.T):
             record[name] = count(values[0].item())
             record[f'90% interval of {name.split()[0]}'] = interval_of(values)
-        without, _ = shares_without(found[:, 0])
-        records.append(record | {'none in': f'{without:.0%} of the laws'})
+        if len(found) > 2:
+            _, without = shares_without(found[:, 0])
+            record['none in'] = f'{without:.0%} of the laws'
+        records.append(record)
     return records
 
 
-def optimal_panels(fitted, method, D1, budgets=BUDGETS):
+def optimal_panels(fitted, method, D1):
     """The compute-optimal N and D2 over the budget (Eq. 13)."""
     factor = factor_of(method, fitted)
+    budgets = budgets_for(fitted, factor)
     points = [compute_optima(fitted, D1, compute, factor)[0].tolist() for compute in budgets]
     panels = []
     for label, values in zip(('D2 (tokens)', 'N of the base'), zip(*points)):

@@ -24,6 +24,8 @@ from engine.stage import Result, Stage
 from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
 from scaling import COLUMNS, fit_results, write_fits
 
+BEGINNING = Result.given('beginning', '')  # of the data: its position is 0
+
 
 @dataclass
 class Sweep:
@@ -76,7 +78,7 @@ class Sweep:
             for D1 in sorted(first):
                 start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
                 if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
-                    start.data_after = Result.given('', '')
+                    start.data_after = BEGINNING
                 labels = labels | dict(method=f'{way.name}{way.corpus}', D1=D1)
                 labels |= dict(trained_N=start.config.num_params())
                 grid = f'{name}-{format_si(D1)}-{way.name}'
@@ -213,7 +215,10 @@ class Series:
         run, X = self.run, config.num_params(head=True)
         step = self.knobs['batch_size'] * min(run.block_size, config.block_size)  # in tokens
         steps = {end: max(2, round(end / step)) for end in {*ends, *stable}}
-        branch = {end: max(1, round((1 - run.decay_fraction) * steps[end])) for end in ends}
+        branch = {}  # step at which the decay of each length begins: it has one at least
+        for end in ends:
+            stable_part = round((1 - run.decay_fraction) * steps[end])
+            branch[end] = min(max(1, stable_part), steps[end] - 1)
         at, decayed, before, done = {}, {}, None, 0
         for stop in sorted({*branch.values(), *(steps[end] for end in stable)}):
             stage = first or Stage('', config, 0, X)

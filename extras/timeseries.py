@@ -120,7 +120,7 @@ class TimeSeries:
         for seed in range(self.seeds):
             yield make(f'baseline-{seed}', config, self.epochs, seed)
             stage = make(f'let-{seed}', config, self.epochs, seed)
-            teach(stage, teacher.folder, alignment, small.num_params(head=True))
+            teach(stage, teacher.folder, alignment, small.num_params())
             yield stage
 
     def summary(self, results):

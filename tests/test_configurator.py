@@ -226,8 +226,12 @@ PROGRAMS = (
     'col.py',
     'scaling.py',
     'scaling.py fit',
+    'scaling.py advise',
+    'scaling.py sunk_cost',
+    'scaling.py optimal',
     'scaling.py diagnose',
     'data/prepare.py',
+    'extras/alignment.py',
     'extras/mt_bench.py',
     'extras/from_gguf.py',
 )

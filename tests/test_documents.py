@@ -24,6 +24,7 @@ SMALLER = {  # knobs that a command gets besides its own
     'evaluate': ['--eval_tokens=256', '--kl_examples=2', '--draft_prompts=2'],
     'inheritune': ['--samples=2', '--length=20'],
     'data.prepare': ['--out=prepared'],
+    'extras.alignment': ['--samples=16', '--block_size=16'],
     'bench': ['--size=64x2', '--block_size=16', '--rounds=1', '--steps=1'],
     'scaling fit': ['--bootstrap=2'],
     'scaling diagnose': ['--samples=2', '--iterations=1', '--block_size=16'],
@@ -55,6 +56,8 @@ def workplace(data_dir, tmp_path_factory):
     for size in ('64x2', '64x4'):
         save_stage(folder / 'out' / 'col_tiny' / size, GPTConfig.named(size, **shape), 0)
     save_stage(folder / 'out/scaling_tiny/48x2-66k', GPTConfig.named('48x2', **shape), 0)
+    save_stage(folder / 'out/let_tiny/teacher', GPTConfig.named('32x2', **shape), 0)
+    save_stage(folder / 'out/let_tiny/let+30-0/step-112', GPTConfig.named('32x12', **shape), 0)
     rows = [f'scratch,55536,0,{D}e5,0,{3 / D**0.1 + D % 3 / 99}' for D in (1, 2, 4, 8, 16)]
     text = '\n'.join(['method,N,D1,D2,seed,loss', *rows])
     (folder / 'out/scaling_tiny/results.csv').write_text(text)

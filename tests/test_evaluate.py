@@ -281,8 +281,9 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
 
 def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_path):
     scores = dict(a=dict(acc=0.25), b=dict(acc=0.75, acc_norm=0.5), c=dict(perplexity=9.0))
-    assert average_accuracy(scores) == dict(average_accuracy=0.5)
-    assert average_accuracy(dict(a=dict(acc=0.25))) == {}
+    scores |= {'b_part': dict(acc=0.9)}  # of a group
+    assert average_accuracy(scores, ('a', 'b:5', 'c')) == dict(average_accuracy=0.5)
+    assert average_accuracy(scores, ('a', 'c')) == {}
     stage = tmp_path / 'let-0'
     stage.mkdir()
     (stage / 'metrics.jsonl').write_text('{"step": 30}\n')

@@ -6,6 +6,7 @@ Training as a method.
 import gc
 import json
 import math
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from let import (
     pair_layers,
     reverse_kl,
 )
-from model import GPT, load
+from model import GPT, GPTConfig, load
 
 START = Progress(0, 100)
 
@@ -370,6 +371,8 @@ def test_any_callable_and_any_model_of_transformers_can_teach(taught, tmp_path):
     torch.testing.assert_close(theirs.norm(hidden_states(opened)(x)), states[2])
     torch.testing.assert_close(hidden_states(opened, 1)(x), states[1])
     let.let(tmp_path / 'mistral', Alignment(2))(student, x, y, START)[0].backward()
+    with pytest.raises(AssertionError, match='no shape to initialise'):
+        let.let(lambda ids: ids, Alignment(2, untrained=True))
 
 
 def test_a_layer_means_the_same_in_our_models_and_in_those_of_transformers(tmp_path):
@@ -485,7 +488,7 @@ def test_all_variants_run_and_are_reported(compared):
     for variant in variants:
         assert f'\n| {variant} ' in report
         assert math.isfinite(Result.of(compared / f'{variant}-0').val_loss)
-    assert 'similarity to the teacher without reading a context: a constant vector 0.' in report
+    assert 'without reading a context: a constant vector 0.' in report
     assert 'similarity.png' in report and (compared / 'similarity.png').stat().st_size > 5000
     assert same(compared / 'baseline-0', compared / 'let+0-0') and not same(
         compared / 'baseline-0', compared / 'let-0'
@@ -507,14 +510,19 @@ def test_all_variants_run_and_are_reported(compared):
 
 
 def test_a_teachers_forward_passes_count(compared, data_dir, tmp_path):
-    """2 X of the teacher for every token it reads; in the plan as in the result."""
+    """
+    2 FLOPs a token for every parameter that is used, with the head for distillation alone; in the
+    plan as in the result.
+    """
     X, T = Result.of(compared / 'baseline-0').params, 1280
-    teacher = Result.of(compared / 'teacher').params
-    for variant, share in (('baseline', 0), ('let', 0.5), ('rkd', 1), ('salt', 0.5)):
+    whole, layers = Result.of(compared / 'teacher').params, load(compared / 'teacher').num_params()
+    assert whole > layers > 0
+    used = dict(baseline=0, let=0.5 * layers, rkd=whole, salt=0.5 * whole) | {'let+0': 0}
+    for variant, params in used.items():
         result = Result.of(compared / f'{variant}-0')
-        assert result.flops == pytest.approx(T * (6 * X + 2 * teacher * share)), variant
+        assert result.flops == pytest.approx(T * (6 * X + 2 * params)), variant
         assert metrics(compared / f'{variant}-0')[-1]['flops'] == result.flops
-    argv = arguments(data_dir, tmp_path, '--variants=baseline,let,rkd,salt')
+    argv = arguments(data_dir, tmp_path, '--variants=baseline,let,rkd,salt,let+0')
     run, method, _ = train.configure(argv, train.Run, train.METHODS)
     planned = {p.stage.name: p.result.flops for p in train.plan(run, method)}
     found = {name: Result.of(compared / name).flops for name in planned}
@@ -641,6 +649,9 @@ def test_a_grown_model_can_be_taught_by_the_size_before(data_dir, tmp_path):
         (['--lambda0=-1'], 'lambda0 must be a number, at least 0'),
         (['--teacher=nowhere'], 'nowhere is not a folder'),
         (['--variants='], 'variants'),
+        (['--variants=let+3+5'], "'let[+]3[+]5' in variants says lambda0 twice"),
+        (['--variants=let+logsum+cca'], 'says kind twice'),
+        (['--variants=let+cca', '--teacher_size=64x2'], 'cca of 64 dimensions needs 640'),
     ],
 )
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
@@ -683,7 +694,20 @@ def test_a_plan_counts_a_teacher_that_is_here(compared, data_dir, tmp_path, caps
     assert planned.stage.teaching['teacher_layer'] == 1
     hardware = find_hardware(run)
     left = beside_teacher(hardware, planned.stage).memory
-    assert hardware.memory - left == 4 * load(compared / 'teacher').num_params(head=True)
+    assert hardware.memory - left == 4 * load(compared / 'teacher').num_params()
+    deep = let.Teacher.of('deep', GPTConfig.named('16x4', vocab_size=257, block_size=16))
+    middle = let.LET(variants=('let+M2E',)).parse('let+M2E', deep.layers, 6)
+    assert deep.used_by(middle) == deep.params / 2  # of four layers two are run
+
+
+def test_floors_are_not_taken_from_copies_of_a_short_validation_split(compared, data_dir):
+    """Two sequences, with which a batch would be filled up: leaving one out would be no use."""
+    run = train.Run(data_dir=str(data_dir), block_size=16, eval_tokens=32, device='cpu')
+    teacher = let.Teacher.of(str(compared / 'teacher'), load(compared / 'teacher').config)
+    few = re.search(r'token (\S+) \(', let.floors_text(teacher, run))[1]
+    run.eval_tokens = 4096
+    many = re.search(r'token (\S+) \(', let.floors_text(teacher, run))[1]
+    assert float(few) < float(many)
 
 
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):

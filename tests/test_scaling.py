@@ -59,7 +59,7 @@ def test_a_decision_is_as_certain_as_the_laws():
     low, high = limits[limits.isfinite() & (limits > 0)].aminmax()
     assert low < 2e10 and high > 1e19
     text = advise(of_domain(PAPER, ''), 1e9, 2e12, 1e22)
-    interval = r'up to 736T tokens .90% interval \d.* to any; at any number in 5\d% of the'
+    interval = r'up to 736T tokens .90% interval \d.* to any; at any budget in 5\d% of the'
     assert re.search(interval, text)
 
 
@@ -71,8 +71,14 @@ def test_the_optimum_of_every_law():
     assert record['none in'] == '0% of the laws'
     low, high = record['90% interval of D2'].split(' to ')
     assert low != high
-    none = compute_optima(PAPER['stk2'], 1e60, 1e21)
-    assert not none[0].isfinite().any()
+    with pytest.raises(UserError, match='no compute-optimal point'):
+        compute_optima(PAPER['stk2'], 1e60, 1e21)
+    uncertain = PAPER['stk2']._replace(samples=[[*PAPER['stk2'].samples[0][:3], 9.0, 1, 1, 1]] * 3)
+    (record,) = optimal_records(uncertain, 'stk2', 1e10, budgets=[1e21])
+    assert record['none in'] == '100% of the laws'
+    alone = PAPER['stk2']._replace(samples=PAPER['stk2'].samples[:1])
+    (record,) = optimal_records(alone, 'stk2', 1e10, budgets=[1e21])
+    assert record['90% interval of D2'] is None and 'none in' not in record
 
 
 def test_what_does_not_add_up_in_the_paper():
@@ -306,7 +312,7 @@ def test_files_that_are_no_results(tmp_path, text, word):
 
 def test_a_file_of_too_few_points_is_said_in_words(tmp_path):
     write(tmp_path / 'r.csv', grid('multiplicative', TABLE_6['Stack'], n=2))
-    with pytest.raises(UserError, match='needs at least 7 points, not 4'):
+    with pytest.raises(UserError, match='needs at least 7 points of different N, D1 or D2, not 4'):
         fit_results(tmp_path / 'r.csv')
 
 

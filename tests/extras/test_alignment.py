@@ -44,7 +44,7 @@ def test_the_weight_pulls_as_strongly_against_the_noise_at_every_batch_size():
     for batch_size in (8, 32):
         options = alignment.Options(batch_size=batch_size, ratio=3.0)
         records[batch_size] = alignment.measure(model, batches, 2, data, options)
-        pull = records[batch_size]['lambda0'] * records[batch_size]['|grad L_proj|']
+        pull = records[batch_size]['lambda0'] * records[batch_size]['gradient of L_proj']
         assert pull == pytest.approx(3 * records[batch_size]['noise'])
     # four times the sequences: half the noise, so half the weight
     assert records[32]['lambda0'] == pytest.approx(records[8]['lambda0'] / 2)
@@ -102,10 +102,10 @@ def test_command_line(data_dir, tmp_path):
     fresh = run_command(program, *map(str, argv), '--size=32x6', '--probes=2')
     assert fresh.returncode == 0, fresh.stderr
     header, _, *rows = [line for line in fresh.stdout.splitlines() if line.startswith('|')]
-    assert '|H_proj|' in header and [int(row.split('|')[1]) for row in rows] == [3, 6]
+    assert 'curvature' in header and [int(row.split('|')[1]) for row in rows] == [3, 6]
     assert re.search(r'a constant vector 0\.\d\d, a function of the current', fresh.stdout)
     trained = run_command(program, *map(str, argv), f'--target={tmp_path / "target"}')
-    assert trained.returncode == 0 and '|H_proj|' not in trained.stdout
+    assert trained.returncode == 0 and 'curvature' not in trained.stdout
     for more, word in (
         (['--layers=9', '--size=32x6'], 'there is no layer 9'),
         (['--samples=0'], 'samples must be'),

@@ -10,6 +10,7 @@ import pytest
 from test_train import planned
 
 import train
+from engine.checkpoint import stage_identity
 from engine.errors import UserError
 from engine.optimizer import learning_rate
 from engine.report import describe
@@ -90,6 +91,16 @@ def test_every_row_says_which_size_was_trained(swept):
             assert trained == N
 
 
+def test_even_the_shortest_run_has_a_step_of_decay(data_dir, tmp_path):
+    """Of four steps a tenth would be none, and a branch that trains nothing has no gradients."""
+    short = [a for a in TINY if not a.startswith(('--longest', '--decay'))]
+    train.main(
+        [*short, '--longest=256', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--reuse=stk2']
+    )
+    rows = list(csv.DictReader(open(tmp_path / 'results.csv')))
+    assert len(rows) == 6 and all(float(row['gradient_norm']) > 0 for row in rows)
+
+
 @pytest.mark.parametrize('place, offset', [('begin', 0), ('continue', 640)])
 def test_second_stages_begin_in_the_data_where_they_are_told_to(data_dir, tmp_path, place, offset):
     """From the beginning for every base, as in the paper, or on from where the base stopped."""
@@ -103,6 +114,7 @@ def test_second_stages_begin_in_the_data_where_they_are_told_to(data_dir, tmp_pa
         assert first.stage.position == offset and first.stage.parent.position == 640
         branch = stages[f'16x1-640-{way}-320']
         assert branch.stage.position == offset + 256 and branch.result.position == offset + 320
+        assert stage_identity(first.stage, first.knobs, {})['position'] == offset
 
 
 def test_a_branch_is_the_run_that_would_have_been_trained_alone(swept, data_dir, tmp_path):
