@@ -414,7 +414,7 @@ class LET:
             stage = Stage('teacher', teacher.config, self.teacher_tokens, X)
             taught = yield stage
             teacher = teacher._replace(name=taught.folder)
-        self.floors = partial(floors_text, teacher, run)  # for the summary
+        self.floors = partial(floors_of, teacher, run)  # for the summary
         for seed in range(self.seeds):
             for variant, alignment in alignments.items():
                 stage = Stage(
@@ -535,7 +535,12 @@ class LET:
                 flops = format_si(result.flops)
                 blocks.insert(0, f'teacher: {result.val_loss:.4f} after {flops}FLOPs')
         if panels[0].lines:
-            blocks += [self.floors(), ('similarity.png', panels)]
+            floors = self.floors()
+            for panel, height in zip(panels, (floors.token, floors.centred_token)):
+                last = max(line.x[-1] for line in panel.lines)
+                floor = Line([0, last], [height] * 2, 'current token alone', '--', 'black')
+                panel.lines.append(floor)
+            blocks += [str(floors), ('similarity.png', panels)]
         return blocks
 
 
@@ -546,8 +551,23 @@ def check_positions(alignments, widest, config, run):
         check_cca(positions, widest)
 
 
-def floors_text(teacher, run):
-    """The similarity floors of a Teacher on validation text, in words."""
+class Floors(NamedTuple):
+    """Similarity to a teacher's last layer that is reached without reading a context."""
+
+    constant: float  # by the best constant vector
+    token: float  # by the best function of the current token
+    centred_token: float  # the same after centring, which leaves a constant nothing
+
+    def __str__(self):
+        return (
+            "similarity to the teacher's last layer without reading a context: a constant vector "
+            f'{self.constant:.2f}, a function of the current token {self.token:.2f} (centred: 0, '
+            f'{self.centred_token:.2f})'
+        )
+
+
+def floors_of(teacher, run):
+    """The Floors of a Teacher on validation text."""
     device = choose_device(run.device)
     model = open_teacher(teacher.name, device)
     length = min(run.block_size, longest_context(model))
@@ -558,11 +578,7 @@ def floors_text(teacher, run):
         states, covered = teacher_states(x, model, 0, teacher.tokenizers)
     constant, token = similarity_floors(states, x, covered)
     _, centred_token = similarity_floors(centred(states, covered), x, covered)
-    return (
-        "similarity to the teacher's last layer without reading a context: "
-        f'a constant vector {constant:.2f}, '
-        f'a function of the current token {token:.2f} (centred: 0, {centred_token:.2f})'
-    )
+    return Floors(constant, token, centred_token)
 
 
 def mean_scalar(runs, name):

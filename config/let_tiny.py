@@ -1,7 +1,7 @@
 # Late-to-Early Training (Zhao et al.) at a ten-thousandth of the scale, offline: a small teacher is
 # trained on twenty times the target's tokens, as public ones are; then a target model of twelve
-# layers learns from nothing, its third layer from the teacher's last, with weights up to a hundred
-# times the paper's, whose batch is 2,500 times larger (docs/let.md, "The weight"). Its controls:
+# layers learns from nothing, its third layer from the teacher's last, with weights up to 300 times
+# the paper's, whose batch is 2,560 times larger (docs/let.md, "The weight"). Its controls:
 # an untrained teacher at the strongest weight, RKD and SALT, at equal steps.
 method = 'let'
 size = '32x12'

@@ -6,7 +6,6 @@ Training as a method.
 import gc
 import json
 import math
-import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -704,10 +703,10 @@ def test_floors_are_not_taken_from_copies_of_a_short_validation_split(compared, 
     """Two sequences, with which a batch would be filled up: leaving one out would be no use."""
     run = train.Run(data_dir=str(data_dir), block_size=16, eval_tokens=32, device='cpu')
     teacher = let.Teacher.of(str(compared / 'teacher'), load(compared / 'teacher').config)
-    few = re.search(r'token (\S+) \(', let.floors_text(teacher, run))[1]
+    few = let.floors_of(teacher, run)
     run.eval_tokens = 4096
-    many = re.search(r'token (\S+) \(', let.floors_text(teacher, run))[1]
-    assert float(few) < float(many)
+    many = let.floors_of(teacher, run)
+    assert few.token < many.token and few.centred_token < many.centred_token
 
 
 def test_a_teacher_with_another_tokenizer(data_dir, tmp_path):
