@@ -338,7 +338,9 @@ class ChainOfLearngene:
     tokens: Positive = 5e5  # of each distillation; on instructions with padding
     samples: Count = 256  # minillm: answers in a batch ...
     inner_epochs: Count = 4  # ... and how often each is used
-    direct: bool = False  # also distil the smallest from the ancestor directly (Table 3)
+    direct: bool = (
+        False  # also distil the smallest, from the same start, from the ancestor (Table 3)
+    )
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
@@ -364,9 +366,9 @@ class ChainOfLearngene:
             teachers = [teacher]
             if self.direct and size == self.chain[-1] and i:
                 teachers.append(chain['ancestor'])
-            for t in teachers:
+            for t in teachers:  # both from one start: else it is that which is compared
                 name = size if t is teacher else f'{size}-direct'
-                stage = self.student(name, configs[size], t, start)
+                stage = self.student(name, configs[size], teacher, start)
                 self.teach(stage, self.distillation, t, run)
                 result = yield stage
                 chain.setdefault(size, result)

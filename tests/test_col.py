@@ -216,6 +216,18 @@ def chain(data_dir, tmp_path_factory):
     return out
 
 
+def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):
+    """They differ by their teacher alone (Table 3)."""
+    more = ['--direct=True', '--chain=32x3,16x2', '--descendants=32x2', '--dry_run=True']
+    run, method, _ = train.configure(arguments(data_dir, tmp_path, *more), train.Run, train.METHODS)
+    stages = {p.stage.name: p.stage for p in train.plan(run, method)}
+    stepwise, direct = stages['16x2'], stages['16x2-direct']
+    assert stepwise.origin == direct.origin and stepwise.origin.models == ('32x3',)
+    teachers = stepwise.teaching['teacher'], direct.teaching['teacher']
+    assert teachers == ('32x3', 'ancestor')
+    assert direct.teacher_params > stepwise.teacher_params > 0  # whose passes count
+
+
 def test_descendants_without_recovery_are_what_they_start_from(data_dir, tmp_path):
     """Zero recovery tokens (Figure 3): LInit's weights, evaluated and saved, at no cost."""
     more = ['--chain=32x3,16x2', '--descendants=32x2', '--baselines=single,random']
