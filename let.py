@@ -392,7 +392,7 @@ class LET:
     teacher: str = ''  # model folder or hub name; empty: train one of teacher_size first
     teacher_size: str = '48x2'  # of the teacher that is trained first
     teacher_tokens: Positive = 3e6  # training tokens of that teacher
-    variants: tuple[str, ...] = ('let',)  # baseline, rkd, salt, let and let+PART+..., see docs
+    variants: tuple[str, ...] = ('let',)  # baseline, rkd, salt, let+10+L2M+stop0.5, let+untrained
     lambda0: NonNegative = 0.1  # weight of L_proj at the first step
     s_stop: NonNegative = 1500.0  # step at which LET and SALT end; below 1: fraction of all steps
     pairing: str = 'L2E'  # L2E, L2M, L2L, M2E, M2M, M2L, or such as L1F3
@@ -417,21 +417,26 @@ class LET:
         self.floors = partial(floors_of, teacher, run)  # for the summary
         for seed in range(self.seeds):
             for variant, alignment in alignments.items():
-                stage = Stage(
-                    f'{variant}-{seed}', config, self.tokens, config.num_params(head=True)
-                )
+                stage = self.target(run, teacher, variant, alignment)
+                stage.name = f'{variant}-{seed}'
                 stage.knobs = dict(seed=run.seed + seed)
                 stage.labels = dict(variant=variant, seed=seed)
-                if alignment:
-                    params = teacher.used_by(alignment)
-                    teach(stage, teacher.name, alignment, params, teacher.tokenizers)
-                elif variant != 'baseline':
-                    self.distil(stage, variant, teacher)
-                if self.teacher and not run.toy and stage.teaching:
-                    stage.teaching['teacher'] = self.teacher  # its path: names may be alike
-                if alignment and not teacher.layers:  # of a plan
-                    stage.teaching['teacher_layer'] = f'by {alignment.pairing}'
                 yield stage
+
+    def target(self, run, teacher, variant, alignment):
+        """A Stage of the target model with what a variant teaches it."""
+        config = run.model_config(self.size)
+        stage = Stage(variant, config, self.tokens, config.num_params(head=True))
+        if alignment:
+            params = teacher.used_by(alignment)
+            teach(stage, teacher.name, alignment, params, teacher.tokenizers)
+        elif variant != 'baseline':
+            self.distil(stage, variant, teacher)
+        if self.teacher and not run.toy and stage.teaching:
+            stage.teaching['teacher'] = self.teacher  # its path: names may be alike
+        if alignment and not teacher.layers:  # of a plan
+            stage.teaching['teacher_layer'] = f'by {alignment.pairing}'
+        return stage
 
     def teacher_of(self, run):
         """The Teacher: a given one, examined before training, or one that is yet to be trained."""
@@ -451,6 +456,7 @@ class LET:
             return None
         if name != 'let':
             known = ('baseline', 'rkd', 'salt', 'let', 'let+0.3', 'let+L2M', 'let+logsum')
+            known += ('let+stop0.5', 'let+untrained')
             raise unknown('variant', variant, known)
         given = {}
         for part in parts:
