@@ -245,7 +245,7 @@ def check_points(law, data):
     """Raise UserError for an unknown law, or points that cannot determine it."""
     if law not in LAWS:
         raise unknown('law', law, LAWS)
-    n, least = len(cells_of(data)), len(LAWS[law].parameters) + 2
+    n, least = len(cells_of(data)), len(LAWS[law].parameters) + 1
     if n < least:
         raise UserError(f'{law} needs at least {least} points of different N, D1 or D2, not {n}')
     columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
@@ -468,14 +468,15 @@ def fit_results(path, bootstrap=200):
         fits = {}
         for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
             try:
-                fits[law] = fit(law, data, bootstrap)
+                fits[law] = fit(law, data, bootstrap=0)
                 errors[law][method] = f'{1e3 * fits[law].leave_one_out:.3f}'
                 extrapolated[law][method] = f'{1e3 * fits[law].extrapolation:.3f}'
             except UserError as error:
                 blocks.append(f'{method}: {error}')
         if not fits:
             continue
-        fitted = best[method] = fits.get('multiplicative') or next(iter(fits.values()))
+        fitted = fits.get('multiplicative') or next(iter(fits.values()))
+        fitted = best[method] = fits[fitted.law] = fit(fitted.law, data, bootstrap)
         points, equation = len(data['loss']), LAWS[fitted.law].equation
         blocks += [f'{method}, {points} points: {fitted.law}, {equation}', fit_records(fitted)]
         if 'multiplicative' in fits:
