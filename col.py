@@ -338,9 +338,7 @@ class ChainOfLearngene:
     tokens: Positive = 5e5  # of each distillation; on instructions with padding
     samples: Count = 256  # minillm: answers in a batch ...
     inner_epochs: Count = 4  # ... and how often each is used
-    direct: bool = (
-        False  # also distil the smallest, from the same start, from the ancestor (Table 3)
-    )
+    direct: bool = False  # the smallest also from the ancestor, at the same start (Table 3)
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance

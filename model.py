@@ -94,6 +94,12 @@ class GPTConfig:
             value, kind = getattr(self, field.name), field.type
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
+            if kind is float:
+                if not 0 <= value <= 1e30:  # neither NaN nor what no tensor holds
+                    raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
+                setattr(self, field.name, float(value))
+        if not self.rope_theta:
+            raise UserError('rope_theta must be above 0')
         numbers = [x for x in self.rope_scaling if isinstance(x, int | float) and 0 < x < math.inf]
         if len(numbers) != len(self.rope_scaling) or len(numbers) not in (0, 4):
             found = str(self.rope_scaling)[:80]

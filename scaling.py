@@ -245,13 +245,16 @@ def check_points(law, data):
     """Raise UserError for an unknown law, or points that cannot determine it."""
     if law not in LAWS:
         raise unknown('law', law, LAWS)
-    n, least = len(cells_of(data)), len(LAWS[law].parameters) + 1
-    if n < least:
-        raise UserError(f'{law} needs at least {least} points of different N, D1 or D2, not {n}')
     columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
     for column in LAWS[law].depends_on:
         if len(set(columns[column])) < 2:
             raise UserError(f'{law} needs points of several {column}, these have one')
+    n, cells, least = len(data['loss']), len(cells_of(data)), len(LAWS[law].parameters) + 1
+    if n <= least or cells < least:
+        raise UserError(
+            f'{law} needs at least {least + 1} points, {least} of them of different N, D1 or D2, '
+            f'not {n} and {cells}'
+        )
 
 
 def fit(law, data, bootstrap=200, seed=0):

@@ -403,5 +403,5 @@ def attention_command(options):
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / 'attention.md', text + '\n')
-    draw_attention(model, rank, mass, samples, options)
+    draw_attention(model, rank, mass, x, options)
     print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')

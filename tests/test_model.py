@@ -260,3 +260,21 @@ def test_tensors_that_do_not_match_the_configuration_are_listed(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='shape'):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'odd',
+    [
+        dict(rope_theta=float('nan')),
+        dict(rope_theta=10**31),
+        dict(init_std=-1.0),
+        dict(rope_theta=0),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_refused(odd):
+    """A configuration may come from a damaged file."""
+    (name,) = odd
+    with pytest.raises(UserError, match=name):
+        GPTConfig.named('16x2', vocab_size=257, block_size=16, **odd)
+    theta = GPTConfig.named('16x2', vocab_size=257, block_size=16, rope_theta=10**30).rope_theta
+    assert type(theta) is float

@@ -312,7 +312,7 @@ def test_files_that_are_no_results(tmp_path, text, word):
 
 def test_a_file_of_too_few_points_is_said_in_words(tmp_path):
     write(tmp_path / 'r.csv', grid('multiplicative', TABLE_6['Stack'], n=2))
-    with pytest.raises(UserError, match='needs at least 6 points of different N, D1 or D2, not 4'):
+    with pytest.raises(UserError, match='needs at least 7 points, 6 of them .* not 4 and 4'):
         fit_results(tmp_path / 'r.csv')
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import run_command
 from test_configurator import result
 from test_model import SHAPES, small, tokens
 
@@ -32,7 +33,7 @@ from extras.attention import (
 )
 from extras.lazy_layers import LazyLayers
 from inheritune import inherit
-from model import load
+from model import GPT, GPTConfig, load
 
 # ----------------------------------------------------------------------------------------------
 # measures
@@ -257,3 +258,11 @@ def test_what_a_layer_is_worth_is_the_loss_of_the_model_without_it():
         if layer:
             child = inherit(model, layer)
             assert above[layer] == pytest.approx(child(x[:, :-1], x[:, 1:]).loss.item(), abs=1e-6)
+
+
+def test_sequences_may_be_as_long_as_the_model_reads(data_dir, tmp_path):
+    GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16)).save(tmp_path / 'model', 'bytes')
+    options = ['--samples=2', '--length=16', '--device=cpu', f'--data_dir={data_dir}']
+    process = run_command('inheritune.py', tmp_path / 'model', *options, f'--out={tmp_path}/out')
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / 'out' / 'attention_maps.png').is_file()
