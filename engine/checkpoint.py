@@ -271,8 +271,8 @@ MACHINE_KNOBS = {
 }
 # the meaning of the steps already done depends on these: they can never change
 FIXED = re.compile(
-    r'origin|teaching|continues_optimizer|parent.*|position|params|toy|block_size|batch_size|batch_tokens|'
-    r'optimizer_dtype|model\..*'
+    r'origin|teaching|continues_optimizer|parent.*|position|params|toy|block_size|batch_size|'
+    r'batch_tokens|optimizer_dtype|model\..*'
 )
 
 

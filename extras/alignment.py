@@ -5,7 +5,8 @@ for early, middle and last layers k of a target model,
     similarity   of the target's hidden state after layer k and the teacher's after its last
     agreement    cos(grad L_proj, grad CE): below 0 the alignment works against the data
     noise        standard deviation of a batch's grad CE about its mean:  sqrt(tr Cov / B)
-    lambda0      ratio * noise / |grad L_proj|: the weight that carries over between batch sizes
+    lambda0      ratio * noise / |grad L_proj|: a weight by this rule, which docs/let.md tries and
+                 does not confirm
     curvature    |H_proj|_F of the Hessian of L_proj (Appendix I), with --probes
 
 Gradients and noise are those of the parameters that L_proj reaches, the layers up to k.
