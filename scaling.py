@@ -648,10 +648,11 @@ def sunk_cost_command(argv):
         law = law_of(fits, method)
         if law.seen['N'][0] == law.seen['N'][1]:
             raise UserError(f'the law of {method} is of one size: D* over N needs several')
-    print(table(decisions.sunk_cost_records(fits, options.growth)))
+    found = decisions.sunk_cost_over_sizes(fits, options.growth)
+    print(table(decisions.sunk_cost_records(found)))
     Path(options.out).mkdir(parents=True, exist_ok=True)
     approximate = decisions.published_sunk_cost_limit if options.paper else None
-    panels = decisions.sunk_cost_panels(fits, options.growth, approximate)
+    panels = decisions.sunk_cost_panels(found, approximate)
     draw_panels(panels, Path(options.out) / 'sunk_cost.png')
     print(f'\n{seen_sizes(fits[options.growth])}; sunk_cost.png is in {options.out}/')
 

@@ -287,12 +287,18 @@ def budgets_for(fitted, factor):
     return spaced(6 * factor * N * D2, BEYOND * 6 * factor * N_high * D2_high)
 
 
-def sunk_cost_records(fits, method, sizes=()):
-    """D* over the size of the base (Eq. 12), a record each: fits: {method: Fit}."""
+def sunk_cost_over_sizes(fits, method, sizes=()):
+    """{N of the base: D* (1 + S,)} (Eq. 12); fits: {method: Fit}."""
     scratch, grown = fits['scratch'], fits[method]
-    factor, records = factor_of(method, grown), []
-    for N in sizes or sizes_for(grown):
-        limits = sunk_cost_limits(scratch, grown, N, factor)
+    factor = factor_of(method, grown)
+    sizes = sizes or sizes_for(grown)
+    return {N: sunk_cost_limits(scratch, grown, N, factor) for N in sizes}
+
+
+def sunk_cost_records(over_sizes):
+    """A record for each size of sunk_cost_over_sizes."""
+    records = []
+    for N, limits in over_sizes.items():
         record = {'N of the base': format_count(N), 'D* (tokens)': count(limits[0].item())}
         record |= {'90% interval': interval_of(limits)}
         if len(limits) > 2:
@@ -301,26 +307,24 @@ def sunk_cost_records(fits, method, sizes=()):
     return records
 
 
-def sunk_cost_panels(fits, method, approximate=None):
+def sunk_cost_panels(over_sizes, approximate=None):
     """
-    D* over the size of the base, and between which half of the laws lie (Figure 10, right).
-    approximate: also a function N -> D*.
+    D* over the size of the base, and between which half of the laws lie (Figure 10, right), of
+    sunk_cost_over_sizes. approximate: also a function N -> D*.
     """
-    scratch, grown = fits['scratch'], fits[method]
-    factor, sizes = factor_of(method, grown), sizes_for(grown)
+    sizes = list(over_sizes)
     panel = Panel('N of the base', 'D* (tokens)', log='xy')
     rows = {'as fitted': [], 'a quarter of the laws is below': [], 'a quarter is above': []}
     quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    for N in sizes:
-        found = sunk_cost_limits(scratch, grown, N, factor)
+    for found in over_sizes.values():
         low, high = found[1:].quantile(quarters, interpolation='nearest').tolist()
         for values, value in zip(rows.values(), (found[0].item(), low, high)):
             values.append(value if 0 < value < math.inf else math.nan)
     for (label, values), style in zip(rows.items(), ('o-', ':', ':')):
-        panel.lines.append(Line(list(sizes), values, label, style, 'C0'))
+        panel.lines.append(Line(sizes, values, label, style, 'C0'))
     if approximate:
         values = [approximate(N) for N in sizes]
-        panel.lines.append(Line(list(sizes), values, 'Appendix E.1', '--', 'C3'))
+        panel.lines.append(Line(sizes, values, 'Appendix E.1', '--', 'C3'))
     return [panel]
 
 

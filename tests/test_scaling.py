@@ -21,6 +21,7 @@ from extras.decisions import (
     optimal_records,
     published_sunk_cost_limit,
     sunk_cost_limits,
+    sunk_cost_over_sizes,
     sunk_cost_records,
 )
 from scaling import LAWS, Fit, fit, fit_results, predict, published, read_fits, read_results
@@ -52,7 +53,7 @@ def test_crossings():
 
 def test_a_decision_is_as_certain_as_the_laws():
     """The published coefficients within their rounding: what do they decide?"""
-    (record,) = sunk_cost_records(PAPER, 'stk2', sizes=[1e11])
+    (record,) = sunk_cost_records(sunk_cost_over_sizes(PAPER, 'stk2', sizes=[1e11]))
     assert record['D* (tokens)'] == '11.9T' and record['no D* in'] == '21% of the laws'
     limits = sunk_cost_limits(PAPER['scratch'], PAPER['stk2'], 1e11)
     assert (limits[1:] == math.inf).sum() + (limits[1:] == 0).sum() == 42  # of 200
