@@ -348,7 +348,7 @@ def optimal_panels(fitted, method, D1):
     """The compute-optimal N and D2 over the budget (Eq. 13)."""
     factor = factor_of(method, fitted)
     budgets = budgets_for(fitted, factor)
-    points = [compute_optima(fitted, D1, compute, factor)[0].tolist() for compute in budgets]
+    points = [compute_optimal(fitted.parameters, D1, compute, factor) for compute in budgets]
     panels = []
     for label, values in zip(('D2 (tokens)', 'N of the base'), zip(*points)):
         panel = Panel('budget of the second stage (FLOPs)', label, log='xy')
