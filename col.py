@@ -45,11 +45,12 @@ from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.plan import all_params
 from engine.report import by_label, format_count, validation_curve
+from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
-from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow
+from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
 from inheritune import inherit
 from let import distil
-from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config
+from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config, write_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -82,6 +83,7 @@ def kept_queries(config, large):
 
 def subset_tensor(config, large, name, tensor):
     """The first rows and columns of the larger model's tensor, as a view or a copy."""
+    tensor = tensor[:]  # of a file, all of it
     C = config.n_embd
     F = config.n_mlp
     kv = config.n_kv_head * config.head_dim
@@ -123,34 +125,62 @@ def check_between(small, large, config):
         raise UserError(f'{wanted} cannot be cut out of {found}')
 
 
-@torch.no_grad()
+class LInit:
+    """
+    theta = alpha expand(small) + (1 - alpha) subset(large), of shape `config` between those of two
+    neighbours of a chain, a tensor at a time. alpha None: by relative distance in all parameters,
+    tied ones once. depth: how the smaller one's layers are replicated, as in expand.py. Raises
+    UserError for a shape that does not lie between them.
+    """
+
+    def __init__(self, small, large, config, alpha=None, depth='bert2bert'):
+        if small.pos == 'learned':
+            config = replace(config, block_size=min(config.block_size, small.block_size))
+        check_between(small, large, config)
+        if alpha is None:
+            alpha = default_alpha(all_params(small), all_params(large), all_params(config))
+        self.large, self.config, self.alpha = large, config, alpha
+        self.growth = Growth(small, config, Operators('fpi', depth), piece=2**18)
+
+    @torch.no_grad()
+    def pieces(self, name, ours, theirs):
+        """
+        Yield the tensor `name` in pieces of rows, of the smaller one's dtype, that fit a cache.
+        ours, theirs: name -> a tensor of the smaller and the larger model, or what gives its rows.
+        """
+        cut, row = subset_tensor(self.config, self.large, name, theirs(name)), 0
+        for piece in self.growth.pieces(name, ours):
+            rows = cut[row : row + len(piece)].to(piece.dtype)
+            yield torch.lerp(rows, piece, self.alpha)  # (1 - alpha) rows + alpha piece
+            row += len(piece)
+
+
 def linit(small, large, config, alpha=None, depth='bert2bert'):
-    """
-    alpha expand(small) + (1 - alpha) subset(large), of shape `config` between two neighbours of a
-    chain. alpha None: by relative distance in all parameters, tied ones once. depth: how the
-    smaller one's layers are replicated, as in expand.py. Raises UserError for a shape that does
-    not lie between them. Mixing helps where the larger one has taught the smaller.
-    """
-    if small.wpe is not None:
-        config = replace(config, block_size=min(config.block_size, small.config.block_size))
-    check_between(small.config, large.config, config)
-    if alpha is None:
-        sizes = [all_params(c) for c in (small, large, config)]
-        alpha = default_alpha(*sizes)
-    if alpha == 0:
-        return subset(large, config)
-    if alpha == 1:
-        return expand(small, config, depth)
-    growth = Growth(small.config, config, Operators('fpi', depth), piece=2**18)
+    """The model that LInit gives. Mixing helps where the larger one has taught the smaller."""
+    mixed = LInit(small.config, large.config, config, alpha, depth)
     ours, theirs, state = small.state_dict(), large.state_dict(), {}
-    for name, empty in GPT.on_meta(config).state_dict().items():
-        state[name] = small.wte.weight.new_empty(empty.shape)
-        cut = subset_tensor(config, large.config, name, theirs[name]).to(state[name].dtype)
-        row = 0
-        for piece in growth.pieces(name, ours.__getitem__):  # mixed while it is in the cache
-            rows = slice(row, row := row + len(piece))
-            torch.lerp(cut[rows], piece, alpha, out=state[name][rows])
-    return GPT.from_state(config, state, small.wte.weight.device)
+    for name in GPT.on_meta(mixed.config).state_dict():
+        state[name] = torch.cat(list(mixed.pieces(name, ours.__getitem__, theirs.__getitem__)))
+    return GPT.from_state(mixed.config, state, small.wte.weight.device)
+
+
+def linit_folder(small, large, target, mixed, dtype=None):
+    """
+    Write the model that `mixed`, a LInit, gives from two model folders into the folder `target`,
+    a few megabytes at a time. dtype: of its weights, None for those of the smaller one.
+    """
+    configs = [read_config(folder) for folder in (small, large)]
+    with (
+        FolderReader(small, configs[0], shapes_of(configs[0])) as ours,
+        FolderReader(large, configs[1], shapes_of(configs[1])) as theirs,
+    ):
+        dtype = dtype or ours['wte.weight'][:1].dtype
+
+        def pieces(name):
+            return mixed.pieces(name, ours.__getitem__, theirs.__getitem__)
+
+        write_model(target, mixed.config, shapes_of(mixed.config), dtype, pieces)
+    write_config(target, mixed.config, dtype, tokenizer_in(small))
 
 
 def neighbours(shapes, config):
@@ -609,18 +639,18 @@ def chain_folders(folder):
 
 
 def interpolate(options, folder):
-    """Write the model that the options ask for; returns it and the names of its neighbours."""
+    """Write the model that the options ask for; returns its shape and its neighbours' names."""
     wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, wanted)
     if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
-    models = [load(folders[name], contiguous=False) for name in (small, large)]
     alpha = None if options.alpha < 0 else options.alpha
-    made = linit(*models, config, alpha, options.depth)
-    made.save(folder, tokenizer_in(folders[small]), dtype=getattr(torch, options.save_dtype, None))
-    return made, small, large
+    mixed = LInit(shapes[small], shapes[large], config, alpha, options.depth)
+    dtype = getattr(torch, options.save_dtype, None)
+    linit_folder(folders[small], folders[large], folder, mixed, dtype)
+    return mixed.config, small, large
 
 
 def main(argv):

@@ -312,10 +312,8 @@ class Growth:
         copying = Copying(max(1, moment), noise, generator_of, self.piece)
         for piece in grow_tensor(old, donor, axes, copying):
             if is_zero:
-                piece.zero_()
-            if rescale != 1:
-                piece.mul_(rescale)
-            yield piece
+                piece = torch.zeros_like(piece)
+            yield piece if rescale == 1 else rescale * piece
 
     def name_in(self, layer, match, above, name):
         """The old tensor that `name` copies, or with above=1 the same of the layer above it."""

@@ -153,6 +153,11 @@ def make_norm(config, dim):
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
 
 
+def make_embedding(rows, width):
+    """An embedding that is not drawn: nn.Embedding would, for which meta needs torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 def stretch(frequency, factor, low, high, original):
     """
     Llama 3's RoPE frequencies for a context stretched by `factor`: dimensions that rotate less
@@ -329,19 +334,20 @@ class GPT(nn.Module):
         self.config, device = config, torch.get_default_device()
         V, C = config.vocab_size, config.n_embd
         with torch.device('meta'):  # nn.Linear's own initialisation would be overwritten
-            self.wte = nn.Embedding(V, C)
+            self.wte = make_embedding(V, C)
             if config.channels:
                 self.wte = nn.Linear(config.channels, C, bias=False)
-            self.wpe = nn.Embedding(config.block_size, C) if config.pos == 'learned' else None
+            self.wpe = make_embedding(config.block_size, C) if config.pos == 'learned' else None
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
             self.norm = make_norm(config, C)
             self.lm_head = None if config.tied else nn.Linear(C, V, bias=False)
-        self.to_empty(device=device)
-        self.init_weights()
+        if device.type != 'meta':
+            self.to_empty(device=device)
+            self.init_weights()
 
     @classmethod
     def on_meta(cls, config):
-        """A model without memory, for its names and shapes."""
+        """A model without memory, for its names and shapes; without RoPE's tables, too."""
         with torch.device('meta'):
             return cls(config)
 
@@ -515,10 +521,9 @@ def read_config(folder):
         raise UserError(f'{folder} is damaged: {reason}') from None
 
 
-def load(name, device='cpu', contiguous=True):
+def load(name, device='cpu'):
     """
     The model in a Hugging Face folder, or of that name on the hub, in the dtype of its embeddings.
-    contiguous=False spares a copy of GPT-2's transposed tensors, for a model that is read once.
     Raises UserError for a missing or damaged model.
     """
     folder = model_folder(name)
@@ -528,7 +533,7 @@ def load(name, device='cpu', contiguous=True):
     try:
         for stored, tensor in tensors.items():
             check_numbers(stored, tensor.dtype)
-        state = tensors_from_hugging_face(config, tensors, template, contiguous)
+        state = tensors_from_hugging_face(config, tensors, template)
         for own, tensor in state.items():
             check_finite(own, tensor)
     except UserError as error:

@@ -35,7 +35,6 @@ from data.vocabulary import (
     tokenizer_in,
     tokenizer_of_model,
 )
-from engine.checkpoint import newest_weights
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
@@ -202,6 +201,8 @@ def open_model(name, device):
     """A model; of a stage that still trains, its newest saved state. Raises UserError."""
     if not still_trains(name):
         return load(name, device)
+    from engine.checkpoint import newest_weights  # a finished model need not wait for it
+
     fields, weights, step = newest_weights(name)
     print(f'{name} is not finished: this is its state after {step:,} steps', file=sys.stderr)
     return GPT.from_state(GPTConfig(**fields), weights).to(device)

@@ -42,17 +42,16 @@ from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import SETS
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
-from engine.checkpoint import record_session
 from engine.device import attention_kernels, barrier, catch_signals, find_hardware
 from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
 from engine.optimizer import learning_rate
-from engine.parallel import beside_teacher, check_memory, full_tensor, gradient_sync
-from engine.plan import PlannedStage
+from engine.parallel import full_tensor, gradient_sync
+from engine.plan import PlannedStage, beside_teacher, check_memory
 from engine.report import format_si, plan_text, render, report_blocks, write_report
+from engine.run_folder import record_session
 from engine.stage import Origin, Progress, Result, Stage
-from engine.training import Training
 from expand import GrowthComparison, Progressive
 from extras.dpo import PostTraining
 from extras.frontier import Frontier
@@ -301,6 +300,8 @@ def train_stage(stage, run, hardware, record):
     Train a stage, continue it, or do nothing if it is finished: returns its Result. `record` is
     called once the folder is known to be this stage's.
     """
+    from engine.training import Training  # a plan need not wait for what it imports
+
     knobs = stage_knobs(run, stage, hardware.world_size)
     training = Training(stage, knobs, hardware, count_steps(knobs, stage))
     result = training.finished_before()

@@ -63,8 +63,9 @@ class Copying(NamedTuple):
 
 def grow_tensor(old, donor, axes, copying):
     """
-    Yield the new tensor in pieces of rows, of the old one's dtype. old, donor (rows for new units,
-    or None): tensors, or what gives rows by slicing; axes: an Axis or None for each dimension.
+    Yield the new tensor in pieces of rows, of the old one's dtype; what is equal to old rows may
+    be a view of them. old, donor (rows for new units, or None): tensors, or what gives rows by
+    slicing; axes: an Axis or None for each dimension.
     """
     power, noise, generator_of, size = copying
     rows_axis = axes[0]
@@ -76,14 +77,13 @@ def grow_tensor(old, donor, axes, copying):
     step = max(1, size // n_columns)
     for start in range(0, n_rows, step):
         stop = min(n_rows, start + step)
+        rows = old[start:stop]
         if rows_axis:
             rows = gather_rows((old, donor, mean), rows_axis, start, stop)
-        else:
-            rows = old[start:stop].clone()
         dtype = rows.dtype
         rows = rows.to(torch.promote_types(dtype, torch.float32))  # rounded once, at the end
         if rows_axis:
-            grow_rows(rows, rows_axis, start, power)
+            rows = grow_rows(rows, rows_axis, start, power)
         if len(axes) == 2 and axes[1]:
             generator = generator_of(start)
             rows = grow_columns(rows, axes[1], power, generator)
@@ -104,25 +104,30 @@ def gather_rows(tensors, axis, start, stop):
     elif stop > own:  # units that copy none: the mean of all, or a place to be filled
         like = old[:1] if mean is None else mean
         parts.append(like.expand(stop - max(start, own), *like.shape[1:]))
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def take(tensor, index):
     """tensor[index] by rows, in slices of consecutive ones: a file is read in large pieces."""
     breaks = (torch.nonzero(index.diff() != 1).flatten() + 1).tolist()
     ends = zip([0, *breaks], [*breaks, len(index)])
-    return torch.cat([tensor[int(index[a]) : int(index[b - 1]) + 1] for a, b in ends])
+    parts = [tensor[int(index[a]) : int(index[b - 1]) + 1] for a, b in ends]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def grow_rows(rows, axis, start, power):
-    """Fill the rows that copy none, and multiply by factors ** power, in place."""
+    """The rows, those that copy none filled, times factors ** power."""
     free = max(0, axis.covered - start)  # the first row that copies none
     factor = axis.factor[start : start + len(rows)].clone()
-    if axis.fill != 'mean':
-        rows[free:] = float(axis.fill == 'one')
     if axis.fill == 'one':
         factor[free:] = 1
+    if free >= len(rows) and (factor == 1).all():
+        return rows
+    rows = rows.clone()  # they may be the old model's
+    if axis.fill != 'mean':
+        rows[free:] = float(axis.fill == 'one')
     scale(rows, factor**power, 0)
+    return rows
 
 
 def grow_columns(rows, axis, power, generator):

@@ -116,13 +116,13 @@ def pack(parts, packed, config):
 
 
 def unpack(tensor, packed, config, sizes):
-    """The tensor that transformers stores as ours, of `sizes` rows each."""
+    """The tensor that transformers stores as ours, of `sizes` rows each, contiguous."""
     if packed == 'by head':
         parts = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:]).unbind(1)
         return [part.flatten(0, 1) for part in parts]
     if packed == 'offset':
         return [tensor[2:]]
-    return list((tensor.T if packed == 'transposed' else tensor).split(sizes))
+    return list((tensor.T.contiguous() if packed == 'transposed' else tensor).split(sizes))
 
 
 def stored_shape(stored, shapes):
@@ -171,10 +171,10 @@ def tensors_to_hugging_face(config, state):
     return tensors
 
 
-def tensors_from_hugging_face(config, tensors, template, contiguous=True):
+def tensors_from_hugging_face(config, tensors, template):
     """
-    Our tensors, with the names and shapes of `template`, from a folder's. contiguous=False gives
-    views where they are packed. Raises UserError for what does not fit.
+    Our tensors, with the names and shapes of `template`, from a folder's. Raises UserError for
+    what does not fit.
     """
     names = find_tensors(config, tensors, template)
     shapes = {name: tuple(tensor.shape) for name, tensor in template.items()}
@@ -188,8 +188,7 @@ def tensors_from_hugging_face(config, tensors, template, contiguous=True):
             found = tuple(tensor.shape)
             raise UserError(f'{theirs} has shape {found}, the configuration says {expected}')
         sizes = [shapes[name][0] for name in stored.names]
-        for name, part in zip(stored.names, unpack(tensor, stored.packed, config, sizes)):
-            state[name] = part.contiguous() if contiguous else part
+        state |= zip(stored.names, unpack(tensor, stored.packed, config, sizes))
     return state
 
 

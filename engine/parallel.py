@@ -1,6 +1,7 @@
 """
 How one model trains on several processes, and in less memory: replicas (DDP) while one fits into
 a GPU, shards (FSDP2) when it does not; torch.compile; activations recomputed in the backward pass.
+What only shards need is imported where it is used: a plan need not wait for it.
 """
 
 import contextlib
@@ -9,78 +10,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-
-from engine.errors import UserError
-from engine.plan import all_params, estimate_memory
-
-# ----------------------------------------------------------------------------------------------
-# choices
-
-
-def choose_strategy(knobs, config, hardware):
-    """'ddp' or 'fsdp': the knob, or ddp while a replica with one sequence fits. UserError."""
-    if hardware.world_size == 1 and knobs.parallel == 'fsdp':
-        raise UserError('parallel=fsdp needs several processes: start them with torchrun')
-    if knobs.parallel != 'auto':
-        return knobs.parallel
-    fits = sum(estimate_memory(config, knobs, 1)) < hardware.memory
-    return 'ddp' if hardware.world_size == 1 or fits else 'fsdp'
-
-
-def choose_micro_batch(knobs, config, hardware):
-    """Sequences per process at once: the knob, or the largest divisor of its share that fits."""
-    share = knobs.batch_size // hardware.world_size
-    if knobs.micro_batch_size:
-        if share % knobs.micro_batch_size:
-            raise UserError(
-                f'micro_batch_size {knobs.micro_batch_size} does not divide the {share} sequences '
-                'of a process'
-            )
-        return knobs.micro_batch_size
-    sharded = choose_strategy(knobs, config, hardware) == 'fsdp'
-    shards = hardware.world_size if sharded else 1
-    limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
-    for size in range(min(share, limit // config.block_size), 1, -1):
-        memory = sum(estimate_memory(config, knobs, size, shards))
-        if share % size == 0 and memory < hardware.memory:
-            return size
-    return 1
-
-
-def beside_teacher(hardware, stage):
-    """The hardware with the memory that a stage's teacher, if it has one, leaves."""
-    return hardware._replace(
-        memory=hardware.memory - stage.teacher_params * hardware.dtype.itemsize
-    )
-
-
-def check_memory(name, config, knobs, hardware):
-    """Raise UserError where a stage of this shape needs more memory than there is."""
-    shards = hardware.world_size if knobs.parallel != 'ddp' else 1
-    needed, found = sum(estimate_memory(config, knobs, 1, shards)), hardware.memory
-    if needed > found:
-        where = 'each of the GPUs' if hardware.device.type == 'cuda' else 'each process'
-        raise UserError(
-            f'{name}: {all_params(config):,} parameters need {needed / 1e9:.1f} GB to be trained '
-            f'on {where}, which has {found / 1e9:.1f} GB free: use a smaller size, more GPUs or '
-            '--optimizer_dtype=bfloat16; --dry_run=True shows the plan, --toy=True runs it small, '
-            '--anyway=True tries it'
-        )
-
 
 # ----------------------------------------------------------------------------------------------
 # placing and wrapping the model
@@ -94,6 +29,9 @@ def place(make, empty, strategy, hardware):
     """
     if strategy != 'fsdp':
         return make().float().to(hardware.device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     whole = make().float().state_dict() if hardware.is_main else {}
     mesh = init_device_mesh(hardware.device.type, (hardware.world_size,))
     policy = MixedPrecisionPolicy(
@@ -176,19 +114,30 @@ def gradient_sync(model, last):
 # whole tensors
 
 
+def is_sharded(model):
+    """Whether each process holds only its shards of the model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 def full_state(model):
     """{name: tensor} of all parameters; of a sharded model only on process 0. For every process."""
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
 
 
 def load_full_state(model, state):
     """Fill the model with whole tensors; where it is sharded, with those of process 0."""
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         model.load_state_dict(state)
         return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     model.reshard()  # after an evaluation it is whole
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=options)
@@ -196,6 +145,8 @@ def load_full_state(model, state):
 
 def full_tensor(tensor):
     """All of a tensor of which each process may hold a part."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,7 +1,10 @@
-"""What a run would cost before it starts: memory per GPU, and the data of the dry run."""
+"""
+What a run costs, before it starts: memory, what is chosen by it, and the data of the dry run.
+"""
 
 from typing import Any, NamedTuple
 
+from engine.errors import UserError
 from engine.optimizer import stable_steps
 from engine.stage import Result, Stage
 
@@ -36,6 +39,57 @@ def all_params(config):
 def saved_state_bytes(config, knobs):
     """Bytes of one saved state: weights and AdamW's two moments."""
     return (8 if knobs.optimizer_dtype == 'bfloat16' else 12) * all_params(config)
+
+
+def choose_strategy(knobs, config, hardware):
+    """'ddp' or 'fsdp': the knob, or ddp while a replica with one sequence fits. UserError."""
+    if hardware.world_size == 1 and knobs.parallel == 'fsdp':
+        raise UserError('parallel=fsdp needs several processes: start them with torchrun')
+    if knobs.parallel != 'auto':
+        return knobs.parallel
+    fits = sum(estimate_memory(config, knobs, 1)) < hardware.memory
+    return 'ddp' if hardware.world_size == 1 or fits else 'fsdp'
+
+
+def choose_micro_batch(knobs, config, hardware):
+    """Sequences per process at once: the knob, or the largest divisor of its share that fits."""
+    share = knobs.batch_size // hardware.world_size
+    if knobs.micro_batch_size:
+        if share % knobs.micro_batch_size:
+            raise UserError(
+                f'micro_batch_size {knobs.micro_batch_size} does not divide the {share} sequences '
+                'of a process'
+            )
+        return knobs.micro_batch_size
+    sharded = choose_strategy(knobs, config, hardware) == 'fsdp'
+    shards = hardware.world_size if sharded else 1
+    limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
+    for size in range(min(share, limit // config.block_size), 1, -1):
+        memory = sum(estimate_memory(config, knobs, size, shards))
+        if share % size == 0 and memory < hardware.memory:
+            return size
+    return 1
+
+
+def beside_teacher(hardware, stage):
+    """The hardware with the memory that a stage's teacher, if it has one, leaves."""
+    return hardware._replace(
+        memory=hardware.memory - stage.teacher_params * hardware.dtype.itemsize
+    )
+
+
+def check_memory(name, config, knobs, hardware):
+    """Raise UserError where a stage of this shape needs more memory than there is."""
+    shards = hardware.world_size if knobs.parallel != 'ddp' else 1
+    needed, found = sum(estimate_memory(config, knobs, 1, shards)), hardware.memory
+    if needed > found:
+        where = 'each of the GPUs' if hardware.device.type == 'cuda' else 'each process'
+        raise UserError(
+            f'{name}: {all_params(config):,} parameters need {needed / 1e9:.1f} GB to be trained '
+            f'on {where}, which has {found / 1e9:.1f} GB free: use a smaller size, more GPUs or '
+            '--optimizer_dtype=bfloat16; --dry_run=True shows the plan, --toy=True runs it small, '
+            '--anyway=True tries it'
+        )
 
 
 class PlannedStage(NamedTuple):

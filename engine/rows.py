@@ -91,7 +91,9 @@ def check_numbers(name, dtype):
 
 def check_finite(name, tensor):
     """Raise UserError for a tensor with numbers that are not finite."""
-    if not tensor.isfinite().all():
+    if tensor.sum().isfinite():  # only if all terms are; fifteen times faster than to ask each
+        return
+    if not tensor.isfinite().all():  # or the sum alone is too large
         raise UserError(f'{name} has values that are not finite in {tensor.dtype}')
 
 
@@ -156,6 +158,7 @@ class FolderReader:
         """shapes: {our name: shape} of a model of this configuration. Raises UserError."""
         self.config, self.shapes, self.stack = config, shapes, ExitStack()
         self.tensors, self.where = {}, {}  # by name in the folder; {our name: transformers'}
+        self.unpacked = '', []  # transformers' name and our tensors, of the last one it packs
         try:
             for path in weight_files(folder):
                 self.tensors |= self.open(path)
@@ -199,9 +202,10 @@ class FolderReader:
         stored, tensor = self.stored[theirs], self.tensors[self.found[theirs]]
         if not stored.packed and len(stored.names) == 1:
             return tensor
-        sizes = [self.shapes[one][0] for one in stored.names]
-        parts = unpack(tensor[:], stored.packed, self.config, sizes)
-        return parts[stored.names.index(name)]
+        if self.unpacked[0] != theirs:
+            sizes = [self.shapes[one][0] for one in stored.names]
+            self.unpacked = theirs, unpack(tensor[:], stored.packed, self.config, sizes)
+        return self.unpacked[1][stored.names.index(name)]
 
 
 def write_model(folder, config, shapes, dtype, pieces):

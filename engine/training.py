@@ -21,7 +21,7 @@ from data.corpus import open_corpus
 from data.instruct import run_source
 from data.loader import batches
 from data.vocabulary import tokenizer_to_carry
-from engine import checkpoint
+from engine import checkpoint, run_folder
 from engine.dashboards import open_dashboards
 from engine.device import (
     SIGNALS,
@@ -41,15 +41,13 @@ from engine.metrics import append_metrics, truncate_metrics
 from engine.optimizer import make_optimizer, save_optimizer_state, set_optimizer_state, stable_steps
 from engine.parallel import (
     Meter,
-    beside_teacher,
-    choose_micro_batch,
-    choose_strategy,
     full_state,
     full_tensor,
     load_full_state,
     place,
     wrap,
 )
+from engine.plan import beside_teacher, choose_micro_batch, choose_strategy
 from engine.report import describe, format_bytes, format_si
 from engine.stage import Progress, Result, next_token
 from engine.tokenizer_files import check_available, tokenizer_files
@@ -85,24 +83,24 @@ class Training:
             for name in self.knobs.corpora:
                 splits = open_corpus(name, self.knobs.data_dir).meta['splits']
                 texts[name] = splits['train'].get('sha256')
-        identity = checkpoint.stage_identity(self.stage, self.knobs, texts)
+        identity = run_folder.stage_identity(self.stage, self.knobs, texts)
         accept = self.knobs.accept_changes
-        self.changes = checkpoint.claim_folder(self.folder, identity, accept)
+        self.changes = run_folder.claim_folder(self.folder, identity, accept)
         result = self.read_result()
         if result and not self.extends(result):
             if self.hardware.is_main:
-                changes = checkpoint.describe_changes(self.changes)
+                changes = run_folder.describe_changes(self.changes)
                 settings = f', with other settings ({changes})' if changes else ''
                 print(f'{self.stage.name}: finished before{settings}')
-                checkpoint.remove_states(self.folder)
+                run_folder.remove_states(self.folder)
             return result
         if result:
             barrier()  # everyone has seen it
             if self.hardware.is_main:
-                checkpoint.remove_states(self.folder)  # a crash may have left some
+                run_folder.remove_states(self.folder)  # a crash may have left some
                 (self.folder / 'result.json').unlink()
         if self.changes:
-            checkpoint.update_identity(self.folder, identity)
+            run_folder.update_identity(self.folder, identity)
         barrier()  # stage.json is there
         return None
 
@@ -111,7 +109,7 @@ class Training:
         if not (self.folder / 'result.json').is_file():
             return None
         if (self.folder / 'checksums.json').is_file():
-            owner = checkpoint.owner_of(self.folder)
+            owner = run_folder.owner_of(self.folder)
             if damage := checkpoint.find_damage_together(self.folder, owner):
                 raise UserError(
                     f'{damage}. Remove {self.folder / "result.json"} to train the stage again, '
@@ -121,7 +119,7 @@ class Training:
 
     def extends(self, result):
         """Whether more tokens are wanted than a finished stage had, and a stable state is kept."""
-        states = checkpoint.saved_states(self.folder)
+        states = run_folder.saved_states(self.folder)
         more = 'tokens' in self.changes and self.stage.tokens > result.tokens
         return more and any(path.name.startswith('stable') for path in states)
 
@@ -131,7 +129,7 @@ class Training:
         torch.manual_seed(knobs.seed)
         room = beside_teacher(hardware, stage)
         self.strategy = choose_strategy(knobs, stage.config, room)
-        self.fresh = not checkpoint.saved_states(self.folder)  # else restore() brings the weights
+        self.fresh = not run_folder.saved_states(self.folder)  # else restore() brings the weights
         self.source_dtype = 'float32'
 
         def make():
@@ -241,7 +239,7 @@ class Training:
         if hardware.device.type == 'cuda':
             details.append(f'attention: {attention_kernel(self.stage.config, hardware)}')
         if self.changes:
-            print(f'{name}: {checkpoint.describe_changes(self.changes)}')
+            print(f'{name}: {run_folder.describe_changes(self.changes)}')
         print(f'{name}: {", ".join(details)}', flush=True)
 
     # ------------------------------------------------------------------------------------------
@@ -454,6 +452,6 @@ class Training:
         ]
         saved += [self.folder / 'config.json', *tokenizer_files(self.folder)]
         files = measure_files(saved) | {'result.json': measure_text(result.text())}
-        write_manifest(self.folder, files, checkpoint.owner_of(self.folder))
+        write_manifest(self.folder, files, run_folder.owner_of(self.folder))
         result.write()
-        checkpoint.remove_states(self.folder)
+        run_folder.remove_states(self.folder)

@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from configurator import Count, Fraction, Natural, Range
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.loader import Share, validation_batches
-from engine.checkpoint import read_identity
 from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.metrics import has_metrics, read_metrics
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_images, draw_panels, table
+from engine.run_folder import read_identity
 from model import GPT, load
 
 # ----------------------------------------------------------------------------------------------

@@ -21,14 +21,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
 
 from data.instruct import shuffled
-from engine.checkpoint import saved_states, step_of
 from engine.device import processes
 from engine.errors import UserError
 from engine.files import commit_file
-from engine.parallel import unwrap
+from engine.parallel import is_sharded, unwrap
+from engine.run_folder import saved_states, step_of
 from engine.teacher import LazyTeacher
 
 
@@ -242,7 +241,7 @@ def minillm(teacher, examples, folder, settings):
     rollouts = Rollouts(examples, folder, settings)
 
     def objective(model, x, y, progress):
-        if isinstance(model, FSDPModule):  # every pass is a collective; answers end when they end
+        if is_sharded(model):  # every pass is a collective; answers end when they end
             raise UserError('minillm cannot train shards: it needs --parallel=ddp')
         theirs = lazy.on(x.device)
         part = rollouts.next_rows(progress.step, len(x), unwrap(model), theirs)

@@ -22,7 +22,7 @@ import train
 from engine import teacher as teachers
 from engine.device import find_hardware
 from engine.errors import UserError
-from engine.parallel import beside_teacher
+from engine.plan import beside_teacher
 from engine.report import mean_curve, steps_to_loss
 from engine.stage import Progress, Result, next_token
 from engine.teacher import hidden_states, open_teacher

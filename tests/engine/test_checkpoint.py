@@ -16,11 +16,12 @@ from conftest import run_command
 from test_train import same
 
 import train
-from engine.checkpoint import IndexUnpickler, claim_folder, load_state, save_state, saved_states
+from engine.checkpoint import IndexUnpickler, load_state, save_state
 from engine.device import SIGNALS, catch_signals
 from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
+from engine.run_folder import claim_folder, saved_states
 from engine.stage import Result
 from model import GPT, GPTConfig
 

@@ -19,7 +19,7 @@ import torch
 
 import train
 from data import prepare
-from engine.checkpoint import saved_states
+from engine.run_folder import saved_states
 from engine.stage import Result
 from model import load
 

@@ -23,10 +23,10 @@ from configurator import configure
 from data import prepare
 from data.corpus import open_corpus, verify_corpus
 from data.instruct import Examples, file_examples
-from engine.checkpoint import read_identity
 from engine.errors import UserError
 from engine.files import find_damage, locked, read_json
 from engine.metrics import read_metrics, truncate_metrics
+from engine.run_folder import read_identity
 from engine.stage import Result
 from expand import Operators, grow_folder
 from extras.diagnostics import training_curves

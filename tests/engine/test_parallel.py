@@ -17,15 +17,8 @@ from bench import peak_memory
 from engine.device import attention_kernel, attention_kernels, find_hardware, peak_flops
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
-from engine.parallel import (
-    Meter,
-    check_memory,
-    choose_micro_batch,
-    choose_strategy,
-    recompute,
-    wrap,
-)
-from engine.plan import estimate_memory
+from engine.parallel import Meter, recompute, wrap
+from engine.plan import check_memory, choose_micro_batch, choose_strategy, estimate_memory
 from engine.stage import Progress, Result, next_token
 from model import GPT, GPTConfig, load
 from train import Run

@@ -10,10 +10,10 @@ import pytest
 from test_train import planned
 
 import train
-from engine.checkpoint import stage_identity
 from engine.errors import UserError
 from engine.optimizer import learning_rate
 from engine.report import describe
+from engine.run_folder import stage_identity
 from engine.stage import Result
 from model import GPTConfig, load
 from train import Run

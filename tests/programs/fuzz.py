@@ -154,6 +154,8 @@ def odd_knobs(rng, module, words):
         name, value = rng.choice(names), rng.choice(rng.choice((TEXTS, NUMBERS)))
         if name in ('out', 'out_dir', 'corpus') and value in ('', '/', '..', '../..'):
             value = 'elsewhere'  # that would be asking to write there, or to read the whole disk
+        if (name, value) == ('tokens', '0'):
+            value = '1'  # 0 asks for 20 tokens a parameter, two at a time: minutes of honest work
         words = [*words, f'--{name}={value}']
     if rng.random() < 0.1:
         words = [*words, rng.choice(TEXTS)]
