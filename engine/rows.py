@@ -6,6 +6,7 @@ header's length, the header (name -> dtype, shape, offsets, in JSON), the data.
 """
 
 import json
+import shutil
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -222,6 +223,11 @@ def write_model(folder, config, shapes, dtype, pieces):
         theirs_shapes[theirs] = shape
         sizes[theirs] = dtype.itemsize * torch.Size(shape).numel()
     files, total = split_in_files(sizes), sum(sizes.values())
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise UserError(
+            f'the weights take {total / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free'
+        )
     bar = tqdm(desc=f'writing {folder}', total=total, unit='B', unit_scale=True, disable=None)
     with bar:
         for file, names in files.items():

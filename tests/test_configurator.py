@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from configurator import (
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.stage import Result, Stage
+from model import GPT, GPTConfig
 from train import Run
 
 
@@ -266,6 +268,28 @@ def test_the_help_does_not_import_torch_and_is_the_same():
         process = python('-X', 'importtime', *program.split(), '--help')
         assert len(process.stdout) > 300 and process.stdout == text
         assert 'torch._C' not in process.stderr
+
+
+def test_who_plans_or_makes_a_size_waits_for_torch_alone(tmp_path):
+    for size in ('16x1', '32x2'):
+        GPT(GPTConfig.named(size, vocab_size=257, block_size=16)).save(tmp_path / 'chain' / size)
+    for command in (
+        'train.py config/progressive_8b.py --dry_run',
+        'scaling.py advise --paper --base_params=1e9 --base_tokens=1e12 --budget=1e21',
+        f'expand.py {tmp_path}/chain/16x1 {tmp_path}/grown --to=32x2',
+        f'col.py {tmp_path}/chain {tmp_path}/made --to=32x1',
+    ):
+        process = subprocess.run(
+            [sys.executable, '-X', 'importtime', *command.split()],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-500:]
+        slow = (
+            r'\b(torch\.distributed\.(checkpoint|fsdp|tensor)|torch\._dynamo|matplotlib|datasets)$'
+        )
+        assert not re.search(slow, process.stderr, re.MULTILINE), command
 
 
 def test_a_program_of_someone_else_that_asks_for_help_has_torch(tmp_path):

@@ -382,6 +382,7 @@ def test_growing_on_the_command_line(tmp_path):
         ([], 'SOURCE TARGET'),
         ([tmp_path / 'small', tmp_path / 'x', '--to=16x2'], 'n_head 2 -> 1 is smaller'),
         ([tmp_path / 'no', tmp_path / 'x', '--to=exp'], 'config.json'),
+        ([tmp_path / 'small', tmp_path / 'x', '--to=160000x160'], 'GB are free'),
     ):
         process = run_command('expand.py', *arguments)
         assert (

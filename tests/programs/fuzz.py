@@ -59,6 +59,7 @@ JSON_VALUES += [{'a': 1}, [[]], 'nan', '1', 10**6, 7, 0.3, [1.0, 2.0, 3.0, 4.0]]
 # elsewhere, the offline corpora are made anew: a minute; without a dry run, hours are trained; a
 # compiler takes longer than a case may
 LONG = ('data_dir', 'dry_run', 'compile')
+FAR = ('', '/', '..', '../..')  # that would be asking to write there, or to read the whole disk
 TINY = '--block_size=16 --batch_size=2 --eval_tokens=32 --device=cpu --data_dir=data '
 TINY += '--out_dir=out'
 TRAIN = {
@@ -152,13 +153,14 @@ def odd_knobs(rng, module, words):
     names = [name for name in knobs_of(module, words) if name not in LONG]
     for _ in range(rng.choice((1, 1, 2))):
         name, value = rng.choice(names), rng.choice(rng.choice((TEXTS, NUMBERS)))
-        if name in ('out', 'out_dir', 'corpus') and value in ('', '/', '..', '../..'):
-            value = 'elsewhere'  # that would be asking to write there, or to read the whole disk
+        if name in ('out', 'out_dir', 'corpus') and value in FAR:
+            value = 'elsewhere'
         if (name, value) == ('tokens', '0'):
             value = '1'  # 0 asks for 20 tokens a parameter, two at a time: minutes of honest work
         words = [*words, f'--{name}={value}']
     if rng.random() < 0.1:
-        words = [*words, rng.choice(TEXTS)]
+        word = rng.choice(TEXTS)
+        words = [*words, 'elsewhere' if word in FAR else word]
     return words
 
 
