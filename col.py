@@ -17,6 +17,7 @@ vocabulary first writes answers, on which a bridge model of the chain's is fine-
 
 import re
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -200,6 +201,32 @@ def neighbours(shapes, config):
         known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
         raise UserError(f'{wanted} lie outside the chain: {", ".join(known)}')
     return max(smaller, key=weight), min(larger, key=weight)
+
+
+def shape_between(shapes, to):
+    """
+    The GPTConfig of a named size, or of WIDTHxLAYERS among {name: GPTConfig}: heads, groups and MLP
+    lie as far between the neighbours' as the width. Raises UserError where they are not whole.
+    """
+    match, ordered = re.fullmatch(r'(\d+)x(\d+)', to), sorted(shapes.values(), key=all_params)
+    small_ones = ordered[0].head_dim == 16 and ordered[0].n_kv_head == ordered[0].n_head
+    if not match or small_ones:
+        return GPTConfig.named(to)
+    width, layers = int(match[1]), int(match[2])
+    for small, large in zip(ordered, ordered[1:]):
+        if not (small.n_embd <= width <= large.n_embd and small.n_layer <= layers <= large.n_layer):
+            continue
+        sizes = dict(n_embd=width, n_layer=layers)
+        way = Fraction(width - small.n_embd, large.n_embd - small.n_embd or 1)
+        for field in ('n_head', 'n_kv_head', 'n_mlp'):
+            low, high = getattr(small, field), getattr(large, field)
+            value = low + way * (high - low)
+            if value.denominator > 1:
+                raise UserError(f'{to}: {field} would be {float(value):g}, not a whole number')
+            sizes[field] = int(value)
+        return replace(small, **sizes)
+    known = ', '.join(f'{shape.n_embd}x{shape.n_layer}' for shape in ordered)
+    raise UserError(f'{to} lies outside the chain: {known}')
 
 
 def between(shapes, wanted):
@@ -640,10 +667,9 @@ def chain_folders(folder):
 
 def interpolate(options, folder):
     """Write the model that the options ask for; returns its shape and its neighbours' names."""
-    wanted = GPTConfig.named(options.to)
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
-    small, large, config = between(shapes, wanted)
+    small, large, config = between(shapes, shape_between(shapes, options.to))
     if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
     alpha = None if options.alpha < 0 else options.alpha

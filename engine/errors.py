@@ -38,8 +38,9 @@ def run_as_program(main):
         print(f'error: {error.strerror}{where}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        print('\ninterrupted', file=sys.stderr, flush=True)
+        os._exit(130)  # a file that torch had half written may abort the end of Python
 
 
 def nearest(name, known):

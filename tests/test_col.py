@@ -296,6 +296,25 @@ def test_the_command_makes_any_size_between_two(chain, tmp_path, capsys):
         col.main([str(tmp_path), str(tmp_path / 'other'), '--to=64x2'])
 
 
+@pytest.mark.parametrize('family', ['gpt2', 'pythia', 'llama'])
+def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path, capsys):
+    small, large = shaped(family, 2, 2), shaped(family, 4, 4, seed=1)
+    small.save(tmp_path / 'chain' / 'a')
+    large.save(tmp_path / 'chain' / 'b')
+    col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), '--to=18x3', '--alpha=0.3'])
+    made, sizes = load(tmp_path / 'made'), dict(n_embd=18, n_layer=3, n_head=3, n_kv_head=3)
+    assert made.config == replace(small.config, n_mlp=30, **sizes)
+    assert same(made, linit(small, large, made.config, 0.3))
+
+
+def test_a_width_between_two_of_a_chain_has_whole_heads(tmp_path):
+    for name, heads in (('a', 2), ('b', 4)):
+        shaped('llama', heads, heads).save(tmp_path / 'chain' / name)
+    for to, word in (('20x3', 'n_head would be 3.33'), ('18x9', 'outside the chain: 12x2, 24x4')):
+        with pytest.raises(UserError, match=word):
+            col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), f'--to={to}'])
+
+
 def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_path):
     stops = 0
     common = [*ON_POLICY, '--chain=32x3', '--descendants=', '--baselines=']
