@@ -179,12 +179,14 @@ def losses_without(model, idx):
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
 
     alone, above = [], []
+    below, _ = model.residual_stream(x, layers=0)
     for layer in progress_bar(range(model.config.n_layer), desc='layers left out'):
-        stream, _ = model.residual_stream(x, layers=layer)
-        above.append(loss(stream))
+        above.append(loss(below))
+        stream = below
         for block in model.blocks[layer + 1 :]:
             stream = block(stream, rope, None)
         alone.append(loss(stream))
+        below = model.blocks[layer](below, rope, None)
     return alone, above
 
 
