@@ -276,10 +276,14 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the positions seen. Setting `length` back forgets the last ones."""
+    """
+    Keys and values of the positions seen, in room that grows with them. Setting `length` back
+    forgets the last ones.
+    """
 
     def __init__(self, config, batch, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
+        room = min(256, config.block_size)
+        shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.length = 0  # positions filled
@@ -287,6 +291,9 @@ class Cache:
     def extend(self, layer, k, v):
         """Store (B, K, T, D) behind the filled positions; returns views (B, K, S, D) of all."""
         end = self.length + k.shape[2]
+        if end > self.k.shape[3]:  # twice the room, so that it seldom moves
+            more = (0, 0, 0, 2 * end - self.k.shape[3])
+            self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]

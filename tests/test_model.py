@@ -199,6 +199,16 @@ def test_cached_generation_is_the_uncached_one(model):
     )  # beyond the context: goes on from its later half
 
 
+def test_the_caches_room_grows_with_the_text():
+    model = GPT(GPTConfig.named('16x2', vocab_size=61, block_size=8192)).double()
+    x, cache = tokens(2, 600), model.new_cache(2)
+    assert cache.k.shape[3] == 256
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in x.split([200, 1, 399], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(x).logits)
+    assert cache.k.shape[3] == 1200
+
+
 def test_generation_stops_and_is_seeded():
     model, x = small(), tokens(2, 5)
     samples = []
