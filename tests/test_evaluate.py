@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, train_tokenizer
+from conftest import ROOT, run_command, train_tokenizer, write_texts
 from test_model import SHAPES, small, tokens
 
 from configurator import configure
@@ -343,9 +343,9 @@ def test_a_corpus_of_another_tokenizer_is_refused_with_the_command(tmp_path, dat
         assert process.returncode == 2, process.stderr
         assert 'has another tokenizer than pydocs (bytes)' in process.stderr
         assert f'python data/prepare.py pydocs --tokenizer={folder} --out=' in process.stderr
-    prepared = run_command(
-        'data/prepare.py', 'pydocs', f'--tokenizer={folder}', f'--out={tmp_path}/data/own'
-    )
+    text = write_texts(tmp_path / 'texts', 'txt')  # a minute less than all of pydocs
+    way_out = f'--tokenizer={folder}', f'--out={tmp_path}/data/own'
+    prepared = run_command('data/prepare.py', text, *way_out, '--val_fraction=0.5')
     assert prepared.returncode == 0, prepared.stderr
     knobs = ('--data=own', f'--data_dir={tmp_path}/data', '--eval_tokens=256')
     process = run_command('evaluate.py', folder, *knobs)
