@@ -73,11 +73,11 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_mlp = self.n_mlp or 4 * self.n_embd
-        for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size'):
-            most = MAX_LAYERS if name == 'n_layer' else 2**31 - 1
-            if not 1 <= getattr(self, name) <= most:
-                found = getattr(self, name)
-                raise UserError(f'{name} must be between 1 and {most:,}, not {found}')
+        for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size', 'channels'):
+            least, most = int(name != 'channels'), MAX_LAYERS if name == 'n_layer' else 2**31 - 1
+            found = getattr(self, name)
+            if not least <= found <= most:
+                raise UserError(f'{name} must be between {least} and {most:,}, not {found}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if not 0 < self.rotary_fraction <= 1:

@@ -279,6 +279,7 @@ def test_tensors_that_do_not_match_the_configuration_are_listed(tmp_path):
         dict(rope_theta=10**31),
         dict(init_std=-1.0),
         dict(rope_theta=0),
+        dict(channels=-1),
     ],
 )
 def test_numbers_that_no_model_can_have_are_refused(odd):
