@@ -15,6 +15,7 @@ where alpha is the relative distance, 1 at the smaller one. An ancestor of anoth
 vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -45,7 +46,7 @@ from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.plan import all_params
-from engine.report import by_label, format_count, validation_curve
+from engine.report import by_label, format_count, format_si, validation_curve
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
@@ -309,7 +310,7 @@ class Descendant:
         small, large = self.chain[self.small], self.chain[self.large]
         shown = 'by distance' if alpha is None else alpha
         stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
-        stage.parent = small
+        stage.parent, stage.also = small, (large,)
         stage.model = lambda: linit(load(small.folder), load(large.folder), config, alpha)
         return stage
 
@@ -485,10 +486,10 @@ class ChainOfLearngene:
         stage = Stage(name, config, self.tokens, config.num_params(head=True))
         stage.tokenizer = teacher.folder
         if start:
-            stage.origin = Origin('weights', (start.name,))
+            stage.origin, stage.also = Origin('weights', (start.name,)), (start,)
             stage.model = partial(load, start.folder)
         elif self.start == 'subset':
-            stage.origin = Origin('subset', (teacher.name,))
+            stage.origin, stage.also = Origin('subset', (teacher.name,)), (teacher,)
             stage.model = lambda: subset(load(teacher.folder), config)
         return stage
 
@@ -498,6 +499,7 @@ class ChainOfLearngene:
         from extras.minillm import MiniLLM, minillm
 
         stage.teaching = dict(objective=distillation, teacher=teacher.name)
+        stage.also = (*stage.also, teacher)
         out = Path(run.out_dir)
         if distillation == 'seqkd':
             if not run.dry_run:
@@ -589,10 +591,10 @@ class ChainOfLearngene:
                 if start != 'seqkd' and not (start == 'kd' and self.sft_data):  # those see answers
                     record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
                     record['after recovery'] = r.val_loss
+                record['FLOPs before'] = format_si(r.inherited_flops)
                 if start == 'linit' and 'random' in curves and curve[0][0] == 0:
-                    needs = steps_to(curves['random'], curve[0][1])
-                    last = f'more than {curve[-1][0]:,}'
-                    record['steps random needs'] = f'{needs:,}' if needs is not None else last
+                    random = next(r for r in runs if r.labels['start'] == 'random')
+                    record |= worth(curve[0][1], r.inherited_flops, random, curves['random'])
                 records.append(record)
         for data, runs in by_label(results, 'tuned_on').items():
             examples = Examples(data, self.data_dir, 'val')
@@ -601,6 +603,22 @@ class ChainOfLearngene:
                 record = {'fine-tuned': r.name, 'loss on answers': r.val_loss}
                 tuned.append(record | {'Rouge-L': 100 * rouge, 'exact answers': exact})
         return [records, tuned]
+
+
+def worth(loss, before, random, curve):
+    """
+    What a start at this loss spares: the steps that random initialisation, a Result with its curve,
+    needs to it, and after how many such descendants the FLOPs spent `before` are paid back.
+    """
+    steps, last = steps_to(curve, loss), curve[-1][0]
+    if steps == 0:
+        return {'steps random needs': '0', 'pays after': 'never'}
+    if not last:  # it was not trained
+        return {}
+    few = math.ceil(before * last / (random.flops * (steps or last)))
+    if steps is None:
+        return {'steps random needs': f'more than {last:,}', 'pays after': f'at most {few:,}'}
+    return {'steps random needs': f'{steps:,}', 'pays after': f'{few:,}'}
 
 
 def steps_to(curve, loss):

@@ -374,7 +374,7 @@ def plan_stage(stage, run):
         stage.tokens = result.tokens
     # of the tokens asked for: those trained on are rounded up to whole batches
     result.flops = stage.flops(Progress(steps, steps), stage.tokens / max(1, steps))
-    result.inherited_flops = stage.inherited_flops
+    result.inherited_flops, result.before = stage.inherited_flops, stage.before
     result.baseline_flops = stage.baseline_flops
     result.position = stage.position + result.tokens
     result.labels = stage.labels

@@ -42,6 +42,7 @@ class Stage:
     origin: Origin = field(default_factory=Origin)
     model: Callable | None = None  # builds the starting model, when the stage runs; None: random
     parent: Optional['Result'] = None  # its compute is inherited, its data position continued
+    also: tuple['Result', ...] = ()  # others whose compute it needs: a second parent, a teacher
     also_spent: float = 0.0  # FLOPs on what are no ancestors, smaller members or a reference
     data_after: Optional['Result'] = None  # continue this one's data position instead
     optimizer_state: Callable | None = None  # builds AdamW's starting state; None: fresh
@@ -61,9 +62,21 @@ class Stage:
     labels: dict = field(default_factory=dict)  # for the report: {'variant': 'let', 'seed': 0}
 
     @property
+    def before(self):
+        """
+        {model: FLOPs} of all that was spent before: on every ancestor of the starting weights, once
+        though two parents may share it, on those of a teacher, and beside them.
+        """
+        spent = {f'beside {self.name}': self.also_spent} if self.also_spent else {}
+        for result in (self.parent, *self.also):
+            if result:
+                spent |= result.before | {result.key: result.flops}
+        return spent
+
+    @property
     def inherited_flops(self):
-        """FLOPs spent before: on all ancestors of the starting weights, and beside them."""
-        return self.also_spent + (self.parent.total_flops if self.parent else 0.0)
+        """The sum of `before`."""
+        return sum(self.before.values(), 0.0)
 
     def flops(self, progress, step_tokens):
         """FLOPs of the steps until `progress`, a teacher's forward passes included."""
@@ -120,6 +133,16 @@ class Result:
     seconds: float  # wall-clock time of this stage
     labels: dict = field(default_factory=dict)  # the stage's
     finished: float = 0.0  # seconds since 1970; orders a run's stages
+    before: dict = field(default_factory=dict)  # {model: FLOPs} of which inherited_flops is the sum
+
+    def __post_init__(self):
+        if self.inherited_flops and not self.before:  # of an older result, the sum is known alone
+            self.before = {f'before {self.key}': self.inherited_flops}
+
+    @property
+    def key(self):
+        """What tells it from other models, in other runs too, wherever its folder is."""
+        return f'{self.name} {self.finished:.3f}'
 
     @property
     def total_flops(self):
@@ -141,7 +164,7 @@ class Result:
         if not path.is_file():
             raise UserError(f'{folder} holds no finished stage (no result.json)')
         types = {f.name: (float, int) if f.type is float else f.type for f in fields(cls)}
-        del types['finished']  # which older ones lack
+        del types['finished'], types['before']  # which older ones lack
         try:
             content = read_json(path, **types)
         except UserError as error:
@@ -150,6 +173,9 @@ class Result:
         finished = content.get('finished')
         known = isinstance(finished, float) and math.isfinite(finished)
         values['finished'] = finished if known else path.stat().st_mtime
+        before = content.get('before')
+        if isinstance(before, dict) and all(isinstance(v, int | float) for v in before.values()):
+            values['before'] = before
         return cls(**values | dict(folder=str(folder)))  # the folder may have been moved
 
     @classmethod

@@ -420,6 +420,7 @@ class Training:
             tokens,
             flops=stage.flops(self.progress, self.step_tokens),
             inherited_flops=stage.inherited_flops,
+            before=stage.before,
             baseline_flops=stage.baseline_flops,
             val_loss=loss,
             bits_per_byte=bits_per_byte(loss, self.source.bytes_per_token),

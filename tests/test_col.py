@@ -11,7 +11,7 @@ from test_train import metrics
 
 import col
 import train
-from col import default_alpha, learngene_layers, linit, neighbours, subset
+from col import default_alpha, learngene_layers, linit, neighbours, subset, worth
 from engine.errors import UserError
 from engine.stage import Result
 from expand import grow
@@ -214,6 +214,29 @@ def chain(data_dir, tmp_path_factory):
         + ['--chain=32x3,16x2', '--descendants=32x2']
     )
     return out
+
+
+def test_a_descendant_costs_all_that_it_is_made_from(data_dir, tmp_path):
+    more = ['--chain=32x3,16x2', '--descendants=32x2', '--baselines=random,kd', '--dry_run=True']
+    run, method, _ = train.configure(arguments(data_dir, tmp_path, *more), train.Run, train.METHODS)
+    planned = {p.stage.name: p.result for p in train.plan(run, method)}
+    cost = {name: result.flops for name, result in planned.items()}
+    ancestors = sum(cost[name] for name in cost if name.startswith('ancestor'))
+    made = planned['32x2-linit']
+    assert made.inherited_flops == pytest.approx(ancestors + cost['32x3'] + cost['16x2'])
+    assert planned['32x2-kd'].inherited_flops == pytest.approx(ancestors)
+    assert planned['32x2-random'].inherited_flops == 0
+
+
+def test_what_a_chain_spares():
+    random = Result.given('random', '')
+    random.flops = 100.0
+    curve = [(0, 5.0), (10, 3.0), (20, 2.0)]
+    assert worth(2.9, 1e3, random, curve) == {'steps random needs': '20', 'pays after': '10'}
+    assert worth(3.0, 1e3, random, curve)['pays after'] == '20'
+    assert worth(1.9, 1e3, random, curve)['pays after'] == 'at most 10'
+    assert worth(6.0, 1e3, random, curve)['pays after'] == 'never'
+    assert worth(1.9, 1e3, random, curve[:1]) == {}
 
 
 def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):

@@ -377,6 +377,19 @@ def test_result_survives_a_move_and_counts_its_ancestors(tmp_path):
     assert Stage('b', None, 10, 1.0, parent=read).inherited_flops == 42.0
 
 
+def test_an_ancestor_that_two_parents_share_counts_once(tmp_path):
+    ancestor = result(tmp_path, name='ancestor', inherited_flops=0.0, flops=100.0)
+    parents = []
+    for name in ('small', 'large'):
+        before = Stage(name, None, 10, 1.0, also=(ancestor,)).before
+        folder = tmp_path / name
+        folder.mkdir()
+        result(folder, name=name, flops=7.0, inherited_flops=100.0, before=before).write()
+        parents.append(Result.of(folder))
+    made = Stage('made', None, 10, 1.0, parent=parents[0], also=(parents[1],), also_spent=1.0)
+    assert made.inherited_flops == 100 + 7 + 7 + 1
+
+
 @pytest.mark.parametrize('content', ['', '{', '{"name": "a"}', '[]', '\x80'])
 def test_a_damaged_result_is_named(tmp_path, content):
     (tmp_path / 'result.json').write_text(content, encoding='latin-1')
