@@ -38,8 +38,7 @@ from configurator import (
     with_positionals,
 )
 from data.corpus import check_same_tokenizer
-from data.instruct import Examples, run_source, supervised_source
-from data.loader import Share
+from data.instruct import Examples, supervised_source
 from data.vocabulary import share_tokenizer, tokenizer_in
 from engine.device import processes
 from engine.errors import UserError, run_as_program
@@ -50,7 +49,6 @@ from engine.report import by_label, format_count, format_si, validation_curve
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
-from inheritune import inherit
 from let import distil
 from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config, write_config
 
@@ -241,37 +239,28 @@ def between(shapes, wanted):
 # earlier learngenes
 
 
-def learngene_layers(model, batches, k, which):
-    """
-    The k layers, in order, that an earlier learngene method keeps, by gradients on `batches` of
-    (x, y). van (Wang et al. 2022a): of the upper half those with the smallest gradient norms.
-    auto (2022b): those with the largest |d loss / d gate|, for a gate on what a layer adds. Both
-    are readings for language models of methods for image classifiers.
-    """
-    n = model.config.n_layer
-    scores = torch.zeros(n, dtype=torch.float64)
-    for x, y in batches:
-        gradients = torch.autograd.grad(model(x, y).loss, list(model.parameters()))
-        for (name, p), gradient in zip(model.named_parameters(), gradients):
-            if not name.startswith('blocks.'):
-                continue
-            layer = int(name.split('.')[1])
-            if which == 'van':
-                scores[layer] += gradient.double().square().sum().item()
-            elif name.endswith(('attn.o.weight', 'mlp.down.weight')):
-                scores[layer] -= abs((gradient * p).double().sum().item())
-    candidates = range(n // 2, n) if which == 'van' and k <= n - n // 2 else range(n)
-    ordered = sorted(candidates, key=lambda layer: scores[layer].item())
-    return sorted(ordered[:k])
+KEPT = 3  # layers that are a learngene (Appendix I)
 
 
-def keep_learngene(ancestor, k, which, run, n_batches=4):
-    """The ancestor with the k layers that an earlier method keeps, by the run's validation text."""
-    block_size = min(run.block_size, ancestor.config.block_size)
-    source = run_source(replace(run, block_size=block_size))
-    found = zip(range(n_batches), source.validation(8, Share()))
-    layers = learngene_layers(ancestor, [batch[:2] for _, batch in found], k, which)
-    return inherit(ancestor, k, layers=layers)
+def earlier_learngene(ancestor, n_layer, which):
+    """
+    A model of n_layer layers by an earlier method, as Appendix I has it. auto (Auto-Learngene): the
+    ancestor's first three layers, random ones after them; van (Vanilla): random ones, then its
+    last three. Embeddings, final norm and head are the ancestor's.
+    """
+    model = GPT(replace(ancestor.config, n_layer=n_layer)).to(ancestor.wte.weight)
+    kept = min(KEPT, n_layer, ancestor.config.n_layer)
+    first, source = (0, 0) if which == 'auto' else (n_layer - kept, ancestor.config.n_layer - kept)
+    old, new = ancestor.state_dict(), model.state_dict()
+    for name in new:
+        match = re.match(r'blocks\.(\d+)\.(.+)', name)
+        layer = int(match[1]) - first if match else 0
+        if not match:
+            new[name] = old[name]
+        elif 0 <= layer < kept:
+            new[name] = old[f'blocks.{source + layer}.{match[2]}']
+    model.load_state_dict(new)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------
@@ -304,40 +293,38 @@ class Descendant:
             stage.knobs = dict(learning_rate=method.recovery_learning_rate)
         return stage
 
-    def between(self, start, alpha):
-        """A Stage that starts from LInit with this alpha."""
-        stage, config = self.stage(start), self.config
+    def linit(self, start='linit', config=None, build=lambda made: made):
+        """A Stage that starts from LInit, or from what `build` makes of it, of another shape."""
+        alpha = None if self.method.alpha < 0 else self.method.alpha
+        stage = self.stage(start, config)
         small, large = self.chain[self.small], self.chain[self.large]
         shown = 'by distance' if alpha is None else alpha
         stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
         stage.parent, stage.also = small, (large,)
-        stage.model = lambda: linit(load(small.folder), load(large.folder), config, alpha)
+        of = self.config
+        stage.model = lambda: build(linit(load(small.folder), load(large.folder), of, alpha))
         return stage
 
 
-def from_linit(d):
-    """LInit between the two neighbours."""
-    return d.between('linit', None if d.method.alpha < 0 else d.method.alpha)
-
-
 def single(d):
-    """The smaller neighbour alone, expanded."""
-    return d.between('single', 1.0)
+    """The smallest checkpoint of the chain alone, expanded (section 4.4)."""
+    name, stage = d.method.chain[-1], d.stage('single')
+    small = stage.parent = d.chain[name]
+    stage.origin = Origin('growth', (name,), dict(width='fpi', depth='bert2bert'))
+    stage.model = lambda: expand(load(small.folder), d.config)
+    return stage
 
 
 def learngene(d, which):
-    """As many of the ancestor's layers as come closest in size, kept by an earlier method."""
-    top = d.configs['ancestor']
-    wanted = all_params(d.config)
-
-    def distance(k):
-        return abs(all_params(replace(top, n_layer=k)) - wanted)
-
-    k = min(range(1, top.n_layer), key=distance)
+    """An earlier method's, with the fewest layers, three at least, that reach this size."""
+    top, wanted = d.configs['ancestor'], all_params(d.config)
+    k = min(KEPT, top.n_layer)
+    while k < top.n_layer and all_params(replace(top, n_layer=k)) < wanted:
+        k += 1  # of GPT-2 XL 3, 5 and 7 for 138M, 220M and 277M, as in Table 9
     stage = d.stage(f'{which}-learngene', replace(top, n_layer=k))
     ancestor = stage.parent = d.chain['ancestor']
     stage.origin = Origin('layers', ('ancestor',), dict(number=k, chosen_by=which))
-    stage.model = lambda: keep_learngene(load(ancestor.folder), k, which, d.run)
+    stage.model = lambda: earlier_learngene(load(ancestor.folder), k, which)
     return stage
 
 
@@ -349,19 +336,18 @@ def taught(d, start, distillation):
 
 
 def hypercloning(d):
-    """The smallest checkpoint, cloned to twice its width."""
-    name = d.method.chain[-1]
-    small, parent = d.configs[name], d.chain[name]
-    doubled = {field: 2 * getattr(small, field) for field in WIDTH_FIELDS}
-    stage = d.stage('hypercloning', replace(small, **doubled))
-    stage.parent = parent
-    stage.origin = Origin('growth', (name,), dict(width='clone'))
-    stage.model = lambda: grow(load(parent.folder), stage.config, 'clone')
+    """
+    What LInit gives, cloned to twice its width (Appendix K). The paper's sizes, 645M and 2.42B from
+    138M, are not explained there: twice the width of 138M is 475M.
+    """
+    config = replace(d.config, **{field: 2 * getattr(d.config, field) for field in WIDTH_FIELDS})
+    stage = d.linit('hypercloning', config, lambda made: grow(made, config, 'clone'))
+    stage.origin.settings['then'] = 'clone'
     return stage
 
 
 STARTS = {
-    'linit': from_linit,
+    'linit': Descendant.linit,
     'random': lambda d: d.stage('random'),
     'single': single,
     'auto-learngene': partial(learngene, which='auto'),

@@ -1,6 +1,6 @@
 # Chain-of-Learngene at a ten-thousandth of the scale, offline: an ancestor, a chain of three
 # checkpoints distilled from it step by step, and three descendants of sizes in between, against
-# random initialisation and the smaller neighbour alone (Figures 3 and 4, Table 4).
+# random initialisation and the smallest checkpoint alone (Figures 3 and 4, Table 4).
 method = 'col'
 ancestor_size = '64x6'
 ancestor_tokens = 1.5e6

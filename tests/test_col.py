@@ -11,7 +11,7 @@ from test_train import metrics
 
 import col
 import train
-from col import default_alpha, learngene_layers, linit, neighbours, subset, worth
+from col import default_alpha, earlier_learngene, linit, neighbours, subset, worth
 from engine.errors import UserError
 from engine.stage import Result
 from expand import grow
@@ -141,16 +141,25 @@ def test_sizes_of_the_chains_and_their_descendants():
     } == {('gpt2-medium', 'gpt2-large')}
 
 
-@pytest.mark.parametrize('which', ['van', 'auto'])
-def test_earlier_learngenes_keep_layers_by_their_gradients(which):
-    model, x = shaped('llama', 2, 6), torch.randint(31, (4, 12))
-    with (
-        torch.no_grad()
-    ):  # layer 5 adds almost nothing: its own gradients stay, but its gate would hardly be missed
-        model.blocks[4].attn.o.weight.mul_(1e-6), model.blocks[4].mlp.down.weight.mul_(1e-6)
-    kept = learngene_layers(model, [(x, x.roll(-1, 1))], 3, which)
-    assert kept == sorted(set(kept)) and len(kept) == 3
-    assert kept == [3, 4, 5] if which == 'van' else 4 not in kept
+@pytest.mark.parametrize('which, kept', [('auto', [1, 2, 3, 0, 0]), ('van', [0, 0, 4, 5, 6])])
+def test_earlier_learngenes_keep_three_layers_before_or_behind_random_ones(which, kept):
+    ancestor = shaped('llama', 2, 6)
+    made = earlier_learngene(ancestor, 5, which)
+    for block, source in zip(made.blocks, kept):
+        found = [i for i, b in enumerate(ancestor.blocks, 1) if same(b, block)]
+        assert found == ([source] if source else [])
+    assert same(made.wte, ancestor.wte) and same(made.norm, ancestor.norm)
+
+
+def test_earlier_learngenes_of_gpt2_xl_have_the_papers_layers_and_sizes(tmp_path):
+    """Table 9: 3, 5 and 7 layers, 174.28M, 235.76M and 297.24M parameters."""
+    more = ['config/col_gpt2.py', '--baselines=auto-learngene', '--dry_run=True']
+    run, method, _ = train.configure(more, train.Run, train.METHODS)
+    sizes = {p.stage.name: p.stage.config for p in train.plan(run, method)}
+    for size, layers, params in (('138m', 3, 174.28), ('220m', 5, 235.76), ('277m', 7, 297.24)):
+        config = sizes[f'{size}-auto-learngene']
+        found = config.num_params(embedding=True, head=True) / 1e6
+        assert config.n_layer == layers and found == pytest.approx(params, rel=0.006)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -287,8 +296,8 @@ def test_everything_is_trained_and_reported(chain):
         '16x2': '16x2',
     }
     assert (
-        load(chain / '32x2-hypercloning').config.n_embd == 32
-        and load(chain / '32x2-auto-learngene').config.n_layer < 4
+        load(chain / '32x2-hypercloning').config.n_embd == 64
+        and load(chain / '32x2-auto-learngene').config.n_layer == 3
     )
     scores = [m['score'] for m in metrics(chain / '16x2') if 'score' in m]
     assert scores and not (chain / '16x2' / 'best').exists() and not list(chain.glob('*/rollout-*'))
