@@ -18,7 +18,6 @@ vocabulary first writes answers, on which a bridge model of the chain's is fine-
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +28,7 @@ import torch
 
 from configurator import (
     Count,
+    Fraction,
     Natural,
     NonNegative,
     Positive,
@@ -216,13 +216,13 @@ def shape_between(shapes, to):
         if not (small.n_embd <= width <= large.n_embd and small.n_layer <= layers <= large.n_layer):
             continue
         sizes = dict(n_embd=width, n_layer=layers)
-        way = Fraction(width - small.n_embd, large.n_embd - small.n_embd or 1)
+        way, span = width - small.n_embd, large.n_embd - small.n_embd or 1
         for field in ('n_head', 'n_kv_head', 'n_mlp'):
             low, high = getattr(small, field), getattr(large, field)
-            value = low + way * (high - low)
-            if value.denominator > 1:
-                raise UserError(f'{to}: {field} would be {float(value):g}, not a whole number')
-            sizes[field] = int(value)
+            more, rest = divmod(way * (high - low), span)
+            if rest:
+                raise UserError(f'{to}: {field}, from {low} to {high}, is no whole number there')
+            sizes[field] = low + more
         return replace(small, **sizes)
     known = ', '.join(f'{shape.n_embd}x{shape.n_layer}' for shape in ordered)
     raise UserError(f'{to} lies outside the chain: {known}')
@@ -293,9 +293,13 @@ class Descendant:
             stage.knobs = dict(learning_rate=method.recovery_learning_rate)
         return stage
 
-    def linit(self, start='linit', config=None, build=lambda made: made):
-        """A Stage that starts from LInit, or from what `build` makes of it, of another shape."""
-        alpha = None if self.method.alpha < 0 else self.method.alpha
+    def linit(self, start='linit', alpha=None, config=None, build=lambda made: made):
+        """
+        A Stage that starts from LInit, with another alpha than the method's if one is given; or
+        from what `build` makes of it, of the shape `config`.
+        """
+        if alpha is None and self.method.alpha >= 0:
+            alpha = self.method.alpha
         stage = self.stage(start, config)
         small, large = self.chain[self.small], self.chain[self.large]
         shown = 'by distance' if alpha is None else alpha
@@ -341,7 +345,8 @@ def hypercloning(d):
     138M, are not explained there: twice the width of 138M is 475M.
     """
     config = replace(d.config, **{field: 2 * getattr(d.config, field) for field in WIDTH_FIELDS})
-    stage = d.linit('hypercloning', config, lambda made: grow(made, config, 'clone'))
+    build = partial(grow, config=config, width='clone')
+    stage = d.linit('hypercloning', config=config, build=build)
     stage.origin.settings['then'] = 'clone'
     return stage
 
@@ -386,6 +391,7 @@ class ChainOfLearngene:
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
+    alphas: tuple[Fraction, ...] = ()  # LInit with each of these, too (Figure 6)
     recovery_tokens: NonNegative = 3e5  # of each descendant, on the run's data; 0: as it starts
     recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
     baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')  # what LInit is compared with
@@ -419,8 +425,8 @@ class ChainOfLearngene:
             write_chain(run.out_dir, chain)
         for size in self.descendants:
             descendant = Descendant(self, run, size, configs, chain)
-            for start in ('linit', *self.baselines):
-                stage = STARTS[start](descendant)
+            for start in self.starts():
+                stage = start(descendant)
                 result = yield stage
                 for data in self.downstream:
                     name = f'{result.name}-on-{data}'
@@ -428,6 +434,11 @@ class ChainOfLearngene:
                     tuned.knobs |= dict(learning_rate=self.downstream_learning_rate)
                     tuned.parent, tuned.labels = result, dict(tuned_on=data)
                     yield tuned
+
+    def starts(self):
+        """Functions of a Descendant that give its Stages."""
+        swept = [partial(Descendant.linit, start=f'alpha-{a:g}', alpha=a) for a in self.alphas]
+        return [Descendant.linit, *swept, *map(STARTS.get, self.baselines)]
 
     def ancestors(self, run, config):
         """Train, open or bridge the ancestor, and fine-tune it: its Result."""

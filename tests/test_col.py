@@ -237,6 +237,15 @@ def test_a_descendant_costs_all_that_it_is_made_from(data_dir, tmp_path):
     assert planned['32x2-random'].inherited_flops == 0
 
 
+def test_alphas_are_tried_side_by_side(data_dir, tmp_path):
+    more = ['--chain=32x3,16x2', '--descendants=32x2', '--alphas=0,0.9', '--alpha=0.5']
+    argv = arguments(data_dir, tmp_path, *more, '--dry_run=True')
+    run, method, _ = train.configure(argv, train.Run, train.METHODS)
+    stages = {p.stage.name: p.stage.origin.settings for p in train.plan(run, method)}
+    alphas = {name: how['alpha'] for name, how in stages.items() if 'alpha' in how}
+    assert alphas == {'32x2-linit': 0.5, '32x2-alpha-0': 0.0, '32x2-alpha-0.9': 0.9}
+
+
 def test_what_a_chain_spares():
     random = Result.given('random', '')
     random.flops = 100.0
@@ -342,7 +351,10 @@ def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path, c
 def test_a_width_between_two_of_a_chain_has_whole_heads(tmp_path):
     for name, heads in (('a', 2), ('b', 4)):
         shaped('llama', heads, heads).save(tmp_path / 'chain' / name)
-    for to, word in (('20x3', 'n_head would be 3.33'), ('18x9', 'outside the chain: 12x2, 24x4')):
+    for to, word in (
+        ('20x3', 'n_head, from 2 to 4, is no whole'),
+        ('18x9', 'outside the chain: 12x2, 24x4'),
+    ):
         with pytest.raises(UserError, match=word):
             col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), f'--to={to}'])
 
