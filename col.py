@@ -40,7 +40,7 @@ from configurator import (
 from data.corpus import check_same_tokenizer
 from data.instruct import Examples, supervised_source
 from data.vocabulary import share_tokenizer, tokenizer_in
-from engine.device import processes
+from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
@@ -286,11 +286,15 @@ class Descendant:
         """A Stage of the recovery training, from random initialisation."""
         shape, method = config or self.config, self.method
         X = shape.num_params(head=True)
-        stage = Stage(f'{self.size}-{start}', shape, method.recovery_tokens, X)
+        tokens = method.recovery_epochs * method.recovery_tokens
+        stage = Stage(f'{self.size}-{start}', shape, tokens, X)
         stage.labels = dict(descendant=self.size, start=start)
         stage.tokenizer = self.chain[self.small].folder
+        stage.knobs = batch_of(method.recovery_batch_size)
         if method.recovery_learning_rate:
-            stage.knobs = dict(learning_rate=method.recovery_learning_rate)
+            stage.knobs['learning_rate'] = method.recovery_learning_rate
+        if method.recovery_epochs > 1:
+            stage.knobs['unique_tokens'] = method.recovery_tokens
         return stage
 
     def linit(self, start='linit', alpha=None, config=None, build=lambda made: made):
@@ -383,25 +387,34 @@ class ChainOfLearngene:
     sft_data: str = ''  # supervised set on which everyone is fine-tuned first; empty: none
     sft_epochs: Positive = 3.0  # passes over it
     sft_learning_rate: NonNegative = 0.0  # of fine-tuning and bridge; 0: learning_rate
+    sft_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
     distillation: Literal['reverse', 'minillm', 'forward', 'seqkd'] = 'reverse'  # Eq. 1: reverse
     tokens: Positive = 5e5  # of each distillation; on instructions with padding
     samples: Count = 256  # minillm: answers in a batch ...
     inner_epochs: Count = 4  # ... and how often each is used
+    share: Fraction = 0.2  # minillm: of the teacher in the distribution that answers are drawn from
+    clip: Fraction = 0.2  # minillm: of the ratio of new to old probabilities, to either side
+    length: Count = 512  # minillm: tokens of prompt and answer
     direct: bool = False  # the smallest also from the ancestor, at the same start (Table 3)
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
     alphas: tuple[Fraction, ...] = ()  # LInit with each of these, too (Figure 6)
     recovery_tokens: NonNegative = 3e5  # of each descendant, on the run's data; 0: as it starts
+    recovery_epochs: Count = 1  # passes over these
     recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
+    recovery_batch_size: Natural = 0  # sequences in a step of that; 0: batch_size
     baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')  # what LInit is compared with
     downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored
     downstream_epochs: Positive = 10.0  # passes over each
     downstream_learning_rate: NonNegative = 1e-5  # the maximum, on each
+    downstream_batch_size: Natural = 0  # sequences in a step, on each; 0: batch_size
+    answers: Count = 64  # of each set's validation examples that are answered and scored, ...
+    answer_tokens: Count = 48  # ... in at most so many tokens
 
     def stages(self, run):
         """Ancestor and bridge, the chain, the descendants, and their downstream tasks."""
-        self.data_dir = run.data_dir
+        self.data_dir, self.device = run.data_dir, choose_device(run.device)
         configs = self.configs(run)
         teacher = yield from self.ancestors(run, configs['ancestor'])
         chain = {'ancestor': teacher}
@@ -432,6 +445,7 @@ class ChainOfLearngene:
                     name = f'{result.name}-on-{data}'
                     tuned = self.tune(name, stage.config, result, data, run, self.downstream_epochs)
                     tuned.knobs |= dict(learning_rate=self.downstream_learning_rate)
+                    tuned.knobs |= batch_of(self.downstream_batch_size)
                     tuned.parent, tuned.labels = result, dict(tuned_on=data)
                     yield tuned
 
@@ -463,7 +477,7 @@ class ChainOfLearngene:
 
     def tune(self, name, config, start, data, run, epochs=0.0):
         """Supervised fine-tuning of the Result `start`; data: a prepared set, or its folder."""
-        knobs = {}
+        knobs = batch_of(self.sft_batch_size)
         if self.sft_learning_rate:
             knobs['learning_rate'] = self.sft_learning_rate
         stage = Stage(name, config, 0.0, config.num_params(head=True), knobs=knobs)
@@ -504,10 +518,12 @@ class ChainOfLearngene:
                 use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
+            stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
                 samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples
-                settings = MiniLLM(run.sequences, run.seed, samples, self.inner_epochs)
+                how = dict(share=self.share, clip=self.clip, length=self.length)
+                settings = MiniLLM(run.sequences, run.seed, samples, self.inner_epochs, **how)
                 folder = out / stage.name
                 stage.objective = minillm(teacher.folder, examples, folder, settings)
         else:
@@ -520,7 +536,8 @@ class ChainOfLearngene:
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'val')
                 n = self.score_examples
-                stage.score = lambda model: answer_scores(model, examples, n)[0]
+                first = range(min(n, len(examples)))
+                stage.score = lambda m: answer_scores(m, examples, first, self.answer_tokens)[0]
 
     def configs(self, run):
         """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
@@ -595,8 +612,11 @@ class ChainOfLearngene:
                 records.append(record)
         for data, runs in by_label(results, 'tuned_on').items():
             examples = Examples(data, self.data_dir, 'val')
+            n = len(examples)  # the last ones: by the first, the best of a chain are chosen
+            last = range(max(0, n - self.answers), n)
             for r in runs:
-                rouge, exact = answer_scores(load(r.folder).eval(), examples)
+                model = load(r.folder, self.device).eval()
+                rouge, exact = answer_scores(model, examples, last, self.answer_tokens)
                 record = {'fine-tuned': r.name, 'loss on answers': r.val_loss}
                 tuned.append(record | {'Rouge-L': 100 * rouge, 'exact answers': exact})
         return [records, tuned]
@@ -621,6 +641,11 @@ def worth(loss, before, random, curve):
 def steps_to(curve, loss):
     """The first step of a curve, [(step, loss)], at which it is at most `loss`, or None."""
     return next((step for step, value in curve if value <= loss), None)
+
+
+def batch_of(sequences):
+    """The knobs of a stage with so many sequences in a step; 0: the run's."""
+    return dict(batch_size=sequences, batch_tokens=0) if sequences else {}
 
 
 def use_set(stage, data):

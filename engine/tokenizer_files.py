@@ -165,6 +165,8 @@ def vocabulary_and_merges(content):
     if not isinstance(vocab, dict):  # a unigram model lists [token, score]
         vocab = {token: i for i, (token, _) in enumerate(vocab)}
     vocab = vocab | {token['content']: token['id'] for token in content['added_tokens']}
+    if not all(type(i) is int for i in vocab.values()):
+        raise ValueError('ids that are no whole numbers')
     return vocab, [m if isinstance(m, str) else ' '.join(m) for m in merges]
 
 

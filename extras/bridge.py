@@ -140,14 +140,17 @@ def rouge_l(text, reference):
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
-def answer_scores(model, examples, n=64, max_new_tokens=48):
-    """(mean Rouge-L, share of exact answers) of greedy answers to the first n Examples."""
+def answer_scores(model, examples, which, max_new_tokens=48):
+    """(mean Rouge-L, share of exact answers) of greedy answers to `which`, indices of Examples."""
     tokenizer = load_tokenizer(examples.tokenizer)
-    n = min(n, len(examples))
     length = min(max_new_tokens, model.config.block_size // 2)
     room = model.config.block_size - length
-    prompts = [examples.prompt(i, room).tolist() for i in range(n)]
-    said = [tokenizer.text(row) for row in generate_ours(model, prompts, length, examples.end)]
-    right = [e['output'] for e in read_examples(examples.folder / 'val.jsonl')[:n]]
+    prompts = [examples.prompt(i, room).tolist() for i in which]
+    said = []
+    for start in progress_bar(range(0, len(prompts), 32), desc='answers'):
+        rows = generate_ours(model, prompts[start : start + 32], length, examples.end)
+        said += [tokenizer.text(row) for row in rows]
+    answers = read_examples(examples.folder / 'val.jsonl')
+    right = [answers[i]['output'] for i in which]
     exact = [a.strip() == b.strip() for a, b in zip(said, right)]
     return statistics.mean(map(rouge_l, said, right)), statistics.mean(exact)

@@ -95,10 +95,12 @@ def test_two_vocabularies_of_one_size_are_not_the_same(tmp_path):
     path.write_text(json.dumps(content))
     fingerprint.cache_clear()
     assert not same_tokenizer(one, other)
-    path.write_text('{"model": 3}')
-    fingerprint.cache_clear()
-    with pytest.raises(UserError, match='b/tokenizer.json is damaged'):
-        same_tokenizer(one, other)
+    content['added_tokens'][0]['id'] = 'seven'
+    for damaged in ({'model': 3}, content):
+        path.write_text(json.dumps(damaged))
+        fingerprint.cache_clear()
+        with pytest.raises(UserError, match='b/tokenizer.json is damaged'):
+            same_tokenizer(one, other)
 
 
 def test_trained_and_grown_models_are_whole_for_transformers(tmp_path, data_dir):
