@@ -250,6 +250,7 @@ def write_supervised(examples, options, out, kind='supervised'):
     tokenizer = load_tokenizer(options.tokenizer)
     counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
     spans = {split: [] for split in SPLITS}
+    asks = len(tokenizer.encode(prompt('', '\0', options.prompt).partition('\0')[2]))
     with contextlib.ExitStack() as stack:
         tokens, texts = {}, {}
         for split in SPLITS:
@@ -261,7 +262,8 @@ def write_supervised(examples, options, out, kind='supervised'):
             text = prompt(example['instruction'], example['input'], options.prompt)
             before = np.asarray(tokenizer.encode(text))
             answer = np.append(np.asarray(tokenizer.encode(example['output'])), tokenizer.end)
-            spans[split].append((counts[split]['tokens'], len(before), len(answer)))
+            behind = asks if example['input'] else -1
+            spans[split].append((counts[split]['tokens'], len(before), len(answer), behind))
             ids = np.concatenate([before, answer]).astype(tokenizer.dtype)
             tokens[split].write(ids.tobytes())
             texts[split].write(json.dumps(example, ensure_ascii=False) + '\n')
@@ -298,9 +300,10 @@ class Examples:
         self.tokenizer = corpus.meta['tokenizer']
         try:
             assert 0 <= self.end < corpus.meta['vocab_size']
-            self.spans = np.load(folder / f'{split}.spans.npy')
-            assert self.spans.shape[1:] == (3,) and self.spans.dtype == np.int64
-            assert self.spans[:, 1:].sum() == len(self.tokens)
+            table = np.load(folder / f'{split}.spans.npy')
+            assert table.shape[1] in (3, 4) and table.dtype == np.int64  # older sets have 3
+            self.spans, self.behind = table[:, :3], table[:, 3:].sum(1) - (table.shape[1] == 3)
+            assert self.spans[:, 1:].sum() == len(self.tokens) and self.behind.min() >= -1
             assert self.spans.min() >= 0 and self.spans.sum(1).max() <= len(self.tokens)
         except Exception as error:  # numpy's reader can fail in many ways
             raise UserError(
@@ -317,23 +320,31 @@ class Examples:
         return self.sizes['bytes'] / int(self.spans[:, 2].sum())
 
     def prompt(self, i, longest):
-        """The last `longest` tokens of example i before its answer, int64."""
+        """
+        What stands before the answer of example i, in at most `longest` tokens, int64: an input,
+        such as an article, loses its end; where there is none, the prompt loses its beginning.
+        """
         start, before, _ = self.spans[i]
-        return self.tokens[start : start + before][-longest:].astype(np.int64)
+        found = self.tokens[start : start + before].astype(np.int64)
+        kept, behind = min(before, longest), self.behind[i]  # tokens behind the input
+        if not 0 <= behind < kept < before:
+            return found[before - kept :]
+        return np.concatenate([found[: kept - behind], found[before - behind :]])
 
     def rows(self, indices, block_size):
         """
         Inputs and targets (n, block_size) int64 of examples, filled up with end-of-text. A longer
-        example loses the beginning of its prompt, and then the end of its answer.
+        example has a shorter prompt, and then loses the end of its answer.
         """
         x, y = np.full((2, len(indices), block_size), self.end, np.int64)
         y[:] = -100
-        for row, (start, before, after) in enumerate(self.spans[indices]):
-            after = min(after, block_size)
-            keep = min(before, block_size + 1 - after)
-            ids = self.tokens[start + before - keep : start + before + after].astype(np.int64)
+        for row, i in enumerate(indices):
+            start, before, after = self.spans[i]
+            asked = self.prompt(i, block_size + 1 - min(after, block_size))
+            answer = self.tokens[start + before : start + before + min(after, block_size)]
+            ids = np.concatenate([asked, answer])
             x[row, : len(ids) - 1] = ids[:-1]
-            first = max(keep, 1)  # the first position that can be predicted
+            first = max(len(asked), 1)  # the first position that can be predicted
             y[row, first - 1 : len(ids) - 1] = ids[first:]
         return x, y
 

@@ -237,6 +237,18 @@ def test_a_descendant_costs_all_that_it_is_made_from(data_dir, tmp_path):
     assert planned['32x2-random'].inherited_flops == 0
 
 
+def test_batches_and_passes_are_those_of_each_kind_of_training(data_dir, tmp_path):
+    more = ['--chain=32x3,16x2', '--descendants=32x2', '--downstream=signatures', '--dry_run=True']
+    more += ['--recovery_tokens=640', '--recovery_epochs=2', '--recovery_batch_size=2']
+    more += ['--downstream_batch_size=8', '--sft_data=signatures', '--sft_batch_size=1']
+    run, method, _ = train.configure(arguments(data_dir, tmp_path, *more), train.Run, train.METHODS)
+    planned = {p.stage.name: p for p in train.plan(run, method)}
+    made = planned['32x2-linit']
+    assert (made.result.tokens, made.knobs.unique_tokens, made.knobs.batch_size) == (1280, 640, 2)
+    assert planned['32x2-linit-on-signatures'].knobs.batch_size == 8
+    assert planned['ancestor-sft'].knobs.batch_size == 1
+
+
 def test_alphas_are_tried_side_by_side(data_dir, tmp_path):
     more = ['--chain=32x3,16x2', '--descendants=32x2', '--alphas=0,0.9', '--alpha=0.5']
     argv = arguments(data_dir, tmp_path, *more, '--dry_run=True')

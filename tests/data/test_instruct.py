@@ -4,6 +4,7 @@ files that are none.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -108,6 +109,30 @@ def test_only_answers_are_asked_for(prepared):
                 and asked.argmax() == len(before) - 1
             )
     assert len(Examples('mine', prepared, 'train')) + len(Examples('mine', prepared, 'val')) == 60
+
+
+def test_a_long_article_loses_its_end_and_keeps_the_instruction(tmp_path):
+    rows = []
+    for i in range(10, 20):
+        article, talk = f'The lead {i}. ' + 'And so on. ' * 100, f'{i}. ' + 'A talk. ' * 100
+        rows.append(dict(instruction='Summarise.', input=article, output='Short.'))
+        rows.append(dict(instruction=talk + 'What now?', input='', output='Now.'))
+    (tmp_path / 'long.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    out = str(tmp_path / 'long')
+    prepare(Preparation(str(tmp_path / 'long.jsonl'), out, tokenizer='bytes', val_fraction=0.5))
+    shown = set()
+    for split in ('train', 'val'):
+        examples = Examples('long', tmp_path, split)
+        for ids in examples.rows(range(len(examples)), 300)[0]:
+            text = bytes(i for i in ids.tolist() if i < 256).decode()
+            assert text.endswith(('Response:\nShort.', 'Response:\nNow.'))
+            assert len(ids) == 300 and ids[-1] < 256
+            if text.endswith('Short.'):
+                assert re.search('Summarise.\n\nInput:\nThe lead \\d\\d. And so on.', text)
+            else:
+                assert 'A talk. What now?\n\nResponse' in text and 'Instruction' not in text
+            shown.add(text[-6:])
+    assert len(shown) == 2
 
 
 def test_what_is_too_long_loses_the_beginning_of_its_prompt(prepared):
