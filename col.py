@@ -15,6 +15,7 @@ where alpha is the relative distance, 1 at the smaller one. An ancestor of anoth
 vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -226,6 +227,39 @@ def shape_between(shapes, to):
         return replace(small, **sizes)
     known = ', '.join(f'{shape.n_embd}x{shape.n_layer}' for shape in ordered)
     raise UserError(f'{to} lies outside the chain: {known}')
+
+
+def shape_of_size(shapes, params):
+    """
+    The GPTConfig among {name: GPTConfig} of about so many parameters, embeddings and head included:
+    of all within 1%, else of the closest, the one as far between its neighbours in width as in
+    depth: for the paper's five numbers the paper's five shapes. Raises UserError outside the chain.
+    """
+    ordered = sorted(shapes.values(), key=all_params)
+    pairs = [p for p in zip(ordered, ordered[1:]) if all_params(p[0]) <= params <= all_params(p[1])]
+    if not pairs:
+        ends = f'{format_count(all_params(ordered[0]))} to {format_count(all_params(ordered[-1]))}'
+        raise UserError(f'{format_count(params)} parameters lie outside the chain: {ends}')
+    small, large = pairs[0]
+    wider, deeper, found = large.n_embd - small.n_embd, large.n_layer - small.n_layer, []
+    step = 64 if small.n_embd % 64 == large.n_embd % 64 == 0 else 1  # what hardware likes
+    for width in range(small.n_embd, large.n_embd + 1, step):
+        with contextlib.suppress(UserError):  # of widths without whole heads
+            low, high = (shape_between(shapes, f'{width}x{s.n_layer}') for s in pairs[0])
+            layer = (all_params(high) - all_params(low)) / max(1, deeper)
+            more = (params - all_params(low)) / layer if layer else 0
+            found.append(replace(low, n_layer=low.n_layer + round(min(max(0, more), deeper))))
+
+    def miss(shape):
+        return abs(all_params(shape) - params) / params
+
+    def leaning(shape):
+        if not (wider and deeper):
+            return miss(shape)
+        ways = (shape.n_embd - small.n_embd) / wider, (shape.n_layer - small.n_layer) / deeper
+        return abs(ways[0] - ways[1])
+
+    return min([s for s in found if miss(s) < 0.01] or [min(found, key=miss)], key=leaning)
 
 
 def between(shapes, wanted):
@@ -687,7 +721,8 @@ class Interpolation:
 
     chain: str = ''  # folder of a run of this method, or of model folders
     target: str = ''  # folder to be made
-    to: str = ''  # named size, or WIDTHxLAYERS
+    to: str = ''  # named size, or WIDTHxLAYERS; or ...
+    params: NonNegative = 0.0  # ... about so many parameters, embeddings and head included
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
     depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
     save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
@@ -709,7 +744,9 @@ def interpolate(options, folder):
     """Write the model that the options ask for; returns its shape and its neighbours' names."""
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
-    small, large, config = between(shapes, shape_between(shapes, options.to))
+    wanted = shape_between(shapes, options.to) if options.to else None
+    wanted = wanted or shape_of_size(shapes, options.params)
+    small, large, config = between(shapes, wanted)
     if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
     alpha = None if options.alpha < 0 else options.alpha
@@ -723,8 +760,8 @@ def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
     argv = with_positionals(argv, 'chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
-    if not (options.chain and options.target and options.to):
-        raise UserError('missing arguments; usage: col.py CHAIN TARGET --to=SIZE')
+    if not (options.chain and options.target) or bool(options.to) == bool(options.params):
+        raise UserError('usage: col.py CHAIN TARGET --to=SIZE, or --params=NUMBER')
     with new_folder(options.target) as unfinished:
         made, small, large = interpolate(options, unfinished)
     n = format_count(made.num_params())

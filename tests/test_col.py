@@ -350,7 +350,7 @@ def test_the_command_makes_any_size_between_two(chain, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'pythia', 'llama'])
-def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path, capsys):
+def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path):
     small, large = shaped(family, 2, 2), shaped(family, 4, 4, seed=1)
     small.save(tmp_path / 'chain' / 'a')
     large.save(tmp_path / 'chain' / 'b')
@@ -358,6 +358,27 @@ def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path, c
     made, sizes = load(tmp_path / 'made'), dict(n_embd=18, n_layer=3, n_head=3, n_kv_head=3)
     assert made.config == replace(small.config, n_mlp=30, **sizes)
     assert same(made, linit(small, large, made.config, 0.3))
+
+
+def test_the_shapes_of_the_papers_sizes_are_found_by_their_parameters():
+    chain = {name: GPTConfig.named(name) for name in ('gpt2', 'gpt2-medium', 'gpt2-large')}
+    for name in ('138m', '220m', '277m', '380m', '537m'):
+        assert col.shape_of_size(chain, 1e6 * int(name[:-1])) == GPTConfig.named(name)
+    qwen = {name: GPTConfig.named(name) for name in ('qwen3-0.6b', 'qwen3-1.7b')}
+    assert col.shape_of_size(qwen, 1.09e9).n_embd == GPTConfig.named('1.09b').n_embd
+    with pytest.raises(UserError, match='1B parameters lie outside the chain: 124M to 774M'):
+        col.shape_of_size(chain, 1e9)
+
+
+def test_a_size_is_made_by_its_number_of_parameters(tmp_path):
+    for name, heads in (('a', 2), ('b', 4)):
+        shaped('gpt2', heads, heads).save(tmp_path / 'chain' / name)
+    wanted = shaped('gpt2', 3, 3).config
+    params = 0.995 * wanted.num_params(embedding=True, head=True)
+    col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), f'--params={params}'])
+    assert load(tmp_path / 'made').config == wanted
+    with pytest.raises(UserError, match='--to=SIZE, or --params=NUMBER'):
+        col.main([str(tmp_path / 'chain'), str(tmp_path / 'other')])
 
 
 def test_a_width_between_two_of_a_chain_has_whole_heads(tmp_path):
