@@ -11,7 +11,8 @@ from test_train import metrics
 
 import col
 import train
-from col import default_alpha, earlier_learngene, linit, neighbours, subset, worth
+from col import default_alpha, earlier_learngene, linit, subset, worth
+from engine.between import neighbours, shape_of_size
 from engine.errors import UserError
 from engine.stage import Result
 from expand import grow
@@ -363,11 +364,11 @@ def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path):
 def test_the_shapes_of_the_papers_sizes_are_found_by_their_parameters():
     chain = {name: GPTConfig.named(name) for name in ('gpt2', 'gpt2-medium', 'gpt2-large')}
     for name in ('138m', '220m', '277m', '380m', '537m'):
-        assert col.shape_of_size(chain, 1e6 * int(name[:-1])) == GPTConfig.named(name)
+        assert shape_of_size(chain, 1e6 * int(name[:-1])) == GPTConfig.named(name)
     qwen = {name: GPTConfig.named(name) for name in ('qwen3-0.6b', 'qwen3-1.7b')}
-    assert col.shape_of_size(qwen, 1.09e9).n_embd == GPTConfig.named('1.09b').n_embd
+    assert shape_of_size(qwen, 1.09e9).n_embd == GPTConfig.named('1.09b').n_embd
     with pytest.raises(UserError, match='1B parameters lie outside the chain: 124M to 774M'):
-        col.shape_of_size(chain, 1e9)
+        shape_of_size(chain, 1e9)
 
 
 def test_a_size_is_made_by_its_number_of_parameters(tmp_path):
