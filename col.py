@@ -328,7 +328,7 @@ class ChainOfLearngene:
     share: Fraction = 0.2  # minillm: of the teacher in the distribution that answers are drawn from
     clip: Fraction = 0.2  # minillm: of the ratio of new to old probabilities, to either side
     length: Count = 512  # minillm: tokens of prompt and answer
-    direct: bool = False  # the smallest also from the ancestor, at the same start (Table 3)
+    direct: bool = False  # the smallest also from the ancestor (Table 3), at equal tokens and FLOPs
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
@@ -357,12 +357,14 @@ class ChainOfLearngene:
                 start = Result.given(self.public[i], self.public[i])
                 if self.sft_data:
                     start = yield self.tune(f'{size}-sft', configs[size], start, self.sft_data, run)
-            teachers = [teacher]
+            teachers = {size: (teacher, 1.0)}
             if self.direct and size == self.chain[-1] and i:
-                teachers.append(chain['ancestor'])
-            for t in teachers:  # both from one start: else it is that which is compared
-                name = size if t is teacher else f'{size}-direct'
+                top, X = chain['ancestor'], configs[size].num_params(head=True)
+                equal = (3 * X + teacher.params) / (3 * X + top.params)  # tokens at the same FLOPs
+                teachers |= {f'{size}-direct': (top, 1.0), f'{size}-direct-flops': (top, equal)}
+            for name, (t, share) in teachers.items():  # from one start: else that is compared
                 stage = self.student(name, configs[size], teacher, start)
+                stage.tokens *= share
                 self.teach(stage, self.distillation, t, run)
                 result = yield stage
                 chain.setdefault(size, result)

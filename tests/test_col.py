@@ -274,8 +274,12 @@ def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):
     """They differ by their teacher alone (Table 3)."""
     more = ['--direct=True', '--chain=32x3,16x2', '--descendants=32x2', '--dry_run=True']
     run, method, _ = train.configure(arguments(data_dir, tmp_path, *more), train.Run, train.METHODS)
-    stages = {p.stage.name: p.stage for p in train.plan(run, method)}
+    planned = {p.stage.name: p for p in train.plan(run, method)}
+    stages = {name: p.stage for name, p in planned.items()}
     stepwise, direct = stages['16x2'], stages['16x2-direct']
+    equal = planned['16x2-direct-flops'].result
+    assert equal.flops == pytest.approx(planned['16x2'].result.flops)
+    assert planned['16x2-direct'].result.flops > 1.1 * equal.flops
     assert stepwise.origin == direct.origin and stepwise.origin.models == ('32x3',)
     teachers = stepwise.teaching['teacher'], direct.teaching['teacher']
     assert teachers == ('32x3', 'ancestor')
