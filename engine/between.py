@@ -55,7 +55,8 @@ def shape_between(shapes, to):
     match, ordered = re.fullmatch(r'(\d+)x(\d+)', to), sorted(shapes.values(), key=all_params)
     small_ones = ordered[0].head_dim == 16 and ordered[0].n_kv_head == ordered[0].n_head
     if not match or small_ones:
-        return GPTConfig.named(to)
+        named = GPTConfig.named(to)
+        return replace(ordered[0], **{f: getattr(named, f) for f in SIZE_FIELDS})
     width, layers = int(match[1]), int(match[2])
     for small, large in zip(ordered, ordered[1:]):
         if not (small.n_embd <= width <= large.n_embd and small.n_layer <= layers <= large.n_layer):

@@ -371,6 +371,11 @@ def test_the_shapes_of_the_papers_sizes_are_found_by_their_parameters():
         assert shape_of_size(chain, 1e6 * int(name[:-1])) == GPTConfig.named(name)
     qwen = {name: GPTConfig.named(name) for name in ('qwen3-0.6b', 'qwen3-1.7b')}
     assert shape_of_size(qwen, 1.09e9).n_embd == GPTConfig.named('1.09b').n_embd
+    few = dict(vocab_size=257, block_size=16)
+    tiny = {name: GPTConfig.named(name, **few) for name in ('48x2', '64x4')}
+    wanted = GPTConfig.named('64x3', **few)
+    found = shape_of_size(tiny, wanted.num_params(embedding=True, head=True))
+    assert found.num_params() == pytest.approx(wanted.num_params(), rel=0.1)
     with pytest.raises(UserError, match='1B parameters lie outside the chain: 124M to 774M'):
         shape_of_size(chain, 1e9)
 
