@@ -37,7 +37,7 @@ def read_metrics(folder):
     path = Path(folder) / 'metrics.jsonl'
     try:
         lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-        assert all(isinstance(line['step'], int) for line in lines)
+        assert lines and all(isinstance(line['step'], int) for line in lines)
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise UserError(f'{path} is damaged ({type(error).__name__})') from None
     return lines

@@ -165,6 +165,12 @@ READERS = {
 }
 
 
+def test_metrics_without_a_line_are_damaged(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('')
+    with pytest.raises(UserError, match='metrics.jsonl is damaged'):
+        read_metrics(tmp_path)
+
+
 @pytest.mark.parametrize('name', READERS)
 def test_files_of_any_content_are_read_or_named(run, tmp_path, name):
     chance, read = random.Random(name), READERS[name]
