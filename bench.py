@@ -8,10 +8,14 @@ noisy machine.
     python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER
     python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
     python bench.py --what=loader                                    # the loader alone
+    python bench.py --what=profile                                   # where a step's time goes
+    python bench.py --what=gpu                                       # all of it on a GPU, one table
 
-A variant is `baseline`, an objective (let; rkd, which SALT is while it lasts) or another
-implementation (transformers, nanogpt), with `+compile`, `+selective` or `+full` (recomputed
-activations) or `+compact` (moments in bfloat16) behind it; `compile` alone is baseline+compile.
+A variant is `baseline`, an objective (let; rkd, which SALT is while it lasts), another loss over
+our layers (logits, all at once; linear_cross_entropy, torch's own) or another implementation
+(transformers, nanogpt). Behind it, `+compile`, `+selective` or `+full` (recomputed activations),
+`+compact` (moments in bfloat16), `+ddp` or `+fsdp` (gradients or shards exchanged by a group of
+this process alone); `compile` alone is baseline+compile. One that fails leaves the others alone.
 Every step is train.py's own train_step. FLOPs per token: 6 N for the weights of layers and head,
 and for attention 12 L H D T in full, as MFU is mostly quoted, or half of it, which causal attention
 needs. The peak is what a large matrix product reaches here in the same round, or peak_tflops.
@@ -22,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,20 +36,24 @@ from typing import Annotated, Literal
 import engine.quick_help  # --help need not wait for torch
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import train
-from configurator import Count, NonNegative, Range, configure
+from configurator import Count, Natural, NonNegative, Range, configure
 from data.loader import batches, text_source
 from engine.device import find_hardware
-from engine.errors import UserError, import_extra, run_as_program, unknown
+from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
+from engine.files import write_json
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
-from engine.parallel import wrap
+from engine.parallel import place, wrap
 from engine.plan import all_params, estimate_memory
 from engine.progress import progress_bar
 from engine.report import format_count, table
 from engine.stage import Progress, next_token
+from extras import gpu
 from let import Alignment, distil, let, pair_layers
 from model import GPT, GPTConfig
 
@@ -53,10 +62,11 @@ from model import GPT, GPTConfig
 class Bench:
     """Time training steps of a shape, variants side by side."""
 
-    what: Literal['steps', 'loader'] = 'steps'  # or how fast the loader gives batches
+    what: Literal['steps', 'loader', 'profile', 'gpu'] = 'steps'  # what to measure
     variants: tuple[str, ...] = ('baseline',)  # baseline, let, rkd, transformers, nanogpt; + how
     size: str = '256x6'  # a named size, or WIDTHxLAYERS
     head_dim: Count = 64  # of a WIDTHxLAYERS size
+    layers: Natural = 0  # cut or deepen size to so many; 0: its own
     gpt2: bool = False  # a GPT-2 of that width and depth: LayerNorm, GELU, learned positions, tied
     vocab_size: Count = 8192
     block_size: Count = 256
@@ -71,11 +81,17 @@ class Bench:
     peak_tflops: NonNegative = 0.0  # of which percentages are; 0: of a matrix product's rate
     device: str = 'auto'  # cuda or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # auto: bfloat16 on a GPU
+    save: str = ''  # also write what is printed to this JSON file
+    parts: tuple[str, ...] = ()  # of gpu; empty: all
+    out: str = 'out/gpu'  # folder of gpu's table
+    toy: bool = False  # gpu's parts at a size for a CPU
 
     def config(self, size):
         """The configuration of a size with the benchmark's vocabulary, context and heads."""
         sizes = dict(vocab_size=self.vocab_size, block_size=self.block_size)
         config = GPTConfig.named(size, **sizes)
+        if self.layers and size == self.size:
+            config = replace(config, n_layer=self.layers)
         if 'x' in size and config.n_embd % self.head_dim == 0:
             heads = config.n_embd // self.head_dim
             config = replace(config, n_head=heads, n_kv_head=heads, head_dim=self.head_dim)
@@ -89,9 +105,8 @@ class Bench:
         same = {
             name: getattr(self, name) for name in ('device', 'dtype', 'block_size', 'batch_size')
         }
-        return train.Run(
-            compile='False', data=self.corpus, data_dir=self.data_dir, **same, **changes
-        )
+        same |= dict(compile='False', data=self.corpus, data_dir=self.data_dir)
+        return train.Run(**same | changes)
 
 
 def flops_per_token(config, causal):
@@ -162,41 +177,90 @@ def nanogpt_peer(config, options):
     return Peer(model, lambda m, x, y: m(x, y)[1])
 
 
+def logits_peer(config, _options):
+    """Our layers, with all logits at once and torch's cross entropy."""
+
+    def loss_of(model, x, y):
+        return F.cross_entropy(model(x).logits.flatten(0, 1).float(), y.flatten())
+
+    return Peer(GPT(config), loss_of)
+
+
+def linear_cross_entropy_peer(config, _options):
+    """Our layers, with torch's own fusion of head and loss."""
+    if not hasattr(F, 'linear_cross_entropy'):
+        raise UserError(f'torch {torch.__version__} has no linear_cross_entropy')
+
+    def loss_of(model, x, y):
+        hidden = model.norm(model.residual_stream(x)[0])
+        return F.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, y.flatten())
+
+    return Peer(GPT(config), loss_of)
+
+
 PEERS = {'transformers': transformers_peer, 'nanogpt': nanogpt_peer}
+PEERS |= {'logits': logits_peer, 'linear_cross_entropy': linear_cross_entropy_peer}
 KINDS = ('baseline', 'let', 'rkd', *PEERS)
-CHANGES = ('compile', 'selective', 'full', 'compact')  # of how a kind is trained
+CHANGES = ('compile', 'selective', 'full', 'compact', 'ddp', 'fsdp')  # of how a kind is trained
 
 
 # ----------------------------------------------------------------------------------------------
 # timing
 
 
-def make_variant(name, options, hardware):
-    """What train.train_step needs, without its batches, and the bytes held between steps."""
+def parse_variant(name):
+    """'let+compile' -> ('let', ['compile']); 'compile' -> ('baseline', ['compile']). UserError."""
     kind, *changes = name.split('+')
     if kind in CHANGES:
         kind, changes = 'baseline', [kind, *changes]
     if kind not in KINDS or not set(changes) <= set(CHANGES):
         raise unknown('variant', name, (*KINDS, *(f'baseline+{change}' for change in CHANGES)))
+    return kind, changes
+
+
+def make_teacher(kind, options, hardware, config):
+    """(the objective of a kind, its teacher or None)."""
+    if kind not in ('let', 'rkd'):
+        return next_token, None
+    teacher = GPT(replace(options, gpt2=False).config(options.teacher_size))
+    teacher = teacher.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
+    if kind == 'rkd':
+        return distil(teacher, 0.5), teacher
+    layers = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
+    return let(teacher, Alignment(*layers)), teacher
+
+
+def join_alone(device):
+    """A process group of this process alone: what several exchange, it exchanges with itself."""
+    if not dist.is_initialized():
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def make_variant(name, options, hardware):
+    """What train.train_step needs, without its batches, and the bytes held between steps."""
+    kind, changes = parse_variant(name)
     recomputed = [change for change in changes if change in ('selective', 'full')]
     dtype = 'bfloat16' if 'compact' in changes else 'float32'
-    knobs = options.knobs(recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype)
+    compiled = 'True' if 'compile' in changes else 'False'
+    knobs = options.knobs(
+        recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype, compile=compiled
+    )
+    shared = {'ddp', 'fsdp'} & set(changes)
+    if shared:
+        join_alone(hardware.device)
+    strategy = 'fsdp' if 'fsdp' in changes else 'ddp'
     torch.manual_seed(0)
     config = options.config(options.size)
-    model = (PEERS[kind](config, options) if kind in PEERS else GPT(config)).to(hardware.device)
-    objective, teacher = next_token, None
-    if kind in ('let', 'rkd'):
-        teacher = GPT(replace(options, gpt2=False).config(options.teacher_size))
-        teacher = teacher.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
-        objective = distil(teacher, 0.5)
-        if kind == 'let':
-            layers = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
-            objective = let(teacher, Alignment(*layers))
-    compiled = hardware._replace(compile='compile' in changes, world_size=1)
+    make = partial(PEERS[kind], config, options) if kind in PEERS else partial(GPT, config)
+    model = place(make, GPT.on_meta(config), strategy, hardware)
+    objective, teacher = make_teacher(kind, options, hardware, config)
     step = SimpleNamespace(objective=objective, progress=Progress(0, 1000), accumulate=1)
     step.raw_model, step.hardware, step.knobs = model, hardware, knobs
     step.optimizer = make_optimizer(model, knobs)
-    step.ddp_model = wrap(model, 'ddp', knobs, compiled)
+    # DDP wraps what several processes train
+    how = hardware._replace(compile='compile' in changes, world_size=1 + len(shared))
+    step.ddp_model = wrap(model, strategy, knobs, how)
     held = (4 if 'compact' in changes else 8) * sum(p.numel() for p in model.parameters())
     for m in filter(None, (model, teacher)):
         held += sum(p.numel() * p.element_size() for p in m.parameters())
@@ -224,38 +288,84 @@ def peak_memory(function, device):
     return highest
 
 
+def count_waits(function):
+    """How often a call on a GPU makes the host wait for it."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    return sum('synchroniz' in str(warning.message) for warning in caught)
+
+
 @dataclass
 class Measured:
     """What was measured of a variant."""
 
     held: int  # bytes between steps
     peak: int  # bytes at a step's peak, above that
+    first_step: float  # seconds; it compiles
+    breaks: int  # of the graph, where it is compiled
+    waits: int | None  # of the host for the GPU in a step
     speeds: list  # tokens per second, of every round
 
 
-def measure(options):
-    """({variant: Measured}, FLOP/s of a matrix product in each round, the hardware)."""
-    knobs = options.knobs()
-    hardware = find_hardware(knobs)
-    needed = sum(estimate_memory(options.config(options.size), knobs, options.batch_size))
-    if needed > hardware.memory:
-        found = f'of which {hardware.memory / 1e9:.1f} GB are free'
-        raise UserError(f'{options.size} needs {needed / 1e9:.1f} GB with this batch, {found}')
+def begin(name, options, hardware, stream):
+    """(what train_step needs for a variant, warm; its Measured, without speeds)."""
+    breaks = torch._dynamo.utils.counters['graph_break']
+    breaks.clear()
+    variant, held = make_variant(name, options, hardware)
+    variant.batches = stream
+    step = partial(train.train_step, variant)
+    start = time.perf_counter()
+    step()
+    synchronise(hardware.device)
+    first = time.perf_counter() - start
+    step()
+    peak = peak_memory(step, hardware.device)
+    waits = count_waits(step) if hardware.device.type == 'cuda' else None
+    return variant, Measured(held, peak, first, sum(breaks.values()), waits, [])
+
+
+def begin_all(options, hardware):
+    """({variant: what train_step needs}, {variant: Measured}, {variant: why it failed})."""
     shape = (2, options.batch_size, options.block_size)
     pair = torch.randint(options.vocab_size, shape, device=hardware.device).unbind()
     stream = iter(lambda: pair, None)
     if options.data == 'real':
-        size = options.batch_size
-        stream = batches(text_source(knobs).read, 0, size, size, hardware)
-    variants, found, rates = {}, {}, []
+        read, size = text_source(options.knobs()).read, options.batch_size
+        stream = batches(read, 0, size, size, hardware)
+    variants, found, failed = {}, {}, {}
     for name in options.variants:
-        variants[name], held = make_variant(name, options, hardware)
-        variants[name].batches = stream
-        step = partial(train.train_step, variants[name])
-        step()
-        step()
-        found[name] = Measured(held, peak_memory(step, hardware.device), [])
-    tokens = options.steps * options.batch_size * options.block_size
+        parse_variant(name)
+        try:
+            variants[name], found[name] = begin(name, options, hardware, stream)
+        except (UserError, RuntimeError) as error:  # out of memory, a compiler's errors
+            failed[name] = str(error) if isinstance(error, UserError) else first_line(error)
+        if failed and hardware.device.type == 'cuda':
+            torch.cuda.empty_cache()
+    if not variants:
+        raise UserError('; '.join(failed.values()))
+    return variants, found, failed
+
+
+def check_fits(options, hardware):
+    """Raise UserError for a shape that needs more memory than there is."""
+    needed = sum(estimate_memory(options.config(options.size), options.knobs(), options.batch_size))
+    if needed > hardware.memory:
+        found = f'of which {hardware.memory / 1e9:.1f} GB are free'
+        raise UserError(f'{options.size} needs {needed / 1e9:.1f} GB to be trained, {found}')
+
+
+def measure(options):
+    """({variant: Measured}, {variant: why it failed}, a product's FLOP/s each round, hardware)."""
+    hardware = find_hardware(options.knobs())
+    check_fits(options, hardware)
+    variants, found, failed = begin_all(options, hardware)
+    rates, tokens = [], options.steps * options.batch_size * options.block_size
     for turn in progress_bar(range(options.rounds), desc='measuring'):
         rates.append(matrix_product_rate(hardware.device, hardware.dtype))
         names = list(variants)
@@ -268,21 +378,32 @@ def measure(options):
                 train.train_step(variants[name])
             synchronise(hardware.device)
             found[name].speeds.append(tokens / (time.perf_counter() - start))
-    return found, rates, hardware
+    return found, failed, rates, hardware
 
 
-def print_steps(options):
-    """Print the table of the variants, and what they were measured on."""
+def estimated_memory(name, options):
+    """What engine/plan.py expects one of our variants to take, in bytes; None for others."""
+    kind, changes = parse_variant(name)
+    if kind != 'baseline' or 'fsdp' in changes:
+        return None
+    recomputed = [change for change in changes if change in ('selective', 'full')]
+    dtype = 'bfloat16' if 'compact' in changes else 'float32'
+    knobs = options.knobs(recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype)
+    return sum(estimate_memory(options.config(options.size), knobs, options.batch_size))
+
+
+def steps(options):
+    """(records of the variants, what they were measured on in words)."""
     if not options.variants:
         raise UserError('variants: which? See --help')
-    found, rates, hardware = measure(options)
-    config = options.config(options.size)
+    found, failed, rates, hardware = measure(options)
+    config, on_gpu = options.config(options.size), hardware.device.type == 'cuda'
     dtype = str(hardware.dtype).removeprefix('torch.')
     if options.peak_tflops:
         rates = [options.peak_tflops * 1e12] * len(rates)
     full = flops_per_token(config, causal=False)
     causal = flops_per_token(config, causal=True)
-    first, records = found[options.variants[0]], []
+    first, records = next(iter(found.values())), []
     for name, one in found.items():
         speed = statistics.median(one.speeds)
         share = statistics.median(a / b for a, b in zip(one.speeds, rates))
@@ -291,16 +412,21 @@ def print_steps(options):
         record['ratio'] = statistics.median(a / b for a, b in zip(one.speeds, first.speeds))
         record |= {'GFLOP/s': speed * full / 1e9, 'of peak': share * full}
         record |= {'of peak, causal': share * causal, 'memory': memory}
-        records.append(record | {'memory ratio': memory / (first.held + first.peak)})
+        record['memory ratio'] = memory / (first.held + first.peak)
+        if on_gpu:
+            record['estimate'] = estimated_memory(name, options)
+            record |= {'first step, s': one.first_step, 'graph breaks': one.breaks}
+            record['host waits'] = one.waits
+        records.append(record)
     where = f'{torch.get_num_threads()} CPU threads'
-    if hardware.device.type == 'cuda':
+    if on_gpu:
         where = torch.cuda.get_device_name()
     prefixes = ('MALLOC_', 'PYTORCH_CUDA_ALLOC', 'LD_PRELOAD')
     allocator = {k: v for k, v in os.environ.items() if k.startswith(prefixes)} or 'default'
     source = 'of the data sheet' if options.peak_tflops else 'in a matrix product'
-    print(table(records))
-    print(
-        f'\n{options.size}: N = {format_count(config.num_params())}, '
+    reasons = ''.join(f'{name} failed: {why}\n' for name, why in failed.items())
+    return records, (
+        f'{reasons}{options.size}: N = {format_count(config.num_params())}, '
         f'{format_count(all_params(config))} with embeddings; {options.batch_size} x '
         f'{options.block_size} tokens per step, vocabulary {config.vocab_size}; {full / 1e6:.1f} '
         f'MFLOP per token (attention in full), {causal / 1e6:.1f} (causal)\n{where}, {dtype}, '
@@ -310,10 +436,40 @@ def print_steps(options):
     )
 
 
-def print_loader(options):
-    """Print what the loader gives in tokens per second, and what the model takes."""
+def profile(options):
+    """(records of the operators, or a GPU's kernels, that a step's time goes to; in words)."""
+    hardware = find_hardware(options.knobs())
+    check_fits(options, hardware)
+    name = options.variants[0]
+    variants, _, _ = begin_all(replace(options, variants=(name,)), hardware)
+    on_gpu = hardware.device.type == 'cuda'
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    with torch.profiler.profile(activities=kinds) as found:
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            train.train_step(variants[name])
+        synchronise(hardware.device)
+        wall = 1e6 * (time.perf_counter() - start)  # microseconds, as the profiler counts
+    spent = {}  # operator or kernel: (microseconds, calls)
+    for event in found.key_averages():
+        of_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if of_gpu == on_gpu and not event.is_user_annotation:
+            time_of = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            spent[event.key] = time_of, event.count
+    records, total = [], sum(microseconds for microseconds, _ in spent.values())
+    for key, (microseconds, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:20]:
+        record = {'kernel' if on_gpu else 'operator': key[:70], 'calls': count / options.steps}
+        record |= {'ms': microseconds / options.steps / 1e3, 'of the time': microseconds / total}
+        records.append(record)
+    per_step = f'{wall / options.steps / 1e3:.1f} ms a step of {name}'
+    return records, f'{per_step}, of which {total / wall:.0%} in what is listed or shorter'
+
+
+def loader(options):
+    """(records of what the loader gives in tokens per second; what the model takes in words)."""
     taken = replace(options, variants=options.variants[:1], data='real')
-    found, _, hardware = measure(taken)
+    found, _, _, hardware = measure(taken)
     speed = statistics.median(found[options.variants[0]].speeds)
     size, records = options.batch_size, []
     torch.set_num_threads(1)
@@ -327,16 +483,19 @@ def print_loader(options):
         records.append(
             {'order': order, 'tokens/s': rate, 'over the model': f'{rate / speed:,.0f}x'}
         )
-    print(f'{table(records)}\n\n{options.size} takes {speed:,.0f} tokens/s')
+    return records, f'{options.size} takes {speed:,.0f} tokens/s'
 
 
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
-    if options.what == 'loader':
-        print_loader(options)
-    else:
-        print_steps(options)
+    if options.what == 'gpu':
+        gpu.measure(options)
+        return
+    records, words = dict(steps=steps, profile=profile, loader=loader)[options.what](options)
+    print(f'{table(records)}\n\n{words}')
+    if options.save:
+        write_json(options.save, dict(records=records, words=words))
 
 
 if __name__ == '__main__':

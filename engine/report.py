@@ -41,8 +41,9 @@ def format_bytes(number):
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
 FLOPS += ('FLOPs alone', 'FLOPs to it')
-BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory')
+BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory', 'estimate')
 PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak', 'of peak, causal')
+PERCENT += ('of the time', 'of the bandwidth')
 WHOLE = ('tokens/s', 'GPU-hours', 'GFLOP/s')
 
 
