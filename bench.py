@@ -458,8 +458,8 @@ def profile(options):
             time_of = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             spent[event.key] = time_of, event.count
     records, total = [], sum(microseconds for microseconds, _ in spent.values())
-    for key, (microseconds, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:20]:
-        record = {'kernel' if on_gpu else 'operator': key[:70], 'calls': count / options.steps}
+    for key, (microseconds, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:25]:
+        record = {'kernel' if on_gpu else 'operator': key[:90], 'calls': count / options.steps}
         record |= {'ms': microseconds / options.steps / 1e3, 'of the time': microseconds / total}
         records.append(record)
     per_step = f'{wall / options.steps / 1e3:.1f} ms a step of {name}'

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.decoding import Decoding
 from engine.errors import UserError, unknown
 from engine.files import read_json, write_json
 from engine.hub import model_folder
@@ -215,16 +216,13 @@ class Attention(nn.Module):
         (q, k), v = self.queries_and_keys(x, rope), self.heads(self.v(x))
         mask = None
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-            S = k.shape[2]
-            if 1 < T < S:  # SDPA's is_causal aligns top left; new positions need bottom right
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            (k, v), mask = cache.extend(self.layer, k, v), cache.mask
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=T == k.shape[2] and T > 1,
+            is_causal=mask is None and T > 1,
             scale=self.scale,
             enable_gqa=self.config.n_kv_head < self.config.n_head,
         )
@@ -273,30 +271,6 @@ class Block(nn.Module):
             return x + self.attn(self.norm1(x), rope, cache) + self.mlp(self.norm2(x))
         x = x + self.attn(self.norm1(x), rope, cache)
         return x + self.mlp(self.norm2(x))
-
-
-class Cache:
-    """
-    Keys and values of the positions seen, in room that grows with them. Setting `length` back
-    forgets the last ones.
-    """
-
-    def __init__(self, config, batch, device, dtype):
-        room = min(256, config.block_size)
-        shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
-        self.length = 0  # positions filled
-
-    def extend(self, layer, k, v):
-        """Store (B, K, T, D) behind the filled positions; returns views (B, K, S, D) of all."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[3]:  # twice the room, so that it seldom moves
-            more = (0, 0, 0, 2 * end - self.k.shape[3])
-            self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -415,13 +389,14 @@ class GPT(nn.Module):
 
     def residual_stream(self, idx, layers=None, hidden_at=None, cache=None):
         """(the stream (B, T, C) after the first `layers` layers or all; after `hidden_at`)."""
-        start = cache.length if cache is not None else 0
-        end = start + idx.shape[1]
+        T = idx.shape[1]
+        end = T if cache is None else cache.length + T
         if end > self.config.block_size:
             raise ValueError(f'{end} positions, but block_size is {self.config.block_size}')
-        x, rope, hidden = self.wte(idx), self.rope(start, end), None
+        at = slice(0, T) if cache is None else cache.begin(T)
+        x, rope, hidden = self.wte(idx), self.rope(at), None
         if self.wpe is not None:
-            x = x + self.wpe.weight[start:end]
+            x = x + self.wpe.weight[at]
         for i, block in enumerate(self.blocks[:layers], 1):
             x = block(x, rope, cache)
             if i == hidden_at:
@@ -430,11 +405,9 @@ class GPT(nn.Module):
             cache.length = end
         return x, hidden
 
-    def rope(self, start, end):
-        """RoPE's tables for the positions start to end, or None for learned positions."""
-        if self.wpe is not None:
-            return None
-        return self.cos[start:end], self.sin[start:end]
+    def rope(self, at):
+        """RoPE's tables for the positions `at`, an index; None for learned positions."""
+        return None if self.wpe is not None else (self.cos[at], self.sin[at])
 
     @property
     def head_weight(self):
@@ -462,13 +435,13 @@ class GPT(nn.Module):
         torch's random state; returns (B, T + new). Ends early when every sequence has produced
         the token `stop`. When the context is full, generation continues from its later half.
         """
-        cache, seen = self.new_cache(len(idx)), 0
+        decoding, seen = Decoding(self, len(idx)), 0
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if cache.length + idx.shape[1] - seen > self.config.block_size:
-                cache.length = 0
+            if decoding.cache.length + idx.shape[1] - seen > self.config.block_size:
+                decoding.cache.length = 0
                 seen = max(0, idx.shape[1] - max(1, self.config.block_size // 2))
-            logits = self(idx[:, seen:], cache=cache).logits[:, -1]
+            logits = decoding.read(idx[:, seen:])[:, -1]
             seen = idx.shape[1]
             token = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1)
             idx = torch.cat((idx, token), 1)
@@ -477,13 +450,6 @@ class GPT(nn.Module):
                 if done.all():
                     break
         return idx
-
-    def new_cache(self, batch):
-        """An empty cache for `batch` sequences, of the device and dtype that keys have."""
-        device, dtype = self.wte.weight.device, self.wte.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        return Cache(self.config, batch, device, dtype)
 
     def save(self, folder, tokenizer='', state=None, dtype=None):
         """

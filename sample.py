@@ -35,6 +35,7 @@ from data.vocabulary import (
     tokenizer_in,
     tokenizer_of_model,
 )
+from engine.decoding import Decoding
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
@@ -100,19 +101,19 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=Sampli
     goal = idx.shape[1] + max_new_tokens
     check_draft(model, draft, goal)
     *how, stop = sampling
-    cache = model.new_cache(1)
-    draft_cache = draft.new_cache(1)
+    reading, drafting = Decoding(model, 1), Decoding(draft, 1)
+    cache, draft_cache = reading.cache, drafting.cache
     stats = Speculation()
     while idx.shape[1] < goal:
         known = idx.shape[1]
         count = min(draft_tokens, goal - known - 1)  # the model adds one token to the accepted
         draft_logits = []
         for _ in range(count):
-            logits = draft(idx[:, draft_cache.length :], cache=draft_cache).logits[0, -1]
+            logits = drafting.read(idx[:, draft_cache.length :])[0, -1]
             draft_logits.append(logits)
             token = torch.multinomial(probabilities(logits, *how), 1)
             idx = torch.cat((idx, token[None]), 1)
-        logits = model(idx[:, cache.length :], cache=cache).logits[0, -count - 1 :]
+        logits = reading.read(idx[:, cache.length :])[0, -count - 1 :]
         p = probabilities(logits, *how)
         q = [probabilities(one, *how) for one in draft_logits]
         accepted, token = accept(p, q, idx[0, known:])

@@ -27,7 +27,7 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     if shards > 1:  # whole: two blocks, the one at work and the one being fetched, and the head
         state += 2 * 8 * n_layers_params / config.n_layer + 8 * (n_params - n_layers_params)
     tokens = micro_batch_size * config.block_size
-    head = 10 * min(tokens * config.vocab_size, 2**27) + 10 * config.vocab_size * config.n_embd
+    head = 10 * min(tokens * config.vocab_size, 2**28) + 10 * config.vocab_size * config.n_embd
     return state, tokens * (config.n_layer * per_layer + at_work) + head
 
 

@@ -94,7 +94,7 @@ def attention_maps(model, idx, causal=True):
     saw all others, as the paper draws them (Figure 2); the hidden states stay causal.
     """
     config, T = model.config, idx.shape[1]
-    x, rope = model.wte(idx), model.rope(0, T)
+    x, rope = model.wte(idx), model.rope(slice(T))
     if model.wpe is not None:
         x = x + model.wpe.weight[:T]
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
@@ -172,7 +172,7 @@ def losses_without(model, idx):
     without that layer alone, and without it and all above. No paper's: the test of the measures.
     """
     x, y = idx[:, :-1], idx[:, 1:]
-    rope = model.rope(0, x.shape[1])
+    rope = model.rope(slice(x.shape[1]))
 
     def loss(stream):
         logits = F.linear(model.norm(stream), model.head_weight)

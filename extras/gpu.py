@@ -155,7 +155,7 @@ def attention(toy, hardware):
 def generation(toy, hardware):
     """Tokens a second of SmolLM2-135M's shape, ours and transformers', against the bandwidth."""
     config = GPTConfig.named('64x2' if toy else 'smollm2-135m', vocab_size=257 if toy else 49152)
-    new, records = 8 if toy else 128, []
+    new, records = 8 if toy else 64, []
     transformers = import_extra('transformers', 'the part generation needs')
     with tempfile.TemporaryDirectory() as folder:
         GPT(config).save(folder, dtype=hardware.dtype)
@@ -175,7 +175,22 @@ def generation(toy, hardware):
             record = {'batch': batch, 'generate of': name, 'tokens/s': speeds[name]}
             record['ratio'] = speeds[name] / speeds['ours']
             records.append(record | {'of the bandwidth': speeds[name] / batch / limit})
-    return records, f'{limit:,.0f} tokens a second would read every weight once for each'
+    alike = same_tokens(ours.float(), theirs.float(), prompt[:1])
+    return records, (
+        f'{limit:,.0f} tokens a second would read every weight once for each; in float32, '
+        f'{alike} of 32 greedy tokens are the same'
+    )
+
+
+def same_tokens(ours, theirs, prompt):
+    """Of 32 greedy tokens, those before the first that differs from transformers' own."""
+    torch.set_float32_matmul_precision('highest')
+    ours.build_rope(prompt.device)
+    found = ours.generate(prompt, 32, temperature=0)
+    how = dict(max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
+    return (found == theirs.generate(prompt, **how)).int().cumprod(-1).sum().item() - prompt.shape[
+        1
+    ]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.instruct import shuffled
+from engine.decoding import Decoding
 from engine.device import processes
 from engine.errors import UserError
 from engine.files import commit_file
@@ -67,11 +68,11 @@ def answer(model, prompts, how, teacher=None, generator=None):
     mask = torch.zeros_like(ids, dtype=torch.bool)
     log_q, log_p, log_mix = torch.zeros(3, *ids.shape, device=device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    caches, seen = [m.new_cache(len(ids)) for m in models], 0
+    decodings, seen = [Decoding(m, len(ids)) for m in models], 0
     for t in range(int(lengths.min()), limit):
         logs = []
-        for m, cache in zip(models, caches):
-            logits = m(ids[:, seen:t], cache=cache).logits[:, -1].float()
+        for decoding in decodings:
+            logits = decoding.read(ids[:, seen:t])[:, -1].float()
             logs.append(logits[:, : model.config.vocab_size].log_softmax(-1))
         seen, mixed = t, mixture(logs, how.share)
         if how.temperature == 0:

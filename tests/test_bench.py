@@ -50,7 +50,7 @@ def test_transformers_model_is_of_our_shape():
 
 def test_real_data_go_through_the_loader(data_dir):
     options = Bench(**{**TINY, 'vocab_size': 257}, data='real', data_dir=str(data_dir))
-    found, _, _ = bench.measure(options)
+    found, _, _, _ = bench.measure(options)
     measured = found['baseline']
     assert len(measured.speeds) == 2 and min(measured.speeds) > 0
     config = options.config('64x2')

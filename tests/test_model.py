@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.decoding import Decoding
 from engine.errors import UserError
 from engine.sizes import SIZES
 from model import GPT, GPTConfig, load
@@ -201,12 +202,27 @@ def test_cached_generation_is_the_uncached_one(model):
 
 def test_the_caches_room_grows_with_the_text():
     model = GPT(GPTConfig.named('16x2', vocab_size=61, block_size=8192)).double()
-    x, cache = tokens(2, 600), model.new_cache(2)
-    assert cache.k.shape[3] == 256
+    x, decoding = tokens(2, 600), Decoding(model, 2)
+    assert decoding.cache.k.shape[3] == 256
+    parts = [decoding.read(part) for part in x.split([200, 1, 399], 1)]
     with torch.no_grad():
-        parts = [model(part, cache=cache).logits for part in x.split([200, 1, 399], 1)]
         torch.testing.assert_close(torch.cat(parts, 1), model(x).logits)
-    assert cache.k.shape[3] == 1200
+    assert decoding.cache.k.shape[3] == 1200
+
+
+@pytest.mark.parametrize('changes', [{}, dict(pos='learned'), dict(n_kv_head=1)])
+@torch.no_grad()
+def test_a_pass_whose_positions_are_data_is_the_same(changes):
+    """What a GPU records and replays: shapes that do not change, and a mask."""
+    config = GPTConfig.named('32x2', vocab_size=61, block_size=64)
+    model, x = GPT(dataclasses.replace(config, **changes)).double(), tokens(2, 12)
+    cache = Decoding(model, 2).cache
+    first = model(x[:, :5], cache=cache).logits
+    cache.at, parts = torch.arange(5, 8), [first]
+    for piece in (x[:, 5:8], x[:, 8:11]):
+        parts.append(model(piece, cache=cache).logits)
+        cache.at = cache.at + 3  # a recording writes into the same tensor
+    torch.testing.assert_close(torch.cat(parts, 1), model(x[:, :11]).logits)
 
 
 def test_generation_stops_and_is_seeded():

@@ -1,0 +1,108 @@
+"""
+Text token by token. What was read is kept as keys and values, so that a token costs one position;
+and on a GPU the pass for it is a CUDA graph, replayed: starting its hundreds of kernels one by one
+takes many times as long as they run.
+"""
+
+import torch
+import torch.nn.functional as F
+
+MOST_RECORDED = 16  # tokens at once; a recording costs three passes, and prompts differ in length
+
+
+class Cache:
+    """
+    Keys and values of the positions seen, in room that grows with them. Setting `length` back
+    forgets the last ones.
+    """
+
+    def __init__(self, config, batch, device, dtype):
+        room = min(256, config.block_size)
+        shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0  # positions filled
+        self.at = None  # in a recording, the positions that are added, as a tensor (T,)
+        self.mask = None  # which positions (room) the added ones (T) see, where not the usual ones
+
+    def reserve(self, count):
+        """Make room for `count` more positions; returns whether keys and values have moved."""
+        end, room = self.length + count, self.k.shape[3]
+        if end <= room:
+            return False
+        more = (0, 0, 0, 2 * end - room)  # twice the room, so that it seldom moves
+        self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
+        return True
+
+    def begin(self, count):
+        """The positions of the next `count` tokens, which every layer then adds: an index."""
+        device, start = self.k.device, self.length
+        self.mask = None
+        if self.at is not None:
+            self.mask = torch.arange(self.k.shape[3], device=device) <= self.at[:, None]
+            return self.at
+        self.reserve(count)
+        if 1 < count and start:  # SDPA's is_causal aligns top left; these need bottom right
+            shape = (count, start + count)
+            self.mask = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
+        return slice(start, start + count)
+
+    def extend(self, layer, k, v):
+        """Add (B, K, T, D) to a layer; returns views (B, K, S, D) of all that may be seen."""
+        if self.at is not None:  # recorded shapes stay as they are: all the room, and a mask
+            self.k[layer].index_copy_(2, self.at, k)
+            self.v[layer].index_copy_(2, self.at, v)
+            return self.k[layer], self.v[layer]
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Decoding:
+    """
+    A model reading on, with its cache. On a GPU, outside autocast, the pass over a few tokens is
+    recorded once for each number of them and each size of the cache.
+    """
+
+    def __init__(self, model, batch):
+        self.model = model
+        weight, dtype = model.wte.weight, model.wte.weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        self.cache = Cache(model.config, batch, weight.device, dtype)
+        self.records = weight.is_cuda and dtype == weight.dtype
+        self.recorded = {}  # tokens at once: (graph, its tokens, their positions, its logits)
+
+    @torch.no_grad()
+    def read(self, idx):
+        """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
+        cache, count = self.cache, idx.shape[1]
+        if not self.records or count > MOST_RECORDED:
+            return self.model(idx, cache=cache).logits
+        if cache.reserve(count):
+            self.recorded.clear()
+        if count not in self.recorded:
+            self.recorded[count] = self.record(idx)
+        graph, tokens, at, logits = self.recorded[count]
+        tokens.copy_(idx)
+        torch.arange(cache.length, cache.length + count, out=at)
+        graph.replay()
+        cache.length += count
+        return logits.clone()
+
+    def record(self, idx):
+        """Record the pass over so many tokens; the first of two loads what it needs."""
+        cache, tokens = self.cache, idx.clone()
+        start = cache.length
+        cache.at = at = torch.arange(start, start + idx.shape[1], device=idx.device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.model(tokens, cache=cache)
+        torch.cuda.current_stream().wait_stream(aside)
+        cache.length, graph = start, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model(tokens, cache=cache).logits
+        cache.length, cache.at = start, None
+        return graph, tokens, at, logits
