@@ -21,41 +21,29 @@ and for attention 12 L H D T in full, as MFU is mostly quoted, or half of it, wh
 needs. The peak is what a large matrix product reaches here in the same round, or peak_tflops.
 """
 
-import importlib.util
 import os
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import engine.quick_help  # --help need not wait for torch
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 
 import train
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.loader import batches, text_source
 from engine.device import find_hardware
-from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
+from engine.errors import UserError, first_line, run_as_program
 from engine.files import write_json
-from engine.hugging_face import config_to_hugging_face
-from engine.optimizer import make_optimizer
-from engine.parallel import place, wrap
 from engine.plan import all_params, estimate_memory
 from engine.progress import progress_bar
 from engine.report import format_count, table
-from engine.stage import Progress, next_token
-from extras import gpu
-from let import Alignment, distil, let, pair_layers
-from model import GPT, GPTConfig
+from extras.variants import make_variant, parse_variant
+from model import GPTConfig
 
 
 @dataclass
@@ -136,135 +124,7 @@ def matrix_product_rate(device, dtype):
 
 
 # ----------------------------------------------------------------------------------------------
-# other implementations, called as ours is: model(x, y).loss
-
-
-class Peer(nn.Module):
-    """Another implementation; loss_of: (its model, x, y) -> mean cross entropy."""
-
-    def __init__(self, model, loss_of):
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, x, y):
-        """What our model returns, with the loss alone."""
-        return SimpleNamespace(loss=self.loss_of(self.model, x, y))
-
-
-def transformers_peer(config, _options):
-    """transformers' model of our shape, randomly initialised."""
-    transformers = import_extra('transformers', 'the variant transformers needs')
-    fields = config_to_hugging_face(config)
-    for name in ('nanofamily', 'architectures', 'torch_dtype'):
-        fields.pop(name)
-    how = dict(attn_implementation='sdpa', use_cache=False)
-    theirs = transformers.AutoConfig.for_model(**fields, **how)
-    model = transformers.AutoModelForCausalLM.from_config(theirs).float()
-    return Peer(model, lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss)
-
-
-def nanogpt_peer(config, options):
-    """nanoGPT's model of our shape, from its own file."""
-    path = Path(options.nanogpt) / 'model.py'
-    if not options.nanogpt or not path.is_file():
-        raise UserError('the variant nanogpt needs --nanogpt=FOLDER, with a copy of nanoGPT')
-    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
-    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
-    fields = {name: getattr(config, name) for name in names}
-    model = module.GPT(module.GPTConfig(dropout=0.0, **fields))
-    return Peer(model, lambda m, x, y: m(x, y)[1])
-
-
-def logits_peer(config, _options):
-    """Our layers, with all logits at once and torch's cross entropy."""
-
-    def loss_of(model, x, y):
-        return F.cross_entropy(model(x).logits.flatten(0, 1).float(), y.flatten())
-
-    return Peer(GPT(config), loss_of)
-
-
-def linear_cross_entropy_peer(config, _options):
-    """Our layers, with torch's own fusion of head and loss."""
-    if not hasattr(F, 'linear_cross_entropy'):
-        raise UserError(f'torch {torch.__version__} has no linear_cross_entropy')
-
-    def loss_of(model, x, y):
-        hidden = model.norm(model.residual_stream(x)[0])
-        return F.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, y.flatten())
-
-    return Peer(GPT(config), loss_of)
-
-
-PEERS = {'transformers': transformers_peer, 'nanogpt': nanogpt_peer}
-PEERS |= {'logits': logits_peer, 'linear_cross_entropy': linear_cross_entropy_peer}
-KINDS = ('baseline', 'let', 'rkd', *PEERS)
-CHANGES = ('compile', 'selective', 'full', 'compact', 'ddp', 'fsdp')  # of how a kind is trained
-
-
-# ----------------------------------------------------------------------------------------------
 # timing
-
-
-def parse_variant(name):
-    """'let+compile' -> ('let', ['compile']); 'compile' -> ('baseline', ['compile']). UserError."""
-    kind, *changes = name.split('+')
-    if kind in CHANGES:
-        kind, changes = 'baseline', [kind, *changes]
-    if kind not in KINDS or not set(changes) <= set(CHANGES):
-        raise unknown('variant', name, (*KINDS, *(f'baseline+{change}' for change in CHANGES)))
-    return kind, changes
-
-
-def make_teacher(kind, options, hardware, config):
-    """(the objective of a kind, its teacher or None)."""
-    if kind not in ('let', 'rkd'):
-        return next_token, None
-    teacher = GPT(replace(options, gpt2=False).config(options.teacher_size))
-    teacher = teacher.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
-    if kind == 'rkd':
-        return distil(teacher, 0.5), teacher
-    layers = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
-    return let(teacher, Alignment(*layers)), teacher
-
-
-def join_alone(device):
-    """A process group of this process alone: what several exchange, it exchanges with itself."""
-    if not dist.is_initialized():
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def make_variant(name, options, hardware):
-    """What train.train_step needs, without its batches, and the bytes held between steps."""
-    kind, changes = parse_variant(name)
-    recomputed = [change for change in changes if change in ('selective', 'full')]
-    dtype = 'bfloat16' if 'compact' in changes else 'float32'
-    compiled = 'True' if 'compile' in changes else 'False'
-    knobs = options.knobs(
-        recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype, compile=compiled
-    )
-    shared = {'ddp', 'fsdp'} & set(changes)
-    if shared:
-        join_alone(hardware.device)
-    strategy = 'fsdp' if 'fsdp' in changes else 'ddp'
-    torch.manual_seed(0)
-    config = options.config(options.size)
-    make = partial(PEERS[kind], config, options) if kind in PEERS else partial(GPT, config)
-    model = place(make, GPT.on_meta(config), strategy, hardware)
-    objective, teacher = make_teacher(kind, options, hardware, config)
-    step = SimpleNamespace(objective=objective, progress=Progress(0, 1000), accumulate=1)
-    step.raw_model, step.hardware, step.knobs = model, hardware, knobs
-    step.optimizer = make_optimizer(model, knobs)
-    # DDP wraps what several processes train
-    how = hardware._replace(compile='compile' in changes, world_size=1 + len(shared))
-    step.ddp_model = wrap(model, strategy, knobs, how)
-    held = (4 if 'compact' in changes else 8) * sum(p.numel() for p in model.parameters())
-    for m in filter(None, (model, teacher)):
-        held += sum(p.numel() * p.element_size() for p in m.parameters())
-    return step, held
 
 
 def peak_memory(function, device):
@@ -339,6 +199,7 @@ def begin_all(options, hardware):
         read, size = text_source(options.knobs()).read, options.batch_size
         stream = batches(read, 0, size, size, hardware)
     variants, found, failed = {}, {}, {}
+    torch._dynamo.config.recompile_limit = 8 * len(options.variants)  # all share GPT's code
     for name in options.variants:
         parse_variant(name)
         try:
@@ -490,6 +351,8 @@ def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
     if options.what == 'gpu':
+        from extras import gpu
+
         gpu.measure(options)
         return
     records, words = dict(steps=steps, profile=profile, loader=loader)[options.what](options)

@@ -443,7 +443,10 @@ class GPT(nn.Module):
                 seen = max(0, idx.shape[1] - max(1, self.config.block_size // 2))
             logits = decoding.read(idx[:, seen:])[:, -1]
             seen = idx.shape[1]
-            token = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1)
             idx = torch.cat((idx, token), 1)
             if stop is not None:
                 done |= token[:, 0] == stop

@@ -49,9 +49,9 @@ def open_corpus(name, data_dir='data'):
         dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
         sizes = []
         for split in SPLITS:
-            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes')]
+            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes', 'documents')]
             if any(type(count) is not int or count < 0 for count in counts):
-                raise ValueError(f'{split} has {counts} tokens and bytes')
+                raise ValueError(f'{split} has {counts} tokens, bytes, documents')
             sizes.append(counts[0] * dtype.itemsize)
     except FileNotFoundError:
         command = f'python data/prepare.py {name}'

@@ -28,9 +28,19 @@ def commit_file(temporary, path):
 
 
 def write_atomically(path, text):
-    """Write a text file so that a reader sees the old content or the new, never a part of it."""
-    temporary = Path(f'{path}.tmp')
-    temporary.write_text(text, encoding='utf-8')
+    """
+    Write a text file so that a reader sees the old content or the new, never a part of it; what is
+    no file, /dev/null or a pipe, is written to. Raises UserError for what is no text.
+    """
+    path, temporary = Path(path), Path(f'{path}.tmp')
+    try:
+        content = text.encode('utf-8')
+    except UnicodeEncodeError as error:
+        raise UserError(f'{path} cannot hold what is not Unicode: {error}') from None
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    temporary.write_bytes(content)
     commit_file(temporary, path)
 
 

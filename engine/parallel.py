@@ -51,8 +51,6 @@ def wrap(model, strategy, knobs, hardware):
     """What the loop calls: the placed model, recomputing, compiled, exchanging gradients."""
     if knobs.recompute != 'none':
         recompute(model, knobs.recompute)
-    if hardware.compile:
-        torch.compiler.reset()  # the stages before count towards torch's limit on compilations
     if strategy == 'fsdp':
         if hardware.compile:
             for block in model.blocks:  # one by one: shards are fetched between them

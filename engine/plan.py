@@ -13,7 +13,8 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     """
     (bytes of the training state, bytes of the activations) on one GPU: float32 weights and
     gradients and AdamW's state, each cut into `shards`; what a compiled bfloat16 step keeps for
-    its backward pass, and one chunk of logits. An estimate, for planning.
+    its backward pass, and one chunk of logits. An estimate, for planning: on an H100 it was 1.02
+    to 1.3 times what was measured (docs/benchmarks.md).
     """
     attention = 4 * (config.n_head + config.n_kv_head) * config.head_dim
     per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
@@ -27,7 +28,7 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     if shards > 1:  # whole: two blocks, the one at work and the one being fetched, and the head
         state += 2 * 8 * n_layers_params / config.n_layer + 8 * (n_params - n_layers_params)
     tokens = micro_batch_size * config.block_size
-    head = 10 * min(tokens * config.vocab_size, 2**28) + 10 * config.vocab_size * config.n_embd
+    head = 6 * min(tokens * config.vocab_size, 2**28) + 10 * config.vocab_size * config.n_embd
     return state, tokens * (config.n_layer * per_layer + at_work) + head
 
 

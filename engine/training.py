@@ -167,6 +167,8 @@ class Training:
             raise UserError(
                 f'{self.stage.name} is at step {self.step:,}, beyond the {self.steps:,} asked'
             )
+        if hardware.compile:
+            torch.compiler.reset()  # the stages before count towards torch's limit on compilations
         self.ddp_model = wrap(self.raw_model, self.strategy, knobs, hardware)
 
     def open_data(self):

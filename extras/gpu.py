@@ -48,31 +48,29 @@ class Part(NamedTuple):
 
 
 GPT2 = '--size=gpt2 --vocab_size=50304 --block_size=1024 --batch_size=32 '
-LONG = '--block_size=4096 --batch_size=4 --variants=compile '
-BLOCK = '--vocab_size=50304 --block_size=1024 --batch_size=16 --head_dim=64 '
+LONG = '--vocab_size=50304 --block_size=4096 --batch_size=4 --variants=compile '
+BLOCK = '--vocab_size=50304 --block_size=1024 --batch_size=8 --head_dim=64 '
 WIDE = f'{BLOCK}--size=1536x4 --teacher_size=768x2 '
+TAUGHT = 'compile,let+compile,rkd+compile,selective+compile,full+compile,compact+compile'
 OTHERS = 'nanogpt+compile,logits+compile,linear_cross_entropy+compile,baseline'
 PARTS = {
     'machine': Part('What it was measured on', 60),
     'gpt2': Part('GPT-2 124M', 240, f'{GPT2}--variants=compile,{OTHERS}'),
-    'profile': Part('Where a step of GPT-2 124M goes', 90, f'{GPT2}--what=profile --steps=3'),
-    'llama_1b': Part('Llama 1B', 150, f'{LONG}--size=1b --vocab_size=50304'),
-    'llama_8b': Part('Llama 8B, 8 of its layers', 120, f'{LONG}--size=8b --layers=8'),
-    'teachers': Part(
-        'While a teacher teaches', 180, f'{WIDE}--variants=compile,let+compile,rkd+compile'
+    'profile': Part(
+        'Where a step of GPT-2 124M goes', 120, f'{GPT2}--variants=compile --what=profile --steps=3'
     ),
-    'memory': Part(
-        'Memory', 180, f'{WIDE}--variants=compile,selective+compile,full+compile,compact+compile'
-    ),
+    'llama_1b': Part('Llama 1B', 150, f'{LONG}--size=1b'),
+    'llama_8b': Part('Llama 8B, 4 of its layers', 120, f'{LONG}--size=8b --layers=4'),
+    'taught': Part('With a teacher, and in less memory', 240, f'{WIDE}--variants={TAUGHT}'),
     'processes': Part(
-        'A group of one process',
+        'With a group of one process',
         120,
         f'{BLOCK}--size=768x4 --variants=compile,compile+ddp,compile+fsdp',
     ),
     'attention': Part('Attention, forward and backward', 60),
     'generation': Part('Generation', 120),
-    'growth': Part('Growth and evaluation', 90),
-    'commands': Part('Commands', 180),
+    'growth': Part('Growth and evaluation', 120),
+    'commands': Part('Commands', 240),
 }
 TOY = '--size=64x2 --vocab_size=257 --block_size=32 --batch_size=2 --head_dim=16 '
 TOY += '--teacher_size=16x1 --layers=0 --rounds=2 --steps=1'
@@ -218,11 +216,11 @@ def growth(toy, hardware):
     return records, f'growing {small} to {large} in memory took {took:.2f} s'
 
 
-CORPUS = '--data_dir=OUT/data --block_size=64'
+CORPUS = '--data_dir=OUT/data --block_size=64 --eval_tokens=20000'
 COMMANDS = (
     'data/prepare.py pydocs --out=OUT/data/pydocs',
     f'train.py --method=progressive --sizes=64x2,128x4 --tokens=4e4,4e4 --out_dir=OUT/run {CORPUS}',
-    'evaluate.py OUT/run --kl_examples=4 --data_dir=OUT/data',
+    'evaluate.py OUT/run --kl_examples=4 --eval_tokens=20000 --data_dir=OUT/data',
     'sample.py --model=OUT/run/128x4 --draft=OUT/run/64x2 --max_new_tokens=32',
     f'train.py config/let_tiny.py --toy=True --out_dir=OUT/let {CORPUS}',
 )

@@ -3,14 +3,19 @@ The benchmark: every variant trains, FLOPs and memory are what they should be, m
 line.
 """
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_command
 
 import bench
 from bench import Bench, flops_per_token, peak_memory
 from engine.errors import UserError
+from extras import gpu
+from extras.variants import PEERS, transformers_peer
 from model import GPT
 
 TINY = dict(
@@ -26,11 +31,12 @@ TINY = dict(
 )
 
 
+WORDS = [f'--{k}={v}' for k, v in TINY.items()]
+
+
 def test_all_variants_side_by_side(capsys):
     pytest.importorskip('transformers')
-    bench.main(
-        [f'--{k}={v}' for k, v in TINY.items()] + ['--variants=baseline,let,rkd,transformers']
-    )
+    bench.main([*WORDS, '--variants=baseline,let,rkd,transformers'])
     out = capsys.readouterr().out
     assert (
         all(f'\n| {name} ' in out for name in ('baseline', 'let', 'rkd', 'transformers'))
@@ -43,7 +49,7 @@ def test_transformers_model_is_of_our_shape():
     for gpt2 in (False, True):  # transformers' GPT-2 has biases, whatever one says
         options = Bench(**TINY, gpt2=gpt2)
         config = options.config('64x2')
-        peer = bench.transformers_peer(config, options)
+        peer = transformers_peer(config, options)
         sizes = [p.numel() for p in peer.parameters() if p.ndim > 1]
         assert sum(sizes) == sum(p.numel() for p in GPT(config).parameters() if p.ndim > 1)
 
@@ -87,6 +93,57 @@ def test_the_loader_outruns_the_model(data_dir, capsys):
     )
 
 
+def test_a_variant_that_fails_leaves_the_others(capsys):
+    bench.main([*WORDS, '--variants=nanogpt,baseline,baseline+ddp,baseline+fsdp'])
+    out = capsys.readouterr().out
+    assert 'nanogpt failed: the variant nanogpt needs --nanogpt=FOLDER' in out
+    assert all(f'\n| {name} ' in out for name in ('baseline', 'baseline+ddp', 'baseline+fsdp'))
+
+
+def test_other_losses_over_our_layers_are_the_same_loss():
+    options, x = Bench(**TINY), torch.randint(64, (2, 32))
+    torch.manual_seed(0)
+    ours = GPT(options.config('64x2'))
+    for name in ('logits', 'linear_cross_entropy'):
+        if name == 'logits' or hasattr(torch.nn.functional, name):
+            peer = PEERS[name](options.config('64x2'), options)
+            peer.model.load_state_dict(ours.state_dict())
+            torch.testing.assert_close(peer(x, x).loss, ours(x, x).loss)
+
+
+def test_a_profile_says_where_a_step_goes(capsys, tmp_path):
+    bench.main([*WORDS, '--what=profile', f'--save={tmp_path / "profile.json"}'])
+    out = capsys.readouterr().out
+    assert re.search(r'\| aten::mm +\|', out) and 'ms a step of baseline' in out
+    saved = json.loads((tmp_path / 'profile.json').read_text())['records']
+    times = [record['ms'] for record in saved]
+    assert times == sorted(times, reverse=True)
+    assert 0.3 < sum(record['of the time'] for record in saved) <= 1
+
+
+def test_all_that_a_gpu_is_asked_is_asked_at_toy_size(tmp_path):
+    """In processes, as there; commands and generation take longest, and have their own tests."""
+    parts = ['machine', 'gpt2', 'profile', 'taught', 'processes', 'attention', 'growth']
+    how = ['--what=gpu', '--toy=True', '--device=cpu', f'--out={tmp_path}']
+    found = run_command('bench.py', *how, f'--parts={",".join(parts)}')
+    assert found.returncode == 0, found.stderr
+    text = (tmp_path / 'gpu.md').read_text(encoding='utf-8')
+    for name in parts:
+        part = json.loads((tmp_path / f'{name}.json').read_text())
+        assert f'## {gpu.PARTS[name].title}' in text and part['records'], part['words']
+    assert 'nanogpt failed: ' in text and '| fsdp ' in text and '| rkd ' in text
+
+
+def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    options = Bench(what='gpu', toy=True, device='cpu', out=str(tmp_path), parts=('growth',))
+    monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['growth']._replace(limit=0.1))
+    gpu.measure(options)
+    assert 'failed: it took more than 0.1 seconds' in capsys.readouterr().out
+    monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['gpt2']._replace(words='--size=none'))
+    gpu.measure(replace(options, toy=False))
+    assert "failed with exit code 2: error: no size 'none'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     'more, word',
     [
@@ -94,7 +151,8 @@ def test_the_loader_outruns_the_model(data_dir, capsys):
         (['--variants=nanogpt'], '--nanogpt=FOLDER'),
         (['--data=random'], 'data must be one of synthetic, real'),
         (['--rounds=0'], 'rounds'),
-        (['--what=speed'], 'what must be one of steps, loader'),
+        (['--what=speed'], 'what must be one of steps, loader, profile, gpu'),
+        (['--what=gpu', '--parts=speed'], "no part 'speed'"),
     ],
 )
 def test_mistakes(more, word):

@@ -400,9 +400,20 @@ def test_a_damaged_result_is_named(tmp_path, content):
 def test_write_atomically_leaves_nothing_else(tmp_path):
     write_atomically(tmp_path / 'a.txt', 'old')
     write_atomically(tmp_path / 'a.txt', 'new')
+    with pytest.raises(UserError, match='not Unicode'):
+        write_atomically(tmp_path / 'a.txt', 'an argument of odd bytes: \udcff')
     assert [p.name for p in tmp_path.iterdir()] == ['a.txt'] and (
         tmp_path / 'a.txt'
     ).read_text() == 'new'
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+    """/dev/null, as a pipe stands for it here, is not replaced by a file."""
+    os.mkfifo(tmp_path / 'pipe')
+    reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / 'pipe', 'text')
+    assert os.read(reader, 10) == b'text' and (tmp_path / 'pipe').is_fifo()
+    os.close(reader)
 
 
 def test_bare_flags_and_knobs_of_other_methods():

@@ -151,11 +151,19 @@ def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers
     assert sum(count for part in split for *_, count in part) == 90
 
 
+def change_meta(folder, key, value):
+    """Replace what a corpus says of its training split."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    meta['splits']['train'][key] = value
+    (folder / 'meta.json').write_text(json.dumps(meta))
+
+
 @pytest.mark.parametrize(
     'damage, word',
     [
         (lambda f: (f / 'meta.json').unlink(), 'is not prepared'),
         (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
+        (lambda f: change_meta(f, 'documents', None), 'train has .*None'),
         (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'),
         (lambda f: (f / 'val.bin').unlink(), 'val.bin is missing'),
     ],
