@@ -13,8 +13,8 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     """
     (bytes of the training state, bytes of the activations) on one GPU: float32 weights and
     gradients and AdamW's state, each cut into `shards`; what a compiled bfloat16 step keeps for
-    its backward pass, and one chunk of logits. An estimate, for planning: on an H100 it was 1.02
-    to 1.3 times what was measured (docs/benchmarks.md).
+    its backward pass, and one chunk of logits. An estimate, for planning: on an H100 it was 1.03
+    to 1.4 times what was measured (docs/benchmarks.md).
     """
     attention = 4 * (config.n_head + config.n_kv_head) * config.head_dim
     per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp

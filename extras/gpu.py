@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import configure, with_positionals
-from engine.device import attention_kernel, find_hardware
+from engine.device import attention_kernel, choose_device, find_hardware
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import read_json, write_atomically, write_json
 from engine.loss import evaluate
@@ -222,7 +222,6 @@ COMMANDS = (
     f'train.py --method=progressive --sizes=64x2,128x4 --tokens=4e4,4e4 --out_dir=OUT/run {CORPUS}',
     'evaluate.py OUT/run --kl_examples=4 --eval_tokens=20000 --data_dir=OUT/data',
     'sample.py --model=OUT/run/128x4 --draft=OUT/run/64x2 --max_new_tokens=32',
-    f'train.py config/let_tiny.py --toy=True --out_dir=OUT/let {CORPUS}',
 )
 
 
@@ -308,6 +307,8 @@ def measure(options):
     for name in options.parts:
         if name not in PARTS:
             raise unknown('part', name, PARTS)
+    if not options.toy and choose_device(options.device).type != 'cuda':
+        raise UserError('there is no GPU here: --toy=True measures the parts at a size for a CPU')
     out, blocks = Path(options.out).resolve(), ['# On a GPU']
     out.mkdir(parents=True, exist_ok=True)
     for name in options.parts or PARTS:

@@ -139,9 +139,11 @@ def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['growth']._replace(limit=0.1))
     gpu.measure(options)
     assert 'failed: it took more than 0.1 seconds' in capsys.readouterr().out
-    monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['gpt2']._replace(words='--size=none'))
-    gpu.measure(replace(options, toy=False))
-    assert "failed with exit code 2: error: no size 'none'" in capsys.readouterr().out
+    monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['gpt2']._replace(words='--variants=none'))
+    gpu.measure(options)
+    assert "failed with exit code 2: error: no variant 'none'" in capsys.readouterr().out
+    with pytest.raises(UserError, match='no GPU here: --toy=True'):
+        gpu.measure(replace(options, toy=False))
 
 
 @pytest.mark.parametrize(
