@@ -10,6 +10,8 @@ Model Pretraining.
     python scaling.py advise --fit=out/scaling_tiny/fit.json --base_params=1e5 ...
     python scaling.py sunk_cost --paper=True                 # up to how many tokens growing wins
     python scaling.py optimal --paper=True --base_tokens=1e10    # the best N and D2 of a budget
+    python scaling.py design --fit=... --spend=1e20 ...      # which runs to train next
+    python scaling.py plan --paper=True --budget=1e22        # base and growth planned together
     python scaling.py diagnose FOLDER [FOLDER ...]           # extras/diagnostics.py
     python scaling.py toy                                    # the toy model of section 5.3
 
@@ -60,7 +62,7 @@ from engine.report import (
     render,
     table,
 )
-from extras import decisions
+from extras import decisions, design
 
 # ----------------------------------------------------------------------------------------------
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
@@ -680,6 +682,45 @@ def optimal_command(argv):
     print(f'\n{seen_sizes(law)}; optimal.png is in {options.out}/')
 
 
+@dataclass
+class Design(Question):
+    """Which runs to train next to make a decision surer: scaling.py design."""
+
+    spend: NonNegative = 0.0  # FLOPs for these runs, their bases included
+
+
+def design_command(argv):
+    """scaling.py design"""
+    options, _, _ = configure(argv, Design, program='scaling.py design')
+    for knob in ('base_params', 'base_tokens', 'budget', 'spend'):
+        if getattr(options, knob) < 1:
+            raise UserError(f'missing argument --{knob}=NUMBER')
+    base = (options.base_params, options.base_tokens)
+    records, words = design.design(options.read(), *base, options.budget, options.spend)
+    print(f'{table(records)}\n' if records else 'no run would make it surer\n')
+    print(words)
+
+
+@dataclass
+class Planning(Laws):
+    """Share a budget between a base and its growth: scaling.py plan."""
+
+    budget: NonNegative = 0.0  # FLOPs of both stages and of inference
+    base_params: NonNegative = 0.0  # N of the base, without embeddings; 0: the best
+    inference_tokens: NonNegative = 0.0  # that the grown model will read and write
+
+
+def plan_command(argv):
+    """scaling.py plan"""
+    options, _, _ = configure(argv, Planning, program='scaling.py plan')
+    if options.budget < 1:
+        raise UserError('missing argument --budget=NUMBER')
+    how = (options.budget, options.base_params, options.inference_tokens)
+    records, words = design.plan(options.read(), *how)
+    print(f'{table(records)}\n\n{words}')
+    print(f'{format_si(options.budget)}FLOPs, of which inference is part; losses in nats')
+
+
 def seen_sizes(law):
     """Which sizes a law was fitted to, in words: what lies beyond is a guess."""
     low, high = law.seen['N']
@@ -702,6 +743,8 @@ def main(argv):
         'advise': advise_command,
         'sunk_cost': sunk_cost_command,
         'optimal': optimal_command,
+        'design': design_command,
+        'plan': plan_command,
         'diagnose': diagnostics.diagnose_command,
         'toy': diagnostics.toy_command,
     }

@@ -43,7 +43,7 @@ FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ance
 FLOPS += ('FLOPs alone', 'FLOPs to it')
 BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory', 'estimate')
 PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak', 'of peak, causal')
-PERCENT += ('of the time', 'of the bandwidth')
+PERCENT += ('of the time', 'of the bandwidth', 'share of D1')
 WHOLE = ('tokens/s', 'GPU-hours', 'GFLOP/s')
 
 

@@ -97,6 +97,11 @@ COMMANDS = [
     ('scaling', 'advise --paper=True --base_params=1e9 --base_tokens=1e12 --budget=1e21'),
     ('scaling', 'sunk_cost --paper=True --out=out'),
     ('scaling', 'optimal --paper=True --base_tokens=1e10 --out=out'),
+    (
+        'scaling',
+        'design --fit=fit.json --base_params=1e6 --base_tokens=1e7 --budget=1e15 --spend=1e14',
+    ),
+    ('scaling', 'plan --paper=True --budget=1e21'),
     ('scaling', 'diagnose model --data_dir=data --samples=2 --block_size=8 --iterations=1'),
     ('scaling', 'toy --features=100'),
     (
@@ -141,6 +146,7 @@ def knobs_of(module, words):
         if module == 'scaling':
             verbs = dict(fit=found.Fitting, advise=found.Question)
             verbs |= dict(sunk_cost=found.SunkCost, optimal=found.Optimum)
+            verbs |= dict(design=found.Design, plan=found.Planning)
             verbs |= dict(diagnose=diagnostics.Diagnosis, toy=diagnostics.Toy)
             classes = [verbs[words[0]]]
         else:
