@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from model import GPT, GPTConfig
+from scaling import published
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
@@ -26,7 +27,8 @@ SMALLER = {  # knobs that a command gets besides its own
     'data.prepare': ['--out=prepared'],
     'extras.alignment': ['--samples=16', '--block_size=16'],
     'bench': ['--size=64x2', '--block_size=16', '--rounds=1', '--steps=1'],
-    'scaling fit': ['--bootstrap=2'],
+    'scaling fit': ['--bootstrap=2', '--out=fitted'],
+    'scaling design': ['--spend=1e23'],  # the clone's laws are the paper's, of large models
     'scaling diagnose': ['--samples=2', '--iterations=1', '--block_size=16'],
     'scaling toy': ['--features=1000'],
 }
@@ -61,6 +63,8 @@ def workplace(data_dir, tmp_path_factory):
     rows = [f'scratch,55536,0,{D}e5,0,{3 / D**0.1 + D % 3 / 99}' for D in (1, 2, 4, 8, 16)]
     text = '\n'.join(['method,N,D1,D2,seed,loss', *rows])
     (folder / 'out/scaling_tiny/results.csv').write_text(text)
+    laws = {name: fitted._replace(rms=0.003)._asdict() for name, fitted in published().items()}
+    (folder / 'out/scaling_tiny/fit.json').write_text(json.dumps(laws))
     GPT(GPTConfig.named('gpt2-32x12', **shape)).save(folder / 'gpt2', 'bytes')
     GPT(GPTConfig.named('64x2', **shape)).save(folder / 'some' / 'folder', 'bytes')
     (folder / 'mine.jsonl').write_text(
