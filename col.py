@@ -37,16 +37,19 @@ from configurator import (
     configure,
     with_positionals,
 )
-from data.corpus import check_same_tokenizer
+from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus
 from data.instruct import Examples, supervised_source
+from data.loader import Share, validation_batches
 from data.vocabulary import share_tokenizer, tokenizer_in
 from engine.between import between, check_between, neighbours, shape_between, shape_of_size
 from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
+from engine.loss import evaluate
 from engine.plan import all_params
-from engine.report import by_label, format_count, format_si, validation_curve
+from engine.progress import progress_bar
+from engine.report import by_label, format_count, format_si, table, validation_curve
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
@@ -620,15 +623,24 @@ def write_chain(out_dir, chain):
 
 @dataclass
 class Interpolation:
-    """A model of any size between two of a chain: col.py CHAIN_FOLDER TARGET --to=SIZE."""
+    """Models of any size between two of a chain: col.py CHAIN_FOLDER TARGET --to=SIZE,..."""
 
     chain: str = ''  # folder of a run of this method, or of model folders
-    target: str = ''  # folder to be made
-    to: str = ''  # named size, or WIDTHxLAYERS; or ...
-    params: NonNegative = 0.0  # ... about so many parameters, embeddings and head included
+    target: str = ''  # folder to be made; of several sizes, a folder of folders
+    to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
+    params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
     depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
     save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
+    data: str = ''  # corpus whose validation loss they have, untrained, beside their neighbours
+    data_dir: str = 'data'  # where it is
+    eval_tokens: Natural = 65536  # validation tokens; 0: the whole split
+    device: str = 'auto'  # for the losses: cuda, mps or cpu
+
+    @property
+    def sizes(self):
+        """{name: size or number of parameters}."""
+        return {to: to for to in self.to} | {format_count(n): n for n in self.params}
 
 
 def chain_folders(folder):
@@ -643,12 +655,12 @@ def chain_folders(folder):
     return {Path(name).name: Path(folder) / name for name in names}
 
 
-def interpolate(options, folder):
-    """Write the model that the options ask for; returns its shape and its neighbours' names."""
+def interpolate(options, size, folder):
+    """Write the model of a size that is asked for; returns its shape and its neighbours' names."""
     folders = chain_folders(options.chain)
     shapes = {name: read_config(folder) for name, folder in folders.items()}
-    wanted = shape_between(shapes, options.to) if options.to else None
-    wanted = wanted or shape_of_size(shapes, options.params)
+    find = shape_between if isinstance(size, str) else shape_of_size
+    wanted = find(shapes, size)
     small, large, config = between(shapes, wanted)
     if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
@@ -659,16 +671,39 @@ def interpolate(options, folder):
     return mixed.config, small, large
 
 
+def losses_at_step_0(folders, options):
+    """Records of the validation losses of models, {name: folder}, the smallest first."""
+    device, corpus = choose_device(options.device), open_corpus(options.data, options.data_dir)
+    records = []
+    for name, folder in progress_bar(folders.items(), desc='validation losses'):
+        model = load(folder, device).eval()
+        check_vocabulary(corpus, model.config, folder)
+        length = min(512, model.config.block_size)
+        batches = validation_batches(corpus.val, length, 8, options.eval_tokens, Share(device))
+        record = {'model': name, 'N': model.config.num_params()}
+        records.append(record | {'validation loss': evaluate(model, batches)})
+    return sorted(records, key=lambda record: record['N'])
+
+
 def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
     argv = with_positionals(argv, 'chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
-    if not (options.chain and options.target) or bool(options.to) == bool(options.params):
-        raise UserError('usage: col.py CHAIN TARGET --to=SIZE, or --params=NUMBER')
-    with new_folder(options.target) as unfinished:
-        made, small, large = interpolate(options, unfinished)
-    n = format_count(made.num_params())
-    print(f'{options.target}: {n} parameters (N), between {small} and {large}')
+    if not (options.chain and options.target and options.sizes):
+        raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
+    compared = {}
+    for name, size in options.sizes.items():
+        folder = Path(options.target)
+        if len(options.sizes) > 1:
+            folder /= name
+        with new_folder(folder) as unfinished:
+            made, small, large = interpolate(options, size, unfinished)
+        n = format_count(made.num_params())
+        print(f'{folder}: {n} parameters (N), between {small} and {large}')
+        of_chain = chain_folders(options.chain)
+        compared |= {small: of_chain[small], large: of_chain[large], name: folder}
+    if options.data:
+        print(f'\n{table(losses_at_step_0(compared, options))}')
 
 
 if __name__ == '__main__':
