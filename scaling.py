@@ -53,8 +53,6 @@ from engine.files import read_json, write_json
 from engine.minimise import levenberg_marquardt
 from engine.progress import progress_bar
 from engine.report import (
-    Line,
-    Panel,
     draw_panels,
     draw_pictures,
     format_count,
@@ -63,6 +61,7 @@ from engine.report import (
     table,
 )
 from extras import decisions, design
+from extras.law_pictures import fit_panels, grow_or_scratch_panel, rival_panels
 
 # ----------------------------------------------------------------------------------------------
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
@@ -485,11 +484,30 @@ def fit_results(path, bootstrap=200):
         points, equation = len(data['loss']), LAWS[fitted.law].equation
         blocks += [f'{method}, {points} points: {fitted.law}, {equation}', fit_records(fitted)]
         if 'multiplicative' in fits:
-            blocks.append((f'{method}.png', fit_panels(data, fits)))
+            blocks.append((f'{method}.png', fit_panels(data, fitted)))
+            blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(blocks))
+    blocks += grow_or_scratch(results, best)
     tables = [[r for r in rows.values() if len(r) > 1] for rows in (errors, extrapolated)]
     return [*blocks, *tables], best
+
+
+def grow_or_scratch(results, fits):
+    """Blocks of a picture for each growth whose grown size was also trained from scratch."""
+    blocks = []
+    for method, grown in fits.items():
+        for other, scratch in fits.items():
+            factor, alike = decisions.factor_of(method, grown), scratch.seen['N']
+            size = factor * grown.seen['N'][0]
+            one_size = grown.seen['N'][0] == grown.seen['N'][1] and alike[0] == alike[1]
+            same_text = method.partition('-')[2] == other.partition('-')[2]
+            if not (other.startswith('scratch') and factor > 1 and one_size and same_text):
+                continue
+            if math.isclose(alike[0], size, rel_tol=0.02):
+                pair = (results[method], grown), (results[other], scratch)
+                blocks.append((f'{method}_or_scratch.png', [grow_or_scratch_panel(*pair)]))
+    return blocks
 
 
 def write_fits(fits, blocks, out):
@@ -511,57 +529,6 @@ def fit_records(fitted):
         value, low, high = (f'{number:.4g}' for number in numbers)
         records.append({'parameter': name, 'value': value, '90% interval': f'{low} to {high}'})
     return records
-
-
-def points_at(data, D1):
-    """(D2s, losses) of the points with this D1, by D2."""
-    columns = zip(data['D1'], data['D2'], data['loss'])
-    points = sorted((D2, loss) for first, D2, loss in columns if first == D1)
-    return [D2 for D2, _ in points], [loss for _, loss in points]
-
-
-def law_panel(data, fits, title):
-    """Loss over D2: the points, a colour per D1, and the curves of some laws."""
-    panel = Panel('D2 (tokens)', 'loss (nats per token)', title=title, log='xy')
-    styles = dict(multiplicative='-', no_interaction='--', additive='-.', hybrid=':')
-    for i, D1 in enumerate(sorted(set(data['D1']))):
-        D2s, losses = points_at(data, D1)
-        color, label = f'C{i % 10}', f'D1 = {format_count(D1)}'
-        panel.lines.append(Line(D2s, losses, label, 'o', color))
-        ends = math.log10(D2s[0]), math.log10(D2s[-1])
-        grid = torch.logspace(*ends, 50, dtype=torch.float64)
-        for law, fitted in fits.items():
-            if law in styles:
-                curve = fitted.losses(data['N'][0], D1, grid)[0].tolist()
-                panel.lines.append(Line(grid.tolist(), curve, '', styles[law], color))
-    return panel
-
-
-def power_law_of(D2s, losses, E):
-    """(factor, exponent) of the power of D2 that describes the losses of one D1, above E."""
-    x = torch.tensor([[1.0, math.log(D2)] for D2 in D2s], dtype=torch.float64)
-    y = torch.tensor([[max(loss - E, 1e-9)] for loss in losses], dtype=torch.float64).log()
-    intercept, exponent = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
-    return math.exp(min(intercept, 700)), exponent
-
-
-def fit_panels(data, fits):
-    """Loss over D2, exponent and factor of its power over D1 (Figure 1); rivals (Figure 3)."""
-    p = SimpleNamespace(**fits['multiplicative'].parameters)
-    exponents = Panel('D1 (tokens)', 'exponent of D2', log='x')
-    factors = Panel('D1 (tokens)', 'factor of the power of D2', log='xy')
-    D1s = sorted(set(data['D1']))
-    powers = [power_law_of(*points_at(data, D1), math.exp(p.logE)) for D1 in D1s]
-    exponents.lines = [
-        Line(D1s, [exponent for _, exponent in powers], 'each D1 alone', 'o'),
-        Line(D1s, [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in D1s], 'Eq. 6'),
-    ]
-    factors.lines = [
-        Line(D1s, [factor for factor, _ in powers], 'each D1 alone', 'o'),
-        Line(D1s, [math.exp(p.logA - p.alpha1 * math.log(D1)) for D1 in D1s], 'Eq. 6'),
-    ]
-    main = law_panel(data, {'multiplicative': fits['multiplicative']}, 'Eq. 6 and the points')
-    return [main, exponents, factors, law_panel(data, fits, 'four laws')]
 
 
 def read_fits(path):

@@ -224,6 +224,7 @@ def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
         '| alpha3 ' in out
         and '| no_interaction ' in out
         and (tmp_path / 'stk2.png').stat().st_size > 10_000
+        and (tmp_path / 'stk2_laws.png').stat().st_size > 10_000
     )
     fits = read_fits(tmp_path / 'fit.json')
     assert len(fits['stk2'].samples) == 20 and fits['stk2'].parameters['alpha1'] == pytest.approx(
@@ -239,6 +240,29 @@ def test_fit_from_a_file_to_advice(tmp_path, capsys, monkeypatch):
         ]
     )
     assert 'grow by stk2, 197M is the only choice that these laws' in capsys.readouterr().out
+
+
+def test_growing_is_drawn_beside_starting_with_the_grown_size(tmp_path):
+    N, laws = 1e6, dict(stk2='multiplicative', scratch='continuous')
+    values = {
+        'stk2': dict(logA=2.0, alpha1=0.1, alpha2=0.15, alpha3=0.005, logE=0.0),
+        'scratch': dict(logA=2.0, alpha=0.1, logE=0.0),
+    }
+    points = {'stk2': (N, [1e7, 1e8], [1e7, 1e8]), 'scratch': (2 * N, [0.0], [1e7, 1e8])}
+    results, fits = {}, {}
+    for method, (size, D1s, D2s) in points.items():
+        rows = [(size, D1, D2, 2.5) for D1 in D1s for D2 in D2s]
+        results[method] = dict(zip(('N', 'D1', 'D2', 'loss'), map(list, zip(*rows))))
+        seen = dict(N=(size, size), D1=(D1s[0], D1s[-1]), D2=(1e7, 1e8))
+        rows = [list(values[method].values())]
+        fits[method] = Fit(laws[method], values[method], {}, rows, 0, 0, seen)
+    ((name, (panel,)),) = scaling.grow_or_scratch(results, fits)
+    assert name == 'stk2_or_scratch.png'
+    labels = [line.label for line in panel.lines if line.label]
+    assert labels == ['D1 = 10M', 'D1 = 100M', 'from scratch']
+    assert len(panel.lines) == 6 and panel.lines[-1].x[-1] == pytest.approx(1e8)
+    other = {'stk2': fits['stk2'], 'scratch-code': fits['scratch']}  # losses on another text
+    assert scaling.grow_or_scratch(results, other) == []
 
 
 def test_the_size_that_is_trained_is_counted_as_it_is(tmp_path):
