@@ -239,7 +239,7 @@ class Alignment:
     target_layer: int  # k, from 1
     teacher_layer: int = 0  # 0: its last
     lambda0: float = 0.1  # weight of L_proj at the first step
-    s_stop: float = 1500.0  # the step at which it reaches zero; below 1: a fraction of all steps
+    s_stop: float = 1500.0  # the step at which it reaches zero; up to 1: a fraction of all steps
     kind: str = 'cosine'
     untrained: bool = False  # a control: the teacher's shape, initialised at random
     pairing: str = ''  # which the two layers follow from
@@ -288,7 +288,7 @@ def similarities(target_hidden, teacher_hidden, covered=None):
 def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
     """
     The objective of logit distillation from a model folder, hub name or GPT. alpha: weight of the
-    data (Inheritune, Appendix C: 0.6 at T = 1). s_stop: from this step (below 1: fraction of all)
+    data (Inheritune, Appendix C: 0.6 at T = 1). s_stop: from this step (up to 1: fraction of all)
     it is next-token prediction (SALT's n_KD); None: never (RKD). reverse: KL(student || teacher)
     (Chain-of-Learngene, Eq. 1). Targets of -100, prompts, do not count.
     """
@@ -394,7 +394,7 @@ class LET:
     teacher_tokens: Positive = 3e6  # training tokens of that teacher
     variants: tuple[str, ...] = ('let',)  # baseline, rkd, salt, let+10+L2M+stop0.5, let+untrained
     lambda0: NonNegative = 0.1  # weight of L_proj at the first step
-    s_stop: NonNegative = 1500.0  # step at which LET and SALT end; below 1: fraction of all steps
+    s_stop: NonNegative = 1500.0  # step at which LET and SALT end; up to 1: fraction of all steps
     pairing: str = 'L2E'  # L2E, L2M, L2L, M2E, M2M, M2L, or such as L1F3
     alignment: Literal[*ALIGNMENTS] = 'cosine'  # L_proj
     alpha: Fraction = 0.5  # RKD and SALT: weight of the data, the rest is the teacher's; our choice

@@ -100,11 +100,11 @@ class Progress(NamedTuple):
     steps: int
 
     def step_of(self, limit):
-        """The step at which `limit` (steps, or below 1 a fraction of all steps) is reached."""
-        return limit * self.steps if limit < 1 else limit
+        """The step at which `limit` (steps, or up to 1 a fraction of all steps) is reached."""
+        return limit * self.steps if limit <= 1 else limit
 
     def fraction_of(self, limit):
-        """Share of the way to `limit` (steps, or below 1 a fraction of all steps), at most 1."""
+        """Share of the way to `limit` (steps, or up to 1 a fraction of all steps), at most 1."""
         if not limit:
             return 1.0
         return min(1.0, self.step / max(1.0, self.step_of(limit)))

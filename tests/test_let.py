@@ -255,6 +255,7 @@ def test_progress_counts_steps_or_fractions():
         == [Progress(step, 200).fraction_of(100) for step in (0, 50, 100, 150)]
     )
     assert Progress(0, 10).fraction_of(0) == 1
+    assert Progress(5, 10).fraction_of(1) == 0.5  # 1 is all steps: nobody asks for the first alone
 
 
 def test_lambda_zero_is_next_token_prediction_to_the_bit(taught):
