@@ -161,6 +161,12 @@ def used_memory(device):
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def local_processes(world_size):
+    """How many of the processes are on this machine, as torchrun says; all where it does not."""
+    here = os.environ.get('LOCAL_WORLD_SIZE', '')
+    return int(here) if here.isdecimal() and 0 < int(here) <= world_size else world_size
+
+
 def join_processes(backend):
     """(rank, number) of the processes that torchrun started, joined. Raises UserError."""
     names = ('RANK', 'WORLD_SIZE')
@@ -191,7 +197,8 @@ def find_hardware(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     rank, world_size = join_processes('nccl' if on_gpu else 'gloo')
-    memory = torch.tensor(free_memory() / world_size, dtype=torch.float64)  # they share it
+    share = free_memory() / local_processes(world_size)
+    memory = torch.tensor(share, dtype=torch.float64)
     if on_gpu:
         memory = torch.tensor(0.85 * torch.cuda.get_device_properties(device).total_memory)
     if world_size > 1:  # one plan for all
@@ -261,8 +268,11 @@ def exit_saved(message, hardware):
     if hardware.is_main:
         program = 'python'
         if hardware.world_size > 1:
-            here = os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size)
-            program = f'torchrun --standalone --nproc_per_node={here} --'  # -- : its own knobs end
+            here = local_processes(hardware.world_size)
+            nodes, how = hardware.world_size // here, '--standalone'
+            if nodes > 1:
+                how = f'--nnodes={nodes} ...'
+            program = f'torchrun {how} --nproc_per_node={here} --'  # -- : its own knobs end
         command = f'{program} {shlex.join(sys.argv)}'
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
     if hardware.world_size > 1:

@@ -1,7 +1,10 @@
 """One model on several processes and in less memory: the same numbers, whatever the knobs say."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import run_command, run_processes
+from conftest import ROOT, free_port, run_command, run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from bench import peak_memory
-from engine.device import attention_kernel, attention_kernels, find_hardware, peak_flops
+from engine.device import (
+    attention_kernel,
+    attention_kernels,
+    exit_saved,
+    find_hardware,
+    peak_flops,
+)
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
 from engine.parallel import Meter, recompute, wrap
@@ -83,6 +92,33 @@ def test_two_processes_train_what_one_does(whole, data_dir, tmp_path, how):
     )
     assert f', {how} on 2 processes' in outputs[0]
     same_curves(whole, tmp_path)
+
+
+def test_two_nodes_train_what_one_process_does(whole, data_dir, tmp_path):
+    """As docs/reliability.md starts them, with one process each, both on this machine."""
+    port, nodes = free_port(), []
+    for rank in range(2):
+        how = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1']
+        how += [f'--node_rank={rank}', '--master_addr=127.0.0.1', f'--master_port={port}', '--']
+        words = ['train.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}', *TINY]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, *how, *words]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert ', ddp on 2 processes' in outputs[0]
+    same_curves(whole, tmp_path)
+
+
+def test_what_continues_a_run_of_several_nodes_is_said(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: None)
+    hardware = find_hardware(Run(device='cpu'))._replace(world_size=32)
+    with pytest.raises(SystemExit) as ended:
+        exit_saved('saved', hardware)
+    assert ended.value.code == 75
+    assert 'torchrun --nnodes=4 ... --nproc_per_node=8 -- ' in capsys.readouterr().out
 
 
 def test_shards_in_bfloat16_with_recomputed_activations_train_alike(whole, data_dir, tmp_path):
