@@ -46,6 +46,7 @@ from engine.report import (
     mean_curve,
     steps_to_loss,
 )
+from engine.sizes import SIZES
 from engine.stage import Stage, next_token
 from engine.teacher import (
     LazyTeacher,
@@ -447,6 +448,9 @@ class LET:
             return self.examine(run)
         if Path(self.teacher).is_dir() and is_ours(self.teacher):
             return Teacher.of(self.teacher, read_config(self.teacher))
+        public = self.teacher.rpartition('/')[2].lower()
+        if public in SIZES:  # its shape is known without the hub
+            return Teacher.of(self.teacher, GPTConfig.named(public))
         return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
 
     def parse(self, variant, teacher_layers, target_layers):

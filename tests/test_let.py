@@ -685,6 +685,17 @@ def test_a_plan_opens_no_teacher_and_knows_not_how_many_layers_it_has(data_dir, 
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('name, N', [('SmolLM2-135M', 106.2e6), ('SmolLM2-1.7B', 1.61e9)])
+def test_a_plan_counts_a_public_teacher_whose_shape_is_known(name, N):
+    run, method, _ = train.configure(['config/let_1.4b.py'], train.Run, train.METHODS)
+    method.teacher, method.variants = f'HuggingFaceTB/{name}', ('baseline', 'let')
+    run.dry_run = True
+    baseline, taught = train.plan(run, method)
+    tokens = 1500 * run.batch_size * run.block_size
+    more = taught.result.flops - baseline.result.flops
+    assert more == pytest.approx(2 * N * tokens, rel=0.01)
+
+
 def test_a_plan_counts_a_teacher_that_is_here(compared, data_dir, tmp_path, capsys):
     """Its forward passes, and its weights in the memory of a GPU."""
     argv = arguments(data_dir, tmp_path, f'--teacher={compared / "teacher"}')

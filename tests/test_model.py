@@ -39,6 +39,8 @@ TOTAL = {  # all parameters, tied ones once
     'gpt2-large-32': 695_320_320,
     'openllama-3b': 3_426_473_600,
     'smollm2-135m': 134_515_008,
+    'smollm2-1.7b': 1_711_376_384,
+    'llama-3.2-1b': 1_235_814_400,
     'pythia-70m': 70_426_624,
     '113.63m': 113_625_600,
     'pythia-160m': 162_322_944,
