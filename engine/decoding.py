@@ -68,20 +68,21 @@ class Decoding:
     def __init__(self, model, batch):
         self.model = model
         weight, dtype = model.wte.weight, model.wte.weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        if autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
         self.cache = Cache(model.config, batch, weight.device, dtype)
-        self.records = weight.is_cuda and dtype == weight.dtype
+        self.records = weight.is_cuda and not autocast
         self.recorded = {}  # tokens at once: (graph, its tokens, their positions, its logits)
 
     @torch.no_grad()
     def read(self, idx):
         """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
         cache, count = self.cache, idx.shape[1]
+        if cache.reserve(count):
+            self.recorded.clear()  # they read and write where keys and values were
         if not self.records or count > MOST_RECORDED:
             return self.model(idx, cache=cache).logits
-        if cache.reserve(count):
-            self.recorded.clear()
         if count not in self.recorded:
             self.recorded[count] = self.record(idx)
         graph, tokens, at, logits = self.recorded[count]
@@ -102,7 +103,7 @@ class Decoding:
             self.model(tokens, cache=cache)
         torch.cuda.current_stream().wait_stream(aside)
         cache.length, graph = start, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # others may load data
             logits = self.model(tokens, cache=cache).logits
         cache.length, cache.at = start, None
         return graph, tokens, at, logits
