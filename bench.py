@@ -199,7 +199,7 @@ def begin_all(options, hardware):
         read, size = text_source(options.knobs()).read, options.batch_size
         stream = batches(read, 0, size, size, hardware)
     variants, found, failed = {}, {}, {}
-    torch._dynamo.config.recompile_limit = 8 * len(options.variants)  # all share GPT's code
+    torch._dynamo.config.cache_size_limit = 8 * len(options.variants)  # all share GPT's code
     for name in options.variants:
         parse_variant(name)
         try:
@@ -255,8 +255,6 @@ def estimated_memory(name, options):
 
 def steps(options):
     """(records of the variants, what they were measured on in words)."""
-    if not options.variants:
-        raise UserError('variants: which? See --help')
     found, failed, rates, hardware = measure(options)
     config, on_gpu = options.config(options.size), hardware.device.type == 'cuda'
     dtype = str(hardware.dtype).removeprefix('torch.')
@@ -355,6 +353,8 @@ def main(argv):
 
         gpu.measure(options)
         return
+    if not options.variants:
+        raise UserError('variants: which? See --help')
     records, words = dict(steps=steps, profile=profile, loader=loader)[options.what](options)
     print(f'{table(records)}\n\n{words}')
     if options.save:

@@ -502,7 +502,8 @@ def grow_or_scratch(results, fits):
             size = factor * grown.seen['N'][0]
             one_size = grown.seen['N'][0] == grown.seen['N'][1] and alike[0] == alike[1]
             same_text = method.partition('-')[2] == other.partition('-')[2]
-            if not (other.startswith('scratch') and factor > 1 and one_size and same_text):
+            without_base = other.startswith('scratch') and scratch.seen['D1'][1] == 0
+            if not (without_base and factor > 1 and one_size and same_text):
                 continue
             if math.isclose(alike[0], size, rel_tol=0.02):
                 pair = (results[method], grown), (results[other], scratch)

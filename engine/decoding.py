@@ -97,13 +97,14 @@ class Decoding:
         cache, tokens = self.cache, idx.clone()
         start = cache.length
         cache.at = at = torch.arange(start, start + idx.shape[1], device=idx.device)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        aside = torch.cuda.Stream(idx.device)  # which need not be the current one
+        aside.wait_stream(torch.cuda.current_stream(idx.device))
         with torch.cuda.stream(aside):
             self.model(tokens, cache=cache)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream(idx.device).wait_stream(aside)
         cache.length, graph = start, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # others may load data
+        how = dict(stream=aside, capture_error_mode='thread_local')  # others may load data
+        with torch.cuda.graph(graph, **how):
             logits = self.model(tokens, cache=cache).logits
         cache.length, cache.at = start, None
         return graph, tokens, at, logits

@@ -60,12 +60,14 @@ PARTS = {
         'Where a step of GPT-2 124M goes', 120, f'{GPT2}--variants=compile --what=profile --steps=3'
     ),
     'llama_1b': Part('Llama 1B', 150, f'{LONG}--size=1b'),
-    'llama_8b': Part('Llama 8B, 4 of its layers', 120, f'{LONG}--size=8b --layers=4'),
+    'llama_8b': Part(
+        'Llama 8B, 4 of its layers', 120, f'{LONG}--size=8b --layers=4 --batch_size=2'
+    ),
     'taught': Part('With a teacher, and in less memory', 240, f'{WIDE}--variants={TAUGHT}'),
     'processes': Part(
         'With a group of one process',
         120,
-        f'{BLOCK}--size=768x4 --variants=compile,compile+ddp,compile+fsdp',
+        f'{BLOCK}--size=768x2 --variants=compile,compile+ddp,compile+fsdp',
     ),
     'attention': Part('Attention, forward and backward', 60),
     'generation': Part('Generation', 120),
@@ -125,11 +127,13 @@ def attention(toy, hardware):
         how = dict(device=hardware.device, dtype=hardware.dtype, requires_grad=True)
         q, k, v = (torch.randn(B, heads, T, D, **how) for heads in (H, K, K))
 
-        def both(q=q, k=k, v=v):
+        ones = torch.ones_like(q)
+
+        def both(q=q, k=k, v=v, ones=ones):
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=q.shape != k.shape
             )
-            y.backward(torch.ones_like(y))
+            torch.autograd.grad(y, (q, k, v), ones)
 
         config = GPTConfig(n_head=H, n_kv_head=K, head_dim=D, n_embd=H * D, block_size=T)
         chosen = attention_kernel(config, hardware)
