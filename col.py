@@ -691,6 +691,10 @@ def main(argv):
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
     if not (options.chain and options.target and options.sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
+    if len(options.sizes) < len(options.to) + len(options.params):
+        raise UserError('two of the sizes have the same name: give them one at a time')
+    if options.data:  # before anything is made
+        open_corpus(options.data, options.data_dir)
     compared = {}
     for name, size in options.sizes.items():
         folder = Path(options.target)

@@ -449,7 +449,9 @@ class LET:
         if Path(self.teacher).is_dir() and is_ours(self.teacher):
             return Teacher.of(self.teacher, read_config(self.teacher))
         public = self.teacher.rpartition('/')[2].lower()
-        if public in SIZES:  # its shape is known without the hub
+        if (
+            public in SIZES and not Path(self.teacher).is_dir()
+        ):  # its shape is known without the hub
             return Teacher.of(self.teacher, GPTConfig.named(public))
         return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
 

@@ -49,8 +49,9 @@ class Candidate(NamedTuple):
 
 def candidates(fits, points=6):
     """
-    Runs that would inform the laws of `fits`: at every size that a fit has seen, D1 and D2 from the
-    smallest it has seen to four times the largest, evenly spaced in their logarithms.
+    Runs that would inform the laws of `fits`, at the least and the largest N that a fit has seen:
+    D1 and D2 from the smallest to four times the largest, evenly spaced in their logarithms. Each
+    pays for its own base; runs that share one cost less than is counted.
     """
     found = []
     for method, fitted in fits.items():
