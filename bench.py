@@ -42,7 +42,8 @@ from engine.files import write_json
 from engine.plan import all_params, estimate_memory
 from engine.progress import progress_bar
 from engine.report import format_count, table
-from extras.variants import make_variant, parse_variant
+from extras.timing import matrix_product_rate, synchronise
+from extras.variants import knobs_of, make_variant, parse_variant
 from model import GPTConfig
 
 
@@ -101,26 +102,6 @@ def flops_per_token(config, causal):
     """Forward and backward: 6 per weight of layers and head, and attention in full or causal."""
     attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
     return 6 * config.num_params(head=True) + attention / (2 if causal else 1)
-
-
-def synchronise(device):
-    """Wait for the GPU."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-
-
-def matrix_product_rate(device, dtype):
-    """FLOP/s of the product of two large square matrices, the best of four."""
-    n = 8192 if device.type == 'cuda' else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -247,9 +228,7 @@ def estimated_memory(name, options):
     kind, changes = parse_variant(name)
     if kind != 'baseline' or 'fsdp' in changes:
         return None
-    recomputed = [change for change in changes if change in ('selective', 'full')]
-    dtype = 'bfloat16' if 'compact' in changes else 'float32'
-    knobs = options.knobs(recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype)
+    knobs = knobs_of(changes, options)
     return sum(estimate_memory(options.config(options.size), knobs, options.batch_size))
 
 

@@ -655,20 +655,21 @@ def chain_folders(folder):
     return {Path(name).name: Path(folder) / name for name in names}
 
 
-def interpolate(options, size, folder):
-    """Write the model of a size that is asked for; returns its shape and its neighbours' names."""
-    folders = chain_folders(options.chain)
+def place_between(folders, size):
+    """(smaller neighbour, larger one, GPTConfig) of a size or a number of parameters. UserError."""
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     find = shape_between if isinstance(size, str) else shape_of_size
-    wanted = find(shapes, size)
-    small, large, config = between(shapes, wanted)
+    small, large, config = between(shapes, find(shapes, size))
     if not share_tokenizer(folders[small], folders[large]):
         raise UserError(f'{small} and {large} have different tokenizers')
+    return small, large, config
+
+
+def interpolate(options, small, large, config, folder):
+    """Write the model of a shape between the models in two folders."""
     alpha = None if options.alpha < 0 else options.alpha
-    mixed = LInit(shapes[small], shapes[large], config, alpha, options.depth)
-    dtype = getattr(torch, options.save_dtype, None)
-    linit_folder(folders[small], folders[large], folder, mixed, dtype)
-    return mixed.config, small, large
+    mixed = LInit(read_config(small), read_config(large), config, alpha, options.depth)
+    linit_folder(small, large, folder, mixed, getattr(torch, options.save_dtype, None))
 
 
 def losses_at_step_0(folders, options):
@@ -695,17 +696,17 @@ def main(argv):
         raise UserError('two of the sizes have the same name: give them one at a time')
     if options.data:  # before anything is made
         open_corpus(options.data, options.data_dir)
-    compared = {}
-    for name, size in options.sizes.items():
+    folders, compared = chain_folders(options.chain), {}
+    wanted = {name: place_between(folders, size) for name, size in options.sizes.items()}
+    for name, (small, large, config) in wanted.items():
         folder = Path(options.target)
-        if len(options.sizes) > 1:
+        if len(wanted) > 1:
             folder /= name
         with new_folder(folder) as unfinished:
-            made, small, large = interpolate(options, size, unfinished)
-        n = format_count(made.num_params())
+            interpolate(options, folders[small], folders[large], config, unfinished)
+        n = format_count(config.num_params())
         print(f'{folder}: {n} parameters (N), between {small} and {large}')
-        of_chain = chain_folders(options.chain)
-        compared |= {small: of_chain[small], large: of_chain[large], name: folder}
+        compared |= {small: folders[small], large: folders[large], name: folder}
     if options.data:
         print(f'\n{table(losses_at_step_0(compared, options))}')
 

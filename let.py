@@ -449,10 +449,8 @@ class LET:
         if Path(self.teacher).is_dir() and is_ours(self.teacher):
             return Teacher.of(self.teacher, read_config(self.teacher))
         public = self.teacher.rpartition('/')[2].lower()
-        if (
-            public in SIZES and not Path(self.teacher).is_dir()
-        ):  # its shape is known without the hub
-            return Teacher.of(self.teacher, GPTConfig.named(public))
+        if public in SIZES and not Path(self.teacher).is_dir():
+            return Teacher.of(self.teacher, GPTConfig.named(public))  # known without the hub
         return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
 
     def parse(self, variant, teacher_layers, target_layers):

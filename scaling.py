@@ -493,21 +493,22 @@ def fit_results(path, bootstrap=200):
     return [*blocks, *tables], best
 
 
+def starts_over(scratch, grown, factor):
+    """Whether a law of one size, from scratch, is of what a growth from one size ends at."""
+    (size, last), (small, large) = scratch.seen['N'], grown.seen['N']
+    one_size = size == last and small == large and factor > 1
+    without_base = scratch.seen['D1'][1] == 0
+    return one_size and without_base and math.isclose(size, factor * small, rel_tol=0.02)
+
+
 def grow_or_scratch(results, fits):
     """Blocks of a picture for each growth whose grown size was also trained from scratch."""
     blocks = []
-    for method, grown in fits.items():
-        for other, scratch in fits.items():
-            factor, alike = decisions.factor_of(method, grown), scratch.seen['N']
-            size = factor * grown.seen['N'][0]
-            one_size = grown.seen['N'][0] == grown.seen['N'][1] and alike[0] == alike[1]
-            same_text = method.partition('-')[2] == other.partition('-')[2]
-            without_base = other.startswith('scratch') and scratch.seen['D1'][1] == 0
-            if not (without_base and factor > 1 and one_size and same_text):
-                continue
-            if math.isclose(alike[0], size, rel_tol=0.02):
-                pair = (results[method], grown), (results[other], scratch)
-                blocks.append((f'{method}_or_scratch.png', [grow_or_scratch_panel(*pair)]))
+    for (method, grown), (other, scratch) in itertools.product(fits.items(), repeat=2):
+        same_text = method.partition('-')[2] == other.partition('-')[2]
+        if same_text and starts_over(scratch, grown, decisions.factor_of(method, grown)):
+            pair = (results[method], grown), (results[other], scratch)
+            blocks.append((f'{method}_or_scratch.png', [grow_or_scratch_panel(*pair)]))
     return blocks
 
 

@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.progress import progress_bar
 
 IGNORED = -100  # the target of positions excluded from the loss
+LOGITS = {'cpu': 2**22, 'cuda': 2**28}  # that exist at once: 16 MB of them, 1 GB
 
 
 class Distillation(NamedTuple):
@@ -76,8 +77,8 @@ def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
 
 
 def chunk_positions(vocab_size, device):
-    """Positions whose logits exist at once: 16 MB of them on a CPU, 1 GB on a GPU."""
-    return max(256, 2 ** (22 if device.type == 'cpu' else 28) // vocab_size)
+    """Positions whose logits exist at once."""
+    return max(256, LOGITS.get(device.type, LOGITS['cuda']) // vocab_size)
 
 
 def padded_head(weight, dtype):

@@ -5,6 +5,7 @@ What a run costs, before it starts: memory, what is chosen by it, and the data o
 from typing import Any, NamedTuple
 
 from engine.errors import UserError
+from engine.loss import LOGITS
 from engine.optimizer import stable_steps
 from engine.stage import Result, Stage
 
@@ -28,7 +29,9 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     if shards > 1:  # whole: two blocks, the one at work and the one being fetched, and the head
         state += 2 * 8 * n_layers_params / config.n_layer + 8 * (n_params - n_layers_params)
     tokens = micro_batch_size * config.block_size
-    head = 6 * min(tokens * config.vocab_size, 2**28) + 10 * config.vocab_size * config.n_embd
+    head = (
+        6 * min(tokens * config.vocab_size, LOGITS['cuda']) + 10 * config.vocab_size * config.n_embd
+    )
     return state, tokens * (config.n_layer * per_layer + at_work) + head
 
 

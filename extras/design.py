@@ -75,7 +75,7 @@ def outcomes(fits, runs, count):
 
 
 def gap_of(choices, count):
-    """The difference of the log losses of the two best choices in `count` samples (count,)."""
+    """(the best choice, the second, by how much its log loss is higher in samples (count,))."""
     best, second = sorted(choices, key=lambda choice: choice.losses()[0].item())[:2]
     gap = second.losses().log() - best.losses().log()
     return best, second, gap[1 : count + 1]
@@ -131,12 +131,10 @@ def design(fits, N, D1, budget, spend):
     mean, before = gap.mean().item(), gap.std().item()
     records = []
     for i, after in chosen:
-        record = {'method': runs[i].method, 'N': runs[i].N, 'D1 (tokens)': runs[i].D1}
-        record |= {'D2 (tokens)': runs[i].D2, 'FLOPs': runs[i].flops}
+        run = runs[i]
+        record = {'method': run.method, 'N': run.N, 'D1 (tokens)': format_count(run.D1) or '0'}
+        record |= {'D2 (tokens)': format_count(run.D2), 'FLOPs': run.flops}
         records.append(record | {'then known to': f'{after:.4f}'})
-    for record in records:
-        for name in ('D1 (tokens)', 'D2 (tokens)'):
-            record[name] = format_count(record[name]) or '0'
     return records, (
         f'to decide: {best.label} or {second.label}. Their log losses differ by {mean:.4f}, known '
         f'to {before:.4f} (standard deviation over the laws)'

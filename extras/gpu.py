@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
@@ -34,6 +35,7 @@ from engine.files import read_json, write_atomically, write_json
 from engine.loss import evaluate
 from engine.report import render
 from expand import grow
+from extras.timing import matrix_product_rate, seconds_of
 from model import GPT, GPTConfig, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,20 +84,6 @@ TOY += '--teacher_size=16x1 --layers=0 --rounds=2 --steps=1'
 # parts that are functions: (a toy's?, Hardware) -> (records, words)
 
 
-def seconds_of(function, device, rounds=5):
-    """The least seconds that a call takes, after one that is not counted."""
-    found = []
-    for _ in range(rounds + 1):
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found[1:])
-
-
 def copy_rate(toy, hardware):
     """Bytes a second that a copy reads and writes."""
     source = torch.ones(2**20 if toy else 2**30, device=hardware.device)
@@ -106,9 +94,7 @@ def copy_rate(toy, hardware):
 
 def machine(toy, hardware):
     """The device, its memory, and the rates of a matrix product and of a copy."""
-    n = 256 if toy else 8192
-    a, b = torch.randn(2, n, n, device=hardware.device, dtype=hardware.dtype)
-    product = 2 * n**3 / seconds_of(lambda: a @ b, hardware.device, 20)
+    product = matrix_product_rate(hardware.device, hardware.dtype, 20)
     record = {'device': hardware.name, 'memory': hardware.memory, 'torch': str(torch.__version__)}
     record |= {'TFLOP/s in a product': product / 1e12}
     record |= {'GB/s in a copy': copy_rate(toy, hardware) / 1e9}
@@ -126,7 +112,6 @@ def attention(toy, hardware):
     for B, H, K, T, D in shapes:
         how = dict(device=hardware.device, dtype=hardware.dtype, requires_grad=True)
         q, k, v = (torch.randn(B, heads, T, D, **how) for heads in (H, K, K))
-
         ones = torch.ones_like(q)
 
         def both(q=q, k=k, v=v, ones=ones):
@@ -149,7 +134,7 @@ def attention(toy, hardware):
                 continue
             flops = 3.5 * 2 * B * H * T * T * D  # 2 products forward, 5 backward, half of each
             record = {'shape': f'{B}x{H}({K})x{T}x{D}', 'kernel': name, 'ms': 1e3 * seconds}
-            record |= {'TFLOP/s': flops / seconds / 1e12, 'chosen': 'x' * (name == chosen)}
+            record |= {'TFLOP/s': flops / seconds / 1e12, 'chosen': 'x' if name == chosen else ''}
             records.append(record)
     return records, '\n'.join(reasons)
 
@@ -166,11 +151,10 @@ def generation(toy, hardware):
     theirs = theirs.to(hardware.device).eval()
     weights = sum(p.numel() * p.element_size() for p in ours.parameters())
     limit = copy_rate(toy, hardware) / weights
-    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     for batch in (1, 8):
         prompt = torch.randint(config.vocab_size, (batch, 16), device=hardware.device)
         calls = {'ours': lambda p=prompt: ours.generate(p, new, temperature=0)}
-        calls['transformers'] = lambda p=prompt: theirs.generate(p, **how)
+        calls['transformers'] = lambda p=prompt: greedy(theirs, p, new)
         speeds = {}
         for name, call in calls.items():
             speeds[name] = batch * new / seconds_of(call, hardware.device, 2)
@@ -184,15 +168,18 @@ def generation(toy, hardware):
     )
 
 
+def greedy(theirs, prompt, new):
+    """The prompt and `new` tokens by transformers' own generation."""
+    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    return theirs.generate(prompt, **how)
+
+
 def same_tokens(ours, theirs, prompt):
     """Of 32 greedy tokens, those before the first that differs from transformers' own."""
     torch.set_float32_matmul_precision('highest')
     ours.build_rope(prompt.device)
-    found = ours.generate(prompt, 32, temperature=0)
-    how = dict(max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
-    return (found == theirs.generate(prompt, **how)).int().cumprod(-1).sum().item() - prompt.shape[
-        1
-    ]
+    alike = ours.generate(prompt, 32, temperature=0) == greedy(theirs, prompt, 32)
+    return alike.int().cumprod(-1).sum().item() - prompt.shape[1]
 
 
 @torch.no_grad()
@@ -336,8 +323,6 @@ class Measurement:
     toy: bool = False  # small
     device: str = 'auto'  # cuda or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # auto: bfloat16 on a GPU
-    compile: Literal['False'] = 'False'  # nothing here is compiled
-    max_minutes: Literal[0] = 0  # nothing here is stopped early
 
 
 def main(argv):
@@ -346,7 +331,9 @@ def main(argv):
     options, _, _ = configure(argv, Measurement, program='extras/gpu.py')
     if options.part not in FUNCTIONS:
         raise unknown('part', options.part, FUNCTIONS)
-    records, words = FUNCTIONS[options.part](options.toy, find_hardware(options))
+    how = dict(device=options.device, dtype=options.dtype, compile='False', max_minutes=0)
+    hardware = find_hardware(SimpleNamespace(**how))
+    records, words = FUNCTIONS[options.part](options.toy, hardware)
     write_json(options.file, dict(records=records, words=words))
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from engine.report import Line, Panel, format_count
+from extras.decisions import spaced
 
 STYLES = dict(multiplicative='-', no_interaction='--', additive='-.', hybrid=':', continuous='--')
 
@@ -31,11 +32,10 @@ def law_panel(data, fits, title, over='D2'):
         tokens, losses = points_over(data, over, held, value)
         color, label = f'C{i % 10}', f'{held} = {format_count(value)}'
         panel.lines.append(Line(tokens, losses, label, 'o', color))
-        ends = math.log10(tokens[0]), math.log10(tokens[-1])
-        grid = torch.logspace(*ends, 50, dtype=torch.float64)
+        grid = spaced(tokens[0], tokens[-1], 50)
         for law, fitted in fits.items():
             curve = fitted.losses(data['N'][0], **{held: value, over: grid})[0].tolist()
-            panel.lines.append(Line(grid.tolist(), curve, '', STYLES[law], color))
+            panel.lines.append(Line(grid, curve, '', STYLES[law], color))
     return panel
 
 
@@ -93,8 +93,7 @@ def grow_or_scratch_panel(grown, scratch):
     points, law = scratch
     tokens, losses = points_over(points, 'D2', 'D1', 0.0)
     panel.lines.append(Line(tokens, losses, 'from scratch', 'o', 'black'))
-    ends = math.log10(tokens[0]), math.log10(max(*tokens, *data['D2']))
-    grid = torch.logspace(*ends, 50, dtype=torch.float64)
+    grid = spaced(tokens[0], max(*tokens, *data['D2']), 50)
     curve = law.losses(points['N'][0], 0.0, grid)[0].tolist()
-    panel.lines.append(Line(grid.tolist(), curve, '', '-', 'black'))
+    panel.lines.append(Line(grid, curve, '', '-', 'black'))
     return panel

@@ -137,15 +137,20 @@ def join_alone(device):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def knobs_of(changes, options):
+    """The general knobs of a run with these changes."""
+    recomputed = [change for change in changes if change in ('selective', 'full')]
+    return options.knobs(
+        recompute=recomputed[0] if recomputed else 'none',
+        optimizer_dtype='bfloat16' if 'compact' in changes else 'float32',
+        compile=str('compile' in changes),
+    )
+
+
 def make_variant(name, options, hardware):
     """What train.train_step needs, without its batches, and the bytes held between steps."""
     kind, changes = parse_variant(name)
-    recomputed = [change for change in changes if change in ('selective', 'full')]
-    dtype = 'bfloat16' if 'compact' in changes else 'float32'
-    compiled = 'True' if 'compile' in changes else 'False'
-    knobs = options.knobs(
-        recompute=(recomputed or ['none'])[0], optimizer_dtype=dtype, compile=compiled
-    )
+    knobs = knobs_of(changes, options)
     shared = {'ddp', 'fsdp'} & set(changes)
     if shared:
         join_alone(hardware.device)
