@@ -1,7 +1,7 @@
 """
 Everything that only a GPU can answer, in one command and one table:
 
-    python bench.py --what=gpu --nanogpt=FOLDER      # about nine minutes
+    python bench.py --what=gpu --nanogpt=FOLDER
     python bench.py --what=gpu --parts=attention,generation
     python bench.py --what=gpu --toy=True            # the same parts, small, on a CPU
 
