@@ -35,6 +35,7 @@ import torch
 
 import train
 from configurator import Count, Natural, NonNegative, Range, configure
+from data.corpus import verify_corpus
 from data.loader import batches, text_source
 from engine.device import find_hardware
 from engine.errors import UserError, first_line, run_as_program
@@ -177,6 +178,7 @@ def begin_all(options, hardware):
     pair = torch.randint(options.vocab_size, shape, device=hardware.device).unbind()
     stream = iter(lambda: pair, None)
     if options.data == 'real':
+        verify_corpus(options.corpus, options.data_dir)
         read, size = text_source(options.knobs()).read, options.batch_size
         stream = batches(read, 0, size, size, hardware)
     variants, found, failed = {}, {}, {}

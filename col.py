@@ -37,7 +37,7 @@ from configurator import (
     configure,
     with_positionals,
 )
-from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus
+from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
 from data.vocabulary import share_tokenizer, tokenizer_in
@@ -695,7 +695,7 @@ def main(argv):
     if len(options.sizes) < len(options.to) + len(options.params):
         raise UserError('two of the sizes have the same name: give them one at a time')
     if options.data:  # before anything is made
-        open_corpus(options.data, options.data_dir)
+        verify_corpus(options.data, options.data_dir)
     folders, compared = chain_folders(options.chain), {}
     wanted = {name: place_between(folders, size) for name, size in options.sizes.items()}
     for name, (small, large, config) in wanted.items():

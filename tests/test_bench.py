@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_command, write_texts
 
 import bench
 from bench import Bench, flops_per_token, peak_memory
+from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from extras import gpu
 from extras.variants import PEERS, transformers_peer
@@ -63,6 +64,17 @@ def test_real_data_go_through_the_loader(data_dir):
     assert measured.held == 12 * config.num_params(
         embedding=True, head=True
     )  # float32 weights and two moments
+
+
+def test_a_flipped_bit_of_a_corpus_is_found(tmp_path):
+    texts, out = write_texts(tmp_path / 'texts', 'jsonl'), tmp_path / 'mine'
+    prepare(Preparation(texts, str(out), tokenizer='bytes', processes=1))
+    content = bytearray((out / 'train.bin').read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / 'train.bin').write_bytes(content)
+    words = [*WORDS, '--data=real', '--vocab_size=257', f'--data_dir={tmp_path}', '--corpus=mine']
+    with pytest.raises(UserError, match='train.bin is damaged'):
+        bench.main(words)
 
 
 def test_flops_of_gpt2_are_those_that_everyone_quotes():

@@ -406,6 +406,9 @@ def test_several_sizes_at_once_with_their_losses_beside_their_neighbours(
     assert len(made) == 3 and {'32x2', '16x3'} < set(made)
     rows = dict(re.findall(r'\n\| (\S+) .*\| +([\d.]+) \|', out))
     assert set(rows) == {*made, '16x2', '32x3'}
+    with pytest.raises(UserError, match='is not prepared'):  # before anything is made
+        col.main([str(chain), str(tmp_path / 'more'), '--to=32x2', '--data=typo'])
+    assert not (tmp_path / 'more').exists()
     corpus = open_corpus('pydocs', data_dir)
     found = list(validation_batches(corpus.val, load(chain / '16x2').config.block_size, 8, 512))
     for name, folder in (('16x3', tmp_path / 'made' / '16x3'), ('16x2', chain / '16x2')):
