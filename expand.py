@@ -25,7 +25,7 @@ output. Growing in depth repeats layers, or adds layers that compute nothing yet
 import math
 import re
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -60,7 +60,7 @@ from engine.report import (
     steps_to_loss,
     training_curve,
 )
-from engine.rows import FolderReader, write_model
+from engine.rows import FolderReader, check_finite, write_model
 from engine.stage import Origin, Result, Stage
 from let import Alignment, pair_layers, teach
 from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config, write_config
@@ -378,6 +378,22 @@ def grow_optimizer(state, small, large, width='lossless', depth='identity'):
     return grown
 
 
+@torch.no_grad()
+def grown_tensors(source, config, operators):
+    """
+    Yield the (name, tensor)s of the model `source`, a folder or hub name, grown to the shape
+    `config`, in the order of its parameters. The old one is read by rows, and never in memory.
+    """
+    folder = model_folder(source)
+    small = read_config(folder)
+    growth = Growth(small, config, operators)
+    with FolderReader(folder, small, shapes_of(small)) as old:
+        for name in shapes_of(config):
+            tensor = torch.cat(list(growth.pieces(name, old.__getitem__)))
+            check_finite(name, tensor)
+            yield name, tensor
+
+
 def grow_folder(source, target, shape, operators, dtype=None):
     """
     Grow the model `source`, a folder or hub name, into the new folder `target`, a few megabytes at
@@ -609,7 +625,7 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
         settings['noise'] = operators.noise
     stage.parent = smaller
     stage.origin = Origin('growth', (smaller.name,), settings)
-    stage.model = lambda: grow(load(smaller.folder), large, **asdict(operators))
+    stage.tensors = partial(grown_tensors, smaller.folder, large, operators)
     if carry_optimizer:
 
         def grown_state():

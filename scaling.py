@@ -190,10 +190,14 @@ class Fit(NamedTuple):
         Losses (1 + S, n) of the law at its parameters, and then at its bootstrap samples, at a
         size N and points of D1 and D2 tokens, numbers or float64 (n,).
         """
-        rows = [list(self.parameters.values()), *self.samples]
         columns = (torch.as_tensor(D, dtype=torch.float64) for D in (D1, D2, N))
         D1, D2, N = torch.broadcast_tensors(*map(torch.atleast_1d, columns))
-        return predict(self.law, rows, dict(N=N, D1=D1, D2=D2))
+        return predict(self.law, self.rows, dict(N=N, D1=D1, D2=D2))
+
+    @property
+    def rows(self):
+        """The parameters, and then the bootstrap samples of them, in the law's order."""
+        return [list(self.parameters.values()), *self.samples]
 
 
 def starts_of(law, x, target):

@@ -53,6 +53,7 @@ from engine.report import format_si, plan_text, render, report_blocks, write_rep
 from engine.run_folder import record_session
 from engine.stage import Origin, Progress, Result, Stage
 from expand import GrowthComparison, Progressive
+from extras.allocation import Allocation
 from extras.dpo import PostTraining
 from extras.frontier import Frontier
 from extras.lazy_layers import LazyLayers
@@ -221,6 +222,7 @@ METHODS = {
     'pretrain': Pretrain,
     'progressive': Progressive,
     'frontier': Frontier,
+    'allocation': Allocation,
     'growth': GrowthComparison,
     'inheritune': Inheritune,
     'lazy_layers': LazyLayers,

@@ -21,19 +21,23 @@ from torch.utils.checkpoint import (
 # placing and wrapping the model
 
 
-def place(make, empty, strategy, hardware):
+def place(tensors, empty, strategy, hardware):
     """
-    The model that make() builds, in float32 on its device: whole, or under fsdp this process's
-    shards. Then process 0 alone builds it, so that the machine holds it once, and deals it out.
-    empty: a model of the same shape on the meta device, without memory.
+    A model in float32 on its device: whole, or under fsdp this process's shards. tensors(): yields
+    the (name, tensor)s that it starts from, in the order of its parameters; under fsdp process 0
+    alone asks for them, and deals out one after the other. empty: a model of that shape on the
+    meta device, without memory.
     """
+    device = hardware.device
     if strategy != 'fsdp':
-        return make().float().to(hardware.device)
+        state = {name: tensor.to(device, torch.float32) for name, tensor in tensors()}
+        empty.load_state_dict(state, assign=True)
+        empty.build_rope(device)
+        return empty
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    whole = make().float().state_dict() if hardware.is_main else {}
-    mesh = init_device_mesh(hardware.device.type, (hardware.world_size,))
+    mesh = init_device_mesh(device.type, (hardware.world_size,))
     policy = MixedPrecisionPolicy(
         param_dtype=None if hardware.dtype == torch.float32 else hardware.dtype,
         reduce_dtype=torch.float32,
@@ -41,10 +45,27 @@ def place(make, empty, strategy, hardware):
     )
     for block in empty.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    model = fully_shard(empty, mesh=mesh, mp_policy=policy).to_empty(device=hardware.device)
-    model.build_rope(hardware.device)
-    load_full_state(model, whole)
+    model = fully_shard(empty, mesh=mesh, mp_policy=policy).to_empty(device=device)
+    model.build_rope(device)
+    dealt = tensors() if hardware.is_main else ()
+    deal(dealt, model, hardware)
     return model
+
+
+@torch.no_grad()
+def deal(tensors, model, hardware):
+    """Fill a sharded model with the (name, tensor)s that process 0 has, one at a time."""
+    from torch.distributed.tensor import distribute_tensor
+
+    tensors = iter(tensors)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape)
+        if hardware.is_main:
+            given, whole = next(tensors)
+            assert given == name, f'{given} in place of {name}'
+        whole = whole.to(hardware.device, torch.float32)
+        dealt = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(dealt.to_local())
 
 
 def wrap(model, strategy, knobs, hardware):

@@ -96,6 +96,21 @@ def check_memory(name, config, knobs, hardware):
         )
 
 
+def host_memory(stage, weights):
+    """
+    Bytes in a host's memory while a stage's model is made and moved to a GPU: the largest tensor if
+    it is made one at a time, else the model and what it is made from; and AdamW's two moments, if
+    they are carried. weights: {stage: bytes}.
+    """
+    whole = weights[stage.name] + (weights.get(stage.parent.name, 0) if stage.parent else 0)
+    needed = 2 * whole if stage.optimizer_state else 0
+    if stage.tensors:
+        config = stage.config
+        rows = max(config.vocab_size, config.n_mlp, config.n_head * config.head_dim)
+        return max(needed, 4 * rows * config.n_embd)
+    return max(needed, whole)
+
+
 class PlannedStage(NamedTuple):
     """A stage as the dry run sees it."""
 
@@ -109,12 +124,11 @@ def totals(run, planned):
     """The sums of a plan, as a dict: FLOPs, disk, unique tokens, and the family against scratch."""
     parents = [p.stage.parent.name for p in planned if p.stage.parent]
     sums = dict(flops=0.0, disk=0, saved_states=0, drawn=0, family=0.0, baseline=0.0, alone=0.0)
-    sums['host'] = 0  # bytes of a model and of the one that it grows from
+    sums['host'] = 0  # bytes in a host's memory while a model is made for a GPU
     weights = {p.stage.name: 4 * all_params(p.stage.config) for p in planned}
     for stage, knobs, steps, result in planned:
         saved_state = saved_state_bytes(stage.config, knobs)
-        grown_from = weights.get(stage.parent.name, 0) if stage.parent else 0
-        sums['host'] = max(sums['host'], weights[stage.name] + grown_from)
+        sums['host'] = max(sums['host'], host_memory(stage, weights))
         sums['flops'] += result.flops
         kept = 1 + (steps // knobs.keep_every if knobs.keep_every else 0)
         sums['disk'] += 4 * all_params(stage.config) * kept

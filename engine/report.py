@@ -447,7 +447,7 @@ def plan_text(run, planned):
         f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, if a replica does not fit)'
     )
     lines.append(
-        f'host memory: {format_bytes(total["host"])} while the largest model is built: once if it '
+        f'host memory: {format_bytes(total["host"])} while a model is made for a GPU: once if it '
         'is cut into shards, else in every process'
     )
     lines.append(

@@ -132,14 +132,23 @@ class Training:
         self.fresh = not run_folder.saved_states(self.folder)  # else restore() brings the weights
         self.source_dtype = 'float32'
 
-        def make():
-            model = stage.model() if stage.model and self.fresh else GPT(stage.config)
-            self.source_dtype = str(model.wte.weight.dtype).removeprefix('torch.')
-            return model
-
-        self.raw_model = place(make, GPT.on_meta(stage.config), self.strategy, hardware)
+        empty = GPT.on_meta(stage.config)
+        self.raw_model = place(self.starting_tensors, empty, self.strategy, hardware)
         if self.strategy == 'fsdp':  # the others have built nothing
             self.source_dtype = gather(self.source_dtype)[0]
+
+    def starting_tensors(self):
+        """Yield the (name, tensor)s of the starting model, if possible without having all of it."""
+        stage = self.stage
+        if self.fresh and stage.tensors:
+            found = stage.tensors()
+        else:
+            model = stage.model() if self.fresh and stage.model else GPT(stage.config)
+            found = model.state_dict().items()
+        for name, tensor in found:
+            if name == 'wte.weight':
+                self.source_dtype = str(tensor.dtype).removeprefix('torch.')
+            yield name, tensor
 
     @property
     def has_whole(self):

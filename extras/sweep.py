@@ -126,25 +126,28 @@ class Sweep:
     def summary(self, results):
         """Write results.csv, fit the laws, and return their tables."""
         out = Path(results[0].folder).parent
-        columns = (*COLUMNS, 'trained_N', 'gradient_norm', 'parameter_norm')
-        temporary = out / 'results.csv.tmp'
-        with open(temporary, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            for result in results:
-                if 'D2' in result.labels:
-                    lines = read_metrics(result.folder)
-                    norms = [m['grad_norm'] for m in lines if 'grad_norm' in m]
-                    row = result.labels | dict(loss=result.val_loss)
-                    row |= dict(gradient_norm=statistics.mean(norms))
-                    writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
-        commit_file(temporary, out / 'results.csv')
+        write_results([r for r in results if 'D2' in r.labels], out)
         try:
             blocks, fits = fit_results(out / 'results.csv')
             write_fits(fits, blocks, out)
             return blocks
         except UserError as error:
             return [f'no fit: {error}']
+
+
+def write_results(results, out):
+    """Write the results.csv of second stages, whose labels are columns of it, into a folder."""
+    columns = (*COLUMNS, 'trained_N', 'gradient_norm', 'parameter_norm')
+    temporary = Path(out) / 'results.csv.tmp'
+    with open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, extrasaction='ignore')
+        writer.writeheader()
+        for result in results:
+            lines = read_metrics(result.folder)
+            norms = [m['grad_norm'] for m in lines if 'grad_norm' in m]
+            row = result.labels | dict(loss=result.val_loss, gradient_norm=statistics.mean(norms))
+            writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
+    commit_file(temporary, Path(out) / 'results.csv')
 
 
 class Reuse(NamedTuple):

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,8 +156,11 @@ def make_variant(name, options, hardware):
     strategy = 'fsdp' if 'fsdp' in changes else 'ddp'
     torch.manual_seed(0)
     config = options.config(options.size)
-    make = partial(PEERS[kind], config, options) if kind in PEERS else partial(GPT, config)
-    model = place(make, GPT.on_meta(config), strategy, hardware)
+    if kind in PEERS:
+        model = PEERS[kind](config, options).float().to(hardware.device)
+    else:
+        tensors = GPT(config).state_dict().items
+        model = place(tensors, GPT.on_meta(config), strategy, hardware)
     objective, teacher = make_teacher(kind, options, hardware, config)
     step = SimpleNamespace(objective=objective, progress=Progress(0, 1000), accumulate=1)
     step.raw_model, step.hardware, step.knobs = model, hardware, knobs

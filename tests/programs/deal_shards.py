@@ -1,10 +1,12 @@
 """
-One of two processes that train together: it shards a model and prints whether it had to build it,
-how much of it it holds, and whether its shards are those of the whole.
+One of two processes that train together: it shards a model and prints whether it was asked for
+tensors, how many were in memory at a time, how much of the model it holds, and whether its shards
+are those of the whole.
 """
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,22 +21,25 @@ from train import Run  # noqa: E402
 
 hardware = find_hardware(Run(device='cpu'))
 config = GPTConfig.named('32x2', vocab_size=64, block_size=16)
-built = []
+torch.manual_seed(7)
+expected = GPT(config).state_dict()
+alive = []  # number of our tensors in memory, each time that one more is made
 
 
-def make():
-    built.append(True)
-    torch.manual_seed(7)
-    return GPT(config)
+def tensors():
+    made = weakref.WeakSet()
+    for name, tensor in expected.items():
+        tensor = tensor.clone()
+        made.add(tensor)
+        alive.append(len(made))
+        yield name, tensor
 
 
-model = place(make, GPT.on_meta(config), 'fsdp', hardware)
+model = place(tensors, GPT.on_meta(config), 'fsdp', hardware)
 whole = full_state(model)  # on process 0
 held = sum(parameter.to_local().numel() for parameter in model.parameters())
-found = dict(built=bool(built), held=held)
+found = dict(alive=max(alive, default=0), held=held)
 if hardware.rank == 0:
-    torch.manual_seed(7)
-    expected = GPT(config).state_dict()
     found['same'] = all(torch.equal(whole[name], expected[name]) for name in expected)
     found['all'] = sum(tensor.numel() for tensor in expected.values())
 print(json.dumps(found), flush=True)
