@@ -330,10 +330,15 @@ def evaluation_tables(outcome):
 
 def curves_over_training(outcome, folders):
     """
-    Panels of perplexity and of average accuracy over the steps of training, a line for each stage
-    of which models were kept along the way (train.py --keep_every). folders: {name: folder}.
+    Panels over the steps of training: the training loss of each model (progressive training, Figure
+    4), and perplexity and average accuracy, a line for each stage of which models were kept along
+    the way (train.py --keep_every). folders: {name: folder}.
     """
-    panels = []
+    panels = [Panel('step', 'training loss (nats per token)')]
+    for name in filter(lambda name: has_metrics(folders[name]), outcome['models']):
+        logged = [m for m in read_metrics(folders[name]) if 'loss' in m]
+        steps, losses = [m['step'] for m in logged], [m.get('data_loss', m['loss']) for m in logged]
+        panels[0].lines.append(Line(steps, losses, name))
     for score in ('perplexity', 'average_accuracy'):
         panel, points = Panel('step', score.replace('_', ' ')), {}
         for name, row in outcome['models'].items():
@@ -347,9 +352,8 @@ def curves_over_training(outcome, folders):
             if len(curve) > 1:
                 steps = sorted(curve)
                 panel.lines.append(Line(steps, [curve[step] for step in steps], stage, 'o-'))
-        if panel.lines:
-            panels.append(panel)
-    return panels
+        panels.append(panel)
+    return [panel for panel in panels if panel.lines]
 
 
 def main(argv):

@@ -527,6 +527,8 @@ class Progressive:
             name = self.name(i)
             stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
             stage.knobs, stage.labels = self.knobs_of(i), dict(size=name)
+            if run.unique_tokens:
+                stage.labels['unique'] = run.unique_tokens
             stage.knobs['keep_optimizer'] = self.optimizer == 'grown' or run.keep_optimizer
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
@@ -566,7 +568,7 @@ class Progressive:
             peer = alone.get(r.labels['size'])
             if peer and peer.baseline_flops and not set(r.labels) & {'independent', 'trunk'}:
                 records.append(equal_loss(r, peer))
-        return [records] if records else []
+        return [records, ('data.png', [data_panel(results)])]
 
     def configs(self, run):
         """The shape of each size."""
@@ -634,6 +636,22 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
 
         stage.optimizer_state = grown_state
         stage.knobs |= dict(warmup=0.0)
+
+
+def data_panel(results):
+    """Which part of the data each model has read, itself or before it grew (Figure 3)."""
+    panel = Panel('position in the order of the data (tokens)', '')
+    panel.rows = tuple(r.name for r in results)
+    parts = ('read by smaller ones', 'C7'), ('read for the first time', 'C0'), ('read again', 'C1')
+    for i, r in enumerate(results):
+        start, unique = r.position - r.tokens, r.labels.get('unique') or math.inf
+        first = min(start, unique), min(r.position, unique)
+        spans = [(0, first[0]), first, (max(0, start - unique), max(0, r.position - unique))]
+        for (begin, end), (label, color) in zip(spans, parts):
+            if begin < end:
+                label = '' if label in [line.label for line in panel.lines] else label
+                panel.lines.append(Line([begin, end], [-i, -i], label, '-', color, width=8))
+    return panel
 
 
 def equal_loss(member, alone):

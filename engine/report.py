@@ -149,6 +149,7 @@ class Line:
     style: str = '-'
     color: str | None = None
     band: list | None = None  # half the height of a band around the line
+    width: float = 1.4
 
 
 @dataclass
@@ -161,6 +162,7 @@ class Panel:
     title: str = ''
     log: str = ''  # the logarithmic axes: 'x', 'y' or 'xy'
     ylim: tuple | None = None
+    rows: tuple = ()  # words at y = 0, -1, -2, ..., from the top
 
 
 WHOLE_AXES = ('layer', 'step')  # axes on which there is nothing between whole numbers
@@ -183,13 +185,15 @@ def draw_panels(panels, path):
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
     for ax, panel in zip(axes[0], panels):
         for line in panel.lines:
-            label = line.label or None
-            (drawn,) = ax.plot(line.x, line.y, line.style, color=line.color, label=label, lw=1.4)
+            how = dict(label=line.label or None, color=line.color, lw=line.width)
+            (drawn,) = ax.plot(line.x, line.y, line.style, solid_capstyle='butt', **how)
             if line.band:
                 low = [y - half for y, half in zip(line.y, line.band)]
                 high = [y + half for y, half in zip(line.y, line.band)]
                 ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.rows:
+            ax.set_yticks([-i for i in range(len(panel.rows))], panel.rows)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
         if panel.xlabel in WHOLE_AXES:

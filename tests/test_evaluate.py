@@ -286,12 +286,14 @@ def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_pa
     assert average_accuracy(scores, ('a', 'c')) == {}
     stage = tmp_path / 'let-0'
     stage.mkdir()
-    (stage / 'metrics.jsonl').write_text('{"step": 30}\n')
+    lines = '{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 9.0, "data_loss": 2.0}\n{"step": 30}\n'
+    (stage / 'metrics.jsonl').write_text(lines)
     row = dict(n_params=1, val_loss=1.0, perplexity=2.7, average_accuracy=0.5)
     models = {'let-0/step-20': row, 'let-0/step-9': row | dict(average_accuracy=0.4)}
     models |= {'let-0': row | dict(average_accuracy=0.6), 'other': row}
     folders = {name: str(tmp_path / name) for name in models}
-    perplexity, accuracy = curves_over_training(dict(models=models), folders)
+    loss, perplexity, accuracy = curves_over_training(dict(models=models), folders)
+    assert [(line.label, line.x, line.y) for line in loss.lines] == [('let-0', [10, 20], [3, 2])]
     assert [(line.label, line.x, line.y) for line in accuracy.lines] == [
         ('let-0', [9, 20, 30], [0.4, 0.5, 0.6])
     ]

@@ -24,6 +24,7 @@ from engine import training
 from engine.errors import UserError
 from engine.optimizer import learning_rate, make_optimizer
 from engine.stage import Result, Stage
+from expand import data_panel
 from model import GPT, GPTConfig, load
 from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
@@ -420,6 +421,20 @@ def test_the_8b_family_costs_15_4_zettaflops_instead_of_20_4(capsys):
         'the family: 15.4ZFLOPs; every size from scratch: 20.4ZFLOPs; saved: 24.7%'
         in capsys.readouterr().out
     )
+
+
+def test_the_picture_of_the_data_has_the_tokens_of_figure_3():
+    """The paper's 8B reads 100B new tokens and 140B again where 320B are all there are."""
+    preset = str(ROOT / 'config' / 'progressive_8b_fixed_data.py')
+    run, method, _ = train.configure([preset], Run, METHODS)
+    panel = data_panel([planned.result for planned in train.plan(run, method)])
+    assert panel.rows == ('1b', '2b', '4b', '8b')
+    own = {
+        color: [(b - a) / 1e9 for a, b in (line.x for line in panel.lines if line.color == color)]
+        for color in ('C0', 'C1')
+    }
+    assert own['C0'] == pytest.approx([40, 60, 120, 100], abs=0.1)
+    assert own['C1'] == pytest.approx([140], abs=0.1)
 
 
 def test_chinchilla_preset_has_the_papers_tokens():
