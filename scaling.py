@@ -67,9 +67,14 @@ from extras.law_pictures import fit_panels, grow_or_scratch_panel, rival_panels
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
 
 
+def reuse(p, x):
+    """A D1^-alpha1 D2^(-alpha2 + alpha3 log D1), the term of all laws with an interaction."""
+    return p.logA - p.alpha1 * x.D1 + (-p.alpha2 + p.alpha3 * x.D1) * x.D2
+
+
 def multiplicative(p, x):
     """L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E   (Eq. 6)"""
-    return p.logA - p.alpha1 * x.D1 + (-p.alpha2 + p.alpha3 * x.D1) * x.D2, p.logE
+    return reuse(p, x), p.logE
 
 
 def no_interaction(p, x):
@@ -99,8 +104,15 @@ def chinchilla(p, x):
 
 def joint(p, x):
     """L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta + E   (Eq. 9)"""
-    reuse, E = multiplicative(p, x)
-    return reuse, p.logB - p.beta * x.N, E
+    return reuse(p, x), p.logB - p.beta * x.N, p.logE
+
+
+def two_sizes(p, x):
+    """
+    L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta   (Eq. 9 with E = 0: two sizes cannot
+    tell the floor of each apart from E)
+    """
+    return reuse(p, x), p.logB - p.beta * x.N
 
 
 def saturate(log_D, log_limit):
@@ -128,7 +140,7 @@ class Law(NamedTuple):
     @property
     def equation(self):
         """What the law says, without the number it has in the paper."""
-        return re.sub(r' +\(Eq\. \d+.*', '', self.terms.__doc__)
+        return re.sub(r' +\(Eq\. \d+.*', '', self.terms.__doc__, flags=re.DOTALL).strip()
 
 
 EQ6 = ('logA', 'alpha1', 'alpha2', 'alpha3', 'logE')
@@ -140,6 +152,7 @@ LAWS = {
     'continuous': Law(continuous, ('logA', 'alpha', 'logE'), ('D',)),
     'chinchilla': Law(chinchilla, ('logA', 'alpha', 'logB', 'beta', 'logE'), ('D', 'N')),
     'joint': Law(joint, (*EQ6[:4], 'logB', 'beta', 'logE'), ('D1', 'D2', 'N')),
+    'two_sizes': Law(two_sizes, (*EQ6[:4], 'logB', 'beta'), ('D1', 'D2', 'N')),
     'saturated_D1': Law(saturated_D1, (*EQ6, 'logDmax')),
     'saturated_D2': Law(saturated_D2, (*EQ6, 'logDmax')),
 }
@@ -184,6 +197,7 @@ class Fit(NamedTuple):
     seen: dict  # {N, D1, D2: (least, largest) of the points}
     growth: float | None = None  # N of the model that is trained / of its base; None: not known
     extrapolation: float | None = None  # the same error at the tenth of the cells of lowest loss
+    base_left_out: float | None = None  # ... at bases (N, D1) left out, all second stages of each
 
     def losses(self, N, D1, D2):
         """
@@ -279,8 +293,8 @@ def fit(law, data, bootstrap=200, seed=0):
     (theta,), decrease = solve(shape, data, everything, candidates[:1], steps=1500)
     if not theta.isfinite().all() or decrease > 1e-2:
         raise UserError(f'the fit of {law} did not converge: the points do not determine it')
-    in_cell = cells_of(data)
-    held_out = torch.cat([in_cell, lowest_of(in_cell, target)])
+    in_cell, in_base = cells_of(data), cells_of(data, ('N', 'D1'))
+    held_out = torch.cat([in_cell, in_base, lowest_of(in_cell, target)])
     others = solve(shape, data, 1 - held_out, candidates)[0][:, 0]
     errors = log_loss(shape, others, x) - target
     samples = theta
@@ -294,10 +308,11 @@ def fit(law, data, bootstrap=200, seed=0):
         dict(zip(shape.parameters, ends.T.tolist())),
         samples.tolist(),
         rms=root_mean_square(log_loss(shape, theta, x)[0] - target),
-        leave_one_out=root_mean_square(errors[:-1][in_cell > 0]),
+        leave_one_out=root_mean_square(errors[: len(in_cell)][in_cell > 0]),
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
         growth=growth_of(data),
         extrapolation=root_mean_square(errors[-1][held_out[-1] > 0]),
+        base_left_out=root_mean_square(errors[len(in_cell) : -1][in_base > 0]),
     )
 
 
@@ -308,9 +323,9 @@ def growth_of(data):
     return statistics.mean(ratios) if all(map(math.isfinite, ratios)) else None
 
 
-def cells_of(data):
-    """Which points belong to each cell of equal N, D1 and D2: float64 (cells, n), 0 or 1."""
-    rows = torch.tensor([data['N'], data['D1'], data['D2']], dtype=torch.float64)
+def cells_of(data, columns=('N', 'D1', 'D2')):
+    """Which points belong to each cell of equal `columns`: float64 (cells, n), 0 or 1."""
+    rows = torch.tensor([data[column] for column in columns], dtype=torch.float64)
     _, cell = rows.unique(dim=1, return_inverse=True)
     return torch.nn.functional.one_hot(cell).T.double()
 
@@ -386,6 +401,9 @@ def read_results(path):
         raise UserError(f'{path} is not a CSV file ({error})') from None
     rows = [row for row in rows if row and not row[0].lstrip().startswith('#')]
     head = [name.strip() for name in rows[0]] if rows else []
+    for name in head:
+        if head.count(name) > 1:
+            raise UserError(f'{path} has {head.count(name)} columns {name!r}')
     missing = [name for name in COLUMNS if name not in head]
     if missing:
         close = nearest(missing[0], head)
@@ -446,10 +464,12 @@ def by_size(results):
 
 def laws_for(data):
     """The laws that can describe a method's points: joint ones for several sizes."""
-    several = len(set(data['N'])) > 1
+    sizes, across = len(set(data['N'])), ('joint', 'two_sizes', 'chinchilla')
     if max(data['D1']) == 0:
-        return ['chinchilla'] if several else ['continuous']
-    return ['joint'] if several else [law for law in LAWS if law not in ('joint', 'chinchilla')]
+        return ['chinchilla'] if sizes > 1 else ['continuous']
+    if sizes > 1:
+        return ['two_sizes' if sizes == 2 else 'joint']
+    return [law for law in LAWS if law not in across]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -466,22 +486,21 @@ class Fitting:
 
 
 def fit_results(path, bootstrap=200):
-    """Fit every method's laws to a results.csv: (blocks for the report, {method: Fit})."""
-    results = by_size(read_results(path))
-    blocks = []
-    best = {}
-    errors = {law: {'leave-one-out RMS x 1e-3': law} for law in LAWS}
-    extrapolated = {law: {'lowest tenth held out, RMS x 1e-3': law} for law in LAWS}
-    for method, data in results.items():
-        fits = {}
+    """
+    Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). A method of
+    two sizes has a fit for each, and errors also of one for both.
+    """
+    together = read_results(path)
+    results = by_size(together)
+    blocks, best, found = [], {}, {}
+    for method, data in (together | results).items():
+        fits = found[method] = {}
         for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
             try:
                 fits[law] = fit(law, data, bootstrap=0)
-                errors[law][method] = f'{1e3 * fits[law].leave_one_out:.3f}'
-                extrapolated[law][method] = f'{1e3 * fits[law].extrapolation:.3f}'
             except UserError as error:
                 blocks.append(f'{method}: {error}')
-        if not fits:
+        if not fits or method not in results:
             continue
         fitted = fits.get('multiplicative') or next(iter(fits.values()))
         fitted = best[method] = fits[fitted.law] = fit(fitted.law, data, bootstrap)
@@ -492,9 +511,27 @@ def fit_results(path, bootstrap=200):
             blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(blocks))
-    blocks += grow_or_scratch(results, best)
-    tables = [[r for r in rows.values() if len(r) > 1] for rows in (errors, extrapolated)]
-    return [*blocks, *tables], best
+    return [*blocks, *grow_or_scratch(results, best), *error_tables(found)], best
+
+
+LEFT_OUT = {  # errors of a Fit, and at which points they are
+    'leave_one_out': 'a cell left out',
+    'base_left_out': 'a base left out',
+    'extrapolation': 'lowest tenth left out',
+}
+
+
+def error_tables(found):
+    """A table for each kind of error, RMS of log L in thousandths: {method: {law: Fit}}."""
+    tables = []
+    for field, title in LEFT_OUT.items():
+        records = []
+        for law in LAWS:
+            fits = {method: laws[law] for method, laws in found.items() if law in laws}
+            errors = {m: f'{1e3 * getattr(fitted, field):.3f}' for m, fitted in fits.items()}
+            records += [{f'{title}, RMS x 1e-3': law} | errors] if errors else []
+        tables.append(records)
+    return tables
 
 
 def starts_over(scratch, grown, factor):

@@ -29,7 +29,10 @@ from engine.files import read_json
 from engine.metrics import has_metrics, read_metrics
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, table
+from engine.stage import Result
 from model import load
+
+PIECES = 20  # of a training curve, whose variances are drawn
 
 
 def loss_variance(losses, width=20):
@@ -191,6 +194,9 @@ def diagnose(folder, options):
     parameters = list(model.parameters())
     gradient = mean_over(batches, lambda x, y: torch.autograd.grad(model(x, y).loss, parameters))
     record = {'model': Path(folder).name, 'gradient norm': norm(gradient)}
+    if (Path(folder) / 'result.json').is_file():  # of a sweep
+        labels = Result.of(folder).labels
+        record |= {key: labels[key] for key in ('method', 'D1', 'D2') if key in labels}
     record['parameter norm'] = norm(parameters)
     record['largest eigenvalue'] = largest_eigenvalue(model, batches, options.iterations)
     if has_metrics(folder):
@@ -202,8 +208,12 @@ def diagnose(folder, options):
 
 
 def norm_panels(folders):
-    """Gradient and parameter norms over the steps, a line per run (Figures 4, 12 and 13)."""
-    panels = [Panel('step', 'gradient norm'), Panel('step', 'parameter norm')]
+    """
+    Gradient and parameter norms, and the variance of the loss, over the steps, a line per run
+    (Figures 4, 12, 13 and 14).
+    """
+    panels = [Panel('step', what) for what in ('gradient norm', 'parameter norm')]
+    panels.append(Panel('step', 'variance of the loss', log='y'))
     for folder in folders:
         curves = training_curves(folder)
         width = max(1, len(curves['step']) // 40)  # of a moving average: single steps are noise
@@ -211,7 +221,24 @@ def norm_panels(folders):
         for panel, key in zip(panels, ('grad_norm', 'param_norm')):
             smooth = np.convolve(curves[key], np.ones(width) / width, 'valid').tolist()
             panel.lines.append(Line(steps, smooth, Path(folder).name))
-    return panels
+        pieces = zip(*(np.array_split(curves[key], PIECES) for key in ('step', 'loss')))
+        pieces = [(float(step[-1]), loss_variance(loss)) for step, loss in pieces if len(loss) > 3]
+        if pieces:
+            panels[2].lines.append(Line(*map(list, zip(*pieces)), Path(folder).name))
+    return [panel for panel in panels if panel.lines]
+
+
+def curvature_panel(records):
+    """The largest eigenvalue over D1, a line for each method of a sweep (Figure 15)."""
+    panel, points = Panel('D1 (tokens)', 'largest eigenvalue', log='x'), {}
+    for record in records:
+        if record.get('D1'):
+            points.setdefault(record['method'], []).append(
+                (record['D1'], record['largest eigenvalue'])
+            )
+    for method, found in points.items():
+        panel.lines.append(Line(*map(list, zip(*sorted(found))), method, 'o-'))
+    return panel
 
 
 def diagnose_command(argv):
@@ -221,9 +248,11 @@ def diagnose_command(argv):
     options, _, _ = configure(knobs, Diagnosis, program='scaling.py diagnose FOLDER ...')
     if not folders:
         raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')
-    print(table([diagnose(folder, options) for folder in folders]))
-    trained = [folder for folder in folders if has_metrics(folder)]
-    if trained:
+    records = [diagnose(folder, options) for folder in folders]
+    print(table(records))
+    panels = norm_panels([folder for folder in folders if has_metrics(folder)])
+    panels += [panel for panel in [curvature_panel(records)] if panel.lines]
+    if panels:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        draw_panels(norm_panels(trained), Path(options.out) / 'norms.png')
+        draw_panels(panels, Path(options.out) / 'norms.png')
         print(f'\nnorms.png is in {options.out}/')

@@ -52,8 +52,10 @@ def power_panels(data, fitted):
     p = SimpleNamespace(**fitted.parameters)
     exponents = Panel('D1 (tokens)', 'exponent of D2', log='x')
     factors = Panel('D1 (tokens)', 'factor of the power of D2', log='xy')
-    D1s = sorted(set(data['D1']))
-    powers = [power_law_of(*points_over(data, 'D2', 'D1', D1), math.exp(p.logE)) for D1 in D1s]
+    points = {D1: points_over(data, 'D2', 'D1', D1) for D1 in sorted(set(data['D1']))}
+    points = {D1: found for D1, found in points.items() if len(set(found[0])) > 1}  # else no power
+    D1s = list(points)
+    powers = [power_law_of(*found, math.exp(p.logE)) for found in points.values()]
     exponents.lines = [
         Line(D1s, [exponent for _, exponent in powers], 'each D1 alone', 'o'),
         Line(D1s, [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in D1s], 'Eq. 6'),

@@ -35,7 +35,7 @@ class Sweep:
     longest: tuple[Positive, ...] = (1e6,)  # tokens of the longest run of each size
     first: tuple[Positive, ...] = (0.125, 0.25, 0.5, 1.0)  # D1, as fractions of that
     second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of that
-    reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; with +stable, cpt also +replay
+    reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; +stable, +low; cpt: also +replay
     second_data: str = ''  # corpus of cpt; its loss counts there
     second_position: Literal['begin', 'continue'] = 'begin'  # in the data, of second stages
     replay: Fraction = 0.25  # share of the base's data under cpt+replay
@@ -44,6 +44,7 @@ class Sweep:
     batch_sizes: tuple[Count, ...] = ()  # of each size; empty: batch_size
     warmups: tuple[Count, ...] = ()  # of each size, in steps; empty: warmup
     seeds: Count = 1  # runs of the whole grid
+    decays: Count = 1  # branches at the end of each second stage, on data of their own (E.3)
 
     toy_corpora = dict(second_data='pycode')
 
@@ -74,7 +75,8 @@ class Sweep:
         labels |= dict(trained_N=config.num_params())
         bases, phases = yield from series.runs(name, config, first, labels, stable)
         for way in ways:
-            own = series.with_data(way.data)
+            own = replace(series.with_data(way.data), decays=self.decays)
+            own = own.at_low_rate() if way.low else own
             for D1 in sorted(first):
                 start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
                 if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
@@ -151,11 +153,12 @@ def write_results(results, out):
 
 
 class Reuse(NamedTuple):
-    """A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, cpt also with +replay."""
+    """A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, +low, and cpt with +replay."""
 
     name: str
     kind: str
     stable: bool  # from the stable phase, with its optimizer state
+    low: bool  # at the learning rate at which the base ended, constant (Figure 7)
     corpus: str  # '-NAME' if the losses are on another corpus than the base's
     data: dict  # general knobs that say what the second stage reads
 
@@ -163,12 +166,13 @@ class Reuse(NamedTuple):
     def parse(cls, name, sweep, run):
         """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
         kind, *variants = name.split('+')
-        allowed = {'stable', 'replay'} if kind == 'cpt' else {'stable'}
+        allowed = {'stable', 'low', 'replay'} if kind == 'cpt' else {'stable', 'low'}
         if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
-            known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
+            known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable', 'stk2+low')
             raise unknown('second stage', name, known)
+        stable, low = ('stable' in variants), ('low' in variants)
         if kind != 'cpt':
-            return cls(name, kind, 'stable' in variants, '', {})
+            return cls(name, kind, stable, low, '', {})
         second = sweep.second_data
         if not second:
             raise UserError('cpt needs a corpus to continue on: --second_data=NAME')
@@ -177,7 +181,7 @@ class Reuse(NamedTuple):
             mixture = [f'{second}:{1 - sweep.replay:g}']
             mixture += [f'{old}:{sweep.replay * weight:g}' for old, weight in run.corpora.items()]
         data = dict(data=','.join(mixture), val_data=second)
-        return cls(name, kind, 'stable' in variants, f'-{second}', data)
+        return cls(name, kind, stable, low, f'-{second}', data)
 
     def shape(self, config):
         """The GPTConfig that the second stage trains."""
@@ -204,6 +208,13 @@ class Series:
 
     run: object
     knobs: dict  # general knobs of all of them
+    decays: int = 1  # branches for each length, on data of their own
+    constant: bool = False  # the branches decay no further
+
+    def at_low_rate(self):
+        """The same at a constant learning rate, that at which the others end."""
+        rate = self.knobs.get('learning_rate', self.run.learning_rate) * self.run.min_lr_fraction
+        return replace(self, knobs=self.knobs | dict(learning_rate=rate), constant=True)
 
     def with_data(self, data):
         """The same with the general knobs that say what is read."""
@@ -235,11 +246,22 @@ class Series:
             at[stop] = before = yield stage
             done = stop
             for end in sorted(branch):
-                if branch[end] != stop:
-                    continue
-                stage = continue_from(Stage(f'{name}-{format_si(end)}', config, 0, X), before, True)
-                stage.tokens = (steps[end] - stop) * step
-                stage.knobs = self.knobs | stage.knobs | dict(schedule='wsd', decay_fraction=1.0)
-                stage.labels = labels | dict(D2=end)
-                decayed[end] = yield stage
+                if branch[end] == stop:
+                    tokens = (steps[end] - stop) * step
+                    stage = Stage(f'{name}-{format_si(end)}', config, tokens, X)
+                    stage.labels = labels | dict(D2=end)
+                    decayed[end] = yield from self.branches(stage, before)
         return decayed, {end: at[steps[end]] for end in stable}
+
+    def branches(self, stage, before):
+        """The decay from the Result `before`, once or several times; returns the first Result."""
+        stage = continue_from(stage, before, True)
+        schedule = 'constant' if self.constant else 'wsd'
+        stage.knobs = self.knobs | stage.knobs | dict(schedule=schedule, decay_fraction=1.0)
+        results = []
+        for i in range(self.decays):
+            again = replace(stage, name=f'{stage.name}-again{i}' if i else stage.name)
+            again.knobs = stage.knobs | dict(seed=self.knobs['seed'] + 1000 * i)
+            again.labels = stage.labels | dict(seed=stage.labels['seed'] * self.decays + i)
+            results.append((yield again))
+        return results[0]

@@ -86,6 +86,7 @@ def test_a_law_predicts_what_its_equation_says():
         'continuous': A * 8e9**-0.15 + E,
         'chinchilla': A * 8e9**-0.15 + B * 1e8**-0.2 + E,
         'joint': main(3e9, 5e9) + B * 1e8**-0.2 + E,
+        'two_sizes': main(3e9, 5e9) + B * 1e8**-0.2,
         'saturated_D1': main(1 / (1 / 3e9 + 1 / 1e10), 5e9) + E,
         'saturated_D2': main(3e9, 1 / (1 / 5e9 + 1 / 1e10)) + E,
     }
@@ -137,6 +138,15 @@ def test_table_7s_joint_law_gives_its_coefficients_back():
     assert found['alpha1'] == pytest.approx(0.087, rel=0.05) and found['alpha2'] == pytest.approx(
         0.119, rel=0.05
     )
+
+
+def test_two_sizes_share_a_law_with_a_floor_for_each():
+    truth = dict(TABLE_6['Stack'], logB=math.log(22.471), beta=0.173)
+    del truth['logE']
+    data = grid('two_sizes', truth, sizes=(14_751_680, 98_323_840))
+    fitted = fit('two_sizes', data, bootstrap=0)
+    assert fitted.rms < 1e-5 and fitted.parameters['beta'] == pytest.approx(0.173, rel=0.02)
+    assert fitted.parameters['alpha3'] == pytest.approx(truth['alpha3'], rel=0.05)
 
 
 def test_the_interaction_is_told_from_its_absence():

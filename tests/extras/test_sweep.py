@@ -235,3 +235,27 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):
     with pytest.raises(UserError, match=word):
         train.main([*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', *more])
     assert not list(tmp_path.rglob('stage.json'))
+
+
+def test_a_second_stage_at_the_low_rate_has_it_throughout(data_dir):
+    """A constant learning rate, that at which the base ended (Figure 7)."""
+    argv = [*TINY, f'--data_dir={data_dir}', '--reuse=stk2,stk2+low', '--min_lr_fraction=0.1']
+    run, method, _ = train.configure(argv, train.Run, train.METHODS)
+    rates = {}
+    for planned_stage in train.plan(run, method):
+        stage, knobs, steps, _ = planned_stage
+        rates[stage.name] = [learning_rate(step, steps, knobs) for step in range(steps)]
+    assert all(rate == pytest.approx(0.001) for rate in rates['16x1-640-stk2+low-320'])
+    assert rates['16x1-640-stk2-320'][-1] < 0.01 == rates['16x1-640-stk2-320'][0]
+    assert rates['16x1-640-stk2+low-stable-256'][-1] == pytest.approx(0.001)  # after its warmup
+
+
+def test_second_stages_decay_several_times_on_data_of_their_own(data_dir, tmp_path):
+    """As Appendix E.3 does to learn how noisy a loss is: the branches differ, the trunk does not."""
+    argv = [*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--first=1', '--second=0.5']
+    train.main([*argv, '--decays=3', '--seeds=1'])
+    rows = list(csv.DictReader(open(tmp_path / 'results.csv')))
+    losses = [float(row['loss']) for row in rows if row['method'] == 'stk2']
+    assert [row['seed'] for row in rows if row['method'] == 'stk2'] == ['0', '1', '2']
+    assert len(set(losses)) == 3 and max(losses) - min(losses) < 0.5
+    assert len(list(tmp_path.glob('*stk2-stable-*'))) == 1
