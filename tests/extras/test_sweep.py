@@ -246,7 +246,7 @@ def test_a_second_stage_at_the_low_rate_has_it_throughout(data_dir):
         stage, knobs, steps, _ = planned_stage
         rates[stage.name] = [learning_rate(step, steps, knobs) for step in range(steps)]
     assert all(rate == pytest.approx(0.001) for rate in rates['16x1-640-stk2+low-320'])
-    assert rates['16x1-640-stk2-320'][-1] < 0.01 == rates['16x1-640-stk2-320'][0]
+    assert rates['16x1-640-stk2-640'][-1] < 0.01 == rates['16x1-640-stk2-640'][0]
     assert rates['16x1-640-stk2+low-stable-256'][-1] == pytest.approx(0.001)  # after its warmup
 
 
