@@ -511,7 +511,12 @@ def fit_results(path, bootstrap=200):
             blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(blocks))
-    return [*blocks, *grow_or_scratch(results, best), *error_tables(found)], best
+    tails = []
+    for method, laws in found.items():
+        if {'multiplicative', 'saturated_D2'} <= set(laws):
+            pair = laws['multiplicative'], laws['saturated_D2']
+            tails.append(decisions.tail_record(method, results[method], *pair))
+    return [*blocks, *grow_or_scratch(results, best), *error_tables(found), tails], best
 
 
 LEFT_OUT = {  # errors of a Fit, and at which points they are

@@ -26,6 +26,36 @@ TOKENS = torch.logspace(3, 20, 2001, dtype=torch.float64)  # among which curves 
 # crossings
 
 
+def tail_record(method, data, plain, saturated):
+    """
+    What a limit D2max of the second stage's tokens changes (Eq. 14, Figure 11): a record with the
+    mean square errors at the largest quarter of the D2, and the D2 at which the curves of all bases
+    cross. A longer first stage helps while -alpha1 + alpha3 log D2* < 0, so they do at D2* =
+    e^(alpha1 / alpha3), if D2max is larger. The paper has D2max <= e^(alpha2 / alpha3) as the
+    condition, which is in the record too. plain, saturated: Fits of Eq. 6 and Eq. 14.
+    """
+    D2s = sorted(set(data['D2']))
+    least = D2s[-max(1, len(D2s) // 4)]
+    tail = [i for i, D2 in enumerate(data['D2']) if D2 >= least]
+    N, D1, D2, loss = ([data[column][i] for i in tail] for column in ('N', 'D1', 'D2', 'loss'))
+    record = {'method': method, 'points': len(tail)}
+    for name, fitted in (('Eq. 6', plain), ('Eq. 14', saturated)):
+        errors = fitted.losses(N, D1, D2)[0] - torch.tensor(loss, dtype=torch.float64)
+        record[f'MSE of {name}'] = f'{errors.square().mean().item():.2e}'
+    p = SimpleNamespace(**saturated.parameters)
+    record['D2max'] = power_of_e(p.logDmax)
+    record['e^(alpha2/alpha3)'] = power_of_e(p.alpha2 / p.alpha3)
+    crossing, limit = p.alpha1 / p.alpha3, p.logDmax
+    inverse = math.expm1(limit - crossing) if crossing < limit < crossing + 700 else 0.0
+    record['curves cross at D2'] = power_of_e(limit - math.log(inverse)) if inverse else 'none'
+    return record
+
+
+def power_of_e(exponent):
+    """e^exponent, in words."""
+    return f'{math.exp(exponent):.3g}' if abs(exponent) < 700 else f'e^{exponent:.0f}'
+
+
 def crossings(reused, fresh, tokens=TOKENS):
     """
     The tokens (1 + S,) up to which reuse is ahead of starting over, in each of the laws: 0 if it

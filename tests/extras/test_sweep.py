@@ -251,7 +251,7 @@ def test_a_second_stage_at_the_low_rate_has_it_throughout(data_dir):
 
 
 def test_second_stages_decay_several_times_on_data_of_their_own(data_dir, tmp_path):
-    """As Appendix E.3 does to learn how noisy a loss is: the branches differ, the trunk does not."""
+    """As Appendix E.3 does, to learn how noisy a loss is: of one trunk, several branches."""
     argv = [*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--first=1', '--second=0.5']
     train.main([*argv, '--decays=3', '--seeds=1'])
     rows = list(csv.DictReader(open(tmp_path / 'results.csv')))

@@ -1,0 +1,11 @@
+# Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a base of 15M stacked and
+# trained on up to 2,000 tokens for each parameter of the base, every decay three times.
+from _scaling import *
+
+sizes = ('15m',)
+longest = (17600 * 128 * 1024,)
+first = (1 / 8, 3 / 16, 1 / 4, 1 / 2, 1.0, 4.0)
+second = (4.0, 8.0, 12.0)
+decays = 3
+batch_size = 128
+learning_rate = 8e-3
