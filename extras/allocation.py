@@ -107,19 +107,19 @@ class Allocation(Progressive):
         others = [tokens for tokens in others if tokens]
         if not best:
             return ['no family within the grid is as good as the models trained alone']
-        records, shares = [], []
+        records = []
         for i, (size, target) in enumerate(alone.items()):
-            share = best[i] / scratch[i]
-            record = {'size': size, 'tokens alone': scratch[i], 'tokens': best[i], 'share': share}
+            record = {'size': size, 'tokens alone': round(scratch[i]), 'tokens': round(best[i])}
+            record['share'] = best[i] / scratch[i]
             record['90% interval'] = between_90([tokens[i] / scratch[i] for tokens in others])
             records.append(record | {'loss alone': target})
-            shares.append(f'{share:.2f}')
         cost = between_90([family.cost(tokens) for tokens in others])
+        shares = ','.join(f'{record["share"]:.2f}' for record in records)
         words = (
-            f'the cheapest family with no member worse by these laws costs {family.cost(best):.1%} '
-            f'of training every size alone (90% interval {cost}); there is one in '
-            f'{len(others) / max(1, len(drawn) - 1):.0%} of the resampled laws\n'
-            f'--schedule=wsd --optimizer=grown --shares={",".join(shares)}'
+            f'the cheapest family with no member worse costs {family.cost(best):.2f} of training '
+            f'every size alone (90% interval of the laws {cost}, with the losses alone taken as '
+            f'they are); there is one in {len(others) / max(1, len(drawn) - 1):.0%} of the '
+            f'resampled laws\n--schedule=wsd --optimizer=grown --shares={shares}'
         )
         return [records, words]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import mean
 
-from configurator import Count
+from configurator import Count, Positive
 from engine.errors import UserError, unknown
 from engine.report import Line, Panel, by_label, interval
 from expand import Progressive, allocate_tokens
@@ -22,6 +22,7 @@ PAPER = dict(shares=(), noise=0.0, optimizer='fresh', last_schedule='')
 # what is special about a family: general knobs, and knobs of Progressive
 ARMS = {
     'trunk': ({}, {}),
+    'laws': ({}, {}),  # with law_shares
     'fresh': ({}, dict(optimizer='fresh')),
     'branch': ({}, dict(last_schedule='')),
     'lossless': ({}, dict(width='lossless')),
@@ -39,6 +40,7 @@ class Frontier(Progressive):
 
     # shares: of all sizes but the largest, which gets what the cost of a family leaves
     families: tuple[str, ...] = ('trunk:70', 'trunk:60')  # ARM:PERCENT of independent training
+    law_shares: tuple[Positive, ...] = ()  # shares of the arm laws: what allocation found
     seeds: Count = 5  # runs of everything, each with its own initialisation and data order
 
     def stages(self, run):
@@ -67,17 +69,20 @@ class Frontier(Progressive):
         changes, knobs = ARMS[arm]
         own = {field: getattr(self, field) for field in Progressive.__dataclass_fields__}
         method = Progressive(**own | knobs)
+        if arm == 'laws':
+            method.shares = self.law_shares
         left = int(percent) / 100 * sum(x * t for x, t in zip(params, scratch))
         if left <= 0:
             raise UserError(f'{name} leaves nothing to train with')
-        if not method.shares:  # Eq. 4's, in proportion
+        if not method.shares and arm != 'laws':  # Eq. 4's, in proportion
             tokens = allocate_tokens(params, scratch)
             factor = left / sum(x * t for x, t in zip(params, tokens))
             method.shares = tuple(factor * t / s for t, s in zip(tokens, scratch))
             return changes, method
         left -= sum(share * x * t for share, x, t in zip(method.shares, params, scratch))
         if len(method.shares) != len(params) - 1 or left <= 0:
-            raise UserError(f'shares={method.shares} leave nothing for the largest in {name}')
+            given = 'law_shares' if arm == 'laws' else 'shares'
+            raise UserError(f'{given}={method.shares} leave nothing for the largest in {name}')
         method.shares += (left / (params[-1] * scratch[-1]),)
         return changes, method
 

@@ -19,7 +19,10 @@ def test_the_sign_flip_test_counts_the_flips_that_are_as_extreme():
 
 def test_families_cost_what_they_say_with_trunks_and_branches():
     method = Frontier(
-        families=('trunk:60', 'trunk:50', 'eq4:70', 'paper:70'), shares=(1, 0.9, 0.8), seeds=1
+        families=('trunk:60', 'trunk:50', 'eq4:70', 'paper:70', 'laws:60'),
+        shares=(1, 0.9, 0.8),
+        law_shares=(1, 0.7, 0.6),
+        seeds=1,
     )
     results = [planned.result for planned in plan(Run(data='pydocs', block_size=128), method)]
     costs = {
@@ -74,6 +77,7 @@ def test_the_worst_member_counts_against_the_better_schedule():
         (('best:60',), (1.0, 0.9, 0.8), 'choose from trunk:60'),
         (('trunk:20',), (1.0, 0.9, 0.8), 'leave nothing for the largest in trunk:20'),
         (('trunk:60',), (1.0, 0.9), 'leave nothing'),
+        (('laws:60',), (1.0, 0.9, 0.8), r'law_shares=\(\) leave nothing'),
     ],
 )
 def test_families_that_do_not_exist_are_refused(families, shares, word):
