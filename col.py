@@ -15,7 +15,6 @@ where alpha is the relative distance, 1 at the smaller one. An ancestor of anoth
 vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
 
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +40,14 @@ from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, ver
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
 from data.vocabulary import share_tokenizer, tokenizer_in
-from engine.between import between, check_between, neighbours, shape_between, shape_of_size
+from engine.between import (
+    between,
+    check_between,
+    fits,
+    neighbours,
+    shape_between,
+    shape_of_size,
+)
 from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
@@ -49,7 +55,7 @@ from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.plan import all_params
 from engine.progress import progress_bar
-from engine.report import by_label, format_count, format_si, table, validation_curve
+from engine.report import format_count, table
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
@@ -117,17 +123,22 @@ class LInit:
     """
     theta = alpha expand(small) + (1 - alpha) subset(large), of shape `config` between those of two
     neighbours of a chain, a tensor at a time. alpha None: by relative distance in all parameters,
-    tied ones once. depth: how the smaller one's layers are replicated, as in expand.py. Raises
-    UserError for a shape that does not lie between them.
+    tied ones once. depth: how the smaller one's layers are replicated, as in expand.py. A shape
+    below the chain is a part of the smallest model, given twice: alpha = 0. Raises UserError for a
+    shape that does not lie between them.
     """
 
     def __init__(self, small, large, config, alpha=None, depth='bert2bert'):
         if small.pos == 'learned':
             config = replace(config, block_size=min(config.block_size, small.block_size))
+        self.large, self.config, self.alpha, self.growth = large, config, 0.0, None
+        if small == large and not fits(small, config):
+            check_between(config, large, config)
+            return
         check_between(small, large, config)
         if alpha is None:
             alpha = default_alpha(all_params(small), all_params(large), all_params(config))
-        self.large, self.config, self.alpha = large, config, alpha
+        self.alpha = alpha
         self.growth = Growth(small, config, Operators('fpi', depth), piece=2**18)
 
     @torch.no_grad()
@@ -137,6 +148,9 @@ class LInit:
         ours, theirs: name -> a tensor of the smaller and the larger model, or what gives its rows.
         """
         cut, row = subset_tensor(self.config, self.large, name, theirs(name)), 0
+        if not self.growth:
+            yield cut
+            return
         for piece in self.growth.pieces(name, ours):
             rows = cut[row : row + len(piece)].to(piece.dtype)
             yield torch.lerp(rows, piece, self.alpha)  # (1 - alpha) rows + alpha piece
@@ -244,6 +258,8 @@ class Descendant:
         small, large = self.chain[self.small], self.chain[self.large]
         shown = 'by distance' if alpha is None else alpha
         stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
+        if self.small == self.large and self.config != self.configs[self.small]:
+            stage.origin = Origin('subset', (self.small,))
         stage.parent, stage.also = small, (large,)
         of = self.config
         stage.model = lambda: build(linit(load(small.folder), load(large.folder), of, alpha))
@@ -368,6 +384,7 @@ class ChainOfLearngene:
             for name, (t, share) in teachers.items():  # from one start: else that is compared
                 stage = self.student(name, configs[size], teacher, start)
                 stage.tokens *= share
+                stage.labels = dict(checkpoint=name, teacher=t.name)
                 self.teach(stage, self.distillation, t, run)
                 result = yield stage
                 chain.setdefault(size, result)
@@ -497,8 +514,9 @@ class ChainOfLearngene:
                 check_between(configs[below], configs[above], configs[below])
         shapes = dict(configs)
         for size in self.descendants:
-            small, large, configs[size] = between(shapes, run.model_config(size))
-            check_between(shapes[small], shapes[large], configs[size])
+            small, _, configs[size] = between(shapes, run.model_config(size))
+            if 'single' in self.baselines and not fits(shapes[small], configs[size]):
+                raise UserError(f'{size} lies below the chain: there is no baseline single')
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
@@ -533,54 +551,18 @@ class ChainOfLearngene:
         return [name for name in (self.sft_data, *self.downstream) if name]
 
     def summary(self, results):
-        """Each descendant's loss at step 0 and after recovery; each tuned one's scores."""
-        from extras.bridge import answer_scores
+        """
+        The checkpoints of the chain; each descendant's loss at step 0 and after recovery; each
+        tuned one's scores.
+        """
+        from extras import chain_report
 
-        records, tuned = [], []
-        for size, runs in by_label(results, 'descendant').items():
-            curves = {r.labels['start']: validation_curve(r) for r in runs}
-            for r in runs:
-                start, curve = r.labels['start'], curves[r.labels['start']]
-                record = {'descendant': size, 'start': start, 'N': r.n_params}
-                if start != 'seqkd' and not (start == 'kd' and self.sft_data):  # those see answers
-                    record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
-                    record['after recovery'] = r.val_loss
-                record['FLOPs before'] = format_si(r.inherited_flops)
-                if start == 'linit' and 'random' in curves and curve[0][0] == 0:
-                    random = next(r for r in runs if r.labels['start'] == 'random')
-                    record |= worth(curve[0][1], r.inherited_flops, random, curves['random'])
-                records.append(record)
-        for data, runs in by_label(results, 'tuned_on').items():
-            examples = Examples(data, self.data_dir, 'val')
-            n = len(examples)  # the last ones: by the first, the best of a chain are chosen
-            last = range(max(0, n - self.answers), n)
-            for r in runs:
-                model = load(r.folder, self.device).eval()
-                rouge, exact = answer_scores(model, examples, last, self.answer_tokens)
-                record = {'fine-tuned': r.name, 'loss on answers': r.val_loss}
-                tuned.append(record | {'Rouge-L': 100 * rouge, 'exact answers': exact})
-        return [records, tuned]
-
-
-def worth(loss, before, random, curve):
-    """
-    What a start at this loss spares: the steps that random initialisation, a Result with its curve,
-    needs to it, and after how many such descendants the FLOPs spent `before` are paid back.
-    """
-    steps, last = steps_to(curve, loss), curve[-1][0]
-    if steps == 0:
-        return {'steps random needs': '0', 'pays after': 'never'}
-    if not last:  # it was not trained
-        return {}
-    few = math.ceil(before * last / (random.flops * (steps or last)))
-    if steps is None:
-        return {'steps random needs': f'more than {last:,}', 'pays after': f'at most {few:,}'}
-    return {'steps random needs': f'{steps:,}', 'pays after': f'{few:,}'}
-
-
-def steps_to(curve, loss):
-    """The first step of a curve, [(step, loss)], at which it is at most `loss`, or None."""
-    return next((step for step, value in curve if value <= loss), None)
+        scores = partial(chain_report.scores, method=self)
+        return [
+            chain_report.checkpoints(results, self.sft_data, scores),
+            chain_report.recoveries(results, bool(self.sft_data)),
+            chain_report.tuned(results, scores),
+        ]
 
 
 def batch_of(sequences):

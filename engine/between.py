@@ -28,11 +28,16 @@ def check_between(small, large, config):
         raise UserError(f'{wanted} cannot be cut out of {found}')
 
 
-def neighbours(shapes, config):
-    """The names of the next smaller and larger of {name: GPTConfig} around a shape. UserError."""
+def fits(small, large):
+    """Whether one shape is nowhere larger than another."""
+    return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
 
-    def fits(small, large):
-        return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
+
+def neighbours(shapes, config):
+    """
+    The names of the next smaller and larger of {name: GPTConfig} around a shape; where all are
+    larger, twice that of the smallest, of which it is a part. UserError.
+    """
 
     def weight(name):
         shape = shapes[name]
@@ -40,6 +45,8 @@ def neighbours(shapes, config):
 
     smaller = [name for name, shape in shapes.items() if fits(shape, config)]
     larger = [name for name, shape in shapes.items() if fits(config, shape)]
+    if len(larger) == len(shapes) and not smaller:
+        smaller = [min(larger, key=weight)]
     if not smaller or not larger:
         wanted = f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}'
         known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
@@ -110,5 +117,7 @@ def shape_of_size(shapes, params):
 def between(shapes, wanted):
     """(the names of a shape's neighbours, the smaller one's GPTConfig at that size). UserError."""
     small, large = neighbours(shapes, wanted)
-    sizes = {f: getattr(wanted, f) for f in SIZE_FIELDS}
-    return small, large, replace(shapes[small], **sizes)
+    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
+    least = shapes[small] if fits(shapes[small], config) else config
+    check_between(least, shapes[large], config)
+    return small, large, config

@@ -12,14 +12,15 @@ from test_train import metrics
 
 import col
 import train
-from col import default_alpha, earlier_learngene, linit, subset, worth
+from col import LInit, default_alpha, earlier_learngene, linit, linit_folder, subset
 from data.corpus import open_corpus
 from data.loader import validation_batches
-from engine.between import neighbours, shape_of_size
+from engine.between import between, neighbours, shape_of_size
 from engine.errors import UserError
 from engine.loss import evaluate
 from engine.stage import Result
 from expand import grow
+from extras.chain_report import speed_up, worth
 from model import GPT, GPTConfig, load
 
 FAMILIES = {  # small shapes of the chains' architectures
@@ -84,6 +85,23 @@ def test_linit_at_its_ends_and_in_between(family):
     )
     x = torch.randint(31, (2, 10))
     assert linit(small, large, config)(x).logits.isfinite().all()
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_below_the_chain_a_model_is_a_part_of_the_smallest(family, tmp_path):
+    small, large = shaped(family, 6, 3), shaped(family, 8, 6, seed=1)
+    kv = 2 if family == 'qwen3' else 4
+    config = replace(small.config, n_layer=2, n_head=4, n_kv_head=kv, n_embd=24, n_mlp=40)
+    shapes = {'small': small.config, 'large': large.config}
+    assert between(shapes, config) == ('small', 'small', config)
+    assert same(linit(small, small, config, 0.7), subset(small, config))
+    with pytest.raises(UserError, match='outside the chain'):  # wider than one, flatter than both
+        between(shapes, replace(config, n_embd=42))
+    small.float().save(tmp_path / 'small')
+    mixed = LInit(small.config, small.config, config)
+    (tmp_path / 'made').mkdir()
+    linit_folder(tmp_path / 'small', tmp_path / 'small', tmp_path / 'made', mixed)
+    assert same(load(tmp_path / 'made'), subset(small, config))
 
 
 def test_a_subset_keeps_first_layers_heads_and_dimensions():
@@ -272,6 +290,13 @@ def test_what_a_chain_spares():
     assert worth(1.9, 1e3, random, curve)['pays after'] == 'at most 10'
     assert worth(6.0, 1e3, random, curve)['pays after'] == 'never'
     assert worth(1.9, 1e3, random, curve[:1]) == {}
+
+
+def test_the_speed_up_counts_steps_to_the_last_loss_of_random_initialisation():
+    random = [(0, 6.0), (100, 3.0), (300, 2.5)]
+    assert speed_up([(0, 4.0), (100, 2.4), (300, 2.0)], random) == '3.00x'
+    assert speed_up([(0, 2.5), (100, 2.4)], random) == 'there at step 0'
+    assert speed_up([(0, 4.0), (300, 2.6)], random) == 'never there'
 
 
 def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):

@@ -1,0 +1,108 @@
+"""
+What a run of Chain-of-Learngene found: its checkpoints, what descendants start from and end at, and
+what that spares.
+"""
+
+import math
+
+from data.instruct import Examples
+from engine.metrics import read_metrics
+from engine.report import by_label, format_si, validation_curve
+from extras.bridge import answer_scores
+from extras.diagnostics import loss_variance
+from model import load
+
+
+def scores(result, data, method):
+    """
+    Rouge-L and the share of exact answers of a model on the last validation examples of a set: by
+    the first, the best of a chain are chosen. method: the ChainOfLearngene that has run.
+    """
+    examples = Examples(data, method.data_dir, 'val')
+    n = len(examples)
+    last = range(max(0, n - method.answers), n)
+    model = load(result.folder, method.device).eval()
+    rouge, exact = answer_scores(model, examples, last, method.answer_tokens)
+    return {'Rouge-L': 100 * rouge, 'exact answers': exact}
+
+
+def checkpoints(results, data, scores_of):
+    """
+    Records of the chain, and of its smallest distilled directly: the variance of the training loss
+    (Figure 5b), and with a supervised set `data` the scores on it (Table 3).
+    """
+    records = []
+    for r in results:
+        if 'checkpoint' in r.labels:
+            record = {'checkpoint': r.name, 'taught by': r.labels['teacher']}
+            losses = [m['loss'] for m in read_metrics(r.folder) if 'loss' in m]
+            record['variance of the loss'] = f'{loss_variance(losses):.2e}'
+            records.append(record | (scores_of(r, data) if data else {}))
+    return records
+
+
+def recoveries(results, on_answers):
+    """
+    Records of the descendants. on_answers: whether kd was taught on answers, as seqkd always is;
+    their losses are not those of the others.
+    """
+    records = []
+    for size, runs in by_label(results, 'descendant').items():
+        curves = {r.labels['start']: validation_curve(r) for r in runs}
+        for r in runs:
+            start, curve = r.labels['start'], curves[r.labels['start']]
+            record = {'descendant': size, 'start': start, 'N': r.n_params}
+            if start != 'seqkd' and not (start == 'kd' and on_answers):
+                record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
+                record['after recovery'] = r.val_loss
+                if 'random' in curves and start != 'random':
+                    record['speed-up'] = speed_up(curve, curves['random'])
+            record['FLOPs before'] = format_si(r.inherited_flops)
+            if start == 'linit' and 'random' in curves and curve[0][0] == 0:
+                random = next(r for r in runs if r.labels['start'] == 'random')
+                record |= worth(curve[0][1], r.inherited_flops, random, curves['random'])
+            records.append(record)
+    return records
+
+
+def tuned(results, scores_of):
+    """Records of the descendants that were fine-tuned on a task."""
+    records = []
+    for data, runs in by_label(results, 'tuned_on').items():
+        for r in runs:
+            record = {'fine-tuned': r.name, 'loss on answers': r.val_loss}
+            records.append(record | scores_of(r, data))
+    return records
+
+
+def worth(loss, before, random, curve):
+    """
+    What a start at this loss spares: the steps that random initialisation, a Result with its curve,
+    needs to it, and after how many such descendants the FLOPs spent `before` are paid back.
+    """
+    steps, last = steps_to(curve, loss), curve[-1][0]
+    if steps == 0:
+        return {'steps random needs': '0', 'pays after': 'never'}
+    if not last:  # it was not trained
+        return {}
+    few = math.ceil(before * last / (random.flops * (steps or last)))
+    if steps is None:
+        return {'steps random needs': f'more than {last:,}', 'pays after': f'at most {few:,}'}
+    return {'steps random needs': f'{steps:,}', 'pays after': f'{few:,}'}
+
+
+def speed_up(curve, random):
+    """
+    How many times fewer steps a start needs to the last loss of random initialisation (Figures 4
+    and 7 to 9). curve, random: [(step, validation loss)] of both.
+    """
+    loss = random[-1][1]
+    own, steps = steps_to(curve, loss), steps_to(random, loss)
+    if own is None:
+        return 'never there'
+    return f'{steps / own:.2f}x' if own else 'there at step 0'
+
+
+def steps_to(curve, loss):
+    """The first step of a curve, [(step, loss)], at which it is at most `loss`, or None."""
+    return next((step for step, value in curve if value <= loss), None)
