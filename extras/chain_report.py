@@ -7,7 +7,7 @@ import math
 
 from data.instruct import Examples
 from engine.metrics import read_metrics
-from engine.report import by_label, format_si, validation_curve
+from engine.report import by_label, format_si, steps_to_loss, validation_curve
 from extras.bridge import answer_scores
 from extras.diagnostics import loss_variance
 from model import load
@@ -94,13 +94,13 @@ def worth(loss, before, random, curve):
 def speed_up(curve, random):
     """
     How many times fewer steps a start needs to the last loss of random initialisation (Figures 4
-    and 7 to 9). curve, random: [(step, validation loss)] of both.
+    and 7 to 9), read between evaluations. curve, random: [(step, validation loss)] of both.
     """
     loss = random[-1][1]
-    own, steps = steps_to(curve, loss), steps_to(random, loss)
-    if own is None:
-        return 'never there'
-    return f'{steps / own:.2f}x' if own else 'there at step 0'
+    if curve[0][1] <= loss:
+        return 'there at step 0'
+    own, steps = steps_to_loss(curve, loss), steps_to_loss(random, loss)
+    return f'{steps / own:.1f}x' if own else 'never there'
 
 
 def steps_to(curve, loss):

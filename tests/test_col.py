@@ -294,7 +294,8 @@ def test_what_a_chain_spares():
 
 def test_the_speed_up_counts_steps_to_the_last_loss_of_random_initialisation():
     random = [(0, 6.0), (100, 3.0), (300, 2.5)]
-    assert speed_up([(0, 4.0), (100, 2.4), (300, 2.0)], random) == '3.00x'
+    assert speed_up([(0, 4.0), (100, 2.5), (300, 2.0)], random) == '3.0x'
+    assert speed_up([(0, 3.5), (100, 1.5), (300, 1.0)], random) == '6.0x'  # between evaluations
     assert speed_up([(0, 2.5), (100, 2.4)], random) == 'there at step 0'
     assert speed_up([(0, 4.0), (300, 2.6)], random) == 'never there'
 
