@@ -379,7 +379,11 @@ class ChainOfLearngene:
             teachers = {size: (teacher, 1.0)}
             if self.direct and size == self.chain[-1] and i:
                 top, X = chain['ancestor'], configs[size].num_params(head=True)
-                equal = (3 * X + teacher.params) / (3 * X + top.params)  # tokens at the same FLOPs
+                step, direct = (
+                    6 * X + 2 * t.params + self.answer_flops(self.distillation, X, t.params)
+                    for t in (teacher, top)
+                )
+                equal = step / direct  # tokens at the same FLOPs
                 teachers |= {f'{size}-direct': (top, 1.0), f'{size}-direct-flops': (top, equal)}
             for name, (t, share) in teachers.items():  # from one start: else that is compared
                 stage = self.student(name, configs[size], teacher, start)
@@ -461,6 +465,15 @@ class ChainOfLearngene:
             stage.model = lambda: subset(load(teacher.folder), config)
         return stage
 
+    def answer_flops(self, distillation, X, X_teacher):
+        """
+        FLOPs of on-policy distillation for each token of text: as many tokens of answers, at most,
+        are learned from, and both models draw them once for all inner epochs.
+        """
+        if distillation != 'minillm':
+            return 0.0
+        return 6 * X + 2 * (X + X_teacher) / self.inner_epochs
+
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
         from extras.bridge import answer_scores, pseudo_answers
@@ -473,9 +486,14 @@ class ChainOfLearngene:
             if not run.dry_run:
                 name, n = out / f'{stage.name}-data', self.bridge_answers
                 use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
+                n = n or len(Examples(self.sft_data, run.data_dir, 'train'))
+                length = min(run.block_size, stage.config.block_size)
+                stage.also_spent += 2 * teacher.params * n * length  # of answers at full length
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
+            stage.teacher_params = teacher.params
+            stage.more_flops = self.answer_flops(distillation, stage.params, teacher.params)
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
                 samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples

@@ -54,6 +54,7 @@ class Stage:
     teaching: dict = field(default_factory=dict)  # what the objective is, as data
     teacher_params: float = 0.0  # of a teacher that are used, at 2 FLOPs each a token; ...
     taught_until: float | None = None  # ... until this step (below 1: share of all); None: the end
+    more_flops: float = 0.0  # a token, beside 6 X and the teacher's: on answers that are drawn
     whole_batch: bool = False  # the objective is of a batch as a whole, not a mean over sequences
     tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
@@ -84,7 +85,7 @@ class Stage:
         taught = progress.step
         if self.taught_until is not None:
             taught = min(taught, math.ceil(progress.step_of(self.taught_until)))
-        trained = 6.0 * self.params * progress.step
+        trained = (6.0 * self.params + self.more_flops) * progress.step
         return step_tokens * (trained + 2.0 * self.teacher_params * taught)
 
     @property

@@ -316,6 +316,18 @@ def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):
     assert direct.teacher_params > stepwise.teacher_params > 0  # whose passes count
 
 
+def test_on_policy_distillation_costs_the_answers_too(data_dir, tmp_path):
+    more = [*ON_POLICY, '--direct=True', '--chain=32x3,16x2', '--descendants=32x2']
+    run, method, _ = train.configure(arguments(data_dir, tmp_path, *more), train.Run, train.METHODS)
+    run.dry_run = True
+    planned = {p.stage.name: p for p in train.plan(run, method)}
+    stage, result = planned['16x2'].stage, planned['16x2'].result
+    X, X_teacher = stage.params, planned['32x3'].stage.params
+    text, answers, drawing = 6 * X, 6 * X + 2 * X_teacher, 2 * (X + X_teacher) / 2  # 2 epochs
+    assert result.flops == pytest.approx((text + answers + drawing) * 640)
+    assert planned['16x2-direct-flops'].result.flops == pytest.approx(result.flops)
+
+
 def test_descendants_without_recovery_are_what_they_start_from(data_dir, tmp_path):
     """Zero recovery tokens (Figure 3): LInit's weights, evaluated and saved, at no cost."""
     more = ['--chain=32x3,16x2', '--descendants=32x2', '--baselines=single,random']
