@@ -55,7 +55,7 @@ from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.plan import all_params
 from engine.progress import progress_bar
-from engine.report import format_count, table
+from engine.report import format_bytes, format_count, table
 from engine.rows import FolderReader, write_model
 from engine.stage import Origin, Result, Stage
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
@@ -629,18 +629,39 @@ class Interpolation:
     target: str = ''  # folder to be made; of several sizes, a folder of folders
     to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
     params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
+    memory: tuple[Positive, ...] = ()  # ... about so many bytes of weights, as they are saved
+    latency: tuple[Positive, ...] = ()  # ... about so many seconds a token here, as is measured
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
     depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
     save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
     data: str = ''  # corpus whose validation loss they have, untrained, beside their neighbours
     data_dir: str = 'data'  # where it is
     eval_tokens: Natural = 65536  # validation tokens; 0: the whole split
-    device: str = 'auto'  # for the losses: cuda, mps or cpu
+    device: str = 'auto'  # for losses and latency: cuda, mps or cpu
 
-    @property
-    def sizes(self):
-        """{name: size or number of parameters}."""
-        return {to: to for to in self.to} | {format_count(n): n for n in self.params}
+
+def sizes_of(options, folders):
+    """{name: size or number of parameters} that the options ask for. Raises UserError."""
+    sizes = [(to, to) for to in options.to] + [(format_count(n), n) for n in options.params]
+    if options.memory or options.latency:
+        shapes = {name: read_config(folder) for name, folder in folders.items()}
+        name = min(shapes, key=lambda name: all_params(shapes[name]))
+        dtype = getattr(torch, options.save_dtype, None) or dtype_in(folders[name], shapes[name])
+        sizes += [(format_bytes(n), n / dtype.itemsize) for n in options.memory]
+        for seconds in options.latency:
+            from extras.latency import params_of_latency
+
+            device = choose_device(options.device)
+            sizes.append((f'{seconds:g}s', params_of_latency(shapes, seconds, device, dtype)))
+    if len(dict(sizes)) < len(sizes):
+        raise UserError('two of the sizes have the same name: give them one at a time')
+    return dict(sizes)
+
+
+def dtype_in(folder, config):
+    """The dtype of the weights in a model folder."""
+    with FolderReader(folder, config, shapes_of(config)) as tensors:
+        return tensors['wte.weight'][:1].dtype
 
 
 def chain_folders(folder):
@@ -690,14 +711,14 @@ def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
     argv = with_positionals(argv, 'chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
-    if not (options.chain and options.target and options.sizes):
+    sizes = options.to or options.params or options.memory or options.latency
+    if not (options.chain and options.target and sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
-    if len(options.sizes) < len(options.to) + len(options.params):
-        raise UserError('two of the sizes have the same name: give them one at a time')
     if options.data:  # before anything is made
         verify_corpus(options.data, options.data_dir)
     folders, compared = chain_folders(options.chain), {}
-    wanted = {name: place_between(folders, size) for name, size in options.sizes.items()}
+    sizes = sizes_of(options, folders)
+    wanted = {name: place_between(folders, size) for name, size in sizes.items()}
     for name, (small, large, config) in wanted.items():
         folder = Path(options.target)
         if len(wanted) > 1:

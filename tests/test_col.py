@@ -21,7 +21,8 @@ from engine.loss import evaluate
 from engine.stage import Result
 from expand import grow
 from extras.chain_report import speed_up, worth
-from model import GPT, GPTConfig, load
+from extras.latency import seconds_a_token
+from model import GPT, GPTConfig, load, read_config
 
 FAMILIES = {  # small shapes of the chains' architectures
     'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True),
@@ -429,8 +430,24 @@ def test_a_size_is_made_by_its_number_of_parameters(tmp_path):
     params = 0.995 * wanted.num_params(embedding=True, head=True)
     col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), f'--params={params}'])
     assert load(tmp_path / 'made').config == wanted
+    col.main([str(tmp_path / 'chain'), str(tmp_path / 'same'), f'--memory={8 * params}'])  # float64
+    assert load(tmp_path / 'same').config == wanted
     with pytest.raises(UserError, match='--to=SIZE,... or --params=NUMBER,...'):
         col.main([str(tmp_path / 'chain'), str(tmp_path / 'other')])
+
+
+def test_a_size_is_found_by_what_a_token_may_take(tmp_path):
+    """Measured here: with no time it is the smallest of the chain, with all time the largest."""
+    chain, ends = tmp_path / 'chain', []
+    for name, heads, layers in (('a', 2, 2), ('b', 2, 40)):
+        shaped('llama', heads, layers).float().save(chain / name)
+    for seconds in (1e-9, 1e9):
+        col.main([str(chain), str(tmp_path / f'{seconds:g}'), f'--latency={seconds}'])
+        ends.append(load(tmp_path / f'{seconds:g}').config.n_layer)
+    assert ends == [2, 40]
+    config, deep = (read_config(chain / name) for name in ('a', 'b'))
+    device = torch.device('cpu')
+    assert seconds_a_token(deep, device) > 3 * seconds_a_token(config, device)
 
 
 def test_several_sizes_at_once_with_their_losses_beside_their_neighbours(
