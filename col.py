@@ -417,8 +417,8 @@ class ChainOfLearngene:
 
     def ancestors(self, run, config):
         """Train, open or bridge the ancestor, and fine-tune it: its Result."""
-        if self.ancestor and not (run.toy or run.dry_run):
-            result = given_ancestor(self.ancestor)
+        if self.ancestor and not run.toy:
+            result = given_ancestor(self.ancestor, config if run.dry_run else None)
         else:
             X = config.num_params(head=True)
             result = yield Stage('ancestor', config, self.ancestor_tokens, X)
@@ -517,8 +517,8 @@ class ChainOfLearngene:
     def configs(self, run):
         """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
         self.check(run)
-        if run.toy or run.dry_run:
-            self.shrink(run)
+        if run.toy:
+            self.shrink()
         configs = {'ancestor': run.model_config(self.ancestor_size)}
         configs |= {size: run.model_config(size) for size in self.chain}
         if not (run.toy or run.dry_run):
@@ -553,13 +553,12 @@ class ChainOfLearngene:
             n = f'{len(self.public)} checkpoints for a chain of {len(self.chain)}'
             raise UserError(f'public has {n}')
 
-    def shrink(self, run):
-        """What a plan or a toy does without: downloads, and for a toy most descendants."""
+    def shrink(self):
+        """What a toy does without: downloads, and most descendants."""
         if self.start == 'public':
             self.start = 'random'
-        if run.toy:
-            self.descendants = self.descendants[:1]
-            self.score_examples = min(4, self.score_examples)
+        self.descendants = self.descendants[:1]
+        self.score_examples = min(4, self.score_examples)
 
     toy_corpora = dict(sft_data='signatures', downstream=('signatures',))
 
@@ -597,13 +596,17 @@ def use_set(stage, data):
         stage.knobs |= dict(data_dir=str(path.parent))
 
 
-def given_ancestor(name):
-    """The Result of an ancestor that exists; a public one's cost is not known."""
+def given_ancestor(name, config=None):
+    """
+    The Result of an ancestor that exists; a public one's cost is not known. config: of one that is
+    planned with, and need not be here.
+    """
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
-    model = load(name)
-    result = Result.given('ancestor', model_folder(name), model.num_params())
-    result.params = model.num_params(head=True)  # what it costs as a teacher is known
+    folder = name if config else model_folder(name)
+    shape = config or load(name).config
+    result = Result.given('ancestor', folder, shape.num_params())
+    result.params = shape.num_params(head=True)  # what it costs as a teacher is known
     return result
 
 

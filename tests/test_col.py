@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import train_tokenizer, write_corpus
+from conftest import ROOT, train_tokenizer, write_corpus
 from test_train import metrics
 
 import col
@@ -315,6 +315,17 @@ def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):
     teachers = stepwise.teaching['teacher'], direct.teaching['teacher']
     assert teachers == ('32x3', 'ancestor')
     assert direct.teacher_params > stepwise.teacher_params > 0  # whose passes count
+
+
+def test_a_plan_of_a_public_chain_has_its_checkpoints_and_their_fine_tuning():
+    preset = str(ROOT / 'config' / 'col_gpt2.py')
+    run, method, _ = train.configure([preset, '--dry_run=True'], train.Run, train.METHODS)
+    stages = {planned.stage.name: planned.stage for planned in train.plan(run, method)}
+    assert 'ancestor' not in stages  # it is given
+    for size in ('gpt2-large', 'gpt2-medium', 'gpt2'):
+        assert stages[f'{size}-sft'].origin.models == (f'openai-community/{size}',)
+        assert stages[size].origin.models == (f'{size}-sft',)
+    assert stages['gpt2-large'].teacher_params == stages['ancestor-sft'].params
 
 
 def test_on_policy_distillation_costs_the_answers_too(data_dir, tmp_path):
