@@ -329,7 +329,7 @@ class ChainOfLearngene:
     """Chain-of-Learngene: an ancestor, a chain distilled step by step, descendants in between."""
 
     ancestor: str = ''  # model folder or hub name; empty: train one of ancestor_size first
-    ancestor_size: str = '64x6'  # its size, if it is trained here
+    ancestor_size: str = '64x6'  # its size, if it is trained here, or not here yet for a plan
     ancestor_tokens: Positive = 1.5e6  # training tokens of that
     bridge: str = ''  # ancestor of any architecture and vocabulary: it answers, `ancestor` learns
     bridge_answers: Natural = 0  # how many of sft_data's prompts it answers; 0: all
@@ -379,11 +379,8 @@ class ChainOfLearngene:
             teachers = {size: (teacher, 1.0)}
             if self.direct and size == self.chain[-1] and i:
                 top, X = chain['ancestor'], configs[size].num_params(head=True)
-                step, direct = (
-                    6 * X + 2 * t.params + self.answer_flops(self.distillation, X, t.params)
-                    for t in (teacher, top)
-                )
-                equal = step / direct  # tokens at the same FLOPs
+                costs = [self.token_flops(self.distillation, X, t.params) for t in (teacher, top)]
+                equal = costs[0] / costs[1]  # tokens at the same FLOPs
                 teachers |= {f'{size}-direct': (top, 1.0), f'{size}-direct-flops': (top, equal)}
             for name, (t, share) in teachers.items():  # from one start: else that is compared
                 stage = self.student(name, configs[size], teacher, start)
@@ -418,7 +415,7 @@ class ChainOfLearngene:
     def ancestors(self, run, config):
         """Train, open or bridge the ancestor, and fine-tune it: its Result."""
         if self.ancestor and not run.toy:
-            result = given_ancestor(self.ancestor, config if run.dry_run else None)
+            result = given_ancestor(self.ancestor, config, run.dry_run)
         else:
             X = config.num_params(head=True)
             result = yield Stage('ancestor', config, self.ancestor_tokens, X)
@@ -443,10 +440,8 @@ class ChainOfLearngene:
             knobs['learning_rate'] = self.sft_learning_rate
         stage = Stage(name, config, 0.0, config.num_params(head=True), knobs=knobs)
         use_set(stage, data)
-        n = 15_000  # examples, for a plan
-        if not run.dry_run:
-            data_dir = stage.knobs.get('data_dir', run.data_dir)
-            n = len(Examples(Path(data).name, data_dir, 'train'))
+        data_dir = stage.knobs.get('data_dir', run.data_dir)
+        n = examples_in(Path(data).name, run, data_dir)
         length = min(run.block_size, config.block_size)
         stage.tokens = (epochs or self.sft_epochs) * n * length
         stage.origin = Origin('weights', (start.name,), dict(tuned_on=Path(data).name))
@@ -465,14 +460,17 @@ class ChainOfLearngene:
             stage.model = lambda: subset(load(teacher.folder), config)
         return stage
 
-    def answer_flops(self, distillation, X, X_teacher):
+    def token_flops(self, distillation, X, X_teacher):
         """
-        FLOPs of on-policy distillation for each token of text: as many tokens of answers, at most,
+        FLOPs of a distillation for each token of text. On-policy, about as many tokens of answers
         are learned from, and both models draw them once for all inner epochs.
         """
-        if distillation != 'minillm':
-            return 0.0
-        return 6 * X + 2 * (X + X_teacher) / self.inner_epochs
+        if distillation == 'seqkd':  # the teacher has answered before
+            return 6 * X
+        flops = 6 * X + 2 * X_teacher
+        if distillation == 'minillm':
+            flops += 6 * X + 2 * (X + X_teacher) / self.inner_epochs
+        return flops
 
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
@@ -486,14 +484,16 @@ class ChainOfLearngene:
             if not run.dry_run:
                 name, n = out / f'{stage.name}-data', self.bridge_answers
                 use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
-                n = n or len(Examples(self.sft_data, run.data_dir, 'train'))
-                length = min(run.block_size, stage.config.block_size)
-                stage.also_spent += 2 * teacher.params * n * length  # of answers at full length
+            asked = examples_in(self.sft_data, run)
+            asked = min(self.bridge_answers or asked, asked)
+            length = min(run.block_size, stage.config.block_size)
+            stage.also_spent += 2 * teacher.params * asked * length  # of answers at full length
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
             stage.teacher_params = teacher.params
-            stage.more_flops = self.answer_flops(distillation, stage.params, teacher.params)
+            own, theirs = stage.params, teacher.params
+            stage.more_flops = self.token_flops(distillation, own, theirs) - 6 * own - 2 * theirs
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
                 samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples
@@ -521,20 +521,21 @@ class ChainOfLearngene:
             self.shrink()
         configs = {'ancestor': run.model_config(self.ancestor_size)}
         configs |= {size: run.model_config(size) for size in self.chain}
-        if not (run.toy or run.dry_run):
-            if self.ancestor:
-                configs['ancestor'] = load(self.ancestor).config
-            if self.start == 'public':
-                for size, folder in zip(self.chain, self.public):
-                    configs[size] = load(folder).config
+        given = {'ancestor': self.ancestor} if self.ancestor and not run.toy else {}
+        if self.start == 'public':
+            given |= dict(zip(self.chain, self.public))
+        for name, model in given.items():
+            if not run.dry_run or Path(model).is_dir():  # else a plan has the size that is named
+                configs[name] = read_config(model_folder(model))
         if self.start == 'subset':
             for above, below in zip(('ancestor', *self.chain), self.chain):
                 check_between(configs[below], configs[above], configs[below])
         shapes = dict(configs)
         for size in self.descendants:
             small, _, configs[size] = between(shapes, run.model_config(size))
-            if 'single' in self.baselines and not fits(shapes[small], configs[size]):
-                raise UserError(f'{size} lies below the chain: there is no baseline single')
+            below = not fits(shapes[small], configs[size])
+            if below and ('single' in self.baselines or self.alphas):
+                raise UserError(f'{size} lies below the chain: it has no baseline single, no alpha')
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
@@ -587,6 +588,11 @@ def batch_of(sequences):
     return dict(batch_size=sequences, batch_tokens=0) if sequences else {}
 
 
+def examples_in(data, run, data_dir=''):
+    """How many examples a supervised set has to train on; for a plan as many as Dolly."""
+    return 15_000 if run.dry_run else len(Examples(data, data_dir or run.data_dir, 'train'))
+
+
 def use_set(stage, data):
     """Let a stage read a supervised set: a prepared one's name, or its folder elsewhere."""
     path = Path(data)
@@ -596,17 +602,15 @@ def use_set(stage, data):
         stage.knobs |= dict(data_dir=str(path.parent))
 
 
-def given_ancestor(name, config=None):
+def given_ancestor(name, config, planned):
     """
-    The Result of an ancestor that exists; a public one's cost is not known. config: of one that is
-    planned with, and need not be here.
+    The Result of an ancestor that exists; a public one's cost is not known. One that is planned
+    with need not be here.
     """
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
-    folder = name if config else model_folder(name)
-    shape = config or load(name).config
-    result = Result.given('ancestor', folder, shape.num_params())
-    result.params = shape.num_params(head=True)  # what it costs as a teacher is known
+    result = Result.given('ancestor', name if planned else model_folder(name), config.num_params())
+    result.params = config.num_params(head=True)  # what it costs as a teacher is known
     return result
 
 
@@ -716,7 +720,8 @@ def main(argv):
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
     sizes = options.to or options.params or options.memory or options.latency
     if not (options.chain and options.target and sizes):
-        raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
+        ways = '--to=SIZE,... or --params=NUMBER,... (or --memory, --latency)'
+        raise UserError(f'usage: col.py CHAIN TARGET {ways}')
     if options.data:  # before anything is made
         verify_corpus(options.data, options.data_dir)
     folders, compared = chain_folders(options.chain), {}
@@ -729,7 +734,8 @@ def main(argv):
         with new_folder(folder) as unfinished:
             interpolate(options, folders[small], folders[large], config, unfinished)
         n = format_count(config.num_params())
-        print(f'{folder}: {n} parameters (N), between {small} and {large}')
+        where = f'between {small} and {large}' if small != large else f'of {small}'
+        print(f'{folder}: {n} parameters (N), {where}')
         compared |= {small: folders[small], large: folders[large], name: folder}
     if options.data:
         print(f'\n{table(losses_at_step_0(compared, options))}')

@@ -522,13 +522,12 @@ class Progressive:
         if self.width == 'random' or self.tokens and not self.scratch_tokens:
             baseline = [0.0] * len(X)  # nothing is saved, or there is nothing to compare with
 
+        unique = dict(unique=run.unique_tokens) if run.unique_tokens else {}
         smaller = member = None  # what the next size grows from, and the finished model
         for i, config in enumerate(configs):
             name = self.name(i)
             stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
-            stage.knobs, stage.labels = self.knobs_of(i), dict(size=name)
-            if run.unique_tokens:
-                stage.labels['unique'] = run.unique_tokens
+            stage.knobs, stage.labels = self.knobs_of(i), dict(size=name) | unique
             stage.knobs['keep_optimizer'] = self.optimizer == 'grown' or run.keep_optimizer
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
@@ -544,20 +543,20 @@ class Progressive:
             smaller = member = yield stage
 
         if self.compare == 'independent':
-            for i, stage in enumerate(self.independents(configs, X, scratch)):
+            for i, stage in enumerate(self.independents(configs, X, scratch, unique)):
                 same = stage.knobs == self.knobs_of(i) and tokens[i] == scratch[i]
                 if i or not same:  # else the smallest is one model in both
                     stage.baseline_flops = baseline[i]
                     yield stage
 
-    def independents(self, configs, params, scratch_tokens):
-        """A stage per size, from scratch."""
+    def independents(self, configs, params, scratch_tokens, labels=None):
+        """A stage per size, from scratch; labels: more that all of them have."""
         for i, config in enumerate(configs):
             stage = Stage(f'independent-{self.name(i)}', config, scratch_tokens[i], params[i])
             stage.knobs = self.knobs_of(i)
             if self.independent_learning_rates:
                 stage.knobs['learning_rate'] = self.independent_learning_rates[i]
-            stage.labels = dict(size=self.name(i), independent=True)
+            stage.labels = dict(size=self.name(i), independent=True) | (labels or {})
             yield stage
 
     def summary(self, results):
@@ -639,19 +638,35 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
 
 
 def data_panel(results):
-    """Which part of the data each model has read, itself or before it grew (Figure 3)."""
+    """
+    Which part of the data each model has read, itself or before it grew or branched off (Figure 3).
+    Beyond the tokens of --unique_tokens, if it is set, the data are read again.
+    """
     panel = Panel('position in the order of the data (tokens)', '')
     panel.rows = tuple(r.name for r in results)
-    parts = ('read by smaller ones', 'C7'), ('read for the first time', 'C0'), ('read again', 'C1')
+    parts = ('read before', 'C7'), ('read for the first time', 'C0'), ('read again', 'C1')
     for i, r in enumerate(results):
         start, unique = r.position - r.tokens, r.labels.get('unique') or math.inf
         first = min(start, unique), min(r.position, unique)
-        spans = [(0, first[0]), first, (max(0, start - unique), max(0, r.position - unique))]
-        for (begin, end), (label, color) in zip(spans, parts):
+        spans = [(0, first[0]), first, *read_again(max(start, unique), r.position, unique)]
+        labels = [*parts, parts[-1]]
+        for (begin, end), (label, color) in zip(spans, labels):
             if begin < end:
                 label = '' if label in [line.label for line in panel.lines] else label
                 panel.lines.append(Line([begin, end], [-i, -i], label, '-', color, width=8))
     return panel
+
+
+def read_again(start, end, unique):
+    """The parts of `unique` tokens that positions from `start` on, in later epochs, come to."""
+    if start >= end:
+        return []
+    begin = start % unique
+    if end - start >= unique:
+        return [(0, unique)]
+    if begin + end - start <= unique:
+        return [(begin, begin + end - start)]
+    return [(0, begin + end - start - unique), (begin, unique)]
 
 
 def equal_loss(member, alone):

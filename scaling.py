@@ -109,8 +109,8 @@ def joint(p, x):
 
 def two_sizes(p, x):
     """
-    L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta   (Eq. 9 with E = 0: two sizes cannot
-    tell the floor of each apart from E)
+    L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta   (Eq. 9 with E = 0: of two sizes B
+    and beta give each its floor)
     """
     return reuse(p, x), p.logB - p.beta * x.N
 
@@ -197,7 +197,7 @@ class Fit(NamedTuple):
     seen: dict  # {N, D1, D2: (least, largest) of the points}
     growth: float | None = None  # N of the model that is trained / of its base; None: not known
     extrapolation: float | None = None  # the same error at the tenth of the cells of lowest loss
-    base_left_out: float | None = None  # ... at bases (N, D1) left out, all second stages of each
+    base_left_out: float | None = None  # at bases (N, D1) left out whole; None: there is one base
 
     def losses(self, N, D1, D2):
         """
@@ -280,7 +280,8 @@ def fit(law, data, bootstrap=200, seed=0):
     """
     Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
     `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
-    their seed alone say nothing about how well the law predicts. A few of the solutions, good and
+    their seed alone say nothing about how well the law predicts. Left out are also whole bases, and
+    the tenth of the cells with the lowest losses. A few of the solutions, good and
     bad, start the fits with a cell left out; the best starts the resampled ones. Raises UserError.
     """
     check_points(law, data)
@@ -297,6 +298,7 @@ def fit(law, data, bootstrap=200, seed=0):
     held_out = torch.cat([in_cell, in_base, lowest_of(in_cell, target)])
     others = solve(shape, data, 1 - held_out, candidates)[0][:, 0]
     errors = log_loss(shape, others, x) - target
+    of_bases = errors[len(in_cell) : -1][in_base > 0]
     samples = theta
     if bootstrap:
         counts = resampled(len(in_cell), bootstrap, seed) @ in_cell
@@ -312,7 +314,7 @@ def fit(law, data, bootstrap=200, seed=0):
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
         growth=growth_of(data),
         extrapolation=root_mean_square(errors[-1][held_out[-1] > 0]),
-        base_left_out=root_mean_square(errors[len(in_cell) : -1][in_base > 0]),
+        base_left_out=root_mean_square(of_bases) if len(in_base) > 1 else None,
     )
 
 
@@ -402,7 +404,7 @@ def read_results(path):
     rows = [row for row in rows if row and not row[0].lstrip().startswith('#')]
     head = [name.strip() for name in rows[0]] if rows else []
     for name in head:
-        if head.count(name) > 1:
+        if name and head.count(name) > 1:
             raise UserError(f'{path} has {head.count(name)} columns {name!r}')
     missing = [name for name in COLUMNS if name not in head]
     if missing:
@@ -533,7 +535,8 @@ def error_tables(found):
         records = []
         for law in LAWS:
             fits = {method: laws[law] for method, laws in found.items() if law in laws}
-            errors = {m: f'{1e3 * getattr(fitted, field):.3f}' for m, fitted in fits.items()}
+            found_errors = {method: getattr(fitted, field) for method, fitted in fits.items()}
+            errors = {m: f'{1e3 * e:.3f}' for m, e in found_errors.items() if e is not None}
             records += [{f'{title}, RMS x 1e-3': law} | errors] if errors else []
         tables.append(records)
     return tables

@@ -403,7 +403,7 @@ CPU_DAYS = 60  # that a run on a CPU may take
 def for_planning(run, method):
     """The knobs with which a plan opens no model, and a method that it may change."""
     method = copy.deepcopy(method)
-    for knob in ('reference', 'base_model'):  # their shapes are read where they are on this disk
+    for knob in ('reference', 'base_model', 'ancestor'):  # shapes are read where they are
         if getattr(method, knob, '') and not run.toy:
             setattr(method, knob, str(model_folder(getattr(method, knob))))
     return replace(run, dry_run=True), method

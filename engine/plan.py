@@ -98,16 +98,16 @@ def check_memory(name, config, knobs, hardware):
 
 def host_memory(stage, weights):
     """
-    Bytes in a host's memory while a stage's model is made and moved to a GPU: the largest tensor if
-    it is made one at a time, else the model and what it is made from; and AdamW's two moments, if
-    they are carried. weights: {stage: bytes}.
+    Bytes in a host's memory while a stage's model is made and moved to a GPU: twice the largest
+    tensor (its pieces, and what they are joined to) if it is made one at a time, else the model and
+    what it is made from; and AdamW's two moments, if they are carried. weights: {stage: bytes}.
     """
     whole = weights[stage.name] + (weights.get(stage.parent.name, 0) if stage.parent else 0)
     needed = 2 * whole if stage.optimizer_state else 0
     if stage.tensors:
         config = stage.config
         rows = max(config.vocab_size, config.n_mlp, config.n_head * config.head_dim)
-        return max(needed, 4 * rows * config.n_embd)
+        return max(needed, 8 * rows * config.n_embd)
     return max(needed, whole)
 
 

@@ -81,7 +81,7 @@ class Stage:
         return sum(self.before.values(), 0.0)
 
     def flops(self, progress, step_tokens):
-        """FLOPs of the steps until `progress`, a teacher's forward passes included."""
+        """FLOPs of the steps until `progress`, a teacher's passes and `more_flops` included."""
         taught = progress.step
         if self.taught_until is not None:
             taught = min(taught, math.ceil(progress.step_of(self.taught_until)))
@@ -126,7 +126,7 @@ class Result:
     n_params: int  # N: parameters without embeddings and head
     params: float  # X in FLOPs = 6 X T
     tokens: int  # T: tokens trained on in this stage
-    flops: float  # 6 X T of this stage, and a teacher's forward passes
+    flops: float  # 6 X T of this stage, a teacher's forward passes, and what answers cost
     inherited_flops: float  # ... of all its ancestors, and also_spent
     baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
     val_loss: float  # nats per token on the validation split

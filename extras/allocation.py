@@ -34,20 +34,29 @@ class Allocation(Progressive):
 
     def stages(self, run):
         """For every seed: each size alone, and grown from every length of the trunk before it."""
+        self.check_knobs(run)
         if run.toy:
-            self.sizes, self.grid = self.sizes[:3], self.grid[-2:]
+            self.grid, self.seeds = self.grid[-2:], 1
         configs = self.configs(run)
         X = [config.num_params(head=True) for config in configs]
         self.check(configs, X)
-        if self.tokens or self.shares or self.params or self.compare or self.batch_sizes:
-            names = 'tokens, shares, params, compare and batch_sizes'
-            raise UserError(f'allocation sets {names} itself: leave them out')
-        if run.schedule != 'wsd' or run.warmup < 1 or self.optimizer != 'grown':
-            raise UserError("allocation needs schedule='wsd', optimizer='grown', a warmup in steps")
         self.budgets = X, self.scratch_tokens or [self.tokens_per_param * x for x in X]
         self.kept = 1 - run.decay_fraction
         for seed in range(self.seeds):
             yield from self.of_seed(run, configs, seed)
+
+    def check_knobs(self, run):
+        """Raise UserError for knobs of a family that an allocation does not look at."""
+        unused = ('tokens', 'shares', 'params', 'compare', 'batch_sizes', 'taught', 'last_schedule')
+        unused = [name for name in unused if getattr(self, name)]
+        if unused:
+            raise UserError(f'allocation has no use for {unused[0]}: leave it out')
+        if self.width == 'random':
+            raise UserError('allocation compares with random initialisation anyway: another width')
+        if run.schedule != 'wsd' or run.warmup < 1 or self.optimizer != 'grown':
+            raise UserError("allocation needs schedule='wsd', optimizer='grown', a warmup in steps")
+        if not self.grid or max(self.grid) > 1:
+            raise UserError(f'grid={self.grid}: shares of the tokens alone, at most 1')
 
     def of_seed(self, run, configs, seed):
         """The members of one seed."""
@@ -80,7 +89,7 @@ class Allocation(Progressive):
             trunks = grown  # of the longest
 
     def summary(self, results):
-        """Write results.csv, fit the laws, and return them and the allocation."""
+        """Write results.csv, fit the laws, and return them and the allocation by Eq. 6."""
         out = Path(results[0].folder).parent
         members = [r for r in results if 'D2' in r.labels]
         alone = {}
@@ -93,14 +102,15 @@ class Allocation(Progressive):
         except UserError as error:
             return [f'no fit: {error}']
         write_fits(fits, blocks, out)
-        return [*blocks, *self.allocation([fits[size] for size in alone if size in fits], alone)]
+        laws = [fits[size] for size in list(alone)[1:] if size in fits]
+        if len(laws) < len(alone) - 1 or any(law.law != 'multiplicative' for law in laws):
+            return [*blocks, 'no allocation: Eq. 6 could not be fitted to every size']
+        return [*blocks, *self.allocation(laws, alone)]
 
     def allocation(self, fits, alone):
         """Blocks: tokens of each size in the cheapest family, and what it costs."""
         X, scratch = self.budgets
         targets, reach = list(alone.values()), (min(self.grid), max(self.grid))
-        if len(fits) < len(X) - 1:
-            return ['no allocation: the law of a size could not be fitted']
         family = Family(X, scratch, targets, self.kept, reach)
         drawn = [family.cheapest(fits, sample) for sample in range(1 + len(fits[0].samples))]
         best, *others = drawn
@@ -114,12 +124,15 @@ class Allocation(Progressive):
             record['90% interval'] = between_90([tokens[i] / scratch[i] for tokens in others])
             records.append(record | {'loss alone': target})
         cost = between_90([family.cost(tokens) for tokens in others])
-        shares = ','.join(f'{record["share"]:.2f}' for record in records)
+        shares = [f'{math.ceil(100 * record["share"]) / 100:g}' for record in records]
         words = (
-            f'the cheapest family with no member worse costs {family.cost(best):.2f} of training '
-            f'every size alone (90% interval of the laws {cost}, with the losses alone taken as '
-            f'they are); there is one in {len(others) / max(1, len(drawn) - 1):.0%} of the '
-            f'resampled laws\n--schedule=wsd --optimizer=grown --shares={shares}'
+            f'by these laws the cheapest family with no member worse costs {family.cost(best):.2f} '
+            f'of training every size alone (90% interval {cost}); there is one in '
+            f'{len(others) / max(1, len(drawn) - 1):.0%} of the resampled laws. Not in the '
+            'interval: that the losses alone vary, and that a member is taken to depend on the '
+            'size before it alone.\n'
+            f'progressive: --schedule=wsd --optimizer=grown --shares={",".join(shares)}\n'
+            f'frontier: --law_shares={",".join(shares[:-1])}'
         )
         return [records, words]
 
@@ -143,9 +156,10 @@ class Family:
         """
         The tokens of each size in the cheapest family with L_i(D1, D2) at most the target of every
         size i, D1 = kept T_(i-1) and D2 = T_i; None where no family is. The smallest size has its
-        tokens alone. Since a member depends on the size before it alone, the best way to every T_i
-        goes through a best way to some T_(i-1): dynamic programming. fits: a law of every size but
-        the smallest; sample: 0 for their parameters, k for their bootstrap sample k.
+        tokens alone. A member is taken to depend on the size before it alone, though that was
+        trained on a longest trunk when the law was measured; then the best way to every T_i goes
+        through a best way to some T_(i-1): dynamic programming. fits: a law of every size but the
+        smallest; sample: 0 for their parameters, k for their bootstrap sample k.
         """
         tokens = torch.tensor([self.scratch[0]], dtype=torch.float64)
         spent, ways = self.params[0] * tokens, [(tokens, None)]

@@ -55,7 +55,7 @@ def recoveries(results, on_answers):
             if start != 'seqkd' and not (start == 'kd' and on_answers):
                 record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
                 record['after recovery'] = r.val_loss
-                if 'random' in curves and start != 'random':
+                if 'random' in curves and start != 'random' and curve[0][0] == 0 < len(curve) - 1:
                     record['speed-up'] = speed_up(curve, curves['random'])
             record['FLOPs before'] = format_si(r.inherited_flops)
             if start == 'linit' and 'random' in curves and curve[0][0] == 0:

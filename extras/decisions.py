@@ -44,10 +44,13 @@ def tail_record(method, data, plain, saturated):
         record[f'MSE of {name}'] = f'{errors.square().mean().item():.2e}'
     p = SimpleNamespace(**saturated.parameters)
     record['D2max'] = power_of_e(p.logDmax)
-    record['e^(alpha2/alpha3)'] = power_of_e(p.alpha2 / p.alpha3)
-    crossing, limit = p.alpha1 / p.alpha3, p.logDmax
-    inverse = math.expm1(limit - crossing) if crossing < limit < crossing + 700 else 0.0
-    record['curves cross at D2'] = power_of_e(limit - math.log(inverse)) if inverse else 'none'
+    record['curves cross at D2'] = 'none'
+    if p.alpha3 > 0:
+        record['e^(alpha2/alpha3)'] = power_of_e(p.alpha2 / p.alpha3)
+        crossing = p.alpha1 / p.alpha3  # of log D2*; D2 = 1 / (1 / D2* - 1 / D2max)
+        if 0 < crossing < p.logDmax:
+            log_D2 = crossing - math.log1p(-math.exp(crossing - p.logDmax))
+            record['curves cross at D2'] = power_of_e(log_D2)
     return record
 
 

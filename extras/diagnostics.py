@@ -28,7 +28,7 @@ from engine.errors import UserError
 from engine.files import read_json
 from engine.metrics import has_metrics, read_metrics
 from engine.progress import progress_bar
-from engine.report import Line, Panel, draw_panels, table
+from engine.report import Line, Panel, draw_panels, format_count, table
 from engine.stage import Result
 from model import load
 
@@ -159,7 +159,7 @@ class Diagnosis:
     samples: Count = 128  # sequences
     block_size: Count = 128  # tokens in each
     iterations: Count = 10  # of power iteration
-    out: str = '.'  # folder for norms.png, the norms along training
+    out: str = '.'  # folder for norms.png: norms and variance along training, curvature over D1
     device: str = 'auto'  # cuda or cpu
 
 
@@ -229,15 +229,18 @@ def norm_panels(folders):
 
 
 def curvature_panel(records):
-    """The largest eigenvalue over D1, a line for each method of a sweep (Figure 15)."""
-    panel, points = Panel('D1 (tokens)', 'largest eigenvalue', log='x'), {}
-    for record in records:
-        if record.get('D1'):
-            points.setdefault(record['method'], []).append(
-                (record['D1'], record['largest eigenvalue'])
-            )
-    for method, found in points.items():
-        panel.lines.append(Line(*map(list, zip(*sorted(found))), method, 'o-'))
+    """
+    The largest eigenvalue over D1, a line for each method and D2 of a sweep, the mean over its
+    seeds (Figure 15).
+    """
+    panel, lines = Panel('D1 (tokens)', 'largest eigenvalue', log='x'), {}
+    for record in filter(lambda record: record.get('D1'), records):
+        label = f'{record["method"]}, D2 = {format_count(record["D2"])}'
+        points = lines.setdefault(label, {})
+        points.setdefault(record['D1'], []).append(record['largest eigenvalue'])
+    for label, points in lines.items():
+        D1s = sorted(points)
+        panel.lines.append(Line(D1s, [float(np.mean(points[D1])) for D1 in D1s], label, 'o-'))
     return panel
 
 

@@ -40,7 +40,7 @@ class Frontier(Progressive):
 
     # shares: of all sizes but the largest, which gets what the cost of a family leaves
     families: tuple[str, ...] = ('trunk:70', 'trunk:60')  # ARM:PERCENT of independent training
-    law_shares: tuple[Positive, ...] = ()  # shares of the arm laws: what allocation found
+    law_shares: tuple[Positive, ...] = ()  # the same of the arm laws: what allocation found
     seeds: Count = 5  # runs of everything, each with its own initialisation and data order
 
     def stages(self, run):
@@ -68,21 +68,23 @@ class Frontier(Progressive):
             raise unknown('family', name, [f'{arm}:60' for arm in ARMS])
         changes, knobs = ARMS[arm]
         own = {field: getattr(self, field) for field in Progressive.__dataclass_fields__}
-        method = Progressive(**own | knobs)
         if arm == 'laws':
-            method.shares = self.law_shares
+            own['shares'] = self.law_shares
+        method = Progressive(**own | knobs)
+        given, smaller = len(method.shares), len(params) - 1
+        if given != smaller and (given or arm == 'laws'):
+            raise UserError(f'{name} needs {smaller} shares, of all but the largest, not {given}')
         left = int(percent) / 100 * sum(x * t for x, t in zip(params, scratch))
         if left <= 0:
             raise UserError(f'{name} leaves nothing to train with')
-        if not method.shares and arm != 'laws':  # Eq. 4's, in proportion
+        if not method.shares:  # Eq. 4's, in proportion
             tokens = allocate_tokens(params, scratch)
             factor = left / sum(x * t for x, t in zip(params, tokens))
             method.shares = tuple(factor * t / s for t, s in zip(tokens, scratch))
             return changes, method
         left -= sum(share * x * t for share, x, t in zip(method.shares, params, scratch))
-        if len(method.shares) != len(params) - 1 or left <= 0:
-            given = 'law_shares' if arm == 'laws' else 'shares'
-            raise UserError(f'{given}={method.shares} leave nothing for the largest in {name}')
+        if left <= 0:
+            raise UserError(f'shares {method.shares} leave nothing for the largest in {name}')
         method.shares += (left / (params[-1] * scratch[-1]),)
         return changes, method
 

@@ -10,29 +10,33 @@ import time
 import torch
 
 from engine.between import shape_of_size
+from engine.decoding import Decoding
 from engine.device import set_threads
+from engine.errors import UserError
 from engine.plan import all_params
 from engine.progress import progress_bar
 from model import GPT
 
-TOKENS = 16  # generated at a time, after as many
-REPEATS = 5
+PROMPT = 16  # tokens that are read before
+TOKENS = 24  # that are timed, one at a time
 HALVINGS = 6  # of the range of sizes, in its logarithm
 
 
 @torch.no_grad()
 def seconds_a_token(config, device, dtype=torch.float32):
-    """Median seconds of a generated token of one text, with random weights of a shape."""
+    """Median seconds of a token that follows a short text, with random weights of a shape."""
+    before = torch.get_num_threads()
     set_threads(device, config, 1)
     model = GPT(config).to(device, dtype).eval()
     model.build_rope(device)
-    prompt = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
-    model.generate(prompt, TOKENS)  # compiles and records, if it does
-    times = []
-    for _ in range(REPEATS):
+    decoding, times = Decoding(model, 1), []
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    decoding.read(token.expand(1, min(PROMPT, config.block_size // 4)))
+    for _ in range(min(TOKENS, config.block_size // 2)):
         started = time.perf_counter()
-        model.generate(prompt, TOKENS).tolist()  # waits for the device
-        times.append((time.perf_counter() - started) / TOKENS)
+        decoding.read(token).argmax().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(before)
     return statistics.median(times)
 
 
@@ -40,12 +44,15 @@ def params_of_latency(shapes, seconds, device, dtype=torch.float32):
     """
     The number of parameters, embeddings and head included, at which a shape between those of
     {name: GPTConfig} takes about so many seconds a token: bisection, a measurement for each
-    halving. It ends at the chain's own ends where they are faster or slower.
+    halving; that of the largest, if it is fast enough. Raises UserError where none is.
     """
-    *_, largest = ordered = sorted(shapes.values(), key=all_params)
+    smallest, *_, largest = sorted(shapes.values(), key=all_params)
     if seconds_a_token(largest, device, dtype) <= seconds:
         return all_params(largest)
-    low, high = (math.log(all_params(config)) for config in (ordered[0], largest))
+    least = seconds_a_token(smallest, device, dtype)
+    if least > seconds:
+        raise UserError(f'the smallest of the chain takes {least:.2g} seconds a token here')
+    low, high = math.log(all_params(smallest)), math.log(all_params(largest))
     for _ in progress_bar(range(HALVINGS), desc='measuring'):
         middle = (low + high) / 2
         config = shape_of_size(shapes, math.exp(middle))
@@ -53,4 +60,4 @@ def params_of_latency(shapes, seconds, device, dtype=torch.float32):
             high = middle
         else:
             low = middle
-    return math.exp((low + high) / 2)
+    return math.exp(low)

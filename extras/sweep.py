@@ -114,7 +114,8 @@ class Sweep:
             if not getattr(self, name):
                 raise UserError(f'{name} is empty: a sweep needs one at least')
         for text in self.reuse:
-            Reuse.parse(text, self, run)
+            if Reuse.parse(text, self, run).low and not run.min_lr_fraction:
+                raise UserError(f'{text}: with min_lr_fraction=0 nothing is left to learn with')
         if run.warmup < 1 and not self.warmups:
             raise UserError(
                 f'in a sweep warmup counts steps, the same for every run: {run.warmup:g}'
@@ -171,6 +172,8 @@ class Reuse(NamedTuple):
             known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable', 'stk2+low')
             raise unknown('second stage', name, known)
         stable, low = ('stable' in variants), ('low' in variants)
+        if stable and low:
+            raise UserError(f'{name}: the learning rate of a stable phase is not low yet')
         if kind != 'cpt':
             return cls(name, kind, stable, low, '', {})
         second = sweep.second_data
@@ -261,7 +264,7 @@ class Series:
         results = []
         for i in range(self.decays):
             again = replace(stage, name=f'{stage.name}-again{i}' if i else stage.name)
-            again.knobs = stage.knobs | dict(seed=self.knobs['seed'] + 1000 * i)
+            again.data_after = replace(before, position=before.position + i * round(stage.tokens))
             again.labels = stage.labels | dict(seed=stage.labels['seed'] * self.decays + i)
             results.append((yield again))
         return results[0]

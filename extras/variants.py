@@ -114,6 +114,8 @@ def parse_variant(name):
         kind, changes = 'baseline', [kind, *changes]
     if kind not in KINDS or not set(changes) <= set(CHANGES):
         raise unknown('variant', name, (*KINDS, *(f'baseline+{change}' for change in CHANGES)))
+    if kind in PEERS and 'fsdp' in changes:
+        raise UserError(f'{name}: only our own models are cut into shards')
     return kind, changes
 
 

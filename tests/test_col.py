@@ -21,7 +21,7 @@ from engine.loss import evaluate
 from engine.stage import Result
 from expand import grow
 from extras.chain_report import speed_up, worth
-from extras.latency import seconds_a_token
+from extras.latency import params_of_latency, seconds_a_token
 from model import GPT, GPTConfig, load, read_config
 
 FAMILIES = {  # small shapes of the chains' architectures
@@ -448,17 +448,28 @@ def test_a_size_is_made_by_its_number_of_parameters(tmp_path):
 
 
 def test_a_size_is_found_by_what_a_token_may_take(tmp_path):
-    """Measured here: with no time it is the smallest of the chain, with all time the largest."""
-    chain, ends = tmp_path / 'chain', []
+    """Measured here: with all time it is the largest of the chain, with none there is no size."""
+    chain = tmp_path / 'chain'
     for name, heads, layers in (('a', 2, 2), ('b', 2, 40)):
         shaped('llama', heads, layers).float().save(chain / name)
-    for seconds in (1e-9, 1e9):
-        col.main([str(chain), str(tmp_path / f'{seconds:g}'), f'--latency={seconds}'])
-        ends.append(load(tmp_path / f'{seconds:g}').config.n_layer)
-    assert ends == [2, 40]
-    config, deep = (read_config(chain / name) for name in ('a', 'b'))
-    device = torch.device('cpu')
-    assert seconds_a_token(deep, device) > 3 * seconds_a_token(config, device)
+    col.main([str(chain), str(tmp_path / 'made'), '--latency=1e9'])
+    assert load(tmp_path / 'made').config.n_layer == 40
+    with pytest.raises(UserError, match='the smallest of the chain takes'):
+        col.main([str(chain), str(tmp_path / 'other'), '--latency=1e-9'])
+    shallow, deep = (read_config(chain / name) for name in ('a', 'b'))
+    assert seconds_a_token(deep, torch.device('cpu')) > seconds_a_token(
+        shallow, torch.device('cpu')
+    )
+
+
+def test_the_size_of_a_latency_is_bracketed_by_halving(monkeypatch):
+    """With a clock that counts layers: 17 layers take 17 seconds."""
+    monkeypatch.setattr('extras.latency.seconds_a_token', lambda config, *how: config.n_layer)
+    shapes = {str(n): shaped('llama', 2, n).config for n in (2, 40)}
+    found = shape_of_size(shapes, params_of_latency(shapes, 17.0, torch.device('cpu')))
+    assert 15 <= found.n_layer <= 17
+    with pytest.raises(UserError, match='the smallest of the chain takes 2 seconds a token'):
+        params_of_latency(shapes, 1.0, torch.device('cpu'))
 
 
 def test_several_sizes_at_once_with_their_losses_beside_their_neighbours(

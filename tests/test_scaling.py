@@ -66,6 +66,12 @@ def test_the_tail_says_what_a_limit_of_the_second_stage_changes():
     assert float(record['e^(alpha2/alpha3)']) == pytest.approx(math.exp(25), rel=1e-2)
     early = fitted._replace(parameters=truth | dict(logDmax=19.0))  # below 0.4 / 0.02
     assert tail_record('stk2', data, plain, early)['curves cross at D2'] == 'none'
+    endless = fitted._replace(parameters=truth | dict(logDmax=900.0))  # Eq. 6
+    record = tail_record('stk2', data, plain, endless)
+    assert float(record['curves cross at D2']) == pytest.approx(math.exp(20), rel=1e-2)
+    for alpha3 in (-0.02, 0.0):  # a longer first stage never stops helping
+        without = fitted._replace(parameters=truth | dict(alpha3=alpha3))
+        assert tail_record('stk2', data, plain, without)['curves cross at D2'] == 'none'
 
 
 def test_crossings():
@@ -328,6 +334,9 @@ def test_a_base_is_left_out_with_all_that_was_made_from_it():
     found = fit('multiplicative', dict(data, loss=shifted), bootstrap=0)
     assert exact.base_left_out < 1e-3 < 5e-3 < found.base_left_out
     assert found.leave_one_out < 0.7 * found.base_left_out  # its twins tell of it
+    kept = [i for i, D1 in enumerate(data['D1']) if D1 == off]
+    alone = {column: [values[i] for i in kept] for column, values in data.items()}
+    assert fit('continuous', alone, bootstrap=0).base_left_out is None  # there is no other
 
 
 def test_a_base_with_one_second_stage_has_no_power():
@@ -368,6 +377,7 @@ def test_laws_that_points_can_carry():
         ('', "no column 'method'"),
         ('method,N,D1,D2,seed,lost\n', "no column 'loss' .did you mean lost"),
         ('method,N,D1,D2,seed,loss,loss\n', "2 columns 'loss'"),
+        ('method,N,D1,D2,seed,loss,,\n', 'holds no results'),  # as spreadsheets write
         ('method,N,D1,D2,seed,loss\n', 'holds no results'),
         ('method,N,D1,D2,seed,loss\na,1,1,1,0,-1\n', 'row 2: loss, N and D2 must be positive'),
         ('method,N,D1,D2,seed,loss\na,1,1,0,0,1\n', 'positive'),

@@ -24,7 +24,7 @@ from engine import training
 from engine.errors import UserError
 from engine.optimizer import learning_rate, make_optimizer
 from engine.stage import Result, Stage
-from expand import data_panel
+from expand import data_panel, read_again
 from model import GPT, GPTConfig, load
 from train import METHODS, Run, count_steps, stage_knobs, stages_of
 
@@ -435,6 +435,13 @@ def test_the_picture_of_the_data_has_the_tokens_of_figure_3():
     }
     assert own['C0'] == pytest.approx([40, 60, 120, 100], abs=0.1)
     assert own['C1'] == pytest.approx([140], abs=0.1)
+
+
+def test_data_that_are_read_a_third_time_lie_within_the_data():
+    assert read_again(3.5, 4.2, 1.0) == [(0, pytest.approx(0.2)), (0.5, 1.0)]
+    assert read_again(3.25, 3.5, 1.0) == [(0.25, 0.5)]
+    assert read_again(1.0, 3.5, 1.0) == [(0, 1.0)]  # all of them, and some more
+    assert read_again(2.0, 1.5, math.inf) == []
 
 
 def test_chinchilla_preset_has_the_papers_tokens():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -48,6 +49,30 @@ def test_the_cheapest_family_is_that_of_a_search_through_all(monkeypatch):
     assert best[2] < 8e6 and FAMILY.cost(best) < 1
 
 
+def test_the_allocation_is_in_words_that_can_be_pasted():
+    method = Allocation(grid=(0.2, 1.0))
+    method.budgets, method.kept = (FAMILY.params, FAMILY.scratch), FAMILY.kept
+    alone = dict(zip(('a', 'b', 'c'), FAMILY.targets))
+    fits = [law(3.1), law(3.0)]  # and twice, a little better and a little worse
+    fits = [
+        fitted._replace(
+            samples=[[fitted.rows[0][0] + d, *fitted.rows[0][1:]] for d in (-0.01, 0.01)]
+        )
+        for fitted in fits
+    ]
+    records, words = method.allocation(fits, alone)
+    best = FAMILY.cheapest(fits)
+    shares = [tokens / scratch for tokens, scratch in zip(best, FAMILY.scratch)]
+    assert [record['share'] for record in records] == pytest.approx(shares)
+    low, high = map(float, records[2]['90% interval'].split(' to '))
+    assert low < shares[2] < high
+    printed = re.search(r'--shares=(\S+)', words)[1].split(',')
+    for given, share in zip(printed, shares):
+        assert 0 <= float(given) - share < 0.011  # rounded up
+    assert f'--law_shares={",".join(printed[:-1])}' in words
+    assert f'costs {FAMILY.cost(best):.2f} of' in words and 'in 100% of the resampled' in words
+
+
 def test_where_no_family_is_good_enough_there_is_none():
     assert FAMILY.cheapest([law(3.1), law(4.0)]) is None
 
@@ -73,7 +98,10 @@ def test_every_size_grows_from_every_length_of_the_trunk_before_it():
     'knobs, word',
     [
         (dict(optimizer='fresh'), 'needs'),
-        (dict(optimizer='grown', shares=(1.0, 1.0, 1.0, 1.0)), 'leave them out'),
+        (dict(optimizer='grown', shares=(1.0, 1.0, 1.0, 1.0)), 'no use for shares'),
+        (dict(optimizer='grown', taught=1.0), 'no use for taught'),
+        (dict(optimizer='grown', width='random'), 'another width'),
+        (dict(optimizer='grown', grid=(0.5, 2.0)), 'at most 1'),
     ],
 )
 def test_what_an_allocation_sets_itself_is_refused(knobs, word):

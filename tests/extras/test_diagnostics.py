@@ -124,14 +124,17 @@ def test_variance_is_drawn_over_the_steps_and_curvature_over_the_tokens_of_the_b
     assert line.x == [20.0 * i for i in range(1, 21)]
     assert max(line.y[:10]) < 1e-9 and np.mean(line.y[10:]) == pytest.approx(0.09, rel=0.2)
     records = [
-        {'method': method, 'D1': D1, 'largest eigenvalue': 1.0 + i}
-        for i, (method, D1) in enumerate([('stk2', 20), ('stk2', 10), ('cpt', 5)])
+        {'method': method, 'D1': D1, 'D2': D2, 'largest eigenvalue': 1.0 + i}
+        for i, (method, D1, D2) in enumerate(
+            [('stk2', 20, 9), ('stk2', 10, 9), ('cpt', 5, 9), ('stk2', 10, 9), ('stk2', 10, 7)]
+        )
     ]
     records.append({'model': 'of no sweep', 'largest eigenvalue': 9.0})
     panel = curvature_panel(records)
     assert [(line.label, line.x, line.y) for line in panel.lines] == [
-        ('stk2', [10, 20], [2.0, 1.0]),
-        ('cpt', [5], [3.0]),
+        ('stk2, D2 = 9', [10, 20], [3.0, 1.0]),  # of 2 and 4, two seeds
+        ('cpt, D2 = 9', [5], [3.0]),
+        ('stk2, D2 = 7', [10], [5.0]),
     ]
 
 

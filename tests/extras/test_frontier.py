@@ -76,8 +76,8 @@ def test_the_worst_member_counts_against_the_better_schedule():
         (('trunk',), (1.0, 0.9, 0.8), "no family 'trunk'"),
         (('best:60',), (1.0, 0.9, 0.8), 'choose from trunk:60'),
         (('trunk:20',), (1.0, 0.9, 0.8), 'leave nothing for the largest in trunk:20'),
-        (('trunk:60',), (1.0, 0.9), 'leave nothing'),
-        (('laws:60',), (1.0, 0.9, 0.8), r'law_shares=\(\) leave nothing'),
+        (('trunk:60',), (1.0, 0.9), 'needs 3 shares, of all but the largest, not 2'),
+        (('laws:60',), (1.0, 0.9, 0.8), 'laws:60 needs 3 shares, of all but the largest, not 0'),
     ],
 )
 def test_families_that_do_not_exist_are_refused(families, shares, word):

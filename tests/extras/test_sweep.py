@@ -250,6 +250,20 @@ def test_a_second_stage_at_the_low_rate_has_it_throughout(data_dir):
     assert rates['16x1-640-stk2+low-stable-256'][-1] == pytest.approx(0.001)  # after its warmup
 
 
+@pytest.mark.parametrize(
+    'knobs, word',
+    [
+        (['--reuse=stk2+low', '--min_lr_fraction=0'], 'nothing is left to learn with'),
+        (['--reuse=stk2+stable+low'], 'is not low yet'),
+    ],
+)
+def test_low_rates_that_do_not_exist_are_refused(data_dir, knobs, word):
+    argv = [*TINY, f'--data_dir={data_dir}', *knobs]
+    run, method, _ = train.configure(argv, train.Run, train.METHODS)
+    with pytest.raises(UserError, match=word):
+        train.plan(run, method)
+
+
 def test_second_stages_decay_several_times_on_data_of_their_own(data_dir, tmp_path):
     """As Appendix E.3 does, to learn how noisy a loss is: of one trunk, several branches."""
     argv = [*TINY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--first=1', '--second=0.5']
