@@ -9,7 +9,8 @@ shares = (1.0, 1.0, 0.95)  # of each size's tokens from scratch; the largest get
 noise = 0.1
 optimizer = 'grown'
 last_schedule = 'cosine'
-families = ('trunk:60', 'trunk:55', 'trunk:50', 'paper:70', 'adjusted:70', 'fresh:60', 'eq4:60')
+law_shares = (1.0, 0.78, 0.64)  # what allocation_tiny found
+families = ('trunk:80', 'trunk:70', 'trunk:60', 'trunk:50', 'laws:55', 'laws:50', 'paper:70')
 seeds = 5
 
 decay_fraction = 0.15  # wsd
