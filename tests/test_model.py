@@ -25,6 +25,7 @@ TOTAL = {  # all parameters, tied ones once
     'gpt2-medium': 354_823_168,
     'gpt2-large': 774_030_080,
     'gpt2-xl': 1_557_611_200,
+    '51.47m': 51_475_968,  # 51.47M with GPT-2's own vocabulary
     '138m': 138_615_552,
     '220m': 219_567_488,
     '277m': 277_440_128,
