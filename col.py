@@ -258,7 +258,7 @@ class Descendant:
         small, large = self.chain[self.small], self.chain[self.large]
         shown = 'by distance' if alpha is None else alpha
         stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
-        if self.small == self.large and self.config != self.configs[self.small]:
+        if not fits(self.configs[self.small], self.config):
             stage.origin = Origin('subset', (self.small,))
         stage.parent, stage.also = small, (large,)
         of = self.config
@@ -379,7 +379,7 @@ class ChainOfLearngene:
             teachers = {size: (teacher, 1.0)}
             if self.direct and size == self.chain[-1] and i:
                 top, X = chain['ancestor'], configs[size].num_params(head=True)
-                costs = [self.token_flops(self.distillation, X, t.params) for t in (teacher, top)]
+                costs = [self.token_flops(X, t.params) for t in (teacher, top)]
                 equal = costs[0] / costs[1]  # tokens at the same FLOPs
                 teachers |= {f'{size}-direct': (top, 1.0), f'{size}-direct-flops': (top, equal)}
             for name, (t, share) in teachers.items():  # from one start: else that is compared
@@ -460,17 +460,19 @@ class ChainOfLearngene:
             stage.model = lambda: subset(load(teacher.folder), config)
         return stage
 
-    def token_flops(self, distillation, X, X_teacher):
+    def answer_flops(self, X, X_teacher):
         """
-        FLOPs of a distillation for each token of text. On-policy, about as many tokens of answers
-        are learned from, and both models draw them once for all inner epochs.
+        FLOPs of on-policy distillation on answers, for each token of text: about as many tokens of
+        answers are learned from, and both models draw them once for all inner epochs.
         """
-        if distillation == 'seqkd':  # the teacher has answered before
+        return 6 * X + 2 * (X + X_teacher) / self.inner_epochs
+
+    def token_flops(self, X, X_teacher):
+        """FLOPs of the chain's distillation for each token of text."""
+        if self.distillation == 'seqkd':  # the teacher has answered before
             return 6 * X
-        flops = 6 * X + 2 * X_teacher
-        if distillation == 'minillm':
-            flops += 6 * X + 2 * (X + X_teacher) / self.inner_epochs
-        return flops
+        answers = self.answer_flops(X, X_teacher) if self.distillation == 'minillm' else 0.0
+        return 6 * X + 2 * X_teacher + answers
 
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
@@ -492,8 +494,7 @@ class ChainOfLearngene:
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
             stage.teacher_params = teacher.params
-            own, theirs = stage.params, teacher.params
-            stage.more_flops = self.token_flops(distillation, own, theirs) - 6 * own - 2 * theirs
+            stage.more_flops = self.answer_flops(stage.params, teacher.params)
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
                 samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples

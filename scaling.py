@@ -281,8 +281,8 @@ def fit(law, data, bootstrap=200, seed=0):
     Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
     `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
     their seed alone say nothing about how well the law predicts. Left out are also whole bases, and
-    the tenth of the cells with the lowest losses. A few of the solutions, good and
-    bad, start the fits with a cell left out; the best starts the resampled ones. Raises UserError.
+    the tenth of the cells with the lowest losses. A few of the solutions, good and bad, start the
+    fits with something left out; the best starts the resampled ones. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
@@ -534,10 +534,12 @@ def error_tables(found):
     for field, title in LEFT_OUT.items():
         records = []
         for law in LAWS:
-            fits = {method: laws[law] for method, laws in found.items() if law in laws}
-            found_errors = {method: getattr(fitted, field) for method, fitted in fits.items()}
-            errors = {m: f'{1e3 * e:.3f}' for m, e in found_errors.items() if e is not None}
-            records += [{f'{title}, RMS x 1e-3': law} | errors] if errors else []
+            record = {f'{title}, RMS x 1e-3': law}
+            for method, laws in found.items():
+                error = getattr(laws[law], field) if law in laws else None
+                if error is not None:
+                    record[method] = f'{1e3 * error:.3f}'
+            records += [record] if len(record) > 1 else []
         tables.append(records)
     return tables
 

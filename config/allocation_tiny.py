@@ -8,7 +8,7 @@ method = 'allocation'
 grid = (0.25, 0.5, 1.0)
 noise = 0.1
 optimizer = 'grown'
-seeds = 3
+seeds = 2
 
 schedule = 'wsd'
 decay_fraction = 0.15

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from engine.device import gather, processes
 from engine.errors import UserError
 from engine.files import commit_file
+from engine.parallel import placed_like
 
 
 def learning_rate(step, steps, knobs):
@@ -91,19 +92,14 @@ def set_optimizer_state(model, optimizer, state, dtype=None):
     Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'. Of a sharded model
     only process 0 needs the state, and the others pass None.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     fused, steps = optimizer.defaults.get('fused'), gather(state and float(state['step']))[0]
     for name, parameter in model.named_parameters():
         step = torch.tensor(steps, device=parameter.device if fused else 'cpu')
         optimizer.state[parameter]['step'] = step
         for moment in ('exp_avg', 'exp_avg_sq'):
-            tensor = torch.empty(parameter.shape) if state is None else state[moment][name]
-            tensor = tensor.to(parameter.device, dtype or parameter.dtype)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                tensor = distribute_tensor(tensor, mesh, placements)
-            optimizer.state[parameter][moment] = tensor
+            whole = state and state[moment][name]
+            found = placed_like(parameter, whole, dtype or parameter.dtype)
+            optimizer.state[parameter][moment] = found
 
 
 # ----------------------------------------------------------------------------------------------

@@ -47,25 +47,32 @@ def place(tensors, empty, strategy, hardware):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     model = fully_shard(empty, mesh=mesh, mp_policy=policy).to_empty(device=device)
     model.build_rope(device)
-    dealt = tensors() if hardware.is_main else ()
-    deal(dealt, model, hardware)
+    deal(tensors() if hardware.is_main else (), model, hardware)
     return model
 
 
 @torch.no_grad()
 def deal(tensors, model, hardware):
     """Fill a sharded model with the (name, tensor)s that process 0 has, one at a time."""
-    from torch.distributed.tensor import distribute_tensor
-
     tensors = iter(tensors)
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape)
+        whole = None
         if hardware.is_main:
             given, whole = next(tensors)
             assert given == name, f'{given} in place of {name}'
-        whole = whole.to(hardware.device, torch.float32)
-        dealt = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        parameter.to_local().copy_(dealt.to_local())
+        parameter.to_local().copy_(placed_like(parameter, whole, torch.float32).to_local())
+
+
+def placed_like(parameter, whole, dtype):
+    """A whole tensor in a dtype, on the parameter's device and cut as it is; None: process 0's."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if whole is None:
+        whole = torch.empty(parameter.shape)
+    whole = whole.to(parameter.device, dtype)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 def wrap(model, strategy, knobs, hardware):

@@ -19,8 +19,9 @@ from engine.errors import UserError
 from engine.report import by_label, format_si
 from engine.stage import Stage
 from expand import Operators, Progressive, grow_stage
-from extras.sweep import Series, write_results
-from scaling import fit_results, predict, write_fits
+from extras.decisions import QUANTILES
+from extras.sweep import Series, fit_grid
+from scaling import predict
 
 CANDIDATES = 300  # numbers of tokens of a size that are looked at, evenly in their logarithm
 
@@ -96,12 +97,9 @@ class Allocation(Progressive):
         for size, runs in by_label([r for r in members if r.labels.get('alone')], 'size').items():
             longest = max(r.labels['D2'] for r in runs)
             alone[size] = mean(r.val_loss for r in runs if r.labels['D2'] == longest)
-        write_results([r for r in members if r.labels['D1']], out)
-        try:
-            blocks, fits = fit_results(out / 'results.csv')
-        except UserError as error:
-            return [f'no fit: {error}']
-        write_fits(fits, blocks, out)
+        blocks, fits = fit_grid([r for r in members if r.labels['D1']], out)
+        if not fits:
+            return blocks
         laws = [fits[size] for size in list(alone)[1:] if size in fits]
         if len(laws) < len(alone) - 1 or any(law.law != 'multiplicative' for law in laws):
             return [*blocks, 'no allocation: Eq. 6 could not be fitted to every size']
@@ -190,5 +188,5 @@ def between_90(values):
     """'0.41 to 0.52', of the middle nine tenths of some numbers; '' for none."""
     if not values:
         return ''
-    ends = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95]).double())
+    ends = torch.tensor(values, dtype=torch.float64).quantile(QUANTILES)
     return ' to '.join(f'{end:.2f}' for end in ends.tolist())

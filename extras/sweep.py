@@ -129,13 +129,21 @@ class Sweep:
     def summary(self, results):
         """Write results.csv, fit the laws, and return their tables."""
         out = Path(results[0].folder).parent
-        write_results([r for r in results if 'D2' in r.labels], out)
-        try:
-            blocks, fits = fit_results(out / 'results.csv')
-            write_fits(fits, blocks, out)
-            return blocks
-        except UserError as error:
-            return [f'no fit: {error}']
+        return fit_grid([r for r in results if 'D2' in r.labels], out)[0]
+
+
+def fit_grid(results, out):
+    """
+    Write the results.csv of second stages into a folder, fit the laws, and write them beside it:
+    (blocks for the report, {method: Fit}); no Fit, and the reason, where there are too few points.
+    """
+    write_results(results, out)
+    try:
+        blocks, fits = fit_results(out / 'results.csv')
+    except UserError as error:
+        return [f'no fit: {error}'], {}
+    write_fits(fits, blocks, out)
+    return blocks, fits
 
 
 def write_results(results, out):
