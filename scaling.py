@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import engine.quick_help  # --help need not wait for torch
 
@@ -130,6 +130,16 @@ def saturated_D2(p, x):
     return multiplicative(p, SimpleNamespace(D1=x.D1, D2=saturate(x.D2, p.logDmax)))
 
 
+def with_replay(p, x):
+    """L = A D1^-alpha1 ((1 - r)^rho D2)^(-alpha2 + alpha3 log D1) + E, r the replayed share"""
+    return multiplicative(p, SimpleNamespace(D1=x.D1, D2=x.D2 + p.rho * x.fresh))
+
+
+def with_growth(p, x):
+    """L = A g^-gamma D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E, g the growth factor of N"""
+    return reuse(p, x) - p.gamma * x.growth, p.logE
+
+
 class Law(NamedTuple):
     """A law, its parameters in order (amplitudes as logarithms), and the data it depends on."""
 
@@ -155,13 +165,23 @@ LAWS = {
     'two_sizes': Law(two_sizes, (*EQ6[:4], 'logB', 'beta'), ('D1', 'D2', 'N')),
     'saturated_D1': Law(saturated_D1, (*EQ6, 'logDmax')),
     'saturated_D2': Law(saturated_D2, (*EQ6, 'logDmax')),
+    'with_replay': Law(with_replay, (*EQ6, 'rho'), ('D1', 'D2', 'replay')),
+    'with_growth': Law(with_growth, (*EQ6, 'gamma'), ('D1', 'D2', 'growth')),
 }
 
 
+VARIABLES = ('N', 'D1', 'D2', 'replay', 'growth')  # the last two of methods put together
+
+
 def logarithms(data):
-    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2, float64 tensors (n,)."""
-    columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in ('D1', 'D2', 'N')}
+    """
+    log D1 (0 at D1 = 0), D2, N and D = D1 + D2, and of methods put together the logarithms of the
+    growth factor and of the share that is not replayed: float64 tensors (n,).
+    """
+    columns = {'replay': 0.0, 'growth': 1.0} | data
+    columns = {name: torch.as_tensor(columns[name], dtype=torch.float64) for name in VARIABLES}
     columns['D'] = columns['D1'] + columns['D2']
+    columns['fresh'] = 1 - columns.pop('replay')
     columns['D1'] = columns['D1'].clamp(min=1)
     return SimpleNamespace(**{name: column.log() for name, column in columns.items()})
 
@@ -220,7 +240,7 @@ def starts_of(law, x, target):
     for name in law.parameters:
         if name == 'alpha3':
             choices.append((0.0, 0.03))
-        elif name == 'beta':
+        elif name in ('beta', 'gamma', 'rho'):
             choices.append((0.05, 0.3))
         elif name == 'logDmax':
             seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean().item()
@@ -276,13 +296,14 @@ def check_points(law, data):
         )
 
 
-def fit(law, data, bootstrap=200, seed=0):
+def fit(law, data, bootstrap=200, seed=0, by='cell'):
     """
     Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
     `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
-    their seed alone say nothing about how well the law predicts. Left out are also whole bases, and
-    the tenth of the cells with the lowest losses. A few of the solutions, good and bad, start the
-    fits with something left out; the best starts the resampled ones. Raises UserError.
+    their seed alone say nothing about how well the law predicts. by='base' resamples whole bases,
+    whose second stages share their luck. Left out are also whole bases, and the tenth of the cells
+    with the lowest losses. A few of the solutions, good and bad, start the fits with something left
+    out; the best starts the resampled ones. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
@@ -301,8 +322,10 @@ def fit(law, data, bootstrap=200, seed=0):
     of_bases = errors[len(in_cell) : -1][in_base > 0]
     samples = theta
     if bootstrap:
-        counts = resampled(len(in_cell), bootstrap, seed) @ in_cell
-        samples = solve(shape, data, counts, theta)[0][:, 0]
+        weight = resampled(len(in_cell), bootstrap, seed) @ in_cell
+        if by == 'base' and len(in_base) > 1 and max(data['D1']):  # from scratch there is no base
+            weight = reweighted(len(in_base), bootstrap, seed) @ in_base
+        samples = solve(shape, data, weight, theta)[0][:, 0]
     ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return Fit(
         law,
@@ -325,9 +348,10 @@ def growth_of(data):
     return statistics.mean(ratios) if all(map(math.isfinite, ratios)) else None
 
 
-def cells_of(data, columns=('N', 'D1', 'D2')):
+def cells_of(data, columns=VARIABLES):
     """Which points belong to each cell of equal `columns`: float64 (cells, n), 0 or 1."""
-    rows = torch.tensor([data[column] for column in columns], dtype=torch.float64)
+    rows = [data[column] for column in columns if column in data]
+    rows = torch.tensor(rows, dtype=torch.float64)
     _, cell = rows.unique(dim=1, return_inverse=True)
     return torch.nn.functional.one_hot(cell).T.double()
 
@@ -344,6 +368,16 @@ def resampled(n, times, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (times, n), generator=generator)
     return torch.nn.functional.one_hot(drawn, n).sum(1).double()
+
+
+def reweighted(n, times, seed):
+    """
+    Weights of n bases in each of some samples, drawn from an exponential distribution (Rubin's
+    Bayesian bootstrap): float64 (times, n). Of four bases drawn with replacement, a third of the
+    samples would have two or one, which determine no law.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(times, n, generator=generator, dtype=torch.float64).log().neg()
 
 
 def root_mean_square(residuals):
@@ -448,6 +482,12 @@ def read_row(cells, where):
     return [*values, trained]
 
 
+def replay_share(method):
+    """The share of the base's data in a second stage: 0.25 of cpt+replay0.25, 0 without a share."""
+    match = re.search(r'\+replay(0?\.\d+)', method)
+    return float(match[1]) if match else 0.0
+
+
 def by_size(results):
     """The results, with a method of exactly two sizes, too few for a law in N, as one of each."""
     split = {}
@@ -464,9 +504,35 @@ def by_size(results):
     return split
 
 
+def put_together(results):
+    """
+    The points of methods that differ in one more variable of the second stage, with its column:
+    {'replay-code': shares of replay on a corpus, 'growth': factors of training on and stacking}.
+    """
+    groups = {}
+    for method, data in results.items():
+        kind, dash, corpus = method.partition('-')
+        if re.fullmatch(r'cpt(\+replay0?\.\d+)?', kind):
+            share = [replay_share(kind)] * len(data['loss'])
+            groups.setdefault(f'replay{dash}{corpus}', []).append(data | dict(replay=share))
+        if re.fullmatch(r'cpt|stk\d+', method) and growth_of(data):
+            factor = [growth_of(data)] * len(data['loss'])
+            groups.setdefault('growth', []).append(data | dict(growth=factor))
+    return {
+        group: {name: [*itertools.chain(*(data[name] for data in tables))] for name in tables[0]}
+        for group, tables in groups.items()
+        if len(tables) > 1 and len({N for data in tables for N in data['N']}) == 1
+    }
+
+
 def laws_for(data):
     """The laws that can describe a method's points: joint ones for several sizes."""
-    sizes, across = len(set(data['N'])), ('joint', 'two_sizes', 'chinchilla')
+    sizes = len(set(data['N']))
+    across = ('joint', 'two_sizes', 'chinchilla', 'with_replay', 'with_growth')
+    if 'replay' in data:
+        return ['multiplicative', 'with_replay']  # the first: as if it made no difference
+    if 'growth' in data:
+        return ['multiplicative', 'with_growth']
     if max(data['D1']) == 0:
         return ['chinchilla'] if sizes > 1 else ['continuous']
     if sizes > 1:
@@ -484,43 +550,49 @@ class Fitting:
 
     results: str = ''  # CSV with the columns method,N,D1,D2,seed,loss
     bootstrap: Natural = 200  # resamplings for the intervals; 0: none
+    resample: Literal['cell', 'base'] = 'cell'  # what is drawn for them, with all of its runs
     out: str = ''  # folder for fit.json and pictures; empty: that of the results
 
 
-def fit_results(path, bootstrap=200):
+def fit_results(path, bootstrap=200, by='cell'):
     """
     Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). A method of
-    two sizes has a fit for each, and errors also of one for both.
+    two sizes has a fit for each, and errors also of one for both; methods that differ in one more
+    variable have one together, which decides nothing. bootstrap, by: as in fit().
     """
     together = read_results(path)
-    results = by_size(together)
-    blocks, best, found = [], {}, {}
-    for method, data in (together | results).items():
+    results, wider = by_size(together), put_together(together)
+    blocks, failures, best, found = [], [], {}, {}
+    for method, data in (together | results | wider).items():
         fits = found[method] = {}
         for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
             try:
                 fits[law] = fit(law, data, bootstrap=0)
             except UserError as error:
-                blocks.append(f'{method}: {error}')
-        if not fits or method not in results:
+                failures.append(f'{method}: {error}')
+        if not fits or method not in results | wider:
             continue
-        fitted = fits.get('multiplicative') or next(iter(fits.values()))
-        fitted = best[method] = fits[fitted.law] = fit(fitted.law, data, bootstrap)
-        points, equation = len(data['loss']), LAWS[fitted.law].equation
-        blocks += [f'{method}, {points} points: {fitted.law}, {equation}', fit_records(fitted)]
-        if 'multiplicative' in fits:
-            blocks.append((f'{method}.png', fit_panels(data, fitted)))
+        law = next((law for law in KEPT if law in fits), next(iter(fits)))
+        fits[law] = fit(law, data, bootstrap, by=by)
+        points, equation = len(data['loss']), LAWS[law].equation
+        blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
+        if method in results:
+            best[method] = fits[law]
+        if method in results and law == 'multiplicative':
+            blocks.append((f'{method}.png', fit_panels(data, fits[law])))
             blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
-        raise UserError('\n'.join(blocks))
+        raise UserError('\n'.join(failures))
     tails = []
     for method, laws in found.items():
         if {'multiplicative', 'saturated_D2'} <= set(laws):
             pair = laws['multiplicative'], laws['saturated_D2']
             tails.append(decisions.tail_record(method, results[method], *pair))
-    return [*blocks, *grow_or_scratch(results, best), *error_tables(found), tails], best
+    pictures = grow_or_scratch(results, best)
+    return [*failures, *blocks, *pictures, *error_tables(found), tails], best
 
 
+KEPT = ('with_replay', 'with_growth', 'multiplicative')  # the law of which intervals are made
 LEFT_OUT = {  # errors of a Fit, and at which points they are
     'leave_one_out': 'a cell left out',
     'base_left_out': 'a base left out',
@@ -611,7 +683,7 @@ def fit_command(argv):
     if not options.results:
         raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
     options.out = options.out or str(Path(options.results).parent)
-    blocks, fits = fit_results(options.results, options.bootstrap)
+    blocks, fits = fit_results(options.results, options.bootstrap, options.resample)
     print(render(blocks))  # before anything is written, which may fail
     write_fits(fits, blocks, options.out)
     print(f'\nfit.json and pictures are in {options.out}/')

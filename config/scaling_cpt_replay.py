@@ -2,6 +2,5 @@
 # stage's data is the base's.
 from _scaling import *
 
-reuse = ('cpt+replay',)
-replay = 0.25
+reuse = ('cpt+replay0.25',)
 second_data = 'starcoder'

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import Count, Fraction, NonNegative, Positive
+from configurator import Count, NonNegative, Positive
 from engine.errors import UserError, unknown
 from engine.files import commit_file
 from engine.metrics import read_metrics
 from engine.report import format_si
 from engine.stage import Result, Stage
 from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
-from scaling import COLUMNS, fit_results, write_fits
+from scaling import COLUMNS, fit_results, replay_share, write_fits
 
 BEGINNING = Result.given('beginning', '')  # of the data: its position is 0
 
@@ -35,10 +35,9 @@ class Sweep:
     longest: tuple[Positive, ...] = (1e6,)  # tokens of the longest run of each size
     first: tuple[Positive, ...] = (0.125, 0.25, 0.5, 1.0)  # D1, as fractions of that
     second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of that
-    reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; +stable, +low; cpt: also +replay
-    second_data: str = ''  # corpus of cpt; its loss counts there
+    reuse: tuple[str, ...] = ('stk2',)  # cpt, exp, stk2, stk4; +stable, +low; cpt+replay0.25
+    second_data: str = ''  # corpus of cpt, whose loss counts there; empty: the base's
     second_position: Literal['begin', 'continue'] = 'begin'  # in the data, of second stages
-    replay: Fraction = 0.25  # share of the base's data under cpt+replay
     scratch: tuple[Positive, ...] = ()  # D of runs from scratch of all shapes, as fractions
     learning_rates: tuple[NonNegative, ...] = ()  # of each size; empty: learning_rate
     batch_sizes: tuple[Count, ...] = ()  # of each size; empty: batch_size
@@ -162,7 +161,10 @@ def write_results(results, out):
 
 
 class Reuse(NamedTuple):
-    """A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, +low, and cpt with +replay."""
+    """
+    A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, +low, and cpt with +replay0.25, a
+    quarter of whose second stage is the base's data.
+    """
 
     name: str
     kind: str
@@ -175,22 +177,23 @@ class Reuse(NamedTuple):
     def parse(cls, name, sweep, run):
         """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
         kind, *variants = name.split('+')
-        allowed = {'stable', 'low', 'replay'} if kind == 'cpt' else {'stable', 'low'}
+        replay = replay_share(name) if kind == 'cpt' else 0.0
+        allowed = {'stable', 'low', *([f'replay{replay:g}'] if replay else [])}
         if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
-            known = ('cpt', 'cpt+replay', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable', 'stk2+low')
-            raise unknown('second stage', name, known)
+            known = ('cpt', 'cpt+replay0.25', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
+            raise unknown('second stage', name, (*known, 'stk2+low'))
         stable, low = ('stable' in variants), ('low' in variants)
         if stable and low:
             raise UserError(f'{name}: the learning rate of a stable phase is not low yet')
-        if kind != 'cpt':
-            return cls(name, kind, stable, low, '', {})
         second = sweep.second_data
-        if not second:
-            raise UserError('cpt needs a corpus to continue on: --second_data=NAME')
+        if replay and not second:
+            raise UserError(f'{name} needs another corpus to continue on: --second_data=NAME')
+        if kind != 'cpt' or not second:
+            return cls(name, kind, stable, low, '', {})
         mixture = [second]
-        if 'replay' in variants:
-            mixture = [f'{second}:{1 - sweep.replay:g}']
-            mixture += [f'{old}:{sweep.replay * weight:g}' for old, weight in run.corpora.items()]
+        if replay:
+            mixture = [f'{second}:{1 - replay:g}']
+            mixture += [f'{old}:{replay * weight:g}' for old, weight in run.corpora.items()]
         data = dict(data=','.join(mixture), val_data=second)
         return cls(name, kind, stable, low, f'-{second}', data)
 

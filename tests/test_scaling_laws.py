@@ -63,7 +63,7 @@ TABLE_6 = {
 
 
 def test_a_law_predicts_what_its_equation_says():
-    data = dict(N=[1e8], D1=[3e9], D2=[5e9])
+    data = dict(N=[1e8], D1=[3e9], D2=[5e9], replay=[0.25], growth=[4.0])
     p = dict(
         logA=math.log(30),
         alpha1=0.1,
@@ -75,6 +75,8 @@ def test_a_law_predicts_what_its_equation_says():
         logF=math.log(7),
         alpha=0.15,
         logDmax=math.log(1e10),
+        rho=0.7,
+        gamma=0.05,
     )
     A, F, B, E = 30, 7, 20, 1.1
     main = lambda d1, d2: A * d1**-0.1 * d2 ** (-0.2 + 0.003 * math.log(d1))  # noqa: E731
@@ -89,6 +91,8 @@ def test_a_law_predicts_what_its_equation_says():
         'two_sizes': main(3e9, 5e9) + B * 1e8**-0.2,
         'saturated_D1': main(1 / (1 / 3e9 + 1 / 1e10), 5e9) + E,
         'saturated_D2': main(3e9, 1 / (1 / 5e9 + 1 / 1e10)) + E,
+        'with_replay': main(3e9, 0.75**0.7 * 5e9) + E,
+        'with_growth': 4**-0.05 * main(3e9, 5e9) + E,
     }
     assert expected.keys() == LAWS.keys()
     for law, value in expected.items():

@@ -47,7 +47,7 @@ def swept(data_dir, tmp_path_factory):
             *TINY,
             f'--data_dir={data_dir}',
             f'--out_dir={out}',
-            '--reuse=cpt,cpt+replay,cpt+stable,stk2,stk2+stable',
+            '--reuse=cpt,cpt+replay0.25,cpt+stable,stk2,stk2+stable',
             '--second_data=pycode',
             '--scratch=0.5',
         ]
@@ -58,7 +58,7 @@ def swept(data_dir, tmp_path_factory):
 def test_every_point_is_in_the_table(swept):
     rows = list(csv.DictReader(open(swept / 'results.csv')))
     found = {(r['method'], float(r['D1']), float(r['D2'])) for r in rows}
-    methods = ('cpt-pycode', 'cpt+replay-pycode', 'cpt+stable-pycode', 'stk2', 'stk2+stable')
+    methods = ('cpt-pycode', 'cpt+replay0.25-pycode', 'cpt+stable-pycode', 'stk2', 'stk2+stable')
     expected = {(m, d1, d2) for m in methods for d1 in (640, 1280) for d2 in (320, 640)} | {
         ('scratch', 0, 640),
         ('scratch', 0, 1280),
@@ -187,9 +187,9 @@ def test_the_dry_run_says_what_is_shared(capsys):
 def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
     knobs = {
         s.name: (s.knobs, s)
-        for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay,cpt+stable')
+        for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay0.25,cpt+stable')
     }
-    replay, stage = next(v for k, v in knobs.items() if 'cpt+replay' in k)
+    replay, stage = next(v for k, v in knobs.items() if 'cpt+replay0.25' in k)
     assert (
         replay['data'] == 'starcoder:0.75,slimpajama:0.25'
         and replay['val_data'] == 'starcoder'
@@ -223,7 +223,8 @@ def test_seeds_and_sizes(data_dir):
     'more, word',
     [
         (['--reuse=stk3'], "no second stage 'stk3'"),
-        (['--reuse=cpt'], '--second_data=NAME'),
+        (['--reuse=cpt+replay0.25'], '--second_data=NAME'),
+        (['--reuse=cpt+replay', '--second_data=pycode'], 'no second stage'),  # how much?
         (['--longest=1,2'], 'longest has 2 values for 1 sizes'),
         (['--warmup=0.01'], 'warmup counts steps'),
         (['--reuse=stk2+replay'], 'no second stage'),
