@@ -187,15 +187,15 @@ def logarithms(data):
 
 
 def log_loss(law, theta, x):
-    """log L (..., n) of a Law at parameters theta (..., P)."""
-    values = dict(zip(law.parameters, theta[..., None].unbind(-2)))
+    """log L (..., n) of a Law at parameters theta (..., 1 or n, P): one for all points, or each."""
+    values = dict(zip(law.parameters, theta.unbind(-1)))
     terms = torch.broadcast_tensors(*law.terms(SimpleNamespace(**values), x))
     return torch.stack(terms).logsumexp(0)
 
 
 def predict(law, theta, data):
     """Losses (B, n) in nats of a law (its name) at parameters theta (B, P)."""
-    theta = torch.as_tensor(theta, dtype=torch.float64)
+    theta = torch.as_tensor(theta, dtype=torch.float64)[:, None]
     return log_loss(LAWS[law], theta, logarithms(data)).exp()
 
 
@@ -286,7 +286,7 @@ def check_points(law, data):
         raise unknown('law', law, LAWS)
     columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
     for column in LAWS[law].depends_on:
-        if len(set(columns[column])) < 2:
+        if len(set(columns.get(column, ()))) < 2:
             raise UserError(f'{law} needs points of several {column}, these have one')
     n, cells, least = len(data['loss']), len(cells_of(data)), len(LAWS[law].parameters) + 1
     if n <= least or cells < least:
@@ -318,7 +318,7 @@ def fit(law, data, bootstrap=200, seed=0, by='cell'):
     in_cell, in_base = cells_of(data), cells_of(data, ('N', 'D1'))
     held_out = torch.cat([in_cell, in_base, lowest_of(in_cell, target)])
     others = solve(shape, data, 1 - held_out, candidates)[0][:, 0]
-    errors = log_loss(shape, others, x) - target
+    errors = log_loss(shape, others[:, None], x) - target
     of_bases = errors[len(in_cell) : -1][in_base > 0]
     samples = theta
     if bootstrap:
@@ -332,7 +332,7 @@ def fit(law, data, bootstrap=200, seed=0, by='cell'):
         dict(zip(shape.parameters, theta[0].tolist())),
         dict(zip(shape.parameters, ends.T.tolist())),
         samples.tolist(),
-        rms=root_mean_square(log_loss(shape, theta, x)[0] - target),
+        rms=root_mean_square(log_loss(shape, theta[0], x) - target),
         leave_one_out=root_mean_square(errors[: len(in_cell)][in_cell > 0]),
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
         growth=growth_of(data),

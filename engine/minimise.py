@@ -1,7 +1,6 @@
 """Many small robust least-squares problems at once, side by side."""
 
 import torch
-from torch.func import jacfwd, vmap
 
 
 def huber(residual):
@@ -10,24 +9,33 @@ def huber(residual):
     return torch.where(size <= 1, 0.5 * size**2, size - 0.5)
 
 
+def linearise(function, theta, n):
+    """
+    Derivatives (B, n, P) of residuals (B, n), and these. Every residual gets parameters of its
+    own, so that one backward pass through their sum has the derivatives of each.
+    """
+    own = theta[:, None].repeat(1, n, 1).requires_grad_()
+    residuals = function(own)
+    (derivatives,) = torch.autograd.grad(residuals.sum(), own)
+    return derivatives, residuals.detach()
+
+
 def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-6):
     """
-    Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta (P,)
-    -> residuals (n,) in units of the Huber loss's knee; theta (B, P) float64 starts; weight
-    (B, n). Each step solves (J^T W J + damping diag) step = -J^T W r with Huber's weights
-    W = weight / max(1, |r|); a step that does not improve is not taken, and the damping grows.
-    For |r| > 1 these weights see more curvature than there is, so after a step that improved the
-    next is stretched by half as much again.
+    Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta
+    (B, 1 or n, P) -> residuals (B, n) in units of the Huber loss's knee, the i-th of theta[:, i]
+    alone; theta (B, P) float64 starts; weight (B, n). Each step solves (J^T W J + damping diag)
+    step = -J^T W r with Huber's weights W = weight / max(1, |r|); a step that does not improve is
+    not taken, and the damping grows. For |r| > 1 these weights see more curvature than there is, so
+    after a step that improved the next is stretched by half as much again.
     Returns (theta, values (B,), relative decrease over the last 20 steps (B,): 0 if converged).
     """
-    residuals = vmap(function)
-    linearised = vmap(jacfwd(lambda x: (function(x),) * 2, has_aux=True))  # (J, r)
-    value = (weight * huber(residuals(theta))).sum(1)
+    value = (weight * huber(function(theta[:, None]))).sum(1)
     damping, stretch = torch.full_like(value, 1e-2), torch.ones_like(value)
     before, decrease = value.clone(), torch.full_like(value, torch.inf)
     working = torch.arange(len(theta))  # problems that have not converged
     for step in range(1, steps + 1):
-        J, r = linearised(theta[working])
+        J, r = linearise(function, theta[working], weight.shape[1])
         w = weight[working] / r.abs().clamp(min=1)
         gradient = torch.einsum('bnp,bn->bp', J, w * r)
         H = torch.einsum('bnp,bn,bnq->bpq', J, w, J)
@@ -36,7 +44,7 @@ def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-6):
         damped = H + torch.diag_embed(damping[working, None] * diagonal.maximum(least))
         change, failed = torch.linalg.solve_ex(damped, -gradient)
         new = theta[working] + stretch[working, None] * change
-        new_value = (weight[working] * huber(residuals(new))).sum(1)
+        new_value = (weight[working] * huber(function(new[:, None]))).sum(1)
         better = (new_value < value[working]) & (failed == 0)  # False where it is not a number
         improved = working[better]
         theta[improved], value[improved] = new[better], new_value[better]

@@ -183,8 +183,9 @@ def test_levenberg_marquardt_on_functions_that_are_known():
     starts = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def rosenbrock(theta):
-        a, b = theta
-        return 1e-2 * torch.stack((1 - a, 10 * (b - a**2)))  # within the quadratic part of Huber's
+        a, b = theta.expand(-1, 2, -1).unbind(-1)
+        both = (1 - a[:, 0], 10 * (b[:, 1] - a[:, 1] ** 2))
+        return 1e-2 * torch.stack(both, 1)  # within the quadratic part of Huber's
 
     theta, value, decrease = levenberg_marquardt(
         rosenbrock, starts, torch.ones(20, 2, dtype=torch.float64)
@@ -193,7 +194,7 @@ def test_levenberg_marquardt_on_functions_that_are_known():
     x = torch.arange(9, dtype=torch.float64)
     y = 2 * x + 1
     y[4] = 50  # counts by its size, not by its square
-    line = lambda theta: (theta[0] * x + theta[1] - y) / 1e-3
+    line = lambda theta: (theta[..., 0] * x + theta[..., 1] - y) / 1e-3
     start = torch.zeros(1, 2, dtype=torch.float64)
     theta, _, _ = levenberg_marquardt(line, start, torch.ones(1, 9, dtype=torch.float64))
     assert theta[0].tolist() == pytest.approx([2, 1], abs=2e-3)
