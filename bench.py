@@ -9,6 +9,7 @@ noisy machine.
     python bench.py --size=gpt2 --vocab_size=50257 --block_size=1024 --batch_size=32 --data=real
     python bench.py --what=loader                                    # the loader alone
     python bench.py --what=profile                                   # where a step's time goes
+    python bench.py --what=fits                                      # scaling laws, beside scipy
     python bench.py --what=gpu                                       # all of it on a GPU, one table
 
 A variant is `baseline`, an objective (let; rkd, which SALT is while it lasts), another loss over
@@ -33,13 +34,15 @@ import engine.quick_help  # --help need not wait for torch
 
 import torch
 
+import scaling
 import train
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import verify_corpus
 from data.loader import batches, text_source
 from engine.device import find_hardware
-from engine.errors import UserError, first_line, run_as_program
+from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import write_json
+from engine.minimise import huber
 from engine.plan import all_params, estimate_memory
 from engine.progress import progress_bar
 from engine.report import format_count, table
@@ -52,7 +55,7 @@ from model import GPTConfig
 class Bench:
     """Time training steps of a shape, variants side by side."""
 
-    what: Literal['steps', 'loader', 'profile', 'gpu'] = 'steps'  # what to measure
+    what: Literal['steps', 'loader', 'profile', 'fits', 'gpu'] = 'steps'  # what to measure
     variants: tuple[str, ...] = ('baseline',)  # baseline, let, rkd, transformers, nanogpt; + how
     size: str = '256x6'  # a named size, or WIDTHxLAYERS
     head_dim: Count = 64  # of a WIDTHxLAYERS size
@@ -326,6 +329,57 @@ def loader(options):
     return records, f'{options.size} takes {speed:,.0f} tokens/s'
 
 
+def fit_with_scipy(law, x, target, problems, how):
+    """
+    Let scipy's BFGS solve one problem after the other: pairs of a start (P,) and weights (n,) that
+    add up to 1. how: 'autograd' for the gradient, or 'differences'.
+    """
+    minimize = import_extra('scipy.optimize', 'its fits need scipy').minimize
+
+    def function(theta, weight):
+        theta = torch.tensor(theta, requires_grad=how == 'autograd')
+        value = weight @ huber((scaling.log_loss(law, theta, x) - target) / scaling.DELTA)
+        if how == 'differences':
+            return value.item()
+        return value.item(), torch.autograd.grad(value, theta)[0].numpy()
+
+    for start, weight in progress_bar(problems, desc=how):
+        jac = how == 'autograd' or None
+        minimize(function, start.numpy(), method='BFGS', jac=jac, args=(weight,))
+
+
+def fits(options):
+    """(records of what a problem of a fit takes, here and with scipy's BFGS; in words)."""
+    truth = dict(logA=5.0, alpha1=0.2, alpha2=0.3, alpha3=0.007, logE=0.2)
+    D = [1e7 * 2.0**i for i in range(7)]
+    data = dict(N=[1e6] * 49, D1=[D1 for D1 in D for _ in D], D2=D * 7)
+    noise = 2e-3 * torch.randn(49, generator=torch.Generator().manual_seed(0))
+    losses = scaling.predict('multiplicative', [list(truth.values())], data)[0]
+    data['loss'] = (losses * noise.exp()).tolist()
+    law, x = scaling.LAWS['multiplicative'], scaling.logarithms(data)
+    target = torch.tensor(data['loss'], dtype=torch.float64).log()
+    starts = scaling.starts_of(law, x, target)
+    everything = torch.ones(1, 49, dtype=torch.float64)
+    weights = scaling.resampled(49, 200, 0)
+    start = time.perf_counter()
+    (found,), _ = scaling.solve(law, data, everything, starts)
+    scaling.solve(law, data, weights, found[:1])
+    problems = [(theta, everything[0] / 49) for theta in starts]
+    problems += [(found[0], weight / 49) for weight in weights]
+    seconds = (time.perf_counter() - start) / len(problems)
+    records = [{'how': 'side by side (engine/minimise.py)', 'ms a problem': 1e3 * seconds}]
+    few = problems[::20]
+    for how in ('autograd', 'differences'):
+        start = time.perf_counter()
+        fit_with_scipy(law, x, target, few, how)
+        theirs = (time.perf_counter() - start) / len(few)
+        record = {'how': f"scipy's BFGS, gradient by {how}", 'ms a problem': 1e3 * theirs}
+        records.append(record | {'times as long': theirs / seconds})
+    words = f'{len(starts)} starts and {len(weights)} resamplings of 49 points'
+    where = f'{torch.get_num_threads()} CPU threads'
+    return records, f'{words}; {where}; of scipy, every twentieth problem'
+
+
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
@@ -336,7 +390,8 @@ def main(argv):
         return
     if not options.variants:
         raise UserError('variants: which? See --help')
-    records, words = dict(steps=steps, profile=profile, loader=loader)[options.what](options)
+    measured = dict(steps=steps, profile=profile, loader=loader, fits=fits)
+    records, words = measured[options.what](options)
     print(f'{table(records)}\n\n{words}')
     if options.save:
         write_json(options.save, dict(records=records, words=words))

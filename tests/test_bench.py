@@ -45,6 +45,14 @@ def test_all_variants_side_by_side(capsys):
     )
 
 
+def test_fits_beside_scipys(capsys):
+    """Side by side they take less time than one after the other."""
+    pytest.importorskip('scipy')
+    bench.main(['--what=fits'])
+    ratios = re.findall(r"scipy's BFGS.*\| +([\d.]+) \|", capsys.readouterr().out)
+    assert len(ratios) == 2 and min(map(float, ratios)) > 5
+
+
 def test_transformers_model_is_of_our_shape():
     pytest.importorskip('transformers')
     for gpt2 in (False, True):  # transformers' GPT-2 has biases, whatever one says
