@@ -307,8 +307,51 @@ def hypercloning(d):
     return stage
 
 
+def remixed(d, start, units='first', fitted=False):
+    """
+    LInit with other units of the larger model than the first ones (important, matched), or with an
+    alpha fitted for each layer: extras/mixing.py.
+    """
+    from extras import mixing
+
+    stage, run, device = d.interpolated(start), d.run, d.method.device
+    settings = stage.origin.settings
+    alpha = None if isinstance(settings['alpha'], str) else settings['alpha']
+    settings['units'] = units
+    if fitted:
+        settings['alpha'] = 'fitted'
+        stage.also_spent += mixing.BATCHES * run.sequences * run.block_size * 6 * stage.params
+
+    def made():
+        small, large = (load(d.chain[name].folder, device) for name in (d.small, d.large))
+        grown = linit(small, large, d.config, alpha=1.0)
+        if units == 'important':
+            large = mixing.reorder(large, mixing.most_important(large, d.config))
+        elif units == 'matched':
+            large = mixing.reorder(large, mixing.best_matching(large, grown))
+        if not fitted:
+            return linit(small, large, d.config, alpha)
+        cut = linit(small, large, d.config, alpha=0.0)
+        return mixing.fitted_model(grown, cut, mixing.calibration(run, d.config, device))
+
+    stage.model = made
+    return stage
+
+
+def recovered_by_kd(d):
+    """LInit, recovering on the distribution of its larger neighbour instead of the text alone."""
+    stage = d.interpolated('linit-kd')
+    d.method.teach(stage, 'forward', d.chain[d.large], d.run)
+    return stage
+
+
 STARTS = {
     'linit': Descendant.interpolated,
+    'important': partial(remixed, start='important', units='important'),
+    'matched': partial(remixed, start='matched', units='matched'),
+    'fitted': partial(remixed, start='fitted', fitted=True),
+    'matched-fitted': partial(remixed, start='matched-fitted', units='matched', fitted=True),
+    'linit-kd': recovered_by_kd,
     'random': lambda d: d.stage('random'),
     'single': single,
     'auto-learngene': partial(learngene, which='auto'),
@@ -318,6 +361,9 @@ STARTS = {
     'minillm': partial(taught, start='minillm', distillation='minillm'),
     'hypercloning': hypercloning,
 }
+
+
+MIXTURES = ('important', 'matched', 'fitted', 'matched-fitted')  # of two neighbours
 
 
 # ----------------------------------------------------------------------------------------------
@@ -535,8 +581,10 @@ class ChainOfLearngene:
         for size in self.descendants:
             small, _, configs[size] = between(shapes, run.model_config(size))
             below = not fits(shapes[small], configs[size])
-            if below and ('single' in self.baselines or self.alphas):
-                raise UserError(f'{size} lies below the chain: it has no baseline single, no alpha')
+            mixtures = {'single', *MIXTURES} & {*self.baselines}
+            if below and (mixtures or self.alphas):
+                what = ', '.join(sorted(mixtures)) or 'an alpha'
+                raise UserError(f'{size} lies below the chain: there is no {what} of it')
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none

@@ -119,9 +119,11 @@ class GPTConfig:
     def named(cls, name, **changes):
         """
         The configuration of a named size, with fields overridden by `changes`; or WIDTHxLAYERS,
-        a small Llama with heads of 16 (64x4), or with gpt2- before it a small GPT-2 (gpt2-32x24).
-        Raises UserError for an unknown name.
+        a small Llama with heads of 16 (64x4), or with gpt2- before it a small GPT-2 (gpt2-32x24);
+        or NAMExLAYERS, a named size of another depth (gpt2-mediumx16). Raises UserError for an
+        unknown name.
         """
+        size, _, depth = name.rpartition('x')
         if match := re.fullmatch(r'(gpt2-)?(\d+)x(\d+)', name):
             width, layers = int(match[2]), int(match[3])
             if width % 16 or not width:
@@ -133,8 +135,11 @@ class GPTConfig:
                 shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
         elif name in SIZES:
             shape = SIZES[name]
+        elif size in SIZES and re.fullmatch('[1-9][0-9]*', depth):
+            shape = SIZES[size] | dict(n_layer=int(depth))
         else:
-            raise unknown('size', name, [*SIZES, 'WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS'])
+            ways = ('WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS')
+            raise unknown('size', name, [*SIZES, *ways])
         return cls(**{**shape, **changes})
 
 

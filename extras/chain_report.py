@@ -43,8 +43,8 @@ def checkpoints(results, data, scores_of):
 
 def recoveries(results, on_answers):
     """
-    Records of the descendants. on_answers: whether kd was taught on answers, as seqkd always is;
-    their losses are not those of the others.
+    Records of the descendants. on_answers: whether kd and linit-kd were taught on answers, as seqkd
+    always is; their losses are not those of the others.
     """
     records = []
     for size, runs in by_label(results, 'descendant').items():
@@ -52,7 +52,7 @@ def recoveries(results, on_answers):
         for r in runs:
             start, curve = r.labels['start'], curves[r.labels['start']]
             record = {'descendant': size, 'start': start, 'N': r.n_params}
-            if start != 'seqkd' and not (start == 'kd' and on_answers):
+            if start != 'seqkd' and not (start in ('kd', 'linit-kd') and on_answers):
                 record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
                 record['after recovery'] = r.val_loss
                 if 'random' in curves and start != 'random' and curve[0][0] == 0 < len(curve) - 1:

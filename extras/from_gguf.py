@@ -54,8 +54,11 @@ def convert(source, target, dtype=torch.float32):
 def convert_into(folder, transformers, file, dtype):
     """Write what transformers' reader finds in a GGUF file into a folder. Raises UserError."""
     try:
-        described = transformers.AutoConfig.from_pretrained(**file)
-        config = GPTConfig(**config_from_hugging_face(described.to_dict()))
+        described = transformers.AutoConfig.from_pretrained(**file).to_dict()
+        for name, value in described.items():
+            if isinstance(value, float):  # a float32 in the file: 1e-05, not 9.99999975e-06
+                described[name] = float(f'{value:.7g}')
+        config = GPTConfig(**config_from_hugging_face(described))
         found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
         template = GPT.on_meta(config).state_dict()
         state = tensors_from_hugging_face(config, found.state_dict(), template)

@@ -237,7 +237,7 @@ def chain(data_dir, tmp_path_factory):
                 out,
                 *ON_POLICY,
                 '--direct=True',
-                '--baselines=random,single,auto-learngene,van-learngene,kd,seqkd,minillm,hypercloning',
+                f'--baselines={",".join(start for start in col.STARTS if start != "linit")}',
                 '--downstream=signatures',
                 '--downstream_epochs=0.1',
                 '--bridge_answers=16',
