@@ -6,6 +6,7 @@ downstream tasks.
     python evaluate.py out/a/64x4 out/b/64x4 --data=pycode --kl_examples=1000
     python evaluate.py out/a out/b --tasks=lambada_openai,arc_easy,mmlu:5
     python evaluate.py out/progressive_8b config/tasks_progressive.py
+    python evaluate.py out/col_gpt2/138m-linit-on-dolly --answers=self-inst.jsonl,vicuna.jsonl
 """
 
 import difflib
@@ -203,6 +204,8 @@ class Evaluation:
     num_fewshot: Natural = 0  # examples in a task's prompt, unless it says so itself: mmlu:5
     task_folder: str = ''  # folder of task files of your own, instead of the harness' tasks
     tokenizer: str = ''  # folder of another one for the tasks; empty: the models'
+    answers: tuple[str, ...] = ()  # .jsonl files of instructions; Rouge-L of the models' answers
+    answer_tokens: Count = 256  # of an answer at most, from the likeliest one on
     out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of models; auto: bfloat16 on a GPU
@@ -247,12 +250,10 @@ def evaluate_folders(folders, options):
     corpus = verify_corpus(options.data, options.data_dir)
     configs = {name: read_config(model_folder(folder)) for name, folder in found.items()}
     longest = min(config.block_size for config in configs.values())
+    *_, last = found
     for draft in options.drafts:
-        *_, last = found
-        check_tokenizer_of_draft(found[last], draft)
-        config = read_config(model_folder(draft))
-        check_vocabulary(corpus, config, draft)
-        longest = min(longest, config.block_size)
+        longest = min(longest, read_draft(draft, found[last], corpus).block_size)
+    questions = read_questions(options.answers)
     block_size = options.block_size or longest
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
@@ -270,6 +271,8 @@ def evaluate_folders(folders, options):
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
             row |= average_accuracy(row['tasks'], options.tasks)
+        if questions:
+            row |= rouge_of_answers(found[name], questions, device, options.answer_tokens)
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)
@@ -282,6 +285,34 @@ def evaluate_folders(folders, options):
         }
         outcome['drafting'] = drafting(openers[last](), drafts, examples, options)
     return outcome
+
+
+def read_draft(draft, drafts_for, corpus):
+    """The GPTConfig of a model that drafts for another one. Raises UserError if it cannot."""
+    check_tokenizer_of_draft(drafts_for, draft)
+    config = read_config(model_folder(draft))
+    check_vocabulary(corpus, config, draft)
+    return config
+
+
+def read_questions(paths):
+    """{path: questions} of files of instructions and answers. Raises UserError for a bad one."""
+    from extras.bridge import scored_questions
+
+    return {path: scored_questions(path) for path in paths}
+
+
+def rouge_of_answers(folder, questions, device, most):
+    """
+    100 times the Rouge-L of a model's greedy answers to questions, {path: questions}, and the
+    average over the files (Chain-of-Learngene, Tables 14 and 15). most: tokens of an answer.
+    """
+    from extras.bridge import mean_rouge, text_generator
+
+    generate = text_generator(folder, device, most)
+    found = {path: 100 * mean_rouge(generate, asked) for path, asked in questions.items()}
+    row = dict(answers={path: {'Rouge-L': score} for path, score in found.items()})
+    return row | {'average_Rouge-L': statistics.mean(found.values())}
 
 
 def some_sequences(corpus, n, block_size, device):
@@ -312,10 +343,11 @@ def evaluation_tables(outcome):
         for key, value in row.items():
             if isinstance(value, float):
                 record[key.replace('_', ' ')] = value
-        for task, metrics in row.get('tasks', {}).items():
+        for task, metrics in (row.get('tasks', {}) | row.get('answers', {})).items():
             record |= {f'{task} {metric}': value for metric, value in metrics.items()}
-        if 'average_accuracy' in row:  # the last column
-            record['average accuracy'] = record.pop('average accuracy')
+        for average in ('average Rouge-L', 'average accuracy'):  # the last columns
+            if average in record:
+                record[average] = record.pop(average)
         records.append(record)
     text = table(records)
     titles = dict(kl='KL divergence D(row || column), nats per token', agreement='top-1 agreement')

@@ -57,6 +57,7 @@ from extras.allocation import Allocation
 from extras.dpo import PostTraining
 from extras.frontier import Frontier
 from extras.lazy_layers import LazyLayers
+from extras.stepwise import Stepwise
 from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
 from inheritune import Inheritune
@@ -230,6 +231,7 @@ METHODS = {
     'timeseries': TimeSeries,
     'sweep': Sweep,
     'col': ChainOfLearngene,
+    'stepwise': Stepwise,
     'posttrain': PostTraining,
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.instruct import FIELDS, prompt, write_supervised
+from data.instruct import FIELDS, file_records, prompt, write_supervised
 from data.prepare import Preparation
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, processes
@@ -41,11 +41,12 @@ def text_generator(name, device='cpu', max_new_tokens=256):
 
 
 def generate_ours(model, ids, max_new_tokens, end):
-    """The greedy answers of a GPT to prompts of ids, as lists of ids."""
+    """A GPT's greedy answers to prompts, both lists of ids, in half of its context at most."""
     device = model.wte.weight.device
-    room = max(1, model.config.block_size - max_new_tokens)
+    most = min(max_new_tokens, model.config.block_size // 2)
+    room = max(1, model.config.block_size - most)
     prompts = [torch.tensor(row[-room:], device=device) for row in ids]
-    found = answer(model, prompts, Answering(max_new_tokens, end, temperature=0))
+    found = answer(model, prompts, Answering(most, end, temperature=0))
     return [row[mask].tolist() for row, mask in zip(found.ids, found.mask)]
 
 
@@ -125,6 +126,42 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
         examples += [(e, split == 'val') for e in read_examples(path) if e['output']]
     options = Preparation(what, str(out), tokenizer=meta['tokenizer'], prompt=style)
     return write_supervised(examples, options, Path(out))
+
+
+def scored_questions(path):
+    """
+    [(instruction, input, references)] of a .jsonl or .json file of records with `instruction`,
+    `output` (a text, or a list of texts that are all right) and maybe `input`. Raises UserError.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'no file {path}')
+    found = []
+    for number, row in file_records(path):
+        try:
+            outputs = row['output'] if isinstance(row['output'], list) else [row['output']]
+            question = row['instruction'], row.get('input') or ''
+            assert outputs and all(isinstance(text, str) for text in (*question, *outputs))
+        except (TypeError, KeyError, AttributeError, AssertionError):
+            fields = 'instruction, output and maybe input, as texts'
+            raise UserError(f'{path}, record {number}: not {fields}') from None
+        found.append((*question, outputs))
+    if not found:
+        raise UserError(f'{path} holds no records')
+    return found
+
+
+def mean_rouge(generate, questions, batch_size=16):
+    """
+    The mean Rouge-L of the answers of `generate` (prompts -> answers) to scored_questions; of
+    several references the closest counts.
+    """
+    found = []
+    for i in progress_bar(range(0, len(questions), batch_size), desc='answers'):
+        chunk = questions[i : i + batch_size]
+        said = generate([prompt(instruction, given) for instruction, given, _ in chunk])
+        for text, (_, _, references) in zip(said, chunk):
+            found.append(max(rouge_l(text, reference) for reference in references))
+    return statistics.mean(found)
 
 
 def rouge_l(text, reference):

@@ -13,6 +13,7 @@ from conftest import ROOT, run_command, train_tokenizer, write_texts
 from test_model import SHAPES, small, tokens
 
 from configurator import configure
+from data.instruct import prompt
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.stage import Result
@@ -31,6 +32,7 @@ from evaluate import (
     run_tasks,
     sliding_window_loss,
 )
+from extras.bridge import rouge_l, scored_questions, text_generator
 from model import GPT, GPTConfig
 
 
@@ -277,6 +279,46 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         run_tasks(folder, Evaluation(tasks=('choose', 'choose:5')), 'cpu')
     with pytest.raises(UserError, match='no task .chose.'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
+
+
+def test_answers_are_scored_by_the_closest_of_their_references(data_dir, tmp_path):
+    """A model that says what it said before has a score of 100, with others to choose from."""
+    torch.manual_seed(0)
+    config = GPTConfig.named('32x2', vocab_size=257, block_size=64)
+    GPT(config).save(tmp_path / 'm', 'bytes')
+    asked = ['Name a letter.', 'Name another one.', 'And one more.']
+    said = text_generator(str(tmp_path / 'm'), max_new_tokens=32)([prompt(a, '') for a in asked])
+    right = [dict(instruction=a, output=['xyzzy', s + ' word']) for a, s in zip(asked, said)]
+    wrong = [dict(instruction=a, input='', output='xyzzy') for a in asked]
+    for name, rows in (('right', right), ('wrong', wrong)):
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    files = [str(tmp_path / f'{name}.jsonl') for name in ('right', 'wrong')]
+    how = [f'--data_dir={data_dir}', '--eval_tokens=256', f'--answers={",".join(files)}']
+    process = run_command('evaluate.py', tmp_path / 'm', *how, '--answer_tokens=32')
+    assert process.returncode == 0, process.stderr
+    (row,) = json.loads((tmp_path / 'm' / 'evaluation.json').read_text())['models'].values()
+    scores = [row['answers'][file]['Rouge-L'] for file in files]
+    expected = [max(rouge_l(s, r) for r in row['output']) for s, row in zip(said, right)]
+    assert scores == [pytest.approx(100 * sum(expected) / 3), 0.0] and scores[0] > 20
+    assert row['average_Rouge-L'] == pytest.approx(scores[0] / 2)
+    assert 'average Rouge-L' in process.stdout
+
+
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('', 'holds no records'),
+        ('{"instruction": "a"}', 'record 1: not instruction, output'),
+        ('{"instruction": "a", "output": []}', 'record 1'),
+        ('{"instruction": "a", "output": [1]}', 'record 1'),
+        ('[1]', 'record 1'),
+        ('{', 'no JSON'),
+    ],
+)
+def test_files_without_questions_are_refused(tmp_path, text, word):
+    (tmp_path / 'q.jsonl').write_text(text)
+    with pytest.raises(UserError, match=word):
+        scored_questions(str(tmp_path / 'q.jsonl'))
 
 
 def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_path):

@@ -1,0 +1,140 @@
+"""
+Why distil step by step? Appendix B of Chain-of-Learngene bounds the risk of a student X of a
+teacher Y by
+
+    R(X) - R(Y)  <=  C n^-rho  +  epsilon                                              (Eq. 3)
+
+of n tokens, and assumes for the chain G -> H_1 -> ... -> S against G -> S at once that rho of the
+direct step is no larger than any of the chain's (Assumption 1), and that the epsilons of the chain
+add up to no more than the direct one (Assumption 2). Here both are measured: every step at several
+n, the law fitted to the losses.
+
+    python train.py config/stepwise_tiny.py
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from col import ChainOfLearngene
+from configurator import Count, Positive
+from engine.errors import UserError
+from engine.report import Line, Panel, by_label, format_si
+from extras.decisions import QUANTILES, spaced
+from scaling import fit
+
+
+@dataclass
+class Stepwise(ChainOfLearngene):
+    """Measure what the theory of stepwise distillation assumes (Chain-of-Learngene, Appendix B)."""
+
+    grid: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)  # n, as shares of tokens
+    seeds: Count = 1  # runs of everything
+
+    def stages(self, run):
+        """For every seed: the ancestor, every step of the chain and the direct one, at every n."""
+        self.descendants = ()
+        if run.toy:
+            self.grid, self.seeds = self.grid[-1:], 1  # too few points for a law
+        configs = self.configs(run)
+        for seed in range(self.seeds):
+            knobs = dict(seed=run.seed + seed)
+            trained = self.ancestors(run, configs['ancestor'])
+            top = teacher = yield from of_seed(trained, seed, knobs)
+            names = ('ancestor', *self.chain)
+            for above, below in zip(names, self.chain):
+                teacher = yield from self.step(
+                    f'{above}-{below}', teacher, configs[below], run, knobs
+                )
+            if len(self.chain) > 1:
+                last = self.chain[-1]
+                yield from self.step(f'ancestor-{last}', top, configs[last], run, knobs)
+
+    def step(self, name, teacher, config, run, knobs):
+        """A student of `config` taught for every n; returns the Result of the longest."""
+        result, seed = None, knobs['seed'] - run.seed
+        for share in sorted(self.grid):
+            stage = self.student('', config, teacher, None)
+            stage.tokens *= share
+            stage.name = f'{name}-{format_si(stage.tokens)}-s{seed}'
+            self.teach(stage, self.distillation, teacher, run)
+            stage.knobs = stage.knobs | knobs
+            stage.labels = dict(step=name, n=stage.tokens, seed=seed, teacher=teacher.name)
+            result = yield stage
+        return result
+
+    def summary(self, results):
+        """Rates and floors of every step, what the assumptions say of them, and the curves."""
+        risk, fits, blocks = {r.name: r.val_loss for r in results}, {}, []
+        panel = Panel('n (tokens)', "student's loss - teacher's (nats per token)", log='xy')
+        for i, (step, runs) in enumerate(by_label(results, 'step').items()):
+            n = [r.labels['n'] for r in runs]
+            excess = [r.val_loss - risk[r.labels['teacher']] for r in runs]
+            panel.lines.append(Line(n, excess, step, 'o', f'C{i}'))
+            data = dict(N=[r.n_params for r in runs], D1=[0.0] * len(n), D2=n, loss=excess)
+            try:
+                if min(excess) <= 0:
+                    raise UserError('a student is better than its teacher')
+                fits[step] = fit('continuous', data)
+            except UserError as error:
+                blocks.append(f'{step}: {error}')
+                continue
+            grid = spaced(min(n), max(n), 50)
+            curve = fits[step].losses(data['N'][0], 0.0, grid)[0].tolist()
+            panel.lines.append(Line(grid, curve, '', '-', f'C{i}'))
+        direct = f'ancestor-{self.chain[-1]}'
+        tables = [step_records(fits), *assumptions(fits, direct)]
+        return [*blocks, *tables, ('stepwise.png', [panel])]
+
+
+def of_seed(stages, seed, knobs):
+    """The stages of an ancestor, with a seed's name and knobs; returns the last Result."""
+    result = None
+    while True:
+        try:
+            stage = stages.send(result)
+        except StopIteration as end:
+            return end.value
+        stage.name, stage.knobs = f'{stage.name}-s{seed}', stage.knobs | knobs
+        result = yield stage
+
+
+def step_records(fits):
+    """A record for each step: rho and epsilon with their intervals. fits: {step: Fit}."""
+    records = []
+    for step, fitted in fits.items():
+        p = fitted.parameters
+        record = {'step': step, 'rho': p['alpha']}
+        record['90% interval of rho'] = '{:.3f} to {:.3f}'.format(*fitted.intervals['alpha'])
+        record['epsilon'] = math.exp(p['logE'])
+        low, high = map(math.exp, fitted.intervals['logE'])
+        record['90% interval of epsilon'] = f'{low:.3f} to {high:.3f}'
+        records.append(record)
+    return records
+
+
+def assumptions(fits, direct):
+    """
+    Sentences on Assumptions 1 and 2 of the step `direct` against the others, a list; empty where a
+    step has no law, or the chain has one step alone. fits: {step: Fit}.
+    """
+    if len(fits) < 3 or direct not in fits:
+        return []
+    chain = [fitted for step, fitted in fits.items() if step != direct]
+    rho = torch.tensor([f.rows for f in chain], dtype=torch.float64)[..., 1].amin(0)
+    floor = torch.tensor([f.rows for f in chain], dtype=torch.float64)[..., 2].exp().sum(0)
+    _, rho_direct, log_floor = torch.tensor(fits[direct].rows, dtype=torch.float64).T
+    words = []
+    for name, gap in (
+        ('Assumption 1: the least rho of the chain - rho of the direct step', rho - rho_direct),
+        (
+            'Assumption 2: epsilon of the direct step - epsilons of the chain',
+            log_floor.exp() - floor,
+        ),
+    ):
+        low, high = gap[1:].quantile(QUANTILES).tolist()
+        holds = (gap[1:] >= 0).double().mean().item()
+        interval = f'90% interval {low:+.3f} to {high:+.3f}'
+        words.append(f'{name}: {gap[0]:+.3f} ({interval}; at least 0 in {holds:.0%} of the laws)')
+    return words
