@@ -1,0 +1,225 @@
+"""
+How much does a teacher give? Runs of Late-to-Early Training (Zhao et al.) with different teachers,
+put together: the gain over the baseline's last loss as a law of the teacher's lead and of the
+sizes. It tests how the paper explains its Table 6, where a teacher of poorer data does harm.
+
+    lead  =  loss of the baseline at its end - loss of the teacher         (nats per token)
+    ratio =  parameters of the target / parameters of the teacher
+
+    constant   gain = G
+    lead       gain = G (1 - e^(-(lead - none) / scale))    it saturates; below `none` it harms
+    size       gain = G ratio^-gamma
+    both       the product of the last two
+
+    python extras/teaching_law.py let+30 out/let_tiny out/let_other ...
+
+Every run has the variant, and one of them the baseline with the same seeds, size and tokens. The
+laws are fitted as those of scaling.py are, but to the gains themselves; left out are whole
+teachers. The laws are ours.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+
+if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import engine.quick_help  # --help need not wait for torch
+
+import torch
+
+from configurator import configure
+from engine.errors import UserError, run_as_program
+from engine.files import read_json
+from engine.minimise import levenberg_marquardt
+from engine.report import Line, Panel, draw_panels, finished_stages, format_count, table
+from engine.stage import Result
+from extras.decisions import QUANTILES
+from scaling import reweighted, root_mean_square
+
+KNEE = 0.02  # nats: residuals beyond it count by their size, not by their square
+
+
+def saturating(p, lead):
+    """1 - e^(-(lead - none) / scale): 0 at a lead of `none`, 1 far beyond."""
+    return 1 - torch.exp((-(lead - p.none) / p.scale.exp()).clamp(max=20))
+
+
+def constant(p, lead, ratio):
+    """gain = G"""
+    return p.G + 0 * lead
+
+
+def by_lead(p, lead, ratio):
+    """gain = G (1 - e^(-(lead - none) / scale))"""
+    return p.G * saturating(p, lead)
+
+
+def by_size(p, lead, ratio):
+    """gain = G ratio^-gamma"""
+    return p.G * torch.exp(-p.gamma * ratio)
+
+
+def by_both(p, lead, ratio):
+    """gain = G ratio^-gamma (1 - e^(-(lead - none) / scale))"""
+    return by_size(p, lead, ratio) * saturating(p, lead)
+
+
+STARTS = dict(G=(0.1, 0.3), none=(-1.0, 0.0), scale=(-2.0, 0.0), gamma=(0.0, 0.3))  # log scale
+LAWS = {  # a function of parameters, lead and log ratio; the names of its parameters
+    'constant': (constant, ('G',)),
+    'lead': (by_lead, ('G', 'none', 'scale')),
+    'size': (by_size, ('G', 'gamma')),
+    'both': (by_both, ('G', 'none', 'scale', 'gamma')),
+}
+
+
+@dataclass
+class Options:
+    """Fit laws of what a teacher gives: teaching_law.py VARIANT RUN [RUN ...]."""
+
+    out: str = 'out/teaching_law'  # folder of the picture
+
+
+def teacher_of(result):
+    """The Result of the model that taught a stage. Raises UserError without one."""
+    folder = Path(result.folder)
+    name = read_json(folder / 'stage.json', teaching=dict)['teaching'].get('teacher')
+    for place in (Path(name), folder.parent / name):
+        if (place / 'result.json').is_file():
+            return Result.of(place)
+    raise UserError(f'{folder}: its teacher, {name}, is no stage that was trained here')
+
+
+def points(variant, runs):
+    """
+    Records of every stage of a variant in run folders: teacher, lead, ratio, gain, seed. UserError
+    where a run has none, or no run the baseline of its seed, size and tokens.
+    """
+    stages, found = {run: finished_stages(run) for run in runs}, []
+    baselines = {}
+    for r in itertools.chain(*stages.values()):
+        if r.labels.get('variant') == 'baseline':
+            baselines[r.labels['seed'], r.n_params, r.tokens] = r.val_loss
+    for run, results in stages.items():
+        taught = [r for r in results if r.labels.get('variant') == variant]
+        if not taught:
+            raise UserError(f'{run} has no finished {variant}')
+        for r in taught:
+            seed, teacher = r.labels['seed'], teacher_of(r)
+            alone = baselines.get((seed, r.n_params, r.tokens))
+            if alone is None:
+                raise UserError(f'{r.folder}: no run has the baseline of seed {seed} of its size')
+            record = dict(teacher=teacher.folder, seed=seed, loss=teacher.val_loss)
+            record |= dict(lead=alone - teacher.val_loss, ratio=r.n_params / teacher.n_params)
+            found.append(record | dict(gain=alone - r.val_loss))
+    return found
+
+
+def columns(records):
+    """(lead, log of ratio, gain) of records, float64 tensors (n,)."""
+    rows = [[r['lead'], r['ratio'], r['gain']] for r in records]
+    lead, ratio, gain = torch.tensor(rows, dtype=torch.float64).T
+    return lead, ratio.log(), gain
+
+
+def predict(law, theta, records):
+    """The gains (..., n) of a law at parameters theta (..., 1 or n, P)."""
+    function, names = LAWS[law]
+    lead, ratio, _ = columns(records)
+    return function(SimpleNamespace(**dict(zip(names, theta.unbind(-1)))), lead, ratio)
+
+
+def fit(law, records, weight):
+    """
+    The parameters (W, P) of a law that fit records best under each row of weights (W, n), of
+    several starts.
+    """
+    gain = columns(records)[2]
+    choices = [STARTS[name] for name in LAWS[law][1]]
+    starts = torch.tensor(list(itertools.product(*choices)), dtype=torch.float64)
+    weight = weight / weight.sum(1, keepdim=True)
+    theta, value, _ = levenberg_marquardt(
+        lambda theta: (predict(law, theta, records) - gain) / KNEE,
+        starts.repeat(len(weight), 1),
+        weight.repeat_interleave(len(starts), 0),
+    )
+    best = value.nan_to_num(torch.inf).view(len(weight), -1).argmin(1)
+    return theta.view(len(weight), len(starts), -1)[torch.arange(len(weight)), best]
+
+
+def law_records(records):
+    """
+    A record for each law, its parameters with intervals over reweighted teachers, its errors with
+    all teachers and with one left out; and the parameters, {law: (1, P)}.
+    """
+    teachers, gain = sorted({r['teacher'] for r in records}), columns(records)[2]
+    of_teacher = [[float(r['teacher'] == teacher) for r in records] for teacher in teachers]
+    of_teacher = torch.tensor(of_teacher, dtype=torch.float64)
+    everything = torch.ones(1, len(gain), dtype=torch.float64)
+    found, fitted = [], {}
+    for law, (_, names) in LAWS.items():
+        if len(teachers) < len(names) + 2:
+            continue  # with one left out they would not determine it
+        fitted[law] = fit(law, records, everything)
+        samples = fit(law, records, reweighted(len(teachers), 200, 0) @ of_teacher)
+        own = predict(law, fitted[law][:, None], records) - gain
+        left_out = predict(law, fit(law, records, 1 - of_teacher)[:, None], records) - gain
+        record = {'law': law}
+        for name, value, ends in zip(names, fitted[law][0], samples.quantile(QUANTILES, dim=0).T):
+            numbers = [x.exp() if name == 'scale' else x for x in (value, *ends)]
+            record[name] = '{:.3f} ({:.3f} to {:.3f})'.format(*numbers)
+        record['error (nats)'] = root_mean_square(own)
+        record['a teacher left out'] = root_mean_square(left_out[of_teacher > 0])
+        found.append(record)
+    return found, fitted
+
+
+def teacher_records(records):
+    """A record for each teacher: its size, its loss, its lead, and the mean gain."""
+    found = []
+    for teacher in dict.fromkeys(r['teacher'] for r in records):
+        own = [r for r in records if r['teacher'] == teacher]
+        record = {'teacher': teacher, 'target / teacher': own[0]['ratio'], 'seeds': len(own)}
+        record |= {'its loss': own[0]['loss'], 'lead': mean(r['lead'] for r in own)}
+        found.append(record | {'gain': mean(r['gain'] for r in own)})
+    return sorted(found, key=lambda record: record['lead'])
+
+
+def gain_panel(records, fitted):
+    """Gain over lead, a colour for each ratio of sizes, with the law of the lead alone."""
+    panel = Panel("teacher's lead over the baseline's end (nats)", 'gain (nats per token)')
+    for i, ratio in enumerate(sorted({round(r['ratio'], 2) for r in records})):
+        own = [r for r in records if round(r['ratio'], 2) == ratio]
+        label = f'target {format_count(ratio)} times the teacher'
+        lead, gain = [r['lead'] for r in own], [r['gain'] for r in own]
+        panel.lines.append(Line(lead, gain, label, 'o', f'C{i}'))
+    if 'lead' in fitted:
+        leads = [r['lead'] for r in records]
+        grid = torch.linspace(min(leads), max(leads), 100).tolist()
+        along = [dict(lead=lead, ratio=1.0, gain=0.0) for lead in grid]
+        curve = predict('lead', fitted['lead'], along).tolist()
+        panel.lines.append(Line(grid, curve, 'law of the lead', '-', 'black'))
+    return panel
+
+
+def main(argv):
+    """Command line: VARIANT RUN [RUN ...], then knobs."""
+    knobs = [arg for arg in argv if arg.startswith('-')]
+    variant, *runs = [arg for arg in argv if arg not in knobs] or ['']
+    options, _, _ = configure(knobs, Options, program='extras/teaching_law.py VARIANT RUN ...')
+    if not runs:
+        raise UserError('missing arguments; usage: teaching_law.py VARIANT RUN [RUN ...]')
+    records = points(variant, runs)
+    laws, fitted = law_records(records)
+    print(f'{table(teacher_records(records))}\n\n{table(laws)}')
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    draw_panels([gain_panel(records, fitted)], Path(options.out) / 'teaching_law.png')
+    print(f'\nteaching_law.png is in {options.out}/')
+
+
+if __name__ == '__main__':
+    run_as_program(main)

@@ -1,0 +1,80 @@
+"""What a teacher gives: a law that made the gains comes back, from runs as they are on disk."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_command
+
+from engine.errors import UserError
+from engine.stage import Result
+from extras.teaching_law import KNEE, law_records, points, predict
+
+TRUTH = dict(G=0.2, none=-0.3, scale=math.log(0.25), gamma=0.1)
+
+
+def write_stage(folder, n_params, loss, teacher='', **labels):
+    """A finished stage as a run of LET leaves it."""
+    folder.mkdir(parents=True)
+    numbers = dict(params=1.0, tokens=8, flops=48.0, seconds=1.0, position=0, bits_per_byte=1.0)
+    numbers |= dict(inherited_flops=0.0, baseline_flops=0.0, labels=labels)
+    Result(folder.name, str(folder), n_params, val_loss=loss, **numbers).write()
+    (folder / 'stage.json').write_text(json.dumps(dict(teaching=dict(teacher=teacher))))
+
+
+def write_runs(folder, law='both', noise=1e-3):
+    """Runs with teachers of three sizes and several losses, two seeds; gains as a law has them."""
+    generator, runs = torch.Generator().manual_seed(0), []
+    for seed in range(2):
+        write_stage(folder / 'run0' / f'baseline-{seed}', 160, 2.6, variant='baseline', seed=seed)
+    names = dict(both=('G', 'none', 'scale', 'gamma'), lead=('G', 'none', 'scale'))[law]
+    theta = torch.tensor([[TRUTH[name] for name in names]], dtype=torch.float64)
+    for size in (16, 40, 80):
+        for loss in (2.7, 2.5, 2.2, 1.8):
+            run, teacher = folder / f'run{len(runs)}', folder / 'teachers' / f'{size}-{loss}'
+            write_stage(teacher, size, loss)
+            record = dict(lead=2.6 - loss, ratio=160 / size, gain=0.0)
+            gain = predict(law, theta, [record]).item()
+            for seed in range(2):
+                off = noise * torch.randn(1, generator=generator).item()
+                labels = dict(variant='let+30', seed=seed)
+                write_stage(run / f'let+30-{seed}', 160, 2.6 - gain + off, str(teacher), **labels)
+            runs.append(str(run))
+    return runs
+
+
+def test_the_law_that_made_the_gains_comes_back(tmp_path):
+    records = points('let+30', write_runs(tmp_path))
+    assert len(records) == 24 and len({r['teacher'] for r in records}) == 12
+    table, fitted = law_records(records)
+    expected = [TRUTH[name] for name in ('G', 'none', 'scale', 'gamma')]
+    assert fitted['both'][0].tolist() == pytest.approx(expected, rel=0.1)
+    errors = {record['law']: record['a teacher left out'] for record in table}
+    assert errors['both'] < 2e-3 < KNEE / 4 < min(errors[law] for law in ('constant', 'size'))
+
+
+def test_the_command_draws_and_prints(tmp_path):
+    runs = write_runs(tmp_path, 'lead')
+    words = ['let+30', *runs, f'--out={tmp_path / "law"}']
+    process = run_command('extras/teaching_law.py', *words)
+    assert process.returncode == 0, process.stderr
+    assert '| lead ' in process.stdout and '| both ' in process.stdout
+    assert (tmp_path / 'law' / 'teaching_law.png').stat().st_size > 10_000
+
+
+def test_few_teachers_determine_few_laws(tmp_path):
+    records = points('let+30', write_runs(tmp_path)[:3])
+    table, _ = law_records(records)
+    assert [record['law'] for record in table] == ['constant']
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    runs = write_runs(tmp_path)
+    with pytest.raises(UserError, match='run1 has no finished let.9'):
+        points('let+9', [*runs[1:2]])
+    with pytest.raises(UserError, match='no run has the baseline of seed 0'):
+        points('let+30', runs[1:])
+    write_stage(tmp_path / 'lost' / 'let+30-0', 160, 2.0, 'away', variant='let+30', seed=0)
+    with pytest.raises(UserError, match='its teacher, away, is no stage'):
+        points('let+30', [runs[0], str(tmp_path / 'lost')])
