@@ -1,80 +1,126 @@
 """
 The objective of LET on time series: the data as published, a language model that reads numbers,
-accuracy from its folder.
+one that begins with another's layers, accuracy from its folder.
 """
+
+import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip('sktime')
-from test_train import metrics
+from test_train import metrics, planned
 
 import train  # noqa: E402
 from data.loader import Share  # noqa: E402
-from extras.timeseries import accuracy, japanese_vowels, vowel_source
-from model import GPT, GPTConfig, load
+from engine.errors import UserError  # noqa: E402
+from engine.report import by_label  # noqa: E402
+from extras.timeseries import (  # noqa: E402
+    PAPERS,
+    accuracy,
+    from_language_model,
+    series_of,
+    series_source,
+    shape_of,
+)
+from model import GPT, GPTConfig, load  # noqa: E402
+
+vowels = partial(series_of, 'JapaneseVowels', 'nowhere')
+
+
+def write_set(folder, name, lengths=(5, 3)):
+    """A data set as the archive has it: two channels, two classes, series of several lengths."""
+    (folder / name).mkdir(parents=True)
+    head = f'@problemName {name}\n@timeStamps false\n@missing false\n@univariate false\n'
+    head += '@dimensions 2\n@equalLength false\n@classLabel true up down\n@data\n'
+    for split in ('TRAIN', 'TEST'):
+        lines = []
+        for i in range(12):
+            sign, label = (1, 'up') if i % 2 else (-1, 'down')
+            steps = [sign * (step + i / 7) for step in range(lengths[i % len(lengths)])]
+            lines.append(
+                ','.join(map(str, steps)) + ':' + ','.join(['7'] * len(steps)) + f':{label}'
+            )
+        (folder / name / f'{name}_{split}.ts').write_text(head + '\n'.join(lines) + '\n')
 
 
 def test_the_data_are_those_of_the_publication():
-    (x, y), (test_x, test_y) = japanese_vowels()['train'], japanese_vowels()['test']
-    assert (
-        x.shape == (270, 29, 12)
-        and test_x.shape == (370, 29, 12)
-        and set(y[y != -100]) == set(range(9))
-    )
-    assert (
-        (np.bincount(y[y != -100]) == 30).all()
-        and ((y != -100).sum(1) == 1).all()
-        and ((test_y != -100).sum(1) == 1).all()
-    )
+    (x, y), (test_x, test_y) = vowels()['train'], vowels()['test']
+    assert shape_of('JapaneseVowels', 'nowhere') == PAPERS['JapaneseVowels']
+    assert test_x.shape == (370, 29, 12) and set(y[y != -100]) == set(range(9))
+    assert (np.bincount(y[y != -100]) == 30).all()
+    assert ((y != -100).sum(1) == 1).all() and ((test_y != -100).sum(1) == 1).all()
     lengths = (y != -100).argmax(1) + 1
     real = np.concatenate([row[:n] for row, n in zip(x, lengths)])
-    assert (
-        lengths.min() == 7
-        and np.allclose(real.mean(0), 0, atol=1e-4)
-        and np.allclose(real.std(0), 1, atol=1e-4)
-    )
+    assert lengths.min() == 7
+    assert np.allclose(real.mean(0), 0, atol=1e-4) and np.allclose(real.std(0), 1, atol=1e-4)
+
+
+def test_a_set_is_read_from_a_folder(tmp_path):
+    write_set(tmp_path, 'Mine')
+    x, y = series_of('Mine', str(tmp_path))['train']
+    assert x.shape == (12, 5, 2) and shape_of('Mine', str(tmp_path)).classes == 2
+    assert not x[..., 1].any()  # a channel that says nothing has no scale
+    assert (y[0] == [-100, -100, -100, -100, 0]).all() and y[1, 2] == 1 and not x[1, 3:].any()
+
+
+def test_a_set_that_is_not_here_is_named_with_where_it_belongs(tmp_path):
+    with pytest.raises(UserError, match='NoSuchSet is not in .*as NoSuchSet/NoSuchSet_TRAIN.ts'):
+        series_of('NoSuchSet', str(tmp_path))
 
 
 def test_every_epoch_reads_every_utterance_once_in_a_new_order():
-    source = vowel_source(train.Run())
+    source = series_source(train.Run(), 'JapaneseVowels', 'nowhere')
     first, second = source.read(np.arange(270)), source.read(np.arange(270, 540))
-    assert not np.array_equal(first[0], second[0]) and np.array_equal(
-        *(np.sort(e[0].reshape(270, -1).sum(1)) for e in (first, second))
-    )
-    assert (
-        sum(count for _, _, count in source.validation(64, Share()))
-        == 370
-        == sum(
-            count
-            for rank in range(3)
-            for _, _, count in source.validation(64, Share('cpu', rank, 3))
-        )
-    )
+    assert not np.array_equal(first[0], second[0])
+    assert np.array_equal(*(np.sort(e[0].reshape(270, -1).sum(1)) for e in (first, second)))
+    assert sum(count for _, _, count in source.validation(64, Share())) == 370
+    shares = [source.validation(64, Share('cpu', rank, 3)) for rank in range(3)]
+    assert sum(count for share in shares for _, _, count in share) == 370
 
 
 def test_a_model_that_reads_numbers_is_saved_and_loaded(tmp_path):
     model = GPT(GPTConfig.named('16x2', vocab_size=9, channels=12, block_size=29))
     model.save(tmp_path)
     x = torch.randn(2, 29, 12)
-    assert torch.equal(load(tmp_path)(x).logits, model(x).logits) and 0 <= accuracy(tmp_path) < 0.5
+    assert torch.equal(load(tmp_path)(x).logits, model(x).logits)
+    assert 0 <= accuracy(tmp_path, vowels()) < 0.5
 
 
-def test_teacher_and_target_learn_the_speakers(tmp_path):
-    train.main(
-        [
-            'config/let_timeseries.py',
-            '--size=16x2',
-            '--teacher_size=16x1',
-            '--epochs=12',
-            '--teacher_epochs=12',
-            '--seeds=1',
-            '--learning_rate=0.01',
-            f'--out_dir={tmp_path}',
-            '--device=cpu',
-            '--data_dir=nowhere',
-        ]
-    )
-    assert accuracy(tmp_path / 'let-0') > 0.6 and 'similarity' in metrics(tmp_path / 'let-0')[0]
-    assert '\n| let ' in (tmp_path / 'report.md').read_text()
+@pytest.mark.parametrize('size', ['16x2', 'gpt2-16x2'])
+def test_a_target_begins_with_a_language_models_layers(tmp_path, size):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig.named(size, vocab_size=50, block_size=64))
+    base.save(tmp_path / 'base')
+    shape = dict(vocab_size=9, channels=12, block_size=29, tied=False)
+    model = from_language_model(tmp_path / 'base', GPTConfig.named(size, **shape))
+    assert torch.equal(model.blocks[1].mlp.up.weight, base.blocks[1].mlp.up.weight)
+    assert torch.equal(model.norm.weight, base.norm.weight)
+    assert model(torch.randn(2, 29, 12)).logits.shape == (2, 29, 9)
+
+
+def test_teacher_and_target_learn_two_sets(tmp_path):
+    """On Japanese vowels and a set of one's own, from a language model's layers."""
+    write_set(tmp_path / 'data' / 'timeseries', 'Mine')
+    torch.manual_seed(0)
+    GPT(GPTConfig.named('16x2', vocab_size=50, block_size=64)).save(tmp_path / 'base')
+    sizes = ['--datasets=JapaneseVowels,Mine', '--teacher_size=16x1', f'--base={tmp_path / "base"}']
+    how = ['--epochs=12', '--teacher_epochs=12', '--seeds=1', '--learning_rate=0.01']
+    where = [f'--out_dir={tmp_path / "run"}', f'--data_dir={tmp_path / "data"}', '--device=cpu']
+    train.main(['config/let_timeseries.py', *sizes, *how, *where])
+    let = tmp_path / 'run' / 'JapaneseVowels-let-0'
+    assert accuracy(let, vowels()) > 0.6 and 'similarity' in metrics(let)[0]
+    report = (tmp_path / 'run' / 'report.md').read_text()
+    assert json.loads((let / 'stage.json').read_text())['origin']['models'] == ['base']
+    assert all(f'| {name} ' in report for name in ('JapaneseVowels', 'Mine'))
+
+
+def test_the_papers_ten_sets_are_planned_without_them():
+    stages = [stage for stage, _ in planned('let_timeseries_qwen2.py', '--dry_run=True')]
+    assert list(by_label(stages, 'dataset')) == list(PAPERS)
+    target = stages[1]
+    assert target.config.n_layer == 24 and target.config.channels == 3 and not target.config.tied
+    assert target.config.vocab_size == 4 and target.origin.models == ('Qwen2-0.5B',)
+    assert stages[2].teaching['target_layer'] == 6
