@@ -57,10 +57,12 @@ from engine.plan import all_params
 from engine.progress import progress_bar
 from engine.report import format_bytes, format_count, table
 from engine.rows import FolderReader, write_model
+from engine.sizes import SIZES
 from engine.stage import Origin, Result, Stage
+from engine.teacher import is_ours
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
 from let import distil
-from model import GPT, load, read_config, write_config
+from model import GPT, GPTConfig, load, read_config, write_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -378,6 +380,7 @@ class ChainOfLearngene:
     ancestor_size: str = '64x6'  # its size, if it is trained here, or not here yet for a plan
     ancestor_tokens: Positive = 1.5e6  # training tokens of that
     bridge: str = ''  # ancestor of any architecture and vocabulary: it answers, `ancestor` learns
+    bridge_data: str = ''  # supervised set in bridge's vocabulary, on which it is tuned first
     bridge_answers: Natural = 0  # how many of sft_data's prompts it answers; 0: all
     chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # sizes of the checkpoints, largest first
     public: tuple[str, ...] = ()  # their public checkpoints, if start is public
@@ -466,18 +469,52 @@ class ChainOfLearngene:
             X = config.num_params(head=True)
             result = yield Stage('ancestor', config, self.ancestor_tokens, X)
         name, data, epochs = 'ancestor-sft', self.sft_data, 0
+        answering = None
         if self.bridge:
             name, epochs = 'bridge', 10.0
-            if not (run.toy or run.dry_run):
+        if self.bridge and not run.toy:
+            answering = yield from self.answering(run)
+            if not run.dry_run:
                 from extras.bridge import pseudo_answers
 
                 out = Path(run.out_dir) / 'bridge-data'
-                data = pseudo_answers(self.bridge, data, run, out, self.bridge_answers)
+                data = pseudo_answers(answering.folder, data, run, out, self.bridge_answers)
         if data:
             stage = self.tune(name, config, result, data, run, epochs)
             stage.parent = result
+            if answering:
+                stage.also = (*stage.also, answering)
+                stage.also_spent += self.spent_on_answers(answering, config, run)
             result = yield stage
         return result
+
+    def answering(self, run):
+        """
+        The Result of the bridge's ancestor, whose answers `ancestor` learns from: fine-tuned first,
+        in its own vocabulary, if bridge_data names a set. UserError where it cannot be.
+        """
+        config, public = None, self.bridge.rpartition('/')[2].lower()
+        if run.dry_run and not Path(self.bridge).is_dir():
+            config = GPTConfig.named(public) if public in SIZES else None
+        elif is_ours(self.bridge):
+            config = read_config(model_folder(self.bridge))
+        if not config and self.bridge_data:
+            raise UserError(f'{self.bridge} cannot be fine-tuned here: leave out bridge_data')
+        if not config:  # another library's: what its answers cost is not known
+            return Result.given('bridge-ancestor', self.bridge)
+        result = given_ancestor(self.bridge, config, run.dry_run)
+        result.name = Path(self.bridge).name
+        if self.bridge_data:
+            stage = self.tune('bridge-ancestor', config, result, self.bridge_data, run)
+            stage.parent = result
+            result = yield stage
+        return result
+
+    def spent_on_answers(self, teacher, config, run):
+        """FLOPs of the answers of a Result to the prompts of sft_data, each at full length."""
+        asked = examples_in(self.sft_data, run)
+        length = min(run.block_size, config.block_size)
+        return 2 * teacher.params * min(self.bridge_answers or asked, asked) * length
 
     def tune(self, name, config, start, data, run, epochs=0.0):
         """Supervised fine-tuning of the Result `start`; data: a prepared set, or its folder."""
@@ -532,10 +569,7 @@ class ChainOfLearngene:
             if not run.dry_run:
                 name, n = out / f'{stage.name}-data', self.bridge_answers
                 use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
-            asked = examples_in(self.sft_data, run)
-            asked = min(self.bridge_answers or asked, asked)
-            length = min(run.block_size, stage.config.block_size)
-            stage.also_spent += 2 * teacher.params * asked * length  # of answers at full length
+            stage.also_spent += self.spent_on_answers(teacher, stage.config, run)
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
@@ -588,7 +622,8 @@ class ChainOfLearngene:
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
-                check_same_tokenizer(name, next(iter(run.corpora)), run.data_dir)
+                if name != self.bridge_data:
+                    check_same_tokenizer(name, next(iter(run.corpora)), run.data_dir)
         return configs
 
     def check(self, run):
@@ -610,12 +645,12 @@ class ChainOfLearngene:
         self.descendants = self.descendants[:1]
         self.score_examples = min(4, self.score_examples)
 
-    toy_corpora = dict(sft_data='signatures', downstream=('signatures',))
+    toy_corpora = dict(sft_data='signatures', downstream=('signatures',), bridge_data='signatures')
 
     @property
     def corpora(self):
         """Supervised sets that the stages read besides the run's data."""
-        return [name for name in (self.sft_data, *self.downstream) if name]
+        return [name for name in (self.sft_data, self.bridge_data, *self.downstream) if name]
 
     def summary(self, results):
         """

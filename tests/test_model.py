@@ -48,6 +48,7 @@ TOTAL = {  # all parameters, tied ones once
     'pythia-410m': 405_334_016,
     'pythia-1b': 1_011_781_632,
     'pythia-1.4b': 1_414_647_808,
+    'meta-llama-3-8b': 8_030_261_248,
     'qwen2-0.5b': 494_032_768,
     'qwen3-0.6b': 596_049_920,
     '1.09b': 1_092_252_160,

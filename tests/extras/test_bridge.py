@@ -11,7 +11,9 @@ import torch
 import extras.bridge as bridge
 import train
 from data.instruct import Examples
+from data.prepare import Preparation, prepare
 from engine.errors import UserError
+from engine.stage import Result
 from extras.bridge import rouge_l, text_generator, write_answers
 from model import GPT, GPTConfig
 
@@ -58,6 +60,46 @@ def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
         UserError, match='holds 24 answers of .*ancestor to signatures, not all answers of another'
     ):
         bridge.pseudo_answers('another', 'signatures', run, folder)
+
+
+def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir, tmp_path):
+    """It answers as it was tuned, another vocabulary learns that, and the ledger has the cost."""
+    pytest.importorskip('tokenizers')
+    from conftest import train_tokenizer
+
+    big, data = tmp_path / 'big', tmp_path / 'data'
+    train_tokenizer('byte-level', big, 300)
+    shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=64)
+    GPT(GPTConfig(**shape)).save(big)
+    data.mkdir()
+    for name in ('pydocs', 'signatures'):
+        (data / name).symlink_to(data_dir / name)
+    how = dict(packages=('json', 'email'), tokenizer=str(big))
+    prepare(Preparation('signatures', str(data / 'signatures_big'), **how))
+    words = ['--ancestor_size=16x2', '--chain=16x1', '--descendants=', '--baselines=']
+    words += [f'--bridge={big}', '--bridge_data=signatures_big', '--sft_data=signatures']
+    words += ['--bridge_answers=16', '--sft_epochs=0.05', '--ancestor_tokens=640', '--tokens=640']
+    words += ['--block_size=64', '--batch_size=4', '--eval_tokens=512', '--answers=4']
+    out = [f'--data_dir={data}', f'--out_dir={tmp_path / "run"}', '--device=cpu']
+    train.main(['--method=col', *words, *out])
+    results = {p.parent.name: Result.of(p.parent) for p in tmp_path.glob('run/*/result.json')}
+    tuned, made = results['bridge-ancestor'], results['bridge']
+    assert tuned.tokens > 0 and made.tokens > 0
+    meta = json.loads((tmp_path / 'run' / 'bridge-data' / 'meta.json').read_text())
+    assert meta['corpus'].endswith('bridge-ancestor to signatures') and meta['tokenizer'] == 'bytes'
+    answers = 2 * tuned.params * 16 * 64
+    spent = results['ancestor'].flops + tuned.flops + answers
+    assert made.inherited_flops == pytest.approx(spent)
+
+
+def test_a_bridge_that_is_not_ours_cannot_be_tuned(data_dir, tmp_path):
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'config.json').write_text('{"model_type": "mamba"}')
+    words = ['--ancestor_size=16x2', '--chain=16x1', f'--bridge={tmp_path / "other"}']
+    words += ['--bridge_data=signatures', '--sft_data=signatures', '--descendants=']
+    out = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--dry_run=True']
+    with pytest.raises(UserError, match='other cannot be fine-tuned here: leave out bridge_data'):
+        train.main(['--method=col', *words, *out])
 
 
 def test_any_model_of_transformers_can_answer(tmp_path):
