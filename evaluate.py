@@ -253,7 +253,7 @@ def evaluate_folders(folders, options):
     *_, last = found
     for draft in options.drafts:
         longest = min(longest, read_draft(draft, found[last], corpus).block_size)
-    questions = read_questions(options.answers)
+    prompts = read_prompts(options.answers)
     block_size = options.block_size or longest
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
@@ -271,8 +271,8 @@ def evaluate_folders(folders, options):
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
             row |= average_accuracy(row['tasks'], options.tasks)
-        if questions:
-            row |= rouge_of_answers(found[name], questions, device, options.answer_tokens)
+        if prompts:
+            row |= rouge_of_answers(found[name], prompts, device, options.answer_tokens)
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)
@@ -295,22 +295,22 @@ def read_draft(draft, drafts_for, corpus):
     return config
 
 
-def read_questions(paths):
-    """{path: questions} of files of instructions and answers. Raises UserError for a bad one."""
-    from extras.bridge import scored_questions
+def read_prompts(paths):
+    """{path: scored prompts} of files of instructions and answers. UserError for a bad one."""
+    from extras.bridge import scored_prompts
 
-    return {path: scored_questions(path) for path in paths}
+    return {path: scored_prompts(path) for path in paths}
 
 
-def rouge_of_answers(folder, questions, device, most):
+def rouge_of_answers(folder, prompts, device, most):
     """
-    100 times the Rouge-L of a model's greedy answers to questions, {path: questions}, and the
+    100 times the Rouge-L of a model's greedy answers to {path: scored prompts}, and the
     average over the files (Chain-of-Learngene, Tables 14 and 15). most: tokens of an answer.
     """
     from extras.bridge import mean_rouge, text_generator
 
     generate = text_generator(folder, device, most)
-    found = {path: 100 * mean_rouge(generate, asked) for path, asked in questions.items()}
+    found = {path: 100 * mean_rouge(generate, asked) for path, asked in prompts.items()}
     row = dict(answers={path: {'Rouge-L': score} for path, score in found.items()})
     return row | {'average_Rouge-L': statistics.mean(found.values())}
 

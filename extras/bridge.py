@@ -128,39 +128,40 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
     return write_supervised(examples, options, Path(out))
 
 
-def scored_questions(path):
+def scored_prompts(path):
     """
-    [(instruction, input, references)] of a .jsonl or .json file of records with `instruction`,
-    `output` (a text, or a list of texts that are all right) and maybe `input`. Raises UserError.
+    [(prompt, references)] of a .jsonl or .json file of records with `instruction` and maybe
+    `input`, or a whole `prompt`; and `output`, a text or a list of texts that are all right. Raises
+    UserError.
     """
     if not Path(path).is_file():
         raise UserError(f'no file {path}')
     found = []
     for number, row in file_records(path):
         try:
-            outputs = row['output'] if isinstance(row['output'], list) else [row['output']]
-            question = row['instruction'], row.get('input') or ''
-            assert outputs and all(isinstance(text, str) for text in (*question, *outputs))
+            references = row['output'] if isinstance(row['output'], list) else [row['output']]
+            asked = [row['instruction'], row.get('input') or ''] if 'instruction' in row else None
+            asked = asked or [row['prompt']]
+            assert references and all(isinstance(text, str) for text in (*asked, *references))
         except (TypeError, KeyError, AttributeError, AssertionError):
-            fields = 'instruction, output and maybe input, as texts'
+            fields = 'instruction (and input) or prompt, and output, as texts'
             raise UserError(f'{path}, record {number}: not {fields}') from None
-        found.append((*question, outputs))
+        found.append((prompt(*asked) if len(asked) == 2 else asked[0], references))
     if not found:
         raise UserError(f'{path} holds no records')
     return found
 
 
-def mean_rouge(generate, questions, batch_size=16):
+def mean_rouge(generate, asked, batch_size=16):
     """
-    The mean Rouge-L of the answers of `generate` (prompts -> answers) to scored_questions; of
-    several references the closest counts.
+    The mean Rouge-L of the answers of `generate` (prompts -> answers) to scored_prompts; of several
+    references the closest counts.
     """
     found = []
-    for i in progress_bar(range(0, len(questions), batch_size), desc='answers'):
-        chunk = questions[i : i + batch_size]
-        said = generate([prompt(instruction, given) for instruction, given, _ in chunk])
-        for text, (_, _, references) in zip(said, chunk):
-            found.append(max(rouge_l(text, reference) for reference in references))
+    for i in progress_bar(range(0, len(asked), batch_size), desc='answers'):
+        prompts, references = zip(*asked[i : i + batch_size])
+        for said, right in zip(generate(list(prompts)), references):
+            found.append(max(rouge_l(said, text) for text in right))
     return statistics.mean(found)
 
 

@@ -32,7 +32,7 @@ from evaluate import (
     run_tasks,
     sliding_window_loss,
 )
-from extras.bridge import rouge_l, scored_questions, text_generator
+from extras.bridge import rouge_l, scored_prompts, text_generator
 from model import GPT, GPTConfig
 
 
@@ -304,21 +304,32 @@ def test_answers_are_scored_by_the_closest_of_their_references(data_dir, tmp_pat
     assert 'average Rouge-L' in process.stdout
 
 
+def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_path):
+    rows = [
+        dict(prompt='Say a.', output='a'),
+        dict(instruction='Say', input='b', output=['b', 'c']),
+    ]
+    (tmp_path / 'q.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    found = scored_prompts(str(tmp_path / 'q.jsonl'))
+    assert found == [('Say a.', ['a']), (prompt('Say', 'b'), ['b', 'c'])]
+
+
 @pytest.mark.parametrize(
     'text, word',
     [
         ('', 'holds no records'),
-        ('{"instruction": "a"}', 'record 1: not instruction, output'),
+        ('{"instruction": "a"}', 'record 1: not instruction'),
+        ('{"prompt": 1, "output": "b"}', 'record 1'),
         ('{"instruction": "a", "output": []}', 'record 1'),
         ('{"instruction": "a", "output": [1]}', 'record 1'),
         ('[1]', 'record 1'),
         ('{', 'no JSON'),
     ],
 )
-def test_files_without_questions_are_refused(tmp_path, text, word):
+def test_files_without_prompts_are_refused(tmp_path, text, word):
     (tmp_path / 'q.jsonl').write_text(text)
     with pytest.raises(UserError, match=word):
-        scored_questions(str(tmp_path / 'q.jsonl'))
+        scored_prompts(str(tmp_path / 'q.jsonl'))
 
 
 def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_path):
