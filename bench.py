@@ -377,7 +377,7 @@ def fits(options):
         records.append(record | {'times as long': theirs / seconds})
     words = f'{len(starts)} starts and {len(weights)} resamplings of 49 points'
     where = f'{torch.get_num_threads()} CPU threads'
-    return records, f'{words}; {where}; of scipy, every twentieth problem'
+    return records, f'{words}; {where}; scipy solves every twentieth problem'
 
 
 def main(argv):

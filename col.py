@@ -309,28 +309,28 @@ def hypercloning(d):
     return stage
 
 
-def remixed(d, start, units='first', fitted=False):
+def other_mixture(d, start):
     """
-    LInit with other units of the larger model than the first ones (important, matched), or with an
-    alpha fitted for each layer: extras/mixing.py.
+    LInit with other units of the larger model than the first ones, or with an alpha fitted for each
+    layer, as MIXTURES says: extras/mixing.py.
     """
     from extras import mixing
 
+    units, fitted = MIXTURES[start]
     stage, run, device = d.interpolated(start), d.run, d.method.device
-    settings = stage.origin.settings
-    alpha = None if isinstance(settings['alpha'], str) else settings['alpha']
-    settings['units'] = units
+    alpha = d.method.alpha if d.method.alpha >= 0 else None
+    stage.origin.settings['units'] = units
     if fitted:
-        settings['alpha'] = 'fitted'
+        stage.origin.settings['alpha'] = 'fitted'
         stage.also_spent += mixing.BATCHES * run.sequences * run.block_size * 6 * stage.params
 
     def made():
         small, large = (load(d.chain[name].folder, device) for name in (d.small, d.large))
         grown = linit(small, large, d.config, alpha=1.0)
         if units == 'important':
-            large = mixing.reorder(large, mixing.most_important(large, d.config))
+            large = mixing.permute_units(large, mixing.most_important(large, d.config))
         elif units == 'matched':
-            large = mixing.reorder(large, mixing.best_matching(large, grown))
+            large = mixing.permute_units(large, mixing.best_matching(large, grown))
         if not fitted:
             return linit(small, large, d.config, alpha)
         cut = linit(small, large, d.config, alpha=0.0)
@@ -347,12 +347,15 @@ def recovered_by_kd(d):
     return stage
 
 
+MIXTURES = {  # which units of the larger neighbour, and whether an alpha is fitted for each layer
+    'important': ('important', False),
+    'matched': ('matched', False),
+    'fitted': ('first', True),
+    'matched-fitted': ('matched', True),
+}
 STARTS = {
     'linit': Descendant.interpolated,
-    'important': partial(remixed, start='important', units='important'),
-    'matched': partial(remixed, start='matched', units='matched'),
-    'fitted': partial(remixed, start='fitted', fitted=True),
-    'matched-fitted': partial(remixed, start='matched-fitted', units='matched', fitted=True),
+    **{start: partial(other_mixture, start=start) for start in MIXTURES},
     'linit-kd': recovered_by_kd,
     'random': lambda d: d.stage('random'),
     'single': single,
@@ -363,9 +366,6 @@ STARTS = {
     'minillm': partial(taught, start='minillm', distillation='minillm'),
     'hypercloning': hypercloning,
 }
-
-
-MIXTURES = ('important', 'matched', 'fitted', 'matched-fitted')  # of two neighbours
 
 
 # ----------------------------------------------------------------------------------------------

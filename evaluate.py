@@ -29,6 +29,7 @@ import torch
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
+from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.device import choose_device, set_threads
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import write_atomically, write_json
@@ -45,6 +46,7 @@ from engine.report import (
     report_blocks,
     table,
 )
+from extras.bridge import answers_of, mean_rouge, scored_prompts
 from model import load, read_config
 from sample import Sampling, check_tokenizer_of_draft, draft_for, generate
 
@@ -203,9 +205,9 @@ class Evaluation:
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: lambada_openai,arc_easy,mmlu:5,...
     num_fewshot: Natural = 0  # examples in a task's prompt, unless it says so itself: mmlu:5
     task_folder: str = ''  # folder of task files of your own, instead of the harness' tasks
-    tokenizer: str = ''  # folder of another one for the tasks; empty: the models'
-    answers: tuple[str, ...] = ()  # .jsonl files of instructions; Rouge-L of the models' answers
-    answer_tokens: Count = 256  # of an answer at most, from the likeliest one on
+    tokenizer: str = ''  # folder of another one for tasks and answers; empty: the models'
+    answers: tuple[str, ...] = ()  # .jsonl files of instructions; Rouge-L of the greedy answers
+    answer_tokens: Count = 256  # of an answer, at most
     out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of models; auto: bfloat16 on a GPU
@@ -253,7 +255,10 @@ def evaluate_folders(folders, options):
     *_, last = found
     for draft in options.drafts:
         longest = min(longest, read_draft(draft, found[last], corpus).block_size)
-    prompts = read_prompts(options.answers)
+    prompts = {path: scored_prompts(path) for path in options.answers}
+    tokenizers = {}
+    if prompts:  # before anything is evaluated
+        tokenizers = {n: options.tokenizer or tokenizer_of_model(found[n]) for n in found}
     block_size = options.block_size or longest
     if block_size > longest or options.stride > block_size:
         limits = f'block_size at most {longest}, which the models read, and stride at most that'
@@ -272,7 +277,8 @@ def evaluate_folders(folders, options):
             row['tasks'] = run_tasks(found[name], options, device)
             row |= average_accuracy(row['tasks'], options.tasks)
         if prompts:
-            row |= rouge_of_answers(found[name], prompts, device, options.answer_tokens)
+            how = (tokenizers[name], prompts, options.answer_tokens)
+            row |= rouge_of_answers(opener(), *how)
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)
@@ -295,22 +301,13 @@ def read_draft(draft, drafts_for, corpus):
     return config
 
 
-def read_prompts(paths):
-    """{path: scored prompts} of files of instructions and answers. UserError for a bad one."""
-    from extras.bridge import scored_prompts
-
-    return {path: scored_prompts(path) for path in paths}
-
-
-def rouge_of_answers(folder, prompts, device, most):
+def rouge_of_answers(model, tokenizer, prompts, max_new_tokens):
     """
-    100 times the Rouge-L of a model's greedy answers to {path: scored prompts}, and the
-    average over the files (Chain-of-Learngene, Tables 14 and 15). most: tokens of an answer.
+    100 times the Rouge-L of a model's greedy answers to {path: scored prompts}, and the average
+    over the files (Chain-of-Learngene, Tables 14 and 15).
     """
-    from extras.bridge import mean_rouge, text_generator
-
-    generate = text_generator(folder, device, most)
-    found = {path: 100 * mean_rouge(generate, asked) for path, asked in prompts.items()}
+    answers = answers_of(model, load_tokenizer(tokenizer), max_new_tokens)
+    found = {path: 100 * mean_rouge(answers, asked) for path, asked in prompts.items()}
     row = dict(answers={path: {'Rouge-L': score} for path, score in found.items()})
     return row | {'average_Rouge-L': statistics.mean(found.values())}
 

@@ -300,8 +300,8 @@ def fit(law, data, bootstrap=200, seed=0, by='cell'):
     """
     Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
     `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
-    their seed alone say nothing about how well the law predicts. by='base' resamples whole bases,
-    whose second stages share their luck. Left out are also whole bases, and the tenth of the cells
+    their seed alone say nothing about how well the law predicts. by='base' reweights whole bases,
+    whose second stages share an error. Left out are also whole bases, and the tenth of the cells
     with the lowest losses. A few of the solutions, good and bad, start the fits with something left
     out; the best starts the resampled ones. Raises UserError.
     """
@@ -484,7 +484,7 @@ def read_row(cells, where):
 
 def replay_share(method):
     """The share of the base's data in a second stage: 0.25 of cpt+replay0.25, 0 without a share."""
-    match = re.search(r'\+replay(0?\.\d+)', method)
+    match = re.search(r'\+replay(0?\.\d+)(?![\w.])', method)
     return float(match[1]) if match else 0.0
 
 
@@ -507,17 +507,18 @@ def by_size(results):
 def put_together(results):
     """
     The points of methods that differ in one more variable of the second stage, with its column:
-    {'replay-code': shares of replay on a corpus, 'growth': factors of training on and stacking}.
+    {'replay (code)': shares of replay on a corpus, 'growth factor': of training on and stacking},
+    names that no method can have.
     """
     groups = {}
     for method, data in results.items():
-        kind, dash, corpus = method.partition('-')
+        kind, _, corpus = method.partition('-')
         if re.fullmatch(r'cpt(\+replay0?\.\d+)?', kind):
             share = [replay_share(kind)] * len(data['loss'])
-            groups.setdefault(f'replay{dash}{corpus}', []).append(data | dict(replay=share))
+            groups.setdefault(f'replay ({corpus})', []).append(data | dict(replay=share))
         if re.fullmatch(r'cpt|stk\d+', method) and growth_of(data):
             factor = [growth_of(data)] * len(data['loss'])
-            groups.setdefault('growth', []).append(data | dict(growth=factor))
+            groups.setdefault('growth factor', []).append(data | dict(growth=factor))
     return {
         group: {name: [*itertools.chain(*(data[name] for data in tables))] for name in tables[0]}
         for group, tables in groups.items()
@@ -550,7 +551,7 @@ class Fitting:
 
     results: str = ''  # CSV with the columns method,N,D1,D2,seed,loss
     bootstrap: Natural = 200  # resamplings for the intervals; 0: none
-    resample: Literal['cell', 'base'] = 'cell'  # what is drawn for them, with all of its runs
+    resample: Literal['cell', 'base'] = 'cell'  # what is resampled, with all of its runs
     out: str = ''  # folder for fit.json and pictures; empty: that of the results
 
 
@@ -558,7 +559,7 @@ def fit_results(path, bootstrap=200, by='cell'):
     """
     Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). A method of
     two sizes has a fit for each, and errors also of one for both; methods that differ in one more
-    variable have one together, which decides nothing. bootstrap, by: as in fit().
+    variable have one together, which is reported but decides nothing. bootstrap, by: as in fit().
     """
     together = read_results(path)
     results, wider = by_size(together), put_together(together)
@@ -572,7 +573,7 @@ def fit_results(path, bootstrap=200, by='cell'):
                 failures.append(f'{method}: {error}')
         if not fits or method not in results | wider:
             continue
-        law = next((law for law in KEPT if law in fits), next(iter(fits)))
+        law = next((law for law in PREFERRED if law in fits), next(iter(fits)))
         fits[law] = fit(law, data, bootstrap, by=by)
         points, equation = len(data['loss']), LAWS[law].equation
         blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
@@ -592,7 +593,7 @@ def fit_results(path, bootstrap=200, by='cell'):
     return [*failures, *blocks, *pictures, *error_tables(found), tails], best
 
 
-KEPT = ('with_replay', 'with_growth', 'multiplicative')  # the law of which intervals are made
+PREFERRED = ('with_replay', 'with_growth', 'multiplicative')  # the first that fits has intervals
 LEFT_OUT = {  # errors of a Fit, and at which points they are
     'leave_one_out': 'a cell left out',
     'base_left_out': 'a base left out',

@@ -14,9 +14,9 @@ def linearise(function, theta, n):
     Derivatives (B, n, P) of residuals (B, n), and these. Every residual gets parameters of its
     own, so that one backward pass through their sum has the derivatives of each.
     """
-    own = theta[:, None].repeat(1, n, 1).requires_grad_()
-    residuals = function(own)
-    (derivatives,) = torch.autograd.grad(residuals.sum(), own)
+    copies = theta[:, None].repeat(1, n, 1).requires_grad_()
+    residuals = function(copies)
+    (derivatives,) = torch.autograd.grad(residuals.sum(), copies)
     return derivatives, residuals.detach()
 
 

@@ -29,8 +29,13 @@ def text_generator(name, device='cpu', max_new_tokens=256):
     tokenizer = load_tokenizer(tokenizer_of_model(name))
     ours = is_ours(name)
     model = load(name) if ours else transformers_model(name, 'AutoModelForCausalLM')
-    model.to(device).eval()
     generate = generate_ours if ours else generate_theirs
+    return answers_of(model.to(device).eval(), tokenizer, max_new_tokens, generate)
+
+
+def answers_of(model, tokenizer, max_new_tokens, generate=None):
+    """prompts -> answers of an open model, with its tokenizer; generate: how, if it is not ours."""
+    generate = generate or generate_ours
 
     def answers(prompts):
         ids = [[int(i) for i in tokenizer.encode(text)] or [tokenizer.end] for text in prompts]

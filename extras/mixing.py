@@ -6,9 +6,10 @@ instead of one alpha.
     python train.py config/col_tiny.py --baselines=single,important,matched,fitted,matched-fitted
 
 The neurons of an MLP, and the groups of heads that share keys, can be put into any order without a
-change of what the model computes (reorder): so the wanted ones come first, and LInit goes on as it
-does. `important` are those with the largest weights; `matched` those most alike the units of the
-smaller model that they are mixed with. `fitted` learns an alpha for each layer on a few batches.
+change of what the model computes (permute_units). So the chosen units are moved to the front, and
+LInit is applied unchanged. `important` are those with the largest weights; `matched` those most
+alike the units of the smaller model that they are mixed with. `fitted` learns an alpha for each
+layer on a few batches.
 """
 
 import re
@@ -38,21 +39,21 @@ def units(block, config, part, width):
     else:
         n, attn = config.n_kv_head, block.attn
         found = [attn.q.weight, attn.k.weight, attn.v.weight, attn.o.weight.T]
-    return [weight[:, :width].reshape(n, -1, width) for weight in found]
+    return [weight[:, :width].float().reshape(n, -1, width) for weight in found]
 
 
 def most_important(model, config):
     """
-    Orders of the units of a model from which one of shape `config` is cut, by the product of the
-    norms of their weights, largest first: {(layer, part): int64 (units,)}.
+    Permutations of the units of a model from which one of shape `config` is cut, by the product of
+    the norms of their weights, largest first: {(layer, part): int64 (units,)}.
     """
-    orders = {}
+    permutations = {}
     for layer, block in enumerate(model.blocks[: config.n_layer]):
         for part in PARTS:
             weights = units(block, model.config, part, config.n_embd)
             norms = torch.stack([weight.flatten(1).norm(dim=1) for weight in weights])
-            orders[layer, part] = norms.log().sum(0).argsort(descending=True)
-    return orders
+            permutations[layer, part] = norms.log().sum(0).argsort(descending=True)
+    return permutations
 
 
 def best_matching(model, grown):
@@ -61,34 +62,35 @@ def best_matching(model, grown):
     shape, each at the place of its counterpart: the assignment of the largest sum of cosines.
     """
     assign = import_extra('scipy.optimize', 'matching units needs scipy').linear_sum_assignment
-    config, orders = grown.config, {}
+    config, permutations = grown.config, {}
     for layer, (ours, theirs) in enumerate(zip(grown.blocks, model.blocks)):
         for part in PARTS:
-            likeness = 0.0
+            similarity = 0.0
             kinds = [units(ours, config, part, config.n_embd)]
             kinds.append(units(theirs, model.config, part, config.n_embd))
             for a, b in zip(*kinds):
                 rows = min(a.shape[1], b.shape[1])  # of fewer queries in a group
                 a, b = (w[:, :rows].flatten(1) for w in (a, b))
                 a, b = (w / w.norm(dim=1, keepdim=True).clamp(min=1e-12) for w in (a, b))
-                likeness = likeness + a @ b.T
-            _, chosen = assign(likeness.detach().cpu().numpy(), maximize=True)
+                similarity = similarity + a @ b.T
+            _, chosen = assign(similarity.detach().cpu().numpy(), maximize=True)
             kept = torch.as_tensor(chosen)
-            rest = torch.ones(likeness.shape[1], dtype=torch.bool)
+            rest = torch.ones(similarity.shape[1], dtype=torch.bool)
             rest[kept] = False
-            orders[layer, part] = torch.cat([kept, rest.nonzero()[:, 0]])
-    return orders
+            permutations[layer, part] = torch.cat([kept, rest.nonzero()[:, 0]])
+    return permutations
 
 
 @torch.no_grad()
-def reorder(model, orders):
-    """A model that computes the same, with the units of some layers in other orders."""
+def permute_units(model, permutations):
+    """A model that computes the same, with the units of some layers in another order."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         match = re.fullmatch(r'blocks\.(\d+)\.(mlp|attn)\.(\w+)\.(weight|bias)', name)
-        if not match or (int(match[1]), match[2]) not in orders or 'norm' in match[3]:
+        if not match or (int(match[1]), match[2]) not in permutations or 'norm' in match[3]:
             continue
-        order, writes = orders[int(match[1]), match[2]].to(tensor.device), match[3] in ('down', 'o')
+        order = permutations[int(match[1]), match[2]].to(tensor.device)
+        writes = match[3] in ('down', 'o')  # to the residual stream: a column for each unit
         if writes and match[4] == 'bias':
             continue
         along = tensor.T if writes else tensor
@@ -104,12 +106,16 @@ def layer_of(name, n_layer):
 
 
 def mix(grown, cut, alphas):
-    """{name: alpha grown + (1 - alpha) cut} of two models' parameters, with an alpha per layer."""
-    theirs, n = dict(cut.named_parameters()), grown.config.n_layer
-    return {
-        name: torch.lerp(theirs[name].detach(), ours.detach(), alphas[layer_of(name, n)])
-        for name, ours in grown.named_parameters()
-    }
+    """
+    {name: alpha grown + (1 - alpha) cut} of two models' parameters, in grown's dtype, with an alpha
+    for each layer and a last one, float32 (n_layer + 1,).
+    """
+    theirs, found = dict(cut.named_parameters()), {}
+    for name, parameter in grown.named_parameters():
+        pair = theirs[name].detach().float(), parameter.detach().float()
+        mixed = torch.lerp(*pair, alphas[layer_of(name, grown.config.n_layer)])
+        found[name] = mixed.to(parameter.dtype)
+    return found
 
 
 def fit_alphas(grown, cut, batches, start=0.9, rate=0.1):
@@ -137,7 +143,7 @@ def calibration(run, config, device):
 
 
 def fitted_model(grown, cut, batches):
-    """The mixture of two models of one shape with the alphas that batches of data ask for."""
+    """The mixture of two models of one shape with alphas fitted on batches."""
     alphas = fit_alphas(grown, cut, batches)
     state = grown.state_dict() | mix(grown, cut, alphas)
     return GPT.from_state(grown.config, state, grown.wte.weight.device)

@@ -34,7 +34,7 @@ class Stepwise(ChainOfLearngene):
 
     def stages(self, run):
         """For every seed: the ancestor, every step of the chain and the direct one, at every n."""
-        self.descendants = ()
+        self.check_knobs()
         if run.toy:
             self.grid, self.seeds = self.grid[-1:], 1  # too few points for a law
         configs = self.configs(run)
@@ -50,6 +50,17 @@ class Stepwise(ChainOfLearngene):
             if len(self.chain) > 1:
                 last = self.chain[-1]
                 yield from self.step(f'ancestor-{last}', top, configs[last], run, knobs)
+
+    def check_knobs(self):
+        """Raise UserError for knobs of a chain that are not measured here."""
+        if self.ancestor or self.start == 'public':
+            raise UserError(
+                'stepwise trains its own ancestor and chain: no ancestor, no public start'
+            )
+        lengths = {format_si(share * self.tokens) for share in self.grid}
+        if not self.grid or len(lengths) < len(self.grid):
+            raise UserError(f'grid={self.grid} must be different shares of tokens')
+        self.descendants = ()
 
     def step(self, name, teacher, config, run, knobs):
         """A student of `config` taught for every n; returns the Result of the longest."""
@@ -73,9 +84,10 @@ class Stepwise(ChainOfLearngene):
             excess = [r.val_loss - risk[r.labels['teacher']] for r in runs]
             panel.lines.append(Line(n, excess, step, 'o', f'C{i}'))
             data = dict(N=[r.n_params for r in runs], D1=[0.0] * len(n), D2=n, loss=excess)
+            if min(excess) <= 0:
+                blocks.append(f'{step}: a student is better than its teacher')
+                continue
             try:
-                if min(excess) <= 0:
-                    raise UserError('a student is better than its teacher')
                 fits[step] = fit('continuous', data)
             except UserError as error:
                 blocks.append(f'{step}: {error}')
@@ -83,9 +95,10 @@ class Stepwise(ChainOfLearngene):
             grid = spaced(min(n), max(n), 50)
             curve = fits[step].losses(data['N'][0], 0.0, grid)[0].tolist()
             panel.lines.append(Line(grid, curve, '', '-', f'C{i}'))
-        direct = f'ancestor-{self.chain[-1]}'
-        tables = [step_records(fits), *assumptions(fits, direct)]
-        return [*blocks, *tables, ('stepwise.png', [panel])]
+        blocks.append(step_records(fits))
+        if len(fits) > len(self.chain) > 1:  # every step has a law, the direct one too
+            blocks += assumptions(fits, f'ancestor-{self.chain[-1]}')
+        return [*blocks, ('stepwise.png', [panel])]
 
 
 def of_seed(stages, seed, knobs):
@@ -116,11 +129,9 @@ def step_records(fits):
 
 def assumptions(fits, direct):
     """
-    Sentences on Assumptions 1 and 2 of the step `direct` against the others, a list; empty where a
-    step has no law, or the chain has one step alone. fits: {step: Fit}.
+    A sentence each on Assumptions 1 and 2, for the step `direct` against the chain of all others.
+    fits: {step: Fit}, of every step.
     """
-    if len(fits) < 3 or direct not in fits:
-        return []
     chain = [fitted for step, fitted in fits.items() if step != direct]
     rho = torch.tensor([f.rows for f in chain], dtype=torch.float64)[..., 1].amin(0)
     floor = torch.tensor([f.rows for f in chain], dtype=torch.float64)[..., 2].exp().sum(0)

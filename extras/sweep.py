@@ -92,7 +92,9 @@ class Sweep:
                     method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0, seed=seed
                 )
                 labels |= dict(trained_N=shape.num_params())
-                yield from own.runs(f'{name}-scratch-{kind}', shape, scratch, labels)
+                again = way.kind == 'cpt' and not way.corpus  # such runs are among the bases
+                lengths = scratch - first if again else scratch
+                yield from own.runs(f'{name}-scratch-{kind}', shape, lengths, labels)
 
     def knobs_of(self, i, run, seed):
         """The general knobs that size i sets for itself."""
@@ -177,9 +179,10 @@ class Reuse(NamedTuple):
     def parse(cls, name, sweep, run):
         """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
         kind, *variants = name.split('+')
-        replay = replay_share(name) if kind == 'cpt' else 0.0
-        allowed = {'stable', 'low', *([f'replay{replay:g}'] if replay else [])}
-        if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed:
+        replay = replay_share(name)
+        plain = [v for v in variants if kind != 'cpt' or not replay_share(f'+{v}')]
+        twice = len(variants) - len(plain) > 1 or len(set(plain)) < len(plain)
+        if kind not in ('cpt', *RELATIVE_SIZES) or set(plain) - {'stable', 'low'} or twice:
             known = ('cpt', 'cpt+replay0.25', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
             raise unknown('second stage', name, (*known, 'stk2+low'))
         stable, low = ('stable' in variants), ('low' in variants)

@@ -40,7 +40,7 @@ from engine.stage import Result
 from extras.decisions import QUANTILES
 from scaling import reweighted, root_mean_square
 
-KNEE = 0.02  # nats: residuals beyond it count by their size, not by their square
+HUBER_DELTA = 0.02  # nats; larger residuals count by their size, not by their square
 
 
 def saturating(p, lead):
@@ -84,35 +84,58 @@ class Options:
     out: str = 'out/teaching_law'  # folder of the picture
 
 
+def validation_text(folder):
+    """The corpus on which a stage's loss was measured."""
+    described = read_json(Path(folder) / 'stage.json')
+    return described.get('val_data') or described.get('data')
+
+
 def teacher_of(result):
-    """The Result of the model that taught a stage. Raises UserError without one."""
+    """
+    The Result of the model that taught a stage. Raises UserError without one, or where its loss is
+    not of the same text.
+    """
     folder = Path(result.folder)
-    name = read_json(folder / 'stage.json', teaching=dict)['teaching'].get('teacher')
+    name = read_json(folder / 'stage.json').get('teaching', {}).get('teacher') or 'none'
     for place in (Path(name), folder.parent / name):
         if (place / 'result.json').is_file():
+            texts = [validation_text(where) for where in (place, folder)]
+            if len(set(texts)) > 1:
+                raise UserError(f'{place} and {folder} have losses of {" and ".join(texts)}')
             return Result.of(place)
     raise UserError(f'{folder}: its teacher, {name}, is no stage that was trained here')
 
 
+def baseline_losses(stages):
+    """{(seed, N, tokens): losses} of the finished baselines among some Results."""
+    found = {}
+    for r in stages:
+        if r.labels.get('variant') == 'baseline':
+            found.setdefault((r.labels.get('seed'), r.n_params, r.tokens), set()).add(r.val_loss)
+    return found
+
+
 def points(variant, runs):
     """
-    Records of every stage of a variant in run folders: teacher, lead, ratio, gain, seed. UserError
-    where a run has none, or no run the baseline of its seed, size and tokens.
+    Records of every stage of a variant in run folders: teacher, lead, ratio, gain, seed. Its
+    baseline, of the same seed, size and tokens, is its run's, or that of another one. Raises
+    UserError where there is none, or where there are several.
     """
     stages, found = {run: finished_stages(run) for run in runs}, []
-    baselines = {}
-    for r in itertools.chain(*stages.values()):
-        if r.labels.get('variant') == 'baseline':
-            baselines[r.labels['seed'], r.n_params, r.tokens] = r.val_loss
+    everywhere = baseline_losses(itertools.chain(*stages.values()))
     for run, results in stages.items():
+        here = baseline_losses(results)
         taught = [r for r in results if r.labels.get('variant') == variant]
         if not taught:
             raise UserError(f'{run} has no finished {variant}')
         for r in taught:
-            seed, teacher = r.labels['seed'], teacher_of(r)
-            alone = baselines.get((seed, r.n_params, r.tokens))
-            if alone is None:
-                raise UserError(f'{r.folder}: no run has the baseline of seed {seed} of its size')
+            seed, teacher = r.labels.get('seed'), teacher_of(r)
+            key = seed, r.n_params, r.tokens
+            losses = here.get(key) or everywhere.get(key) or ()
+            if len(losses) != 1:
+                many = 'several runs have' if losses else 'no run has'
+                raise UserError(f'{r.folder}: {many} a baseline of seed {seed} of its size')
+            (alone,) = losses
             record = dict(teacher=teacher.folder, seed=seed, loss=teacher.val_loss)
             record |= dict(lead=alone - teacher.val_loss, ratio=r.n_params / teacher.n_params)
             found.append(record | dict(gain=alone - r.val_loss))
@@ -143,7 +166,7 @@ def fit(law, records, weight):
     starts = torch.tensor(list(itertools.product(*choices)), dtype=torch.float64)
     weight = weight / weight.sum(1, keepdim=True)
     theta, value, _ = levenberg_marquardt(
-        lambda theta: (predict(law, theta, records) - gain) / KNEE,
+        lambda theta: (predict(law, theta, records) - gain) / HUBER_DELTA,
         starts.repeat(len(weight), 1),
         weight.repeat_interleave(len(starts), 0),
     )
@@ -215,6 +238,8 @@ def main(argv):
         raise UserError('missing arguments; usage: teaching_law.py VARIANT RUN [RUN ...]')
     records = points(variant, runs)
     laws, fitted = law_records(records)
+    if not laws:
+        raise UserError('a law needs at least three teachers: give more runs')
     print(f'{table(teacher_records(records))}\n\n{table(laws)}')
     Path(options.out).mkdir(parents=True, exist_ok=True)
     draw_panels([gain_panel(records, fitted)], Path(options.out) / 'teaching_law.png')

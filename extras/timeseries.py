@@ -67,8 +67,8 @@ def read_split(name, split, folder):
         rows = frame.itertuples(index=False)
         return [np.stack([channel.to_numpy() for channel in row]).T for row in rows], labels
     except Exception as error:  # of its reader, or of its download
-        wanted = f'unpack it there, as {name}/{name}_TRAIN.ts and {name}_TEST.ts'
-        reason = f'is not in {folder} and cannot be fetched ({first_line(error)})'
+        wanted = f'{name}/{name}_TRAIN.ts and {name}_TEST.ts belong there'
+        reason = f'cannot be read from {folder}, or fetched ({first_line(error)})'
         raise UserError(f'{name} {reason}: {wanted}') from error
 
 
@@ -89,6 +89,8 @@ def series_of(name, folder):
     for split, (part, labels) in found.items():
         x = np.zeros((len(part), longest, steps.shape[1]), np.float32)
         y = np.full((len(part), longest), -100, np.int64)
+        if unseen := set(labels) - set(classes):
+            raise UserError(f'{name}: no series to train on is of class {min(unseen)}')
         for i, (series, label) in enumerate(zip(part, labels)):
             x[i, : len(series)] = np.nan_to_num((series - shift) / scale)  # a gap: the mean
             y[i, len(series) - 1] = classes.index(label)
@@ -149,9 +151,7 @@ class TimeSeries:
     """LET on time series (Appendix E): a small teacher, then the target without and with it."""
 
     datasets: tuple[str, ...] = ('JapaneseVowels',)  # of the UEA archive
-    size: str = (
-        '64x4'  # target model, from random initialisation, or of a base that is not here yet
-    )
+    size: str = '64x4'  # target model; with a base that is not here yet, its size in a plan
     base: str = ''  # language model whose layers the target begins with: a folder or hub name
     teacher_size: str = '32x2'  # teacher, trained first on the same series
     epochs: Positive = 60.0  # of the target model
@@ -167,6 +167,8 @@ class TimeSeries:
     def stages(self, run):
         """For every data set the teacher; then for every seed the target without it and with it."""
         self.folder = str(Path(run.data_dir) / 'timeseries')
+        if not self.datasets or len(set(self.datasets)) < len(self.datasets):
+            raise UserError(f'datasets={",".join(self.datasets)} must be different ones')
         if run.toy:
             self.base, self.datasets = '', ('JapaneseVowels',)
         planned = run.dry_run
@@ -178,10 +180,15 @@ class TimeSeries:
     def on(self, name, shape, run):
         """The stages of one data set."""
         fields = dict(vocab_size=shape.classes, channels=shape.channels, block_size=shape.length)
+        fields['tied'] = False  # what reads numbers is no head
         small = run.model_config(self.teacher_size, **fields)
-        config = run.model_config(self.size, **fields, tied=False)
+        config = run.model_config(self.size, **fields)
         if self.base and not (run.dry_run and not Path(self.base).is_dir()):
-            config = replace(read_config(model_folder(self.base)), **fields, tied=False)
+            base = read_config(model_folder(self.base))
+            if base.pos == 'learned' and base.block_size < shape.length:
+                longest = f'{shape.length} steps, {self.base} has {base.block_size} positions'
+                raise UserError(f'{name} has series of {longest}')
+            config = replace(base, **fields)
         ours, theirs = pair_layers(self.pairing, small.n_layer, config.n_layer)
         alignment = Alignment(ours, theirs, self.lambda0, self.s_stop)
 

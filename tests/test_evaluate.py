@@ -282,7 +282,7 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
 
 
 def test_answers_are_scored_by_the_closest_of_their_references(data_dir, tmp_path):
-    """A model that says what it said before has a score of 100, with others to choose from."""
+    """Of several references the one counts that is most like what the model says."""
     torch.manual_seed(0)
     config = GPTConfig.named('32x2', vocab_size=257, block_size=64)
     GPT(config).save(tmp_path / 'm', 'bytes')

@@ -120,6 +120,8 @@ def test_sizes_by_width_and_layers():
     tiny = GPTConfig.named('gpt2-32x24', vocab_size=257, block_size=128)
     assert (tiny.n_head, tiny.n_mlp, tiny.pos, tiny.norm) == (2, 128, 'learned', 'layer')
     assert tiny.tied and tiny.init_std == 0  # by the width
+    medium, shallow = GPTConfig.named('gpt2-medium'), GPTConfig.named('gpt2-mediumx16')
+    assert shallow == dataclasses.replace(medium, n_layer=16)
     config = GPTConfig.named('64x4', vocab_size=257)
     assert (
         config.n_embd,
@@ -135,6 +137,8 @@ def test_sizes_by_width_and_layers():
     'make',
     [
         lambda: GPTConfig.named('8c'),
+        lambda: GPTConfig.named('gpt2x0'),
+        lambda: GPTConfig.named('gpt3x12'),
         lambda: GPTConfig.named('60x2'),
         lambda: GPTConfig(n_head=4, n_kv_head=3),
         lambda: GPTConfig(norm='batch'),

@@ -376,7 +376,7 @@ def test_one_more_variable_of_the_second_stage(tmp_path, variable, law, paramete
     (tmp_path / 'results.csv').write_text(text)
     together = scaling.put_together(read_results(tmp_path / 'results.csv'))
     (name,) = together
-    assert name == dict(replay='replay-code', growth='growth')[variable]
+    assert name == dict(replay='replay (code)', growth='growth factor')[variable]
     found = fit(law, together[name], bootstrap=0)
     assert found.parameters[parameter] == pytest.approx(0.2, abs=1e-3) and found.rms < 1e-5
     assert found.leave_one_out < 0.01 * fit('multiplicative', together[name], 0).leave_one_out

@@ -5,7 +5,14 @@ import torch
 from test_col import FAMILIES, shaped
 
 from col import linit
-from extras.mixing import best_matching, fit_alphas, fitted_model, mix, most_important, reorder
+from extras.mixing import (
+    best_matching,
+    fit_alphas,
+    fitted_model,
+    mix,
+    most_important,
+    permute_units,
+)
 
 
 def shuffled(model):
@@ -13,7 +20,7 @@ def shuffled(model):
     counts = dict(mlp=model.config.n_mlp, attn=model.config.n_kv_head)
     layers = range(model.config.n_layer)
     orders = {(i, part): torch.arange(n).roll(1) for i in layers for part, n in counts.items()}
-    return reorder(model, orders)
+    return permute_units(model, orders)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -29,7 +36,7 @@ def test_units_in_another_order_compute_the_same(family):
 def test_units_that_were_shuffled_find_their_counterparts(family):
     model = shaped(family, 4, 2)
     other = shuffled(model)
-    found = reorder(other, best_matching(other, model))
+    found = permute_units(other, best_matching(other, model))
     for a, b in zip(model.parameters(), found.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -39,7 +46,7 @@ def test_units_of_a_smaller_model_are_found_in_a_larger_one():
     large = shaped('llama', 4, 3)
     small = linit(large, large, shaped('llama', 2, 2).config, alpha=0.0)
     hidden = shuffled(large)
-    found = reorder(hidden, best_matching(hidden, small))
+    found = permute_units(hidden, best_matching(hidden, small))
     cut = linit(found, found, small.config, alpha=0.0)
     for a, b in zip(small.parameters(), cut.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -53,7 +60,7 @@ def test_the_most_important_units_come_first():
     orders = most_important(model, model.config)
     assert orders[0, 'mlp'][0] == 7 and orders[1, 'attn'][0] == 2
     assert torch.equal(
-        reorder(model, orders).blocks[0].mlp.up.weight[0], model.blocks[0].mlp.up.weight[7]
+        permute_units(model, orders).blocks[0].mlp.up.weight[0], model.blocks[0].mlp.up.weight[7]
     )
 
 
@@ -69,7 +76,18 @@ def test_fitted_alphas_leave_out_what_harms():
     batches = [(row[:, :-1], grown(row[:, :-1]).logits.argmax(-1)) for row in x]  # grown is right
     alphas = fit_alphas(grown, cut, batches, start=0.5)
     assert alphas.shape == (4,) and alphas[1] > 0.8
+    assert torch.equal(alphas[[0, 2, 3]], torch.full((3,), 0.5))  # there they are the same
     model, half = fitted_model(grown, cut, batches), linit(grown, cut, grown.config, alpha=0.5)
     assert model(*batches[0]).loss < half(*batches[0]).loss
     halves = mix(grown, cut, torch.full((4,), 0.5)).values()
     assert all(torch.equal(p, q) for p, q in zip(half.parameters(), halves))
+
+
+def test_models_of_lower_precision_are_matched_and_mixed():
+    model = shaped('llama', 4, 2).bfloat16()
+    other = shuffled(model)
+    found = permute_units(other, best_matching(other, shaped('llama', 4, 2)))
+    assert torch.equal(found.blocks[1].mlp.down.weight, model.blocks[1].mlp.down.weight)
+    x = torch.randint(31, (2, 4, 17))
+    made = fitted_model(model, other, [(row[:, :-1], row[:, 1:]) for row in x])
+    assert made.blocks[0].attn.q.weight.dtype == torch.bfloat16

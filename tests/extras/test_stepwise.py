@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_train import planned
 
+from engine.errors import UserError
 from engine.report import by_label
 from engine.stage import Result
 from extras.stepwise import Stepwise
@@ -59,6 +60,32 @@ def test_assumptions_that_do_not_hold():
     _, first, second, _ = blocks_of(direct=(1.0, 20.0, 0.45, 0.2))
     assert gap_of(first) == pytest.approx(-0.05, abs=0.01) and 'in 0% of the laws' in first
     assert gap_of(second) == pytest.approx(-0.05, abs=0.01) and 'in 0% of the laws' in second
+
+
+def test_a_chain_without_a_law_of_every_step_says_nothing():
+    """The epsilon of a step that is left out would be missing from the sum."""
+    chain = {'ancestor-a': (1.0, 30.0, 0.4, 0.1), 'a-b': (1.1, 30.0, 0.5, 0.15)}
+    results = measured(chain | {'b-c': (1.3, 30.0, 0.5, 0.3), 'ancestor-c': (1.0, 20.0, 0.3, 0.4)})
+    method = Stepwise(chain=('a', 'b', 'c'))
+    assert len(method.summary(results)) == 4  # the table, both assumptions, the picture
+    better = [r for r in results if r.labels.get('step') == 'b-c'][-1]
+    better.val_loss = 0.9
+    words, records, _ = method.summary(results)
+    assert words == 'b-c: a student is better than its teacher' and len(records) == 3
+
+
+@pytest.mark.parametrize(
+    'knobs, word',
+    [
+        (['--ancestor=somewhere'], 'its own ancestor'),
+        (['--start=public'], 'its own ancestor'),
+        (['--grid='], 'must be different shares'),
+        (['--grid=0.5,0.5'], 'must be different shares'),
+    ],
+)
+def test_knobs_that_are_not_measured_are_refused(knobs, word):
+    with pytest.raises(UserError, match=word):
+        planned('stepwise_tiny.py', *knobs)
 
 
 def test_a_student_that_is_better_than_its_teacher_has_no_law():

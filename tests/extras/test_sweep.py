@@ -16,6 +16,7 @@ from engine.report import describe
 from engine.run_folder import stage_identity
 from engine.stage import Result
 from model import GPTConfig, load
+from scaling import COLUMNS
 from train import Run
 
 TINY = [
@@ -184,6 +185,15 @@ def test_the_dry_run_says_what_is_shared(capsys):
     assert 'saved: 64.1%' in capsys.readouterr().out
 
 
+def test_training_on_is_not_also_a_run_from_scratch():
+    """Without another corpus, runs from scratch of the base's shape are the bases themselves."""
+    stages = planned('scaling_growth_tiny.py', '--scratch=0.5,0.75')
+    points = [tuple(s.labels[c] for c in COLUMNS[:-1]) for s, _ in stages if 'D2' in s.labels]
+    assert len(points) == len(set(points))
+    sizes = {N for method, N, _, D2, _ in points if method == 'scratch' and D2 == 0.75 * 2**20}
+    assert len(sizes) == 3  # the base's shape and both grown ones
+
+
 def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
     knobs = {
         s.name: (s.knobs, s)
@@ -225,6 +235,9 @@ def test_seeds_and_sizes(data_dir):
         (['--reuse=stk3'], "no second stage 'stk3'"),
         (['--reuse=cpt+replay0.25'], '--second_data=NAME'),
         (['--reuse=cpt+replay', '--second_data=pycode'], 'no second stage'),  # how much?
+        (['--reuse=cpt+replay1.5', '--second_data=pycode'], 'no second stage'),
+        (['--reuse=cpt+replay0.5+replay0.2', '--second_data=pycode'], 'no second stage'),
+        (['--reuse=stk2+low+low'], 'no second stage'),
         (['--longest=1,2'], 'longest has 2 values for 1 sizes'),
         (['--warmup=0.01'], 'warmup counts steps'),
         (['--reuse=stk2+replay'], 'no second stage'),

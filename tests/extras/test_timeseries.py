@@ -11,7 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip('sktime')
-from test_train import metrics, planned
+from conftest import ROOT  # noqa: E402
+from test_train import metrics, planned  # noqa: E402
 
 import train  # noqa: E402
 from data.loader import Share  # noqa: E402
@@ -67,7 +68,7 @@ def test_a_set_is_read_from_a_folder(tmp_path):
 
 
 def test_a_set_that_is_not_here_is_named_with_where_it_belongs(tmp_path):
-    with pytest.raises(UserError, match='NoSuchSet is not in .*as NoSuchSet/NoSuchSet_TRAIN.ts'):
+    with pytest.raises(UserError, match='NoSuchSet cannot be read .*NoSuchSet/NoSuchSet_TRAIN.ts'):
         series_of('NoSuchSet', str(tmp_path))
 
 
@@ -106,7 +107,11 @@ def test_teacher_and_target_learn_two_sets(tmp_path):
     write_set(tmp_path / 'data' / 'timeseries', 'Mine')
     torch.manual_seed(0)
     GPT(GPTConfig.named('16x2', vocab_size=50, block_size=64)).save(tmp_path / 'base')
-    sizes = ['--datasets=JapaneseVowels,Mine', '--teacher_size=16x1', f'--base={tmp_path / "base"}']
+    sizes = [
+        '--datasets=JapaneseVowels,Mine',
+        '--teacher_size=gpt2-16x1',
+        f'--base={tmp_path / "base"}',
+    ]
     how = ['--epochs=12', '--teacher_epochs=12', '--seeds=1', '--learning_rate=0.01']
     where = [f'--out_dir={tmp_path / "run"}', f'--data_dir={tmp_path / "data"}', '--device=cpu']
     train.main(['config/let_timeseries.py', *sizes, *how, *where])
@@ -115,6 +120,22 @@ def test_teacher_and_target_learn_two_sets(tmp_path):
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert json.loads((let / 'stage.json').read_text())['origin']['models'] == ['base']
     assert all(f'| {name} ' in report for name in ('JapaneseVowels', 'Mine'))
+
+
+@pytest.mark.parametrize(
+    'knobs, word',
+    [
+        (['--datasets='], 'must be different'),
+        (['--datasets=JapaneseVowels,JapaneseVowels'], 'must be different'),
+        (['--datasets=EthanolConcentration', '--base=BASE'], 'BASE has 64 positions'),
+    ],
+)
+def test_mistakes_are_found_before_training(tmp_path, monkeypatch, knobs, word):
+    monkeypatch.chdir(tmp_path)
+    GPT(GPTConfig.named('gpt2-16x2', vocab_size=50, block_size=64)).save('BASE')
+    preset = ROOT / 'config' / 'let_timeseries.py'
+    with pytest.raises(UserError, match=word):
+        train.main([str(preset), *knobs, '--dry_run=True'])
 
 
 def test_the_papers_ten_sets_are_planned_without_them():
