@@ -48,24 +48,24 @@ def saturating(p, lead):
     return 1 - torch.exp((-(lead - p.none) / p.scale.exp()).clamp(max=20))
 
 
-def constant(p, lead, ratio):
+def constant(p, lead, log_ratio):
     """gain = G"""
     return p.G + 0 * lead
 
 
-def by_lead(p, lead, ratio):
+def by_lead(p, lead, log_ratio):
     """gain = G (1 - e^(-(lead - none) / scale))"""
     return p.G * saturating(p, lead)
 
 
-def by_size(p, lead, ratio):
+def by_size(p, lead, log_ratio):
     """gain = G ratio^-gamma"""
-    return p.G * torch.exp(-p.gamma * ratio)
+    return p.G * torch.exp(-p.gamma * log_ratio)
 
 
-def by_both(p, lead, ratio):
+def by_both(p, lead, log_ratio):
     """gain = G ratio^-gamma (1 - e^(-(lead - none) / scale))"""
-    return by_size(p, lead, ratio) * saturating(p, lead)
+    return by_size(p, lead, log_ratio) * saturating(p, lead)
 
 
 STARTS = dict(G=(0.1, 0.3), none=(-1.0, 0.0), scale=(-2.0, 0.0), gamma=(0.0, 0.3))  # log scale
@@ -152,8 +152,8 @@ def columns(records):
 def predict(law, theta, records):
     """The gains (..., n) of a law at parameters theta (..., 1 or n, P)."""
     function, names = LAWS[law]
-    lead, ratio, _ = columns(records)
-    return function(SimpleNamespace(**dict(zip(names, theta.unbind(-1)))), lead, ratio)
+    lead, log_ratio, _ = columns(records)
+    return function(SimpleNamespace(**dict(zip(names, theta.unbind(-1)))), lead, log_ratio)
 
 
 def fit(law, records, weight):
