@@ -6,10 +6,11 @@ sizes. It tests how the paper explains its Table 6, where a teacher of poorer da
     lead  =  loss of the baseline at its end - loss of the teacher         (nats per token)
     ratio =  parameters of the target / parameters of the teacher
 
-    constant   gain = G
-    lead       gain = G (1 - e^(-(lead - none) / scale))    it saturates; below `none` it harms
-    size       gain = G ratio^-gamma
-    both       the product of the last two
+    constant     gain = G
+    linear       gain = G + slope lead
+    saturating   gain = G (1 - e^(-(lead - none) / scale))    below `none` it harms
+    size         gain = G ratio^-gamma
+    both         gain = (G + slope lead) ratio^-gamma
 
     python extras/teaching_law.py let+30 out/let_tiny out/let_other ...
 
@@ -43,19 +44,19 @@ from scaling import reweighted, root_mean_square
 HUBER_DELTA = 0.02  # nats; larger residuals count by their size, not by their square
 
 
-def saturating(p, lead):
-    """1 - e^(-(lead - none) / scale): 0 at a lead of `none`, 1 far beyond."""
-    return 1 - torch.exp((-(lead - p.none) / p.scale.exp()).clamp(max=20))
-
-
 def constant(p, lead, log_ratio):
     """gain = G"""
     return p.G + 0 * lead
 
 
-def by_lead(p, lead, log_ratio):
+def linear(p, lead, log_ratio):
+    """gain = G + slope lead"""
+    return p.G + p.slope * lead
+
+
+def saturating(p, lead, log_ratio):
     """gain = G (1 - e^(-(lead - none) / scale))"""
-    return p.G * saturating(p, lead)
+    return p.G * (1 - torch.exp((-(lead - p.none) / p.scale.exp()).clamp(max=20)))
 
 
 def by_size(p, lead, log_ratio):
@@ -64,16 +65,23 @@ def by_size(p, lead, log_ratio):
 
 
 def by_both(p, lead, log_ratio):
-    """gain = G ratio^-gamma (1 - e^(-(lead - none) / scale))"""
-    return by_size(p, lead, log_ratio) * saturating(p, lead)
+    """gain = (G + slope lead) ratio^-gamma"""
+    return linear(p, lead, log_ratio) * torch.exp(-p.gamma * log_ratio)
 
 
-STARTS = dict(G=(0.1, 0.3), none=(-1.0, 0.0), scale=(-2.0, 0.0), gamma=(0.0, 0.3))  # log scale
+STARTS = {  # of each parameter; scale is a logarithm
+    'G': (0.1, 0.3),
+    'slope': (0.0,),
+    'none': (-1.0, 0.0),
+    'scale': (-2.0, 0.0),
+    'gamma': (0.0, 0.3),
+}
 LAWS = {  # a function of parameters, lead and log ratio; the names of its parameters
     'constant': (constant, ('G',)),
-    'lead': (by_lead, ('G', 'none', 'scale')),
+    'linear': (linear, ('G', 'slope')),
+    'saturating': (saturating, ('G', 'none', 'scale')),
     'size': (by_size, ('G', 'gamma')),
-    'both': (by_both, ('G', 'none', 'scale', 'gamma')),
+    'both': (by_both, ('G', 'slope', 'gamma')),
 }
 
 
@@ -220,12 +228,12 @@ def gain_panel(records, fitted):
         label = f'target {format_count(ratio)} times the teacher'
         lead, gain = [r['lead'] for r in own], [r['gain'] for r in own]
         panel.lines.append(Line(lead, gain, label, 'o', f'C{i}'))
-    if 'lead' in fitted:
+    for law in fitted.keys() & {'linear', 'saturating'}:
         leads = [r['lead'] for r in records]
         grid = torch.linspace(min(leads), max(leads), 100).tolist()
         along = [dict(lead=lead, ratio=1.0, gain=0.0) for lead in grid]
-        curve = predict('lead', fitted['lead'], along).tolist()
-        panel.lines.append(Line(grid, curve, 'law of the lead', '-', 'black'))
+        curve = predict(law, fitted[law], along).tolist()
+        panel.lines.append(Line(grid, curve, law, '-' if law == 'linear' else '--', 'black'))
     return panel
 
 

@@ -10,9 +10,9 @@ from conftest import run_command
 import train
 from engine.errors import UserError
 from engine.stage import Result
-from extras.teaching_law import law_records, points, predict
+from extras.teaching_law import LAWS, law_records, points, predict
 
-TRUTH = dict(G=0.2, none=-0.3, scale=math.log(0.25), gamma=0.1)
+TRUTH = dict(G=0.2, slope=0.1, none=-0.3, scale=math.log(0.25), gamma=0.1)
 
 
 def write_stage(folder, n_params, loss, teacher='', **labels):
@@ -29,8 +29,7 @@ def write_runs(folder, law='both', noise=1e-3):
     generator, runs = torch.Generator().manual_seed(0), []
     for seed in range(2):
         write_stage(folder / 'run0' / f'baseline-{seed}', 160, 2.6, variant='baseline', seed=seed)
-    names = dict(both=('G', 'none', 'scale', 'gamma'), lead=('G', 'none', 'scale'))[law]
-    theta = torch.tensor([[TRUTH[name] for name in names]], dtype=torch.float64)
+    theta = torch.tensor([[TRUTH[name] for name in LAWS[law][1]]], dtype=torch.float64)
     for size in (16, 40, 80):
         for loss in (2.7, 2.5, 2.2, 1.8):
             run, teacher = folder / f'run{len(runs)}', folder / 'teachers' / f'{size}-{loss}'
@@ -45,23 +44,23 @@ def write_runs(folder, law='both', noise=1e-3):
     return runs
 
 
-def test_the_law_that_made_the_gains_comes_back(tmp_path):
-    records = points('let+30', write_runs(tmp_path))
+@pytest.mark.parametrize('law', ['both', 'saturating'])
+def test_the_law_that_made_the_gains_comes_back(tmp_path, law):
+    records = points('let+30', write_runs(tmp_path, law))
     assert len(records) == 24 and len({r['teacher'] for r in records}) == 12
     table, fitted = law_records(records)
-    expected = [TRUTH[name] for name in ('G', 'none', 'scale', 'gamma')]
-    assert fitted['both'][0].tolist() == pytest.approx(expected, rel=0.1)
+    expected = [TRUTH[name] for name in LAWS[law][1]]
+    assert fitted[law][0].tolist() == pytest.approx(expected, rel=0.1)
     errors = {record['law']: record['a teacher left out'] for record in table}
-    assert errors['both'] < 2e-3
-    assert min(errors[law] for law in ('constant', 'size')) > 5e-3
+    assert errors[law] < 2e-3 and min(errors['constant'], errors['size']) > 5e-3
 
 
 def test_the_command_draws_and_prints(tmp_path):
-    runs = write_runs(tmp_path, 'lead')
+    runs = write_runs(tmp_path, 'saturating')
     words = ['let+30', *runs, f'--out={tmp_path / "law"}']
     process = run_command('extras/teaching_law.py', *words)
     assert process.returncode == 0, process.stderr
-    assert '| lead ' in process.stdout and '| both ' in process.stdout
+    assert '| saturating ' in process.stdout and '| both ' in process.stdout
     assert (tmp_path / 'law' / 'teaching_law.png').stat().st_size > 10_000
 
 
