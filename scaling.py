@@ -194,8 +194,8 @@ def log_loss(law, theta, x):
 
 
 def predict(law, theta, data):
-    """Losses (B, n) in nats of a law (its name) at parameters theta (B, P)."""
-    theta = torch.as_tensor(theta, dtype=torch.float64)[:, None]
+    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P)."""
+    theta = torch.as_tensor(theta, dtype=torch.float64)[..., None, :]
     return log_loss(LAWS[law], theta, logarithms(data)).exp()
 
 

@@ -173,7 +173,7 @@ def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
         (['--variants=nanogpt'], '--nanogpt=FOLDER'),
         (['--data=random'], 'data must be one of synthetic, real'),
         (['--rounds=0'], 'rounds'),
-        (['--what=speed'], 'what must be one of steps, loader, profile, gpu'),
+        (['--what=speed'], 'what must be one of steps, loader, profile, fits, gpu'),
         (['--what=gpu', '--parts=speed'], "no part 'speed'"),
     ],
 )
