@@ -72,13 +72,16 @@ def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir
     shape = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=300, block_size=64)
     GPT(GPTConfig(**shape)).save(big)
     data.mkdir()
-    for name in ('pydocs', 'signatures'):
-        (data / name).symlink_to(data_dir / name)
-    how = dict(packages=('json', 'email'), tokenizer=str(big))
-    prepare(Preparation('signatures', str(data / 'signatures_big'), **how))
+    (data / 'pydocs').symlink_to(data_dir / 'pydocs')
+    rows = [json.dumps(dict(instruction=f'Count to {i}.', output=f'{i}')) for i in range(40)]
+    (tmp_path / 'tasks.jsonl').write_text('\n'.join(rows))
+    tasks = str(tmp_path / 'tasks.jsonl')
+    how = dict(tokenizer=str(big), val_fraction=0.2)
+    prepare(Preparation(tasks, str(data / 'tasks_big'), **how))
+    prepare(Preparation(tasks, str(data / 'tasks'), **how | dict(tokenizer='bytes')))
     words = ['--ancestor_size=16x2', '--chain=16x1', '--descendants=', '--baselines=']
-    words += [f'--bridge={big}', '--bridge_data=signatures_big', '--sft_data=signatures']
-    words += ['--bridge_answers=16', '--sft_epochs=0.05', '--ancestor_tokens=640', '--tokens=640']
+    words += [f'--bridge={big}', '--bridge_data=tasks_big', '--sft_data=tasks']
+    words += ['--bridge_answers=16', '--sft_epochs=1', '--ancestor_tokens=640', '--tokens=640']
     words += ['--block_size=64', '--batch_size=4', '--eval_tokens=512', '--answers=4']
     out = [f'--data_dir={data}', f'--out_dir={tmp_path / "run"}', '--device=cpu']
     train.main(['--method=col', *words, *out])
@@ -86,7 +89,7 @@ def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir
     tuned, made = results['bridge-ancestor'], results['bridge']
     assert tuned.tokens > 0 and made.tokens > 0
     meta = json.loads((tmp_path / 'run' / 'bridge-data' / 'meta.json').read_text())
-    assert meta['corpus'].endswith('bridge-ancestor to signatures') and meta['tokenizer'] == 'bytes'
+    assert meta['corpus'].endswith('bridge-ancestor to tasks') and meta['tokenizer'] == 'bytes'
     answers = 2 * tuned.params * 16 * 64
     spent = results['ancestor'].flops + tuned.flops + answers
     assert made.inherited_flops == pytest.approx(spent)
