@@ -50,7 +50,7 @@ from configurator import (
 )
 from engine.errors import UserError, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
-from engine.minimise import levenberg_marquardt
+from engine.minimise import from_starts
 from engine.progress import progress_bar
 from engine.report import (
     draw_panels,
@@ -271,13 +271,7 @@ def solve(law, data, weight, starts, steps=400):
     def residuals(theta):
         return (log_loss(law, theta, x) - target) / DELTA
 
-    weight = weight / weight.sum(1, keepdim=True)
-    problems = weight.repeat_interleave(len(starts), 0)
-    theta = starts.repeat(len(weight), 1)
-    theta, value, decrease = levenberg_marquardt(residuals, theta, problems, steps)
-    order = value.nan_to_num(math.inf).view(len(weight), -1).argsort(1)
-    rows = order + torch.arange(len(weight))[:, None] * len(starts)
-    return theta[rows], decrease[rows]
+    return from_starts(residuals, starts, weight, steps)
 
 
 def check_points(law, data):
@@ -326,7 +320,7 @@ def fit(law, data, bootstrap=200, seed=0, by='cell'):
         if by == 'base' and len(in_base) > 1 and max(data['D1']):  # from scratch there is no base
             weight = reweighted(len(in_base), bootstrap, seed) @ in_base
         samples = solve(shape, data, weight, theta)[0][:, 0]
-    ends = samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
+    ends = samples.quantile(decisions.QUANTILES, dim=0)
     return Fit(
         law,
         dict(zip(shape.parameters, theta[0].tolist())),
@@ -529,7 +523,6 @@ def put_together(results):
 def laws_for(data):
     """The laws that can describe a method's points: joint ones for several sizes."""
     sizes = len(set(data['N']))
-    across = ('joint', 'two_sizes', 'chinchilla', 'with_replay', 'with_growth')
     if 'replay' in data:
         return ['multiplicative', 'with_replay']  # the first: as if it made no difference
     if 'growth' in data:
@@ -538,7 +531,8 @@ def laws_for(data):
         return ['chinchilla'] if sizes > 1 else ['continuous']
     if sizes > 1:
         return ['two_sizes' if sizes == 2 else 'joint']
-    return [law for law in LAWS if law not in across]
+    across = {'N', 'replay', 'growth'}
+    return [name for name, law in LAWS.items() if not across & set(law.depends_on)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -571,17 +565,19 @@ def fit_results(path, bootstrap=200, by='cell'):
                 fits[law] = fit(law, data, bootstrap=0)
             except UserError as error:
                 failures.append(f'{method}: {error}')
-        if not fits or method not in results | wider:
+    for method, data in (results | wider).items():
+        fits = found[method]
+        law = next((law for law in (*PREFERRED, *fits) if law in fits), None)
+        if not law:
             continue
-        law = next((law for law in PREFERRED if law in fits), next(iter(fits)))
         fits[law] = fit(law, data, bootstrap, by=by)
         points, equation = len(data['loss']), LAWS[law].equation
         blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
         if method in results:
             best[method] = fits[law]
-        if method in results and law == 'multiplicative':
-            blocks.append((f'{method}.png', fit_panels(data, fits[law])))
-            blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
+            if law == 'multiplicative':
+                blocks.append((f'{method}.png', fit_panels(data, fits[law])))
+                blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(failures))
     tails = []

@@ -20,6 +20,21 @@ def linearise(function, theta, n):
     return derivatives, residuals.detach()
 
 
+def from_starts(function, starts, weight, steps=400):
+    """
+    For each row of weights (F, n) of the residuals, where the starts (S, P) lead, the best first:
+    (theta (F, S, P), by how much their last steps still improved them (F, S)). function: as in
+    levenberg_marquardt.
+    """
+    weight = weight / weight.sum(1, keepdim=True)
+    problems = weight.repeat_interleave(len(starts), 0)
+    theta = starts.repeat(len(weight), 1)
+    theta, value, decrease = levenberg_marquardt(function, theta, problems, steps)
+    order = value.nan_to_num(torch.inf).view(len(weight), -1).argsort(1)
+    rows = order + torch.arange(len(weight))[:, None] * len(starts)
+    return theta[rows], decrease[rows]
+
+
 def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-6):
     """
     Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta

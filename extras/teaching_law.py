@@ -35,7 +35,7 @@ import torch
 from configurator import configure
 from engine.errors import UserError, run_as_program
 from engine.files import read_json
-from engine.minimise import levenberg_marquardt
+from engine.minimise import from_starts
 from engine.report import Line, Panel, draw_panels, finished_stages, format_count, table
 from engine.stage import Result
 from extras.decisions import QUANTILES
@@ -172,14 +172,11 @@ def fit(law, records, weight):
     gain = columns(records)[2]
     choices = [STARTS[name] for name in LAWS[law][1]]
     starts = torch.tensor(list(itertools.product(*choices)), dtype=torch.float64)
-    weight = weight / weight.sum(1, keepdim=True)
-    theta, value, _ = levenberg_marquardt(
-        lambda theta: (predict(law, theta, records) - gain) / HUBER_DELTA,
-        starts.repeat(len(weight), 1),
-        weight.repeat_interleave(len(starts), 0),
-    )
-    best = value.nan_to_num(torch.inf).view(len(weight), -1).argmin(1)
-    return theta.view(len(weight), len(starts), -1)[torch.arange(len(weight)), best]
+
+    def residuals(theta):
+        return (predict(law, theta, records) - gain) / HUBER_DELTA
+
+    return from_starts(residuals, starts, weight)[0][:, 0]
 
 
 def law_records(records):
