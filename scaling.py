@@ -565,11 +565,11 @@ def fit_results(path, bootstrap=200, by='cell'):
                 fits[law] = fit(law, data, bootstrap=0)
             except UserError as error:
                 failures.append(f'{method}: {error}')
-    for method, data in (results | wider).items():
-        fits = found[method]
-        law = next((law for law in (*PREFERRED, *fits) if law in fits), None)
-        if not law:
+    for method, fits in found.items():
+        data = (results | wider).get(method)
+        if not fits or not data:
             continue
+        law = next(law for law in (*PREFERRED, *fits) if law in fits)
         fits[law] = fit(law, data, bootstrap, by=by)
         points, equation = len(data['loss']), LAWS[law].equation
         blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
