@@ -57,12 +57,11 @@ from engine.plan import all_params
 from engine.progress import progress_bar
 from engine.report import format_bytes, format_count, table
 from engine.rows import FolderReader, write_model
-from engine.sizes import SIZES
 from engine.stage import Origin, Result, Stage
-from engine.teacher import is_ours
+from engine.teacher import is_ours, planned_config
 from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
 from let import distil
-from model import GPT, GPTConfig, load, read_config, write_config
+from model import GPT, load, read_config, write_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -493,9 +492,9 @@ class ChainOfLearngene:
         The Result of the bridge's ancestor, whose answers `ancestor` learns from: fine-tuned first,
         in its own vocabulary, if bridge_data names a set. UserError where it cannot be.
         """
-        config, public = None, self.bridge.rpartition('/')[2].lower()
-        if run.dry_run and not Path(self.bridge).is_dir():
-            config = GPTConfig.named(public) if public in SIZES else None
+        config = None
+        if run.dry_run:
+            config = planned_config(self.bridge)
         elif is_ours(self.bridge):
             config = read_config(model_folder(self.bridge))
         if not config and self.bridge_data:

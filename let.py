@@ -46,18 +46,17 @@ from engine.report import (
     mean_curve,
     steps_to_loss,
 )
-from engine.sizes import SIZES
 from engine.stage import Stage, next_token
 from engine.teacher import (
     LazyTeacher,
     hidden_states,
     in_windows,
-    is_ours,
     longest_context,
     open_teacher,
+    planned_config,
     teacher_states,
 )
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------
 # losses
@@ -446,12 +445,8 @@ class LET:
             return Teacher.of('', config)._replace(config=config)
         if not run.dry_run:
             return self.examine(run)
-        if Path(self.teacher).is_dir() and is_ours(self.teacher):
-            return Teacher.of(self.teacher, read_config(self.teacher))
-        public = self.teacher.rpartition('/')[2].lower()
-        if public in SIZES and not Path(self.teacher).is_dir():
-            return Teacher.of(self.teacher, GPTConfig.named(public))  # known without the hub
-        return Teacher(self.teacher, 0)  # a plan opens none, and asks no hub
+        known = planned_config(self.teacher)
+        return Teacher.of(self.teacher, known) if known else Teacher(self.teacher, 0)
 
     def parse(self, variant, teacher_layers, target_layers):
         """The Alignment of a variant, None for the baselines. Raises UserError for others."""

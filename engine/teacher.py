@@ -1,5 +1,7 @@
 """Frozen models that teach: ours, or any that transformers opens."""
 
+from pathlib import Path
+
 import torch
 
 from data.translate import translate
@@ -7,7 +9,8 @@ from engine.errors import UserError, first_line, import_extra
 from engine.files import read_json
 from engine.hub import model_folder
 from engine.hugging_face import FAMILIES, READ_AS, config_from_hugging_face
-from model import GPT, load, read_config
+from engine.sizes import SIZES
+from model import GPT, GPTConfig, load, read_config
 
 
 def is_ours(name):
@@ -20,6 +23,17 @@ def is_ours(name):
         except UserError:
             return False
     return not config or 'nanofamily' in config or config.get('model_type') in FAMILIES
+
+
+def planned_config(name):
+    """
+    The GPTConfig of a model for a plan, which asks no hub: a folder's, or that of the named size
+    that a hub name ends in; None where neither is known, or it is not ours.
+    """
+    if Path(name).is_dir():
+        return read_config(name) if is_ours(name) else None
+    public = name.rpartition('/')[2].lower()
+    return GPTConfig.named(public) if public in SIZES else None
 
 
 def open_teacher(name, device='cpu', untrained=False):

@@ -16,6 +16,7 @@ from statistics import mean
 from configurator import Count, Positive
 from engine.errors import UserError, unknown
 from engine.report import Line, Panel, by_label, interval
+from engine.stage import adapted
 from expand import Progressive, allocate_tokens
 
 PAPER = dict(shares=(), noise=0.0, optimizer='fresh', last_schedule='')
@@ -119,18 +120,15 @@ class Frontier(Progressive):
 
 def within(stages, family, knobs):
     """The stages of a method, in folders of a family and seed, with general knobs of their own."""
-    result = None
-    while True:
-        try:
-            stage = stages.send(result)
-        except StopIteration:
-            return
-        seed = knobs['seed']
+    seed = knobs['seed']
+
+    def change(stage):
         stage.name = f'{family.replace(":", "-")}-{stage.name.removeprefix("independent-")}-{seed}'
         stage.knobs = knobs | stage.knobs
         stage.labels |= dict(family=family, seed=seed)
         stage.baseline_flops = 0.0  # of one family; here are several
-        result = yield stage
+
+    return adapted(stages, change)
 
 
 def mean_cost(runs):

@@ -21,6 +21,7 @@ from col import ChainOfLearngene
 from configurator import Count, Positive
 from engine.errors import UserError
 from engine.report import Line, Panel, by_label, format_si
+from engine.stage import adapted
 from extras.decisions import QUANTILES, spaced
 from scaling import fit
 
@@ -39,17 +40,22 @@ class Stepwise(ChainOfLearngene):
             self.grid, self.seeds = self.grid[-1:], 1  # too few points for a law
         configs = self.configs(run)
         for seed in range(self.seeds):
-            knobs = dict(seed=run.seed + seed)
-            trained = self.ancestors(run, configs['ancestor'])
-            top = teacher = yield from of_seed(trained, seed, knobs)
-            names = ('ancestor', *self.chain)
-            for above, below in zip(names, self.chain):
-                teacher = yield from self.step(
-                    f'{above}-{below}', teacher, configs[below], run, knobs
-                )
-            if len(self.chain) > 1:
-                last = self.chain[-1]
-                yield from self.step(f'ancestor-{last}', top, configs[last], run, knobs)
+            yield from self.of_seed(run, configs, seed)
+
+    def of_seed(self, run, configs, seed):
+        """The stages of one seed."""
+        knobs = dict(seed=run.seed + seed)
+
+        def change(stage):
+            stage.name, stage.knobs = f'{stage.name}-s{seed}', stage.knobs | knobs
+
+        top = teacher = yield from adapted(self.ancestors(run, configs['ancestor']), change)
+        for above, below in zip(('ancestor', *self.chain), self.chain):
+            step = f'{above}-{below}'
+            teacher = yield from self.step(step, teacher, configs[below], run, knobs)
+        if len(self.chain) > 1:
+            last = self.chain[-1]
+            yield from self.step(f'ancestor-{last}', top, configs[last], run, knobs)
 
     def check_knobs(self):
         """Raise UserError for knobs of a chain that are not measured here."""
@@ -99,18 +105,6 @@ class Stepwise(ChainOfLearngene):
         if len(fits) > len(self.chain) > 1:  # every step has a law, the direct one too
             blocks += assumptions(fits, f'ancestor-{self.chain[-1]}')
         return [*blocks, ('stepwise.png', [panel])]
-
-
-def of_seed(stages, seed, knobs):
-    """The stages of an ancestor, with a seed's name and knobs; returns the last Result."""
-    result = None
-    while True:
-        try:
-            stage = stages.send(result)
-        except StopIteration as end:
-            return end.value
-        stage.name, stage.knobs = f'{stage.name}-s{seed}', stage.knobs | knobs
-        result = yield stage
 
 
 def step_records(fits):
