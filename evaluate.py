@@ -272,13 +272,14 @@ def evaluate_folders(folders, options):
         check_vocabulary(corpus, config, found[name])
     openers = {n: partial(open_for_evaluation, found[n], device, options.dtype) for n in found}
     for name, opener in openers.items():
-        row = outcome['models'][name] = losses(opener(), corpus, block_size, options)
+        model = opener()
+        row = outcome['models'][name] = losses(model, corpus, block_size, options)
+        if prompts:
+            row |= rouge_of_answers(model, tokenizers[name], prompts, options.answer_tokens)
+        del model  # before the next is opened
         if options.tasks:
             row['tasks'] = run_tasks(found[name], options, device)
             row |= average_accuracy(row['tasks'], options.tasks)
-        if prompts:
-            how = (tokenizers[name], prompts, options.answer_tokens)
-            row |= rouge_of_answers(opener(), *how)
     if len(found) > 1 and options.kl_examples:
         examples = some_sequences(corpus, options.kl_examples, block_size, device)
         kl, agreement = compare_all(list(openers.values()), examples)

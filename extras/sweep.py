@@ -180,9 +180,10 @@ class Reuse(NamedTuple):
         """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
         kind, *variants = name.split('+')
         replay = replay_share(name)
-        plain = [v for v in variants if kind != 'cpt' or not replay_share(f'+{v}')]
-        twice = len(variants) - len(plain) > 1 or len(set(plain)) < len(plain)
-        if kind not in ('cpt', *RELATIVE_SIZES) or set(plain) - {'stable', 'low'} or twice:
+        shares = [variant for variant in variants if replay_share(f'+{variant}')]
+        allowed = {'stable', 'low', *(shares[:1] if kind == 'cpt' else ())}
+        twice = len(set(variants)) < len(variants)
+        if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed or twice:
             known = ('cpt', 'cpt+replay0.25', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
             raise unknown('second stage', name, (*known, 'stk2+low'))
         stable, low = ('stable' in variants), ('low' in variants)
