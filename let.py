@@ -34,7 +34,7 @@ from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.device import choose_device
 from engine.errors import UserError, unknown
-from engine.loss import IGNORED, Distillation, kl_of_logits
+from engine.loss import IGNORED, Distillation
 from engine.metrics import read_metrics
 from engine.report import (
     Line,
@@ -214,18 +214,6 @@ def similarity_floors(teacher_hidden, idx, covered=None):
     alike = torch.where((count > 1)[token][:, None], sums[token] - unit, all_others)
     found = [F.cosine_similarity(unit, best, dim=-1).mean() for best in (all_others, alike)]
     return tuple(value.item() for value in found)
-
-
-def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """T^2 KL(teacher / T || student / T) of logits (..., V), in nats, the mean over positions."""
-    teacher = teacher_logits.detach() / temperature
-    student = student_logits / temperature
-    return temperature**2 * kl_of_logits(teacher, student).mean()
-
-
-def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of logits (..., V) in nats, the mean over positions."""
-    return kl_of_logits(student_logits, teacher_logits.detach()).mean()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -66,12 +66,9 @@ def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
     if teacher is None:
         return data_loss, data_loss.detach(), torch.zeros_like(data_loss)
     theirs = F.linear(teacher.hidden, teacher.weight).detach().flatten(0, -2).to(exact)
-    log_p = (theirs[:, : len(weight)] / teacher.temperature).log_softmax(-1)
-    log_q = (logits / teacher.temperature).log_softmax(-1)
-    if teacher.reverse:
-        log_p, log_q = log_q, log_p
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[targets != IGNORED].mean()
-    divergence = teacher.temperature**2 * divergence
+    pair = theirs[:, : len(weight)] / teacher.temperature, logits / teacher.temperature
+    divergence = kl_of_logits(*(reversed(pair) if teacher.reverse else pair))
+    divergence = teacher.temperature**2 * divergence[targets != IGNORED].mean()
     loss = teacher.alpha * data_loss + (1 - teacher.alpha) * divergence
     return loss, data_loss.detach(), divergence.detach()
 

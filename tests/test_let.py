@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kd_loss, reverse_kl
 from test_model import small, tokens
 from test_train import metrics, same
 
@@ -31,10 +32,8 @@ from let import (
     alignment_loss,
     cosine_similarity,
     distil,
-    kd_loss,
     match_width,
     pair_layers,
-    reverse_kl,
 )
 from model import GPT, GPTConfig, load
 

@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
+from conftest import reverse_kl
 
 from data.instruct import Examples
 from engine.stage import Progress
 from extras.minillm import Answering, MiniLLM, answer, minillm, policy_loss, returns
-from let import reverse_kl
 from model import GPT, GPTConfig
 
 
