@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
-import engine.quick_help  # --help need not wait for torch
+import engine.quick_start  # before torch, which it makes faster
 
 import torch
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import engine.quick_help  # --help need not wait for torch
+import engine.quick_start  # before torch, which it makes faster
 
 import torch
 
@@ -51,6 +51,7 @@ from engine.between import (
 from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
+from engine.growth import take
 from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.plan import all_params
@@ -103,11 +104,11 @@ def subset_tensor(config, large, name, tensor):
     rows = {'attn.k': kv, 'attn.v': kv, 'mlp.up': F, 'mlp.gate': F, 'wpe': config.block_size}
     rows |= dict.fromkeys(['wte', 'lm_head', 'attn.q_norm', 'attn.k_norm'], all_rows)
     queries = kept_queries(config, large)
-    kept = tensor[queries] if stem == 'attn.q' else tensor[: rows.get(stem, C)]
+    kept = take(tensor, queries) if stem == 'attn.q' else tensor[: rows.get(stem, C)]
     if tensor.ndim == 1:
         return kept
     if stem == 'attn.o':
-        return kept[:, queries]
+        return take(kept.T, queries).T
     return kept[:, : F if stem == 'mlp.down' else C]
 
 
@@ -140,7 +141,7 @@ class LInit:
         if alpha is None:
             alpha = default_alpha(all_params(small), all_params(large), all_params(config))
         self.alpha = alpha
-        self.growth = Growth(small, config, Operators('fpi', depth), piece=2**18)
+        self.growth = Growth(small, config, Operators('fpi', depth), piece=2**19)
 
     @torch.no_grad()
     def pieces(self, name, ours, theirs):
@@ -173,16 +174,11 @@ def linit_folder(small, large, target, mixed, dtype=None):
     a few megabytes at a time. dtype: of its weights, None for those of the smaller one.
     """
     configs = [read_config(folder) for folder in (small, large)]
-    with (
-        FolderReader(small, configs[0], shapes_of(configs[0])) as ours,
-        FolderReader(large, configs[1], shapes_of(configs[1])) as theirs,
-    ):
-        dtype = dtype or ours['wte.weight'][:1].dtype
-
-        def pieces(name):
-            return mixed.pieces(name, ours.__getitem__, theirs.__getitem__)
-
-        write_model(target, mixed.config, shapes_of(mixed.config), dtype, pieces)
+    ours = FolderReader(small, configs[0], shapes_of(configs[0]))
+    theirs = FolderReader(large, configs[1], shapes_of(configs[1]))
+    dtype = dtype or ours['wte.weight'][:1].dtype
+    pieces = partial(mixed.pieces, ours=ours.__getitem__, theirs=theirs.__getitem__)
+    write_model(target, mixed.config, shapes_of(mixed.config), dtype, pieces)
     write_config(target, mixed.config, dtype, tokenizer_in(small))
 
 
@@ -750,8 +746,7 @@ def sizes_of(options, folders):
 
 def dtype_in(folder, config):
     """The dtype of the weights in a model folder."""
-    with FolderReader(folder, config, shapes_of(config)) as tensors:
-        return tensors['wte.weight'][:1].dtype
+    return FolderReader(folder, config, shapes_of(config))['wte.weight'][:1].dtype
 
 
 def chain_folders(folder):

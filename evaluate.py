@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import engine.quick_help  # --help need not wait for torch
+import engine.quick_start  # before torch, which it makes faster
 
 import numpy as np
 import torch

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import engine.quick_help  # --help need not wait for torch
+import engine.quick_start  # before torch, which it makes faster
 
 import torch
 
@@ -387,11 +387,11 @@ def grown_tensors(source, config, operators):
     folder = model_folder(source)
     small = read_config(folder)
     growth = Growth(small, config, operators)
-    with FolderReader(folder, small, shapes_of(small)) as old:
-        for name in shapes_of(config):
-            tensor = torch.cat(list(growth.pieces(name, old.__getitem__)))
-            check_finite(name, tensor)
-            yield name, tensor
+    old = FolderReader(folder, small, shapes_of(small))
+    for name in shapes_of(config):
+        tensor = torch.cat(list(growth.pieces(name, old.__getitem__)))
+        check_finite(name, tensor)
+        yield name, tensor
 
 
 def grow_folder(source, target, shape, operators, dtype=None):
@@ -406,13 +406,10 @@ def grow_folder(source, target, shape, operators, dtype=None):
         small = read_config(source)
         large = shape(small)
         growth = Growth(small, large, operators)
-        with FolderReader(source, small, shapes_of(small)) as old:
-            dtype = dtype or old['wte.weight'][:1].dtype
-
-            def pieces(name):
-                return growth.pieces(name, old.__getitem__)
-
-            write_model(unfinished, large, shapes_of(large), dtype, pieces)
+        old = FolderReader(source, small, shapes_of(small))
+        dtype = dtype or old['wte.weight'][:1].dtype
+        pieces = partial(growth.pieces, fetch=old.__getitem__)
+        write_model(unfinished, large, shapes_of(large), dtype, pieces)
         write_config(unfinished, large, dtype, tokenizer_to_carry(source))
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -19,6 +20,8 @@ def run_as_program(main):
     code 2, Ctrl-C exits with code 130. Output that a terminal cannot show is escaped, and a reader
     that stops reading (| head) ends the program quietly.
     """
+    gc.freeze()  # what is imported stays, and is not searched again, not even at exit
+    gc.enable()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
     try:

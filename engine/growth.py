@@ -73,7 +73,7 @@ def grow_tensor(old, donor, axes, copying):
     n_columns = len(axes[1].source) if len(axes) == 2 and axes[1] else 1
     mean = None
     if rows_axis and rows_axis.fill == 'mean' and rows_axis.covered < n_rows:
-        mean = old[:].mean(0, keepdim=True)
+        mean = old[:].contiguous().mean(0, keepdim=True)  # summed in one order in any layout
     step = max(1, size // n_columns)
     for start in range(0, n_rows, step):
         stop = min(n_rows, start + step)
@@ -104,7 +104,7 @@ def gather_rows(tensors, axis, start, stop):
     elif stop > own:  # units that copy none: the mean of all, or a place to be filled
         like = old[:1] if mean is None else mean
         parts.append(like.expand(stop - max(start, own), *like.shape[1:]))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return join(parts)
 
 
 def take(tensor, index):
@@ -112,7 +112,16 @@ def take(tensor, index):
     breaks = (torch.nonzero(index.diff() != 1).flatten() + 1).tolist()
     ends = zip([0, *breaks], [*breaks, len(index)])
     parts = [tensor[int(index[a]) : int(index[b - 1]) + 1] for a, b in ends]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return join(parts)
+
+
+def join(parts, dim=0):
+    """torch.cat that keeps the layout of transposed matrices, where torch's own transposes them."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].ndim == 2 and parts[0].stride(0) < parts[0].stride(1):
+        return torch.cat([part.T for part in parts], 1 - dim).T
+    return torch.cat(parts, dim)
 
 
 def grow_rows(rows, axis, start, power):
@@ -136,11 +145,11 @@ def grow_columns(rows, axis, power, generator):
     if torch.equal(axis.source, torch.arange(new) % axis.old):  # slices are several times faster
         whole, rest = divmod(covered, axis.old)
         free = rows.new_zeros(len(rows), new - covered)
-        grown = torch.cat([rows] * whole + [rows[:, :rest], free], 1)
+        grown = join([rows] * whole + [rows[:, :rest], free], 1)
     else:
         grown = rows.index_select(1, axis.source.to(rows.device))
     if covered < new and axis.fill == 'mean':
-        grown[:, covered:] = rows.mean(1, keepdim=True)
+        grown[:, covered:] = rows.contiguous().mean(1, keepdim=True)
     scale(grown, axis.factor**power, 1)
     if covered < new and axis.fill == 'random':  # they read what is always zero
         drawn = torch.randn(len(rows), new - covered, generator=generator)
@@ -164,7 +173,7 @@ def add_noise(rows, axis, noise, generator):
     copied = torch.nonzero(axis.copies[: axis.covered] > 1).flatten()
     if not len(copied):
         return
-    amplitude = noise * rows.square().mean(1, keepdim=True).sqrt()
+    amplitude = noise * rows.contiguous().square().mean(1, keepdim=True).sqrt()
     drawn = torch.randn(len(rows), len(copied), generator=generator, dtype=torch.float64)
     drawn = amplitude * drawn.to(rows)
     units = axis.source[copied].to(rows.device)

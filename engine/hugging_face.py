@@ -105,24 +105,25 @@ def layout(config, names):
 
 
 def pack(parts, packed, config):
-    """Our tensors as the one that transformers stores."""
+    """Our tensors, or their pieces unless by head, as the one that transformers stores."""
     if packed == 'by head':  # GPT-NeoX: q, k and v of a head stand together
         heads = [p.view(config.n_head, 1, config.head_dim, *p.shape[1:]) for p in parts]
         return torch.cat(heads, 1).flatten(0, 2)
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if packed == 'transposed':
+        return torch.cat([part.T for part in parts], 1)
     if packed == 'offset':  # OPT's positions begin at row 2
-        return torch.cat((tensor.new_zeros(2, tensor.shape[1]), tensor))
-    return tensor.T if packed == 'transposed' else tensor
+        parts = [parts[0].new_zeros(2, parts[0].shape[1]), *parts]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def unpack(tensor, packed, config, sizes):
-    """The tensor that transformers stores as ours, of `sizes` rows each, contiguous."""
+    """The tensor that transformers stores as ours, of `sizes` rows each; views if possible."""
     if packed == 'by head':
         parts = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:]).unbind(1)
         return [part.flatten(0, 1) for part in parts]
     if packed == 'offset':
         return [tensor[2:]]
-    return list((tensor.T.contiguous() if packed == 'transposed' else tensor).split(sizes))
+    return list((tensor.T if packed == 'transposed' else tensor).split(sizes))
 
 
 def stored_shape(stored, shapes):
@@ -188,7 +189,8 @@ def tensors_from_hugging_face(config, tensors, template):
             found = tuple(tensor.shape)
             raise UserError(f'{theirs} has shape {found}, the configuration says {expected}')
         sizes = [shapes[name][0] for name in stored.names]
-        state |= zip(stored.names, unpack(tensor, stored.packed, config, sizes))
+        parts = unpack(tensor, stored.packed, config, sizes)
+        state |= zip(stored.names, [part.contiguous() for part in parts])
     return state
 
 

@@ -6,9 +6,10 @@ header's length, the header (name -> dtype, shape, offsets, in JSON), the data.
 """
 
 import json
+import os
 import shutil
 import zipfile
-from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -142,22 +143,34 @@ def finish_weights(folder, files, total_size):
 
 
 class Rows:
-    """A tensor in an open safetensors file that is read by slices of its rows."""
+    """A tensor in a safetensors file that is read by slices of its rows."""
 
-    def __init__(self, file, name):
+    def __init__(self, path, file, name):
+        """file: `path`, opened; it need not stay open."""
+        self.path, self.status, self.name = path, path.stat(), name
         self.slice = file.get_slice(name)
         self.shape = tuple(self.slice.get_shape())
 
     def __getitem__(self, key):
         return self.slice[key]
 
+    def mapped_anew(self):
+        """
+        The same with a mapping of its own, which ends with it: what is read through one for the
+        whole file stays in memory until the last. Raises UserError for another file by now.
+        """
+        if not os.path.samestat(self.status, self.path.stat()):
+            raise UserError(f'{self.path} was exchanged while it was read')
+        with safe_open(self.path, 'pt') as file:
+            return Rows(self.path, file, self.name)
+
 
 class FolderReader:
-    """The tensors of a model folder under our names, read when asked for. A context manager."""
+    """The tensors of a model folder under our names, read when asked for."""
 
     def __init__(self, folder, config, shapes):
         """shapes: {our name: shape} of a model of this configuration. Raises UserError."""
-        self.config, self.shapes, self.stack = config, shapes, ExitStack()
+        self.config, self.shapes = config, shapes
         self.tensors, self.where = {}, {}  # by name in the folder; {our name: transformers'}
         self.unpacked = '', []  # transformers' name and our tensors, of the last one it packs
         try:
@@ -167,23 +180,16 @@ class FolderReader:
             self.found = find_tensors(config, self.tensors, shapes)
             self.check_shapes()
         except (OSError, SafetensorError, UserError) as error:
-            self.stack.close()
             raise UserError(f'{folder} cannot be read: {error}') from error
         for theirs, stored in self.stored.items():
             self.where |= dict.fromkeys(stored.names, theirs)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.stack.close()
 
     def open(self, path):
         """{name: Rows} of a file; of a pickle, its tensors, which the system reads when asked."""
         if path.suffix == '.bin':
             return load_pickle(path)
-        file = self.stack.enter_context(safe_open(path, 'pt'))
-        return {name: Rows(file, name) for name in file.keys()}
+        with safe_open(path, 'pt') as file:
+            return {name: Rows(path, file, name) for name in file.keys()}
 
     def check_shapes(self):
         """Raise UserError for a tensor that is not what the configuration says."""
@@ -201,12 +207,15 @@ class FolderReader:
         """Our tensor `name`: Rows, or a whole tensor where transformers packs it with others."""
         theirs = self.where[name]
         stored, tensor = self.stored[theirs], self.tensors[self.found[theirs]]
+        if self.unpacked[0] == theirs:
+            return self.unpacked[1][stored.names.index(name)]
+        if isinstance(tensor, Rows):
+            tensor = tensor.mapped_anew()
         if not stored.packed and len(stored.names) == 1:
             return tensor
-        if self.unpacked[0] != theirs:
-            sizes = [self.shapes[one][0] for one in stored.names]
-            self.unpacked = theirs, unpack(tensor[:], stored.packed, self.config, sizes)
-        return self.unpacked[1][stored.names.index(name)]
+        sizes = [self.shapes[one][0] for one in stored.names]
+        self.unpacked = theirs, unpack(tensor[:], stored.packed, self.config, sizes)
+        return self[name]
 
 
 def write_model(folder, config, shapes, dtype, pieces):
@@ -235,7 +244,7 @@ def write_model(folder, config, shapes, dtype, pieces):
                 out.write(header({name: theirs_shapes[name] for name in names}, dtype))
                 for name in names:
                     shape = theirs_shapes[name]
-                    for piece in stored_pieces(stored[name], config, shape, pieces):
+                    for piece in stored_pieces(stored[name], config, shape, dtype, pieces):
                         piece = piece.to(dtype)
                         check_finite(name, piece)
                         data = piece.contiguous().view(torch.uint8).numpy()
@@ -255,10 +264,16 @@ def header(shapes, dtype):
     return len(text).to_bytes(8, 'little') + text
 
 
-def stored_pieces(stored, config, shape, pieces):
-    """The rows of one tensor of transformers, in order."""
+def stored_pieces(stored, config, shape, dtype, pieces):
+    """The rows of one tensor of transformers, in order; of `dtype` or converted to it later."""
     if not stored.names:
         yield torch.zeros(shape)
+    elif stored.packed == 'transposed':  # in place: a list of pieces would take as much again
+        tensor, start = torch.empty(shape, dtype=dtype), 0
+        for piece in chain.from_iterable(map(pieces, stored.names)):
+            tensor[:, start : start + len(piece)] = piece.T
+            start += len(piece)
+        yield tensor
     elif stored.packed:
         parts = [torch.cat(list(pieces(name))) for name in stored.names]
         yield pack(parts, stored.packed, config)

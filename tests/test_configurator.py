@@ -239,7 +239,7 @@ PROGRAMS = (
 )
 ASK_ALL = """
 import contextlib, runpy, sys
-import engine.quick_help  # before help is asked for, so that it does nothing
+import engine.quick_start  # before help is asked for, so that it does nothing
 for program in sys.argv[1:]:
     sys.argv = [*program.split(), '--help']
     sys.path[0] = program.split('/')[0] if '/' in program else ''

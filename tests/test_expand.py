@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import train
 from engine.errors import UserError
 from engine.optimizer import load_optimizer_state, save_optimizer_state, set_optimizer_state
 from engine.report import describe
+from engine.rows import FolderReader
 from engine.stage import Result
 from expand import (
     GrowthComparison,
@@ -25,6 +27,7 @@ from expand import (
     grow,
     grow_folder,
     grow_optimizer,
+    shapes_of,
     widen,
 )
 from inheritune import given_reference
@@ -363,6 +366,28 @@ def test_growing_a_folder_never_holds_a_model(tmp_path):
     peak, largest = int(process.stdout.split('PEAK')[1]), 20000 * 512 * 4
     assert (tmp_path / 'large' / 'model.safetensors').stat().st_size > 4 * largest
     assert peak < 1.3 * largest + 2**24, (peak / 1e6, process.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps'), reason='reads mappings as Linux does')
+def test_a_file_that_is_read_does_not_fill_the_memory(tmp_path):
+    config = GPTConfig.named('64x4', vocab_size=8192)
+    GPT(config).save(tmp_path)
+    reader = FolderReader(tmp_path, config, shapes_of(config))
+    for name in shapes_of(config):
+        reader[name][:].sum()
+    maps = Path('/proc/self/smaps').read_text().split('model.safetensors\n')[1:]
+    resident = 1024 * sum(int(re.search(r'Rss:\s+(\d+)', entry)[1]) for entry in maps)
+    assert resident < 0.25 * (tmp_path / 'model.safetensors').stat().st_size
+
+
+def test_a_file_that_is_exchanged_while_it_is_read_is_not_mixed_with_the_first(tmp_path):
+    config = GPTConfig.named('16x1', vocab_size=64)
+    GPT(config).save(tmp_path)
+    reader = FolderReader(tmp_path, config, shapes_of(config))
+    assert reader['wte.weight'][:2].shape == (2, 16)
+    GPT(config).save(tmp_path)
+    with pytest.raises(UserError, match='was exchanged while it was read'):
+        reader['wte.weight']
 
 
 def test_growing_on_the_command_line(tmp_path):

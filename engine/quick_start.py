@@ -1,9 +1,11 @@
 """
---help in a fraction of a second. Importing torch takes seconds and printing the help needs nothing
-of it, so a program that is asked for its help imports a stand-in. Programs import this file before
-torch; for anything but --help it does nothing.
+Programs that start quickly. Importing torch takes seconds; they import this file before it.
+Printing the help needs nothing of torch: a program that is asked for its help imports a stand-in.
+Otherwise nothing of what is imported is garbage, and looking for some takes a quarter of the time:
+the collector rests until run_as_program.
 """
 
+import gc
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -52,5 +54,7 @@ class StandIns:
 
 program = Path(sys.argv[0]).resolve()  # ours, not another that imports us, nor python -c
 ours = program.is_file() and program.parent in (ROOT, ROOT / 'data', ROOT / 'extras')
-if ours and {'-h', '--help'} & set(sys.argv[1:]):
-    sys.meta_path.insert(0, StandIns)
+if ours:
+    gc.disable()
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        sys.meta_path.insert(0, StandIns)
