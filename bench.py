@@ -10,6 +10,8 @@ noisy machine.
     python bench.py --what=loader                                    # the loader alone
     python bench.py --what=profile                                   # where a step's time goes
     python bench.py --what=fits                                      # scaling laws, beside scipy
+    python bench.py --what=generation                                # beside transformers'
+    python bench.py --what=curves                                    # how cost grows with size
     python bench.py --what=gpu                                       # all of it on a GPU, one table
 
 A variant is `baseline`, an objective (let; rkd, which SALT is while it lasts), another loss over
@@ -50,12 +52,14 @@ from extras.timing import matrix_product_rate, synchronise
 from extras.variants import knobs_of, make_variant, parse_variant
 from model import GPTConfig
 
+WHAT = ('steps', 'loader', 'profile', 'fits', 'generation', 'curves', 'gpu')
+
 
 @dataclass
 class Bench:
     """Time training steps of a shape, variants side by side."""
 
-    what: Literal['steps', 'loader', 'profile', 'fits', 'gpu'] = 'steps'  # what to measure
+    what: Literal[*WHAT] = 'steps'  # what to measure
     variants: tuple[str, ...] = ('baseline',)  # baseline, let, rkd, transformers, nanogpt; + how
     size: str = '256x6'  # a named size, or WIDTHxLAYERS
     head_dim: Count = 64  # of a WIDTHxLAYERS size
@@ -75,9 +79,9 @@ class Bench:
     device: str = 'auto'  # cuda or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # auto: bfloat16 on a GPU
     save: str = ''  # also write what is printed to this JSON file
-    parts: tuple[str, ...] = ()  # of gpu; empty: all
-    out: str = 'out/gpu'  # folder of gpu's table
-    toy: bool = False  # gpu's parts at a size for a CPU
+    parts: tuple[str, ...] = ()  # of gpu or curves; empty: all
+    out: str = 'out/bench'  # folder of their tables
+    toy: bool = False  # small: gpu on a CPU, generation and curves in a test
 
     def config(self, size):
         """The configuration of a size with the benchmark's vocabulary, context and heads."""
@@ -380,17 +384,24 @@ def fits(options):
     return records, f'{words}; {where}; scipy solves every twentieth problem'
 
 
+def generation(options):
+    """(records of what generation gives in tokens a second, beside transformers'; in words)."""
+    from extras import gpu
+
+    return gpu.generation(options.toy, find_hardware(options.knobs()))
+
+
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
-    if options.what == 'gpu':
-        from extras import gpu
+    if options.what in ('gpu', 'curves'):
+        from extras import curves, gpu
 
-        gpu.measure(options)
+        dict(curves=curves, gpu=gpu)[options.what].measure(options)
         return
     if not options.variants:
         raise UserError('variants: which? See --help')
-    measured = dict(steps=steps, profile=profile, loader=loader, fits=fits)
+    measured = dict(steps=steps, profile=profile, loader=loader, fits=fits, generation=generation)
     records, words = measured[options.what](options)
     print(f'{table(records)}\n\n{words}')
     if options.save:

@@ -4,6 +4,7 @@ token, and meta.json, which says what they are. Damage is reported before anythi
 """
 
 import importlib.metadata
+import mmap
 import os
 import platform
 from dataclasses import dataclass
@@ -70,6 +71,15 @@ def open_corpus(name, data_dir='data'):
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
     return Corpus(name, meta, *arrays)
+
+
+def expect_random_reads(tokens):
+    """
+    Tell the system that a memory-mapped array is read in short pieces from anywhere. It would read
+    128 KB around each: of a corpus larger than memory, hundreds of times what is asked for.
+    """
+    if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
+        tokens.base.madvise(mmap.MADV_RANDOM)
 
 
 def verify_corpus(name, data_dir='data'):

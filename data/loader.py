@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.corpus import open_corpus
+from data.corpus import expect_random_reads, open_corpus
 from engine.errors import UserError
 
 
@@ -242,6 +242,8 @@ class Source(NamedTuple):
 def text_source(knobs):
     """The Source of a run's corpora of text; knobs: train.Run. Raises UserError."""
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
+    for corpus in corpora:
+        expect_random_reads(corpus.train)
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)

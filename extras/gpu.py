@@ -86,7 +86,8 @@ TOY += '--teacher_size=16x1 --layers=0 --rounds=2 --steps=1'
 
 def copy_rate(toy, hardware):
     """Bytes a second that a copy reads and writes."""
-    source = torch.ones(2**20 if toy else 2**30, device=hardware.device)
+    size = 2**30 if hardware.device.type == 'cuda' else 2**26
+    source = torch.ones(2**20 if toy else size, device=hardware.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     return moved / seconds_of(lambda: target.copy_(source), hardware.device)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -50,6 +51,15 @@ def write_corpus(folder, train, val, vocab_size=257):
             )
         )
     )
+
+
+def resident_bytes(file):
+    """Bytes of a file that this process has mapped and in memory; skips where nobody says."""
+    maps = Path('/proc/self/smaps')
+    if not maps.exists():
+        pytest.skip('reads mappings as Linux shows them')
+    entries = maps.read_text().split(str(file))[1:]
+    return 1024 * sum(int(re.search(r'Rss:\s+(\d+)', entry)[1]) for entry in entries)
 
 
 @pytest.fixture(scope='session')

@@ -17,7 +17,7 @@ from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from extras import gpu
 from extras.variants import PEERS, transformers_peer
-from model import GPT
+from model import GPT, GPTConfig
 
 TINY = dict(
     size='64x2',
@@ -154,6 +154,32 @@ def test_all_that_a_gpu_is_asked_is_asked_at_toy_size(tmp_path):
     assert 'nanogpt failed: ' in text and '| fsdp ' in text and '| rkd ' in text
 
 
+def test_how_cost_grows_is_asked_at_toy_size(tmp_path):
+    parts = '--parts=block,loader,files'
+    bench.main([*WORDS, '--what=curves', '--toy=True', parts, f'--out={tmp_path}'])
+    (step,) = json.loads((tmp_path / 'block.json').read_text())['records']
+    assert step['block_size'] == 128 and step['tokens/s'] > 0 and 0 < step['of peak'] < 1
+    made = json.loads((tmp_path / 'files.json').read_text())['records']
+    assert [record['command'] for record in made] == ['expand.py', 'col.py']
+    config = GPTConfig(n_layer=4, n_head=1, n_embd=64, n_mlp=168, vocab_size=8192)
+    expected = 4e-9 * config.num_params(embedding=True, head=True)
+    assert made[0]['GB written'] == pytest.approx(expected, rel=1e-2)
+    opened = json.loads((tmp_path / 'loader.json').read_text())['records']
+    assert [record['corpus, tokens'] for record in opened] == [10**6, 10**7]
+    assert (tmp_path / 'curves.png').is_file() and '## loader' in (
+        tmp_path / 'curves.md'
+    ).read_text()
+    with pytest.raises(UserError, match="no part 'speed'"):
+        bench.main([*WORDS, '--what=curves', '--parts=speed'])
+
+
+def test_generation_is_compared_with_transformers_own(capsys):
+    pytest.importorskip('transformers')
+    bench.main([*WORDS, '--what=generation', '--toy=True'])
+    out = capsys.readouterr().out
+    assert '32 of 32 greedy tokens are the same' in out and out.count('| transformers ') == 2
+
+
 def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
     options = Bench(what='gpu', toy=True, device='cpu', out=str(tmp_path), parts=('growth',))
     monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['growth']._replace(limit=0.1))
@@ -173,7 +199,7 @@ def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
         (['--variants=nanogpt'], '--nanogpt=FOLDER'),
         (['--data=random'], 'data must be one of synthetic, real'),
         (['--rounds=0'], 'rounds'),
-        (['--what=speed'], 'what must be one of steps, loader, profile, fits, gpu'),
+        (['--what=speed'], 'what must be one of steps, loader, profile, fits, generation'),
         (['--what=gpu', '--parts=speed'], "no part 'speed'"),
     ],
 )

@@ -4,13 +4,14 @@ not there.
 """
 
 import json
+import mmap
 import threading
 from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, ROOT, run_command, write_corpus, write_texts
+from conftest import DOCUMENTS, ROOT, resident_bytes, run_command, write_corpus, write_texts
 
 import data.offline as offline
 import data.prepare as prepare
@@ -24,12 +25,15 @@ from data.loader import (
     permute,
     sequences,
     split_by_weight,
+    text_source,
     validation_batches,
 )
 from data.vocabulary import bytes_encoding, load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
 from engine.hub import within
+from extras.curves import make_sparse_corpus
+from train import Run
 
 # ----------------------------------------------------------------------------------------------
 # order
@@ -137,6 +141,15 @@ def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a
     assert collect(numbers, 16, 8, 1) == whole[16:]
     by_rank = [collect(numbers, 0, 2, 6, Share('cpu', rank, 2)) for rank in (0, 1)]
     assert [by_rank[i % 2][i // 2] for i in range(24)] == whole
+
+
+def test_a_sequence_of_a_large_corpus_takes_its_own_pages_into_memory_and_no_others(tmp_path):
+    """The system reads 128 KB around what is asked for unless it is told."""
+    make_sparse_corpus(tmp_path / 'zeros', 10**9)
+    source = text_source(Run(data='zeros', data_dir=str(tmp_path), block_size=256))
+    assert source.read(np.arange(200)).shape == (200, 257)
+    file = tmp_path / 'zeros' / 'train.bin'
+    assert 200 * 500 < resident_bytes(file) <= 200 * 2 * mmap.PAGESIZE
 
 
 def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers):
