@@ -134,17 +134,20 @@ def panels_of(found):
     for name, knob in (('batch', 'batch_size'), ('block', 'block_size'), ('depth', 'layers')):
         if name in found:
             x = [record[knob] for record in found[name]]
-            rates = [record['GFLOP/s'] for record in found[name]]
-            panel = Panel(knob.replace('_', ' '), 'GFLOP/s of a step', [Line(x, rates, '', 'o-')])
-            panel.log, panel.ylim = 'x', (0, 1.2 * max(rates))
+            shares = [record['of peak'] for record in found[name]]
+            panel = Panel(knob.replace('_', ' '), "a step's rate / a matrix product's")
+            panel.lines.append(Line(x, shares, '', 'o-'))
+            panel.log, panel.ylim = 'x', (0, 1.2 * max(shares))
             panels.append(panel)
     if 'loader' in found:
         x, y = ([r[key] for r in found['loader']] for key in ('corpus, tokens', 'tokens/s'))
-        panel = Panel('corpus, tokens', "the loader's tokens/s", [Line(x, y, '', 'o-')], log='x')
-        panel.ylim = (0, 1.2 * max(y))
+        millions = [rate / 1e6 for rate in y]
+        panel = Panel('corpus, tokens', "the loader's million tokens/s", log='x')
+        panel.lines.append(Line(x, millions, '', 'o-'))
+        panel.ylim = (0, 1.2 * max(millions))
         panels.append(panel)
     if 'files' in found:
-        panel = Panel('GB written', 'seconds', log='xy')
+        panel = Panel('GB written', 'seconds')
         for command in ('expand.py', 'col.py'):
             of = [record for record in found['files'] if record['command'] == command]
             x, y = ([record[key] for record in of] for key in ('GB written', 'seconds'))
