@@ -8,6 +8,7 @@ the collector rests until run_as_program.
 import gc
 import sys
 from importlib.machinery import ModuleSpec
+from multiprocessing import parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -54,7 +55,7 @@ class StandIns:
 
 program = Path(sys.argv[0]).resolve()  # ours, not another that imports us, nor python -c
 ours = program.is_file() and program.parent in (ROOT, ROOT / 'data', ROOT / 'extras')
-if ours:
+if ours and parent_process() is None:  # the workers of a pool never come to run_as_program
     gc.disable()
     if {'-h', '--help'} & set(sys.argv[1:]):
         sys.meta_path.insert(0, StandIns)

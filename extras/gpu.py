@@ -10,6 +10,8 @@ why. A part leaves its records in out/NAME.json, and gpu.md shows all that are t
 measured again replaces its own. Most parts are commands of bench.py, the others functions here.
 """
 
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -273,13 +275,17 @@ def run_part(name, options, out):
     file = out / f'{name}.json'
     file.unlink(missing_ok=True)
     start, found = time.perf_counter(), {}
-    try:
-        command = [sys.executable, *words_of(name, options, file)]
-        limit = PARTS[name].limit
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-        why = f'failed with exit code {ended.returncode}: {last_line(ended.stderr)}'
-    except subprocess.TimeoutExpired:
-        why = f'failed: it took more than {limit} seconds'
+    command, limit = [sys.executable, *words_of(name, options, file)], PARTS[name].limit
+    how = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, start_new_session=True, **how) as process:
+        try:
+            _, said = process.communicate(timeout=limit)
+            why = f'failed with exit code {process.returncode}: {last_line(said)}'
+        except subprocess.TimeoutExpired:
+            why = f'failed: it took more than {limit} seconds'
+        finally:
+            with suppress(ProcessLookupError):  # what it started, too: memory of the GPU is free
+                os.killpg(process.pid, signal.SIGKILL)
     with suppress(OSError, UserError):
         found = read_json(file, records=list, words=str)
     found = found or dict(records=[], words=why)

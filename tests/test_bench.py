@@ -4,8 +4,11 @@ line.
 """
 
 import json
+import os
 import re
+import subprocess
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -178,6 +181,22 @@ def test_generation_is_compared_with_transformers_own(capsys):
     bench.main([*WORDS, '--what=generation', '--toy=True'])
     out = capsys.readouterr().out
     assert '32 of 32 greedy tokens are the same' in out and out.count('| transformers ') == 2
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    """Its child sleeps with an open pipe: what ends leaves nobody who could write to it."""
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    sleep = f'import subprocess as s; s.run(["sleep", "60"], pass_fds=[{writing}])'
+    monkeypatch.setattr(gpu, 'words_of', lambda *_: ['-c', sleep])
+    monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['growth']._replace(limit=3))
+    popen = partial(subprocess.Popen, pass_fds=[writing])
+    monkeypatch.setattr(gpu.subprocess, 'Popen', popen)
+    options = Bench(what='gpu', toy=True, device='cpu', out=str(tmp_path), parts=('growth',))
+    assert 'more than 3 seconds' in gpu.run_part('growth', options, tmp_path)['words']
+    os.close(writing)
+    assert os.read(reading, 1) == b''  # at once, not after a minute
+    os.close(reading)
 
 
 def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):

@@ -270,6 +270,27 @@ def test_the_help_does_not_import_torch_and_is_the_same():
         assert 'torch._C' not in process.stderr
 
 
+RUN_AND_LOOK = """
+import gc, runpy, sys
+sys.argv = ['data/prepare.py', '--help']
+sys.path[0] = 'data'
+seen = []
+sys.setprofile(lambda *_: seen.append(gc.isenabled()))
+try:
+    runpy.run_path('data/prepare.py', run_name='__main__')
+except SystemExit:
+    sys.setprofile(None)
+assert not all(seen), 'nothing is faster'
+assert gc.isenabled() and gc.get_freeze_count() > 1000
+"""
+
+
+def test_garbage_is_not_looked_for_while_modules_are_imported_and_then_is():
+    command = [sys.executable, '-c', RUN_AND_LOOK]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 def test_who_plans_or_makes_a_size_waits_for_torch_alone(tmp_path):
     for size in ('16x1', '32x2'):
         GPT(GPTConfig.named(size, vocab_size=257, block_size=16)).save(tmp_path / 'chain' / size)
