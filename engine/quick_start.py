@@ -8,7 +8,6 @@ the collector rests until run_as_program.
 import gc
 import sys
 from importlib.machinery import ModuleSpec
-from multiprocessing import parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -53,9 +52,10 @@ class StandIns:
         """Nothing to run."""
 
 
-program = Path(sys.argv[0]).resolve()  # ours, not another that imports us, nor python -c
+# not another program that imports us, nor python -c, nor a pool's worker, which ends elsewhere
+program = Path(getattr(sys.modules['__main__'], '__file__', '')).resolve()
 ours = program.is_file() and program.parent in (ROOT, ROOT / 'data', ROOT / 'extras')
-if ours and parent_process() is None:  # the workers of a pool never come to run_as_program
+if ours:
     gc.disable()
     if {'-h', '--help'} & set(sys.argv[1:]):
         sys.meta_path.insert(0, StandIns)
