@@ -47,7 +47,8 @@ def run(*words):
 def steps_against(knob, values, options):
     """A training step, as bench.py measures it, for each value of a knob."""
     records = []
-    names = ('size', 'head_dim', 'vocab_size', 'device', 'dtype', 'rounds', 'steps')
+    names = ('size', 'head_dim', 'vocab_size', 'gpt2', 'device', 'dtype', 'peak_tflops')
+    names += ('rounds', 'steps')
     for value in progress_bar(values[:1] if options.toy else values, desc=knob):
         words = [f'--{name}={getattr(options, name)}' for name in names]
         words += [f'--{knob}={value}']
