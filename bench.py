@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
-import engine.quick_start  # before torch, which it makes faster
+import engine.quick_start  # before torch, whose import it shortens
 
 import torch
 

@@ -37,7 +37,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-import engine.quick_start  # before torch, which it makes faster
+import engine.quick_start  # before torch, whose import it shortens
 
 import torch
 

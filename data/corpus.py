@@ -76,7 +76,8 @@ def open_corpus(name, data_dir='data'):
 def expect_random_reads(tokens):
     """
     Tell the system that a memory-mapped array is read in short pieces from anywhere. It would read
-    128 KB around each: of a corpus larger than memory, hundreds of times what is asked for.
+    around each, 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
+    One that fits into memory is there later than by reading ahead.
     """
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
         tokens.base.madvise(mmap.MADV_RANDOM)

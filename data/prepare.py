@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine.quick_start  # before torch, which it makes faster
+import engine.quick_start  # before torch, whose import it shortens
 
 from configurator import Natural, Range, configure
 from data.corpus import OFFLINE, SPLITS, finish_corpus

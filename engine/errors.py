@@ -18,7 +18,7 @@ def run_as_program(main):
     """
     Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
     code 2, Ctrl-C exits with code 130. Output that a terminal cannot show is escaped, and a reader
-    that stops reading (| head) ends the program quietly.
+    that stops reading (| head) ends the program quietly. Garbage is collected from here on.
     """
     gc.freeze()  # what is imported stays, and is not searched again, not even at exit
     gc.enable()

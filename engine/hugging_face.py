@@ -105,7 +105,7 @@ def layout(config, names):
 
 
 def pack(parts, packed, config):
-    """Our tensors, or their pieces unless by head, as the one that transformers stores."""
+    """Our tensors as the one that transformers stores."""
     if packed == 'by head':  # GPT-NeoX: q, k and v of a head stand together
         heads = [p.view(config.n_head, 1, config.head_dim, *p.shape[1:]) for p in parts]
         return torch.cat(heads, 1).flatten(0, 2)

@@ -52,7 +52,8 @@ class StandIns:
         """Nothing to run."""
 
 
-# not another program that imports us, nor python -c, nor a pool's worker, which ends elsewhere
+# not another program that imports us, nor python -c, nor a pool's worker, whose main module has no
+# file yet: they never reach run_as_program
 program = Path(getattr(sys.modules['__main__'], '__file__', '')).resolve()
 ours = program.is_file() and program.parent in (ROOT, ROOT / 'data', ROOT / 'extras')
 if ours:

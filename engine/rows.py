@@ -156,8 +156,8 @@ class Rows:
 
     def mapped_anew(self):
         """
-        The same with a mapping of its own, which ends with it: what is read through one for the
-        whole file stays in memory until the last. Raises UserError for another file by now.
+        The same with a mapping of its own, which ends with it: what is read through the first one
+        stays in memory as long as that. Raises UserError for a file that was replaced.
         """
         if not os.path.samestat(self.status, self.path.stat()):
             raise UserError(f'{self.path} was exchanged while it was read')
@@ -265,7 +265,7 @@ def header(shapes, dtype):
 
 
 def stored_pieces(stored, config, shape, dtype, pieces):
-    """The rows of one tensor of transformers, in order; of `dtype` or converted to it later."""
+    """The rows of one tensor of transformers, in order, not necessarily of `dtype` yet."""
     if not stored.names:
         yield torch.zeros(shape)
     elif stored.packed == 'transposed':  # in place: a list of pieces would take as much again

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,13 +48,13 @@ def run(*words):
 def steps_against(knob, values, options):
     """A training step, as bench.py measures it, for each value of a knob."""
     records = []
-    names = ('size', 'head_dim', 'vocab_size', 'gpt2', 'device', 'dtype', 'peak_tflops')
-    names += ('rounds', 'steps')
+    names = ('size', 'head_dim', 'layers', 'gpt2', 'vocab_size', 'block_size', 'batch_size')
+    names += ('rounds', 'steps', 'device', 'dtype', 'peak_tflops')
     for value in progress_bar(values[:1] if options.toy else values, desc=knob):
-        words = [f'--{name}={getattr(options, name)}' for name in names]
-        words += [f'--{knob}={value}']
+        knobs = {name: getattr(options, name) for name in names} | {knob: value}
         if knob == 'block_size':
-            words += [f'--batch_size={2 if options.toy else TOKENS // value}']
+            knobs['batch_size'] = 2 if options.toy else TOKENS // value
+        words = [f'--{name}={setting}' for name, setting in knobs.items()]
         with tempfile.TemporaryDirectory() as folder:
             run('bench.py', *words, f'--save={folder}/found.json')
             found = read_json(f'{folder}/found.json', records=list)['records'][0]
@@ -78,8 +79,9 @@ def loader(options):
             for _ in range(count):
                 tokens = next(stream)[0].numel()
             rate = count * tokens / (time.perf_counter() - start)
-            records.append({'corpus, tokens': n, 'ms to open': 1e3 * first, 'tokens/s': rate})
-            (Path(folder) / f'{n}' / 'train.bin').unlink()
+            stream.close()
+            record = {'corpus, tokens': n, 'ms to the first batch': 1e3 * first}
+            records.append(record | {'tokens/s': rate})
     return records
 
 
@@ -102,17 +104,20 @@ def files(options):
     """
     records, width = [], 64 if options.toy else 1024
     for layers in progress_bar((2,) if options.toy else (1, 3, 10, 30, 100), desc='files'):
-        with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        with tempfile.TemporaryDirectory(dir=Path(options.out).resolve()) as folder:
             config = GPTConfig.named(f'{width}x{layers}', vocab_size=8192)
             heads = dict(n_head=width // 64, n_kv_head=width // 64, head_dim=64)
-            GPT(GPTConfig(**{**vars(config), **heads})).save(f'{folder}/chain/small')
+            GPT(replace(config, **heads)).save(f'{folder}/chain/small')
             small, large, made = (f'{folder}/{name}' for name in ('chain/small', 'chain/l', 'made'))
-            seconds = {'expand.py': (run('expand.py', small, large, '--to=stk2'), large)}
             middle = f'--to={width}x{(3 * layers + 1) // 2}'
-            seconds['col.py'] = run('col.py', f'{folder}/chain', made, middle), made
-            for program, (took, target) in seconds.items():
-                written = sum(path.stat().st_size for path in Path(target).glob('*.safetensors'))
-                records.append({'command': program, 'GB written': written / 1e9, 'seconds': took})
+            for words in (
+                ('expand.py', small, large, '--to=stk2'),
+                ('col.py', f'{folder}/chain', made, middle),
+            ):
+                took = run(*words)
+                written = sum(path.stat().st_size for path in Path(words[2]).glob('*.safetensors'))
+                record = {'command': words[0], 'GB written': written / 1e9, 'seconds': took}
+                records.append(record)
     return records
 
 

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import engine.quick_start  # before torch, which it makes faster
+import engine.quick_start  # before torch, whose import it shortens
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,8 @@ TOY += '--teacher_size=16x1 --layers=0 --rounds=2 --steps=1'
 
 def copy_rate(toy, hardware):
     """Bytes a second that a copy reads and writes."""
-    size = 2**30 if hardware.device.type == 'cuda' else 2**26
-    source = torch.ones(2**20 if toy else size, device=hardware.device)
+    size = 2**20 if toy else 2**30 if hardware.device.type == 'cuda' else 2**26
+    source = torch.ones(size, device=hardware.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     return moved / seconds_of(lambda: target.copy_(source), hardware.device)
@@ -179,9 +179,11 @@ def greedy(theirs, prompt, new):
 
 def same_tokens(ours, theirs, prompt):
     """Of 32 greedy tokens, those before the first that differs from transformers' own."""
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     ours.build_rope(prompt.device)
     alike = ours.generate(prompt, 32, temperature=0) == greedy(theirs, prompt, 32)
+    torch.set_float32_matmul_precision(precision)
     return alike.int().cumprod(-1).sum().item() - prompt.shape[1]
 
 
@@ -284,8 +286,9 @@ def run_part(name, options, out):
         except subprocess.TimeoutExpired:
             why = f'failed: it took more than {limit} seconds'
         finally:
-            with suppress(ProcessLookupError):  # what it started, too: memory of the GPU is free
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            with suppress(ProcessLookupError, AttributeError):  # Windows has no groups
+                os.killpg(process.pid, signal.SIGKILL)  # what it started holds memory, too
     with suppress(OSError, UserError):
         found = read_json(file, records=list, words=str)
     found = found or dict(records=[], words=why)

@@ -4,11 +4,11 @@ line.
 """
 
 import json
-import os
 import re
-import subprocess
+import time
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,19 +184,18 @@ def test_generation_is_compared_with_transformers_own(capsys):
 
 
 def test_a_part_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
-    """Its child sleeps with an open pipe: what ends leaves nobody who could write to it."""
-    reading, writing = os.pipe()
-    os.set_inheritable(writing, True)
-    sleep = f'import subprocess as s; s.run(["sleep", "60"], pass_fds=[{writing}])'
-    monkeypatch.setattr(gpu, 'words_of', lambda *_: ['-c', sleep])
+    """Its grandchild says its number and sleeps: a minute later it would still be there."""
+    told = tmp_path / 'number'
+    sleep = f"import os, time; print(os.getpid(), file=open({str(told)!r}, 'w')); time.sleep(60)"
+    start = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {sleep!r}])'
+    monkeypatch.setattr(gpu, 'words_of', lambda *_: ['-c', start])
     monkeypatch.setitem(gpu.PARTS, 'growth', gpu.PARTS['growth']._replace(limit=3))
-    popen = partial(subprocess.Popen, pass_fds=[writing])
-    monkeypatch.setattr(gpu.subprocess, 'Popen', popen)
     options = Bench(what='gpu', toy=True, device='cpu', out=str(tmp_path), parts=('growth',))
     assert 'more than 3 seconds' in gpu.run_part('growth', options, tmp_path)['words']
-    os.close(writing)
-    assert os.read(reading, 1) == b''  # at once, not after a minute
-    os.close(reading)
+    grandchild, deadline = Path(f'/proc/{int(told.read_text())}/stat'), time.monotonic() + 5
+    with suppress(FileNotFoundError, ProcessLookupError):  # it is gone
+        while grandchild.read_text().split()[2] != 'Z':  # or has ended, and nobody has asked
+            assert time.monotonic() < deadline, 'it still sleeps'
 
 
 def test_a_part_that_fails_says_why(tmp_path, monkeypatch, capsys):
