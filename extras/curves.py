@@ -134,24 +134,25 @@ PARTS = {
 # all parts
 
 
+STEP = ('of peak', 1, "a step's rate / a matrix product's")
+RATES = {  # part: what varies, the rate, its unit, in words
+    'batch': ('batch_size', *STEP),
+    'block': ('block_size', *STEP),
+    'depth': ('layers', *STEP),
+    'loader': ('corpus, tokens', 'tokens/s', 1e6, "the loader's million tokens/s"),
+}
+
+
 def panels_of(found):
     """A Panel for each part that is there, {name: records}."""
     panels = []
-    for name, knob in (('batch', 'batch_size'), ('block', 'block_size'), ('depth', 'layers')):
+    for name, (knob, rate, unit, words) in RATES.items():
         if name in found:
             x = [record[knob] for record in found[name]]
-            shares = [record['of peak'] for record in found[name]]
-            panel = Panel(knob.replace('_', ' '), "a step's rate / a matrix product's")
-            panel.lines.append(Line(x, shares, '', 'o-'))
-            panel.log, panel.ylim = 'x', (0, 1.2 * max(shares))
+            y = [record[rate] / unit for record in found[name]]
+            panel = Panel(knob.replace('_', ' '), words, [Line(x, y, '', 'o-')], log='x')
+            panel.ylim = (0, 1.2 * max(y))
             panels.append(panel)
-    if 'loader' in found:
-        x, y = ([r[key] for r in found['loader']] for key in ('corpus, tokens', 'tokens/s'))
-        millions = [rate / 1e6 for rate in y]
-        panel = Panel('corpus, tokens', "the loader's million tokens/s", log='x')
-        panel.lines.append(Line(x, millions, '', 'o-'))
-        panel.ylim = (0, 1.2 * max(millions))
-        panels.append(panel)
     if 'files' in found:
         panel = Panel('GB written', 'seconds')
         for command in ('expand.py', 'col.py'):
