@@ -11,6 +11,7 @@ noisy machine.
     python bench.py --what=profile                                   # where a step's time goes
     python bench.py --what=fits                                      # scaling laws, beside scipy
     python bench.py --what=generation                                # beside transformers'
+    python bench.py --what=saving                                    # how long a save is waited for
     python bench.py --what=curves                                    # how cost grows with size
     python bench.py --what=gpu                                       # all of it on a GPU, one table
 
@@ -52,7 +53,7 @@ from extras.timing import matrix_product_rate, synchronise
 from extras.variants import knobs_of, make_variant, parse_variant
 from model import GPTConfig
 
-WHAT = ('steps', 'loader', 'profile', 'fits', 'generation', 'curves', 'gpu')
+WHAT = ('steps', 'loader', 'profile', 'fits', 'generation', 'saving', 'curves', 'gpu')
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Bench:
     save: str = ''  # also write what is printed to this JSON file
     parts: tuple[str, ...] = ()  # of gpu or curves; empty: all
     out: str = 'out/bench'  # folder of their tables
-    toy: bool = False  # small: gpu on a CPU, generation and curves in a test
+    toy: bool = False  # small: gpu on a CPU, generation, saving and curves in a test
 
     def config(self, size):
         """The configuration of a size with the benchmark's vocabulary, context and heads."""
@@ -384,13 +385,6 @@ def fits(options):
     return records, f'{words}; {where}; scipy solves every twentieth problem'
 
 
-def generation(options):
-    """(records of what generation gives in tokens a second, beside transformers'; in words)."""
-    from extras import gpu
-
-    return gpu.generation(options.toy, find_hardware(options.knobs()))
-
-
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
@@ -401,8 +395,13 @@ def main(argv):
         return
     if not options.variants:
         raise UserError('variants: which? See --help')
-    measured = dict(steps=steps, profile=profile, loader=loader, fits=fits, generation=generation)
-    records, words = measured[options.what](options)
+    measured = dict(steps=steps, profile=profile, loader=loader, fits=fits)
+    if options.what in measured:
+        records, words = measured[options.what](options)
+    else:  # generation, saving
+        from extras import gpu
+
+        records, words = gpu.FUNCTIONS[options.what](options.toy, find_hardware(options.knobs()))
     print(f'{table(records)}\n\n{words}')
     if options.save:
         write_json(options.save, dict(records=records, words=words))

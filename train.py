@@ -48,7 +48,7 @@ from engine.files import locked
 from engine.hub import model_folder
 from engine.optimizer import learning_rate
 from engine.parallel import full_tensor, gradient_sync
-from engine.plan import PlannedStage, beside_teacher, check_memory
+from engine.plan import PlannedStage, check_memory, room_for
 from engine.report import format_si, plan_text, render, report_blocks, write_report
 from engine.run_folder import record_session
 from engine.stage import Origin, Progress, Result, Stage
@@ -112,6 +112,7 @@ class Run:
     tensorboard: bool = False  # also write the metrics to out_dir/tensorboard
     wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
+    async_save: bool = False  # write them while training goes on: memory for a copy of one
     keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
     accept_changes: bool = False  # continue a stage although knobs have changed since it began
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
@@ -317,7 +318,7 @@ def train_stage(stage, run, hardware, record):
     training.open_data()
     if hardware.is_main:
         record()
-    with contextlib.closing(training.batches):
+    with contextlib.closing(training.batches), contextlib.closing(training.saver):
         train_to_the_end(training)
     return training.finish()
 
@@ -415,7 +416,7 @@ def check_possible(run, method, hardware):
     """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
     planned = plan(*for_planning(run, method))
     for stage, knobs, _, _ in planned:
-        check_memory(stage.name, stage.config, knobs, beside_teacher(hardware, stage))
+        check_memory(stage.name, stage.config, knobs, room_for(hardware, stage, knobs))
     flops = sum(result.flops for _, _, _, result in planned)
     days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
     if hardware.device.type == 'cpu' and days > CPU_DAYS:

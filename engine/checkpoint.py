@@ -1,6 +1,7 @@
 """
 Resumable states of training: weights, optimizer and random states, saved and loaded by all
-processes together. A state is complete under its name or absent, and has a manifest with checksums.
+processes together, if asked while training goes on. A state is complete under its name or absent,
+and has a manifest with checksums.
 """
 
 import os
@@ -8,15 +9,18 @@ import pickle
 import re
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.device import SIGNALS, barrier, gather, processes
+from engine.device import PATIENCE, SIGNALS, barrier, gather, processes
 from engine.errors import UserError, first_line
 from engine.files import find_damage, measure_files, read_manifest, write_manifest
 from engine.run_folder import owner_of, read_identity, saved_states, step_of
@@ -34,11 +38,55 @@ def training_state(model, optimizer):
     return tensors, optimizer_state['param_groups']
 
 
-def save_state(folder, model, optimizer, progress, keep=1, stable=False):
+class Saver:
     """
-    Save a state under a temporary name, write its manifest, rename it, and remove all but the
-    newest `keep`. progress: a dict with 'step'; stable: a state that is kept for good. Called by
-    every process. Raises UserError if it cannot be written; earlier states are untouched then.
+    Saves the states of a stage. In the background, training waits only while a state is copied to
+    the host's memory; a thread writes it, and the next save, or `wait`, waits for that.
+    """
+
+    def __init__(self, folder, keep=1, background=False):
+        """keep: how many states stay; background: needs memory for a copy of a state."""
+        self.folder, self.keep, self.background = folder, keep, background
+        self.written = None  # of a state in the background: a Future
+        self.group = None
+        if background:
+            self.thread = ThreadPoolExecutor(1)
+            # on GPUs copied into the same pinned memory every time
+            self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+            if dist.is_initialized():  # not mixed with what training sends
+                self.group = dist.new_group(backend='gloo', timeout=PATIENCE)
+
+    def save(self, model, optimizer, progress, stable=False):
+        """
+        Save the state of this moment. progress: a dict with 'step'; stable: it is kept for good.
+        Called by every process. Raises UserError if it, or the one before, cannot be written.
+        """
+        self.wait()
+        tensors = training_state(model, optimizer)[0]
+        how = (progress, self.keep, stable, self.group)
+        if not self.background:
+            write_state(self.folder, tensors, *how)
+        else:
+            tensors = self.stager.stage(tensors)
+            self.written = self.thread.submit(write_state, self.folder, tensors, *how)
+
+    def wait(self):
+        """Return when nothing is being written. Raises UserError if that has failed."""
+        written, self.written = self.written, None
+        if written:
+            written.result()
+
+    def close(self):
+        """The same, unless a second Ctrl-C ends the program."""
+        if len(SIGNALS) < 2:
+            self.wait()
+
+
+def write_state(folder, tensors, progress, keep=1, stable=False, group=None):
+    """
+    Write a state under a temporary name, then its manifest, rename it, and remove all but the
+    newest `keep`. Called by every process, which talk in `group`. Raises UserError if it cannot be
+    written; earlier states are untouched then.
     """
     rank, world_size = processes()
     kind = 'stable' if stable else 'state'
@@ -47,23 +95,23 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
     if rank == 0:
         for path in Path(folder).glob('sta*-*.tmp'):  # left by a crash
             shutil.rmtree(path, ignore_errors=True)
-    barrier()  # nobody writes before that is done
+    barrier(group)  # nobody writes before that is done
     files, failure = {}, ''
     try:
-        dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
+        dcp.save(tensors, checkpoint_id=unfinished, process_group=group)
         files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
     except (Exception, CheckpointException) as error:
         if len(SIGNALS) > 1:  # a second Ctrl-C, whatever torch made of it
             raise KeyboardInterrupt from None
         failure = root_cause(error)
     failures = [failure]
-    for other_files, other_failure in gather((files, failure)):
+    for other_files, other_failure in gather((files, failure), group):
         files |= other_files
         failures.append(other_failure)
     failure = max(failures)  # any of them, if there is one
     if rank == 0 and not failure:
         failure = commit_state(unfinished, target, files, progress)
-    failure = gather(failure)[0]
+    failure = gather(failure, group)[0]
     if failure:
         report_failed_save(target, failure)
     if rank == 0:
@@ -71,7 +119,7 @@ def save_state(folder, model, optimizer, progress, keep=1, stable=False):
         resumable = [path for path in saved_states(folder) if path.name.startswith('state')]
         for path in resumable[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
-    barrier()
+    barrier(group)
 
 
 def commit_state(unfinished, target, files, progress):

@@ -22,6 +22,8 @@ from engine.errors import UserError, first_line
 # ----------------------------------------------------------------------------------------------
 # processes
 
+PATIENCE = timedelta(hours=4)  # one may verify or write a terabyte while the others wait
+
 
 def processes():
     """(rank, number of processes)."""
@@ -30,19 +32,19 @@ def processes():
     return 0, 1
 
 
-def gather(value):
-    """[value of every process]."""
+def gather(value, group=None):
+    """[value of every process]; group: by which they are asked, None for the usual one."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 
-def barrier():
+def barrier(group=None):
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -175,8 +177,7 @@ def join_processes(backend):
         if not 0 <= rank < world_size:
             raise ValueError('0 <= RANK < WORLD_SIZE does not hold')
         if world_size > 1 and not dist.is_initialized():
-            # hours: one process may verify or write a terabyte while the others wait
-            dist.init_process_group(backend, timeout=timedelta(hours=4))
+            dist.init_process_group(backend, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         found = ', '.join(f'{name}={os.environ.get(name)}' for name in names)
         raise UserError(

@@ -75,11 +75,12 @@ def choose_micro_batch(knobs, config, hardware):
     return 1
 
 
-def beside_teacher(hardware, stage):
-    """The hardware with the memory that a stage's teacher, if it has one, leaves."""
-    return hardware._replace(
-        memory=hardware.memory - stage.teacher_params * hardware.dtype.itemsize
-    )
+def room_for(hardware, stage, knobs):
+    """The hardware with the memory that a stage's teacher, if it has one, leaves for its model."""
+    taken = stage.teacher_params * hardware.dtype.itemsize
+    if knobs.async_save and hardware.device.type == 'cpu':  # the copy that is written
+        taken += saved_state_bytes(stage.config, knobs)
+    return hardware._replace(memory=hardware.memory - taken)
 
 
 def check_memory(name, config, knobs, hardware):

@@ -64,6 +64,7 @@ MACHINE_KNOBS = {
     'compile',
     'log_interval',
     'save_minutes',
+    'async_save',
     'max_minutes',
     'anyway',
     'tensorboard',

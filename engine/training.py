@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ from engine.parallel import (
     place,
     wrap,
 )
-from engine.plan import beside_teacher, choose_micro_batch, choose_strategy
+from engine.plan import choose_micro_batch, choose_strategy, room_for
 from engine.report import describe, format_bytes, format_si
 from engine.stage import Progress, Result, next_token
 from engine.tokenizer_files import check_available, tokenizer_files
@@ -127,7 +126,7 @@ class Training:
         """The stage's starting model, placed on the hardware."""
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
-        room = beside_teacher(hardware, stage)
+        room = room_for(hardware, stage, knobs)
         self.strategy = choose_strategy(knobs, stage.config, room)
         self.fresh = not run_folder.saved_states(self.folder)  # else restore() brings the weights
         self.source_dtype = 'float32'
@@ -168,6 +167,7 @@ class Training:
         """Continue from the newest saved state, if there is one; then compile and wrap."""
         knobs, hardware = self.knobs, self.hardware
         progress = checkpoint.load_state(self.folder, self.raw_model, self.optimizer)
+        self.saver = checkpoint.Saver(self.folder, knobs.keep_states, knobs.async_save)
         if progress:
             self.step, self.seconds = progress['step'], progress['seconds']
             self.best = progress.get('best', self.best)
@@ -183,7 +183,7 @@ class Training:
     def open_data(self):
         """Open the data where the stage is, say what follows, and start the clocks."""
         knobs, hardware, config = self.knobs, self.hardware, self.stage.config
-        room = beside_teacher(hardware, self.stage)
+        room = room_for(hardware, self.stage, knobs)
         self.micro_batch_size = choose_micro_batch(knobs, config, room)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
         if self.stage.whole_batch and self.micro_batch_size < knobs.batch_size:
@@ -391,13 +391,14 @@ class Training:
         progress = dict(step=self.step, seconds=self.seconds, source_dtype=self.source_dtype)
         if self.stage.score:
             progress['best'] = self.best
-        save = partial(checkpoint.save_state, self.folder, self.raw_model, self.optimizer)
-        save(progress, self.knobs.keep_states, self.step == self.stable_step)
+        stable = self.step == self.stable_step
+        self.saver.save(self.raw_model, self.optimizer, progress, stable)
         self.logged = time.time()
         self.save_at = self.logged + 60 * self.knobs.save_minutes
 
     def exit(self):
         """Say that the stage is saved, and end the program."""
+        self.saver.wait()
         self.bar.close()
         self.ddp_model = None  # a DDP that outlives Python may wait for a thread that waits for it
         gc.collect()

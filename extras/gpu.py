@@ -31,11 +31,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import configure, with_positionals
+from engine.checkpoint import Saver
 from engine.device import attention_kernel, choose_device, find_hardware
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import read_json, write_atomically, write_json
 from engine.loss import evaluate
 from engine.report import render
+from engine.run_folder import saved_states
 from expand import grow
 from extras.timing import matrix_product_rate, seconds_of
 from model import GPT, GPTConfig, load
@@ -75,6 +77,7 @@ PARTS = {
     ),
     'attention': Part('Attention, forward and backward', 60),
     'generation': Part('Generation', 120),
+    'saving': Part('Saved states', 120),
     'growth': Part('Growth and evaluation', 120),
     'commands': Part('Commands', 240),
 }
@@ -171,6 +174,42 @@ def generation(toy, hardware):
     )
 
 
+def saving(toy, hardware):
+    """How long a step waits for a saved state: written at once, and in the background."""
+    on_gpu = hardware.device.type == 'cuda'
+    config = GPTConfig.named('64x2' if toy else '1b' if on_gpu else 'smollm2-135m')
+    model = GPT(config).to(hardware.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.randint(config.vocab_size, (1, 64), device=hardware.device)
+
+    def step():
+        model(x, x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    alone, records = seconds_of(step, hardware.device), []
+    for background in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            saver = Saver(folder, background=background)
+            for name in ('first', 'next', 'next'):
+                start, steps = time.perf_counter(), 0
+                saver.save(model, optimizer, dict(step=0))
+                waited = time.perf_counter() - start
+                record = {'save': name, 'in the background': 'x' if background else ''}
+                record['training waits, s'] = waited
+                while background and not saver.written.done():
+                    step()
+                    steps += 1
+                saver.wait()
+                took = time.perf_counter() - start
+                record['until it is written, s'] = took
+                if steps:
+                    record['speed of steps meanwhile'] = steps * alone / (took - waited)
+                records.append(record)
+            size = sum(path.stat().st_size for path in saved_states(folder)[0].iterdir())
+    return records, f'a state of {size / 1e9:.2f} GB; a step alone takes {alone:.2f} s'
+
+
 def greedy(theirs, prompt, new):
     """The prompt and `new` tokens by transformers' own generation."""
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
@@ -242,6 +281,7 @@ FUNCTIONS = dict(
     machine=machine,
     attention=attention,
     generation=generation,
+    saving=saving,
     growth=growth,
     commands=commands,
 )
@@ -328,7 +368,7 @@ def measure(options):
 class Measurement:
     """Measure one part that is no command of bench.py: gpu.py PART FILE."""
 
-    part: str = 'machine'  # machine, attention, generation, growth or commands
+    part: str = 'machine'  # machine, attention, generation, saving, growth or commands
     file: str = 'part.json'  # where its records go
     toy: bool = False  # small
     device: str = 'auto'  # cuda or cpu

@@ -146,7 +146,7 @@ def test_a_profile_says_where_a_step_goes(capsys, tmp_path):
 
 def test_all_that_a_gpu_is_asked_is_asked_at_toy_size(tmp_path):
     """In processes, as there; commands and generation take longest, and have their own tests."""
-    parts = ['machine', 'gpt2', 'profile', 'taught', 'processes', 'attention', 'growth']
+    parts = ['machine', 'gpt2', 'profile', 'taught', 'processes', 'attention', 'saving', 'growth']
     how = ['--what=gpu', '--toy=True', '--device=cpu', f'--out={tmp_path}']
     found = run_command('bench.py', *how, f'--parts={",".join(parts)}')
     assert found.returncode == 0, found.stderr

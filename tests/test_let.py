@@ -23,7 +23,7 @@ import train
 from engine import teacher as teachers
 from engine.device import find_hardware
 from engine.errors import UserError
-from engine.plan import beside_teacher
+from engine.plan import room_for
 from engine.report import mean_curve, steps_to_loss
 from engine.stage import Progress, Result, next_token
 from engine.teacher import hidden_states, open_teacher
@@ -703,7 +703,7 @@ def test_a_plan_counts_a_teacher_that_is_here(compared, data_dir, tmp_path, caps
     assert planned.result.flops == Result.of(compared / 'let-0').flops
     assert planned.stage.teaching['teacher_layer'] == 1
     hardware = find_hardware(run)
-    left = beside_teacher(hardware, planned.stage).memory
+    left = room_for(hardware, planned.stage, planned.knobs).memory
     assert hardware.memory - left == 4 * load(compared / 'teacher').num_params()
     deep = let.Teacher.of('deep', GPTConfig.named('16x4', vocab_size=257, block_size=16))
     middle = let.LET(variants=('let+M2E',)).parse('let+M2E', deep.layers, 6)

@@ -86,7 +86,8 @@ def timed(processes, log, function, *arguments):
     return time.time() - start
 
 
-def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
+@pytest.mark.parametrize('background', [False, True])
+def test_training_survives_kills_anywhere(processes, data_dir, tmp_path, background):
     family = [
         '--method=progressive',
         '--sizes=16x2,32x2',
@@ -99,6 +100,7 @@ def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
         '--schedule=wsd',
         '--device=cpu',
         '--save_minutes=1e-9',
+        f'--async_save={background}',
         f'--data_dir={data_dir}',
     ]
     timed(

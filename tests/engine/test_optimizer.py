@@ -6,7 +6,7 @@ moment that is stuck.
 import pytest
 import torch
 
-from engine.checkpoint import load_state, save_state
+from engine.checkpoint import Saver, load_state
 from engine.optimizer import (
     CompactAdamW,
     load_optimizer_state,
@@ -98,7 +98,7 @@ def test_a_small_change_of_the_second_moment_is_not_lost():
 def test_its_state_survives_the_disk(tmp_path, dtype):
     knobs = Run(learning_rate=0.01, optimizer_dtype=dtype)
     model, optimizer, _ = trained(knobs)
-    save_state(tmp_path, model, optimizer, dict(step=30))
+    Saver(tmp_path).save(model, optimizer, dict(step=30))
     save_optimizer_state(tmp_path, model, optimizer)
     again = GPT(model.config)
     fresh = make_optimizer(again, knobs)

@@ -159,6 +159,21 @@ def test_a_run_goes_on_at_another_number_of_processes(whole, data_dir, tmp_path,
     same_curves(whole, tmp_path)
 
 
+@pytest.mark.parametrize('how', ['ddp', 'fsdp'])
+def test_a_state_that_processes_saved_while_they_trained_is_continued_by_one(
+    data_dir, tmp_path, capsys, how
+):
+    """The state at the end of a stable phase, from which twice as many tokens go on."""
+    more = [f'--data_dir={data_dir}', *TINY, '--schedule=wsd', '--decay_fraction=0.5']
+    background = [f'--parallel={how}', '--async_save=True', f'--out_dir={tmp_path / "two"}']
+    run_processes(2, 'train.py', *more, *background)
+    longer = ['--tokens=2560', '--decay_fraction=0.25', '--warmup=0']
+    for out in ('two', 'one'):
+        train.main([*more, *longer, f'--out_dir={tmp_path / out}', '--accept_changes=True'])
+        assert ('from step 10' in capsys.readouterr().out) == (out == 'two')
+    same_curves(tmp_path / 'one', tmp_path / 'two')
+
+
 def test_a_family_grows_with_its_sharded_optimizer_and_the_best_model_is_kept(data_dir, tmp_path):
     family = [
         '--method=progressive',
