@@ -18,8 +18,9 @@ noisy machine.
 A variant is `baseline`, an objective (let; rkd, which SALT is while it lasts), another loss over
 our layers (logits, all at once; linear_cross_entropy, torch's own) or another implementation
 (transformers, nanogpt). Behind it, `+compile`, `+selective` or `+full` (recomputed activations),
-`+compact` (moments in bfloat16), `+ddp` or `+fsdp` (gradients or shards exchanged by a group of
-this process alone); `compile` alone is baseline+compile. One that fails leaves the others alone.
+`+compact` (moments in bfloat16), `+fp8` (the blocks' products), `+ddp` or `+fsdp` (gradients or
+shards exchanged by a group of this process alone); `compile` alone is baseline+compile. One that
+fails leaves the others alone.
 Every step is train.py's own train_step. FLOPs per token: 6 N for the weights of layers and head,
 and for attention 12 L H D T in full, as MFU is mostly quoted, or half of it, which causal attention
 needs. The peak is what a large matrix product reaches here in the same round, or peak_tflops.

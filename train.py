@@ -105,6 +105,7 @@ class Run:
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
+    fp8: bool = False  # the blocks' matrix products in FP8, by torchao; pays from 1B up
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on a GPU
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
     recompute: Literal['none', 'selective', 'full'] = 'none'  # activations in the backward pass

@@ -1,7 +1,8 @@
 """
 How one model trains on several processes, and in less memory: replicas (DDP) while one fits into
-a GPU, shards (FSDP2) when it does not; torch.compile; activations recomputed in the backward pass.
-What only shards need is imported where it is used: a plan need not wait for it.
+a GPU, shards (FSDP2) when it does not; torch.compile; activations recomputed in the backward pass;
+matrix products in FP8. What only shards or FP8 need is imported where it is used: a plan need not
+wait for it.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from engine.errors import UserError, import_extra
 
 # ----------------------------------------------------------------------------------------------
 # placing and wrapping the model
@@ -92,6 +95,25 @@ def wrap(model, strategy, knobs, hardware):
         return DistributedDataParallel(
             ddp_model, gradient_as_bucket_view=True, broadcast_buffers=False
         )
+
+
+def use_float8(model, device):
+    """
+    Let the blocks of a model, before it is placed, multiply matrices in FP8: torchao's dynamic
+    scaling, one factor a tensor, e4m3 for activations and weights and e5m2 for gradients. On a CPU
+    only the rounding is FP8's. Raises UserError without torchao, or on a GPU without such products.
+    """
+    on_gpu = device.type == 'cuda'
+    if on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError('--fp8 needs a GPU with FP8: an H100, an L40 or a newer one')
+    float8 = import_extra('torchao.float8', '--fp8 needs torchao')
+    config = float8.Float8LinearConfig(emulate=not on_gpu)
+    float8.convert_to_float8_training(model.blocks, config=config, module_filter_fn=fits_float8)
+
+
+def fits_float8(module, name):
+    """Whether a linear layer has sizes with which the kernels work."""
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
 
 def unwrap(model):

@@ -61,6 +61,7 @@ MACHINE_KNOBS = {
     'micro_batch_size',
     'device',
     'dtype',
+    'fp8',
     'compile',
     'log_interval',
     'save_minutes',

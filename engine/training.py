@@ -44,6 +44,7 @@ from engine.parallel import (
     full_tensor,
     load_full_state,
     place,
+    use_float8,
     wrap,
 )
 from engine.plan import choose_micro_batch, choose_strategy, room_for
@@ -132,6 +133,8 @@ class Training:
         self.source_dtype = 'float32'
 
         empty = GPT.on_meta(stage.config)
+        if knobs.fp8:
+            use_float8(empty, hardware.device)
         self.raw_model = place(self.starting_tensors, empty, self.strategy, hardware)
         if self.strategy == 'fsdp':  # the others have built nothing
             self.source_dtype = gather(self.source_dtype)[0]

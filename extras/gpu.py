@@ -66,6 +66,7 @@ PARTS = {
         'Where a step of GPT-2 124M goes', 120, f'{GPT2}--variants=compile --what=profile --steps=3'
     ),
     'llama_1b': Part('Llama 1B', 150, f'{LONG}--size=1b'),
+    'fp8': Part('Llama 1B in FP8', 150, f'{LONG}--size=1b --variants=compile,fp8+compile'),
     'llama_8b': Part(
         'Llama 8B, 4 of its layers', 120, f'{LONG}--size=8b --layers=4 --batch_size=2'
     ),

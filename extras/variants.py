@@ -19,7 +19,7 @@ from engine.device import Hardware
 from engine.errors import UserError, import_extra, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
-from engine.parallel import place, wrap
+from engine.parallel import place, use_float8, wrap
 from engine.stage import Progress, next_token
 from let import Alignment, distil, let, pair_layers
 from model import GPT
@@ -100,7 +100,7 @@ def linear_cross_entropy_peer(config, _options):
 PEERS = {'transformers': transformers_peer, 'nanogpt': nanogpt_peer}
 PEERS |= {'logits': logits_peer, 'linear_cross_entropy': linear_cross_entropy_peer}
 KINDS = ('baseline', 'let', 'rkd', *PEERS)
-CHANGES = ('compile', 'selective', 'full', 'compact', 'ddp', 'fsdp')  # of how a kind is trained
+CHANGES = ('compile', 'fp8', 'selective', 'full', 'compact', 'ddp', 'fsdp')  # of how it is trained
 
 
 # ----------------------------------------------------------------------------------------------
@@ -114,8 +114,9 @@ def parse_variant(name):
         kind, changes = 'baseline', [kind, *changes]
     if kind not in KINDS or not set(changes) <= set(CHANGES):
         raise unknown('variant', name, (*KINDS, *(f'baseline+{change}' for change in CHANGES)))
-    if kind in PEERS and 'fsdp' in changes:
-        raise UserError(f'{name}: only our own models are cut into shards')
+    for change, what in (('fsdp', 'are cut into shards'), ('fp8', 'multiply in FP8')):
+        if kind in PEERS and change in changes:
+            raise UserError(f'{name}: only our own models {what}')
     return kind, changes
 
 
@@ -161,8 +162,10 @@ def make_variant(name, options, hardware):
     if kind in PEERS:
         model = PEERS[kind](config, options).float().to(hardware.device)
     else:
-        tensors = GPT(config).state_dict().items
-        model = place(tensors, GPT.on_meta(config), strategy, hardware)
+        tensors, empty = GPT(config).state_dict().items, GPT.on_meta(config)
+        if 'fp8' in changes:
+            use_float8(empty, hardware.device)
+        model = place(tensors, empty, strategy, hardware)
     objective, teacher = make_teacher(kind, options, hardware, config)
     step = SimpleNamespace(objective=objective, progress=Progress(0, 1000), accumulate=1)
     step.raw_model, step.hardware, step.knobs = model, hardware, knobs

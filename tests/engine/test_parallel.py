@@ -26,7 +26,7 @@ from engine.device import (
 )
 from engine.errors import UserError
 from engine.optimizer import make_optimizer
-from engine.parallel import Meter, recompute, wrap
+from engine.parallel import Meter, recompute, use_float8, wrap
 from engine.plan import check_memory, choose_micro_batch, choose_strategy, estimate_memory
 from engine.stage import Progress, Result, next_token
 from model import GPT, GPTConfig, load
@@ -270,6 +270,44 @@ def test_knobs_of_memory_do_not_change_the_numbers(whole, data_dir, tmp_path):
             [f'--data_dir={data_dir}', f'--out_dir={tmp_path / how}', f'--recompute={how}', *TINY]
         )
         same_curves(whole, tmp_path / how)
+
+
+def rounded(x, dtype):
+    """A tensor as FP8 holds it, scaled so that the largest number just fits."""
+    scale = torch.finfo(dtype).max / x.abs().max()
+    return (x * scale).to(dtype).float() / scale
+
+
+def test_products_of_the_blocks_are_of_rounded_factors():
+    """Forward, and both products of the backward pass."""
+    pytest.importorskip('torchao')
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_mlp=48, vocab_size=61, block_size=16)
+    model, plain = GPT.on_meta(config), GPT(config)
+    use_float8(model, torch.device('cpu'))
+    model.load_state_dict(plain.state_dict(), assign=True)
+    up, weight = model.blocks[0].mlp.up, plain.blocks[0].mlp.up.weight.detach()
+    x = torch.randn(5, 32, requires_grad=True)
+    y, gradient = up(x), torch.randn(5, 48)
+    y.backward(gradient)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    a, w, g = rounded(x.detach(), e4m3), rounded(weight, e4m3), rounded(gradient, e5m2)
+    for found, expected in ((y, a @ w.T), (x.grad, g @ w), (up.weight.grad, g.T @ a)):
+        torch.testing.assert_close(found, expected)
+    assert not torch.allclose(y, x @ weight.T, rtol=1e-3)
+    assert type(model.lm_head) is torch.nn.Linear  # its product is not
+
+
+@pytest.mark.parametrize('how', ['ddp', 'fsdp'])
+def test_a_stage_trains_in_fp8_whole_or_in_shards(whole, data_dir, tmp_path, how):
+    pytest.importorskip('torchao')
+    words = [f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--fp8=True', *TINY]
+    if how == 'ddp':
+        train.main(words)
+    else:
+        run_processes(2, 'train.py', *words, '--parallel=fsdp')
+    losses = [[line['loss'] for line in metrics(out)[1:]] for out in (whole, tmp_path)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert load(tmp_path / '16x2').wte.weight.dtype == torch.float32  # and opens without torchao
 
 
 # ----------------------------------------------------------------------------------------------
