@@ -48,7 +48,13 @@ from engine.report import (
 )
 from extras.bridge import answers_of, mean_rouge, scored_prompts
 from model import load, read_config
-from sample import Sampling, check_tokenizer_of_draft, draft_for, generate
+from sample import (
+    Sampling,
+    Speculation,
+    check_tokenizer_of_draft,
+    generate,
+    speculate,
+)
 
 
 def kl_divergence(model_a, model_b, examples):
@@ -114,12 +120,13 @@ def drafting(generator, openers, examples, options):
         draft = None  # the one before must not stay in memory
         draft = opener()
         torch.manual_seed(0)
-        started = time.time()
-        _, found = draft_for(generator, draft, progress_bar(prompts, desc=name), limits, sampling)
+        started, stats = time.time(), Speculation()
+        for prompt in progress_bar(prompts, desc=name):
+            stats.add(speculate(generator, draft, [prompt], *limits, sampling)[1])
         record = {'draft': name, 'seconds': (time.time() - started) / len(prompts)}
         record['KL(draft || model) on text'] = kl_divergence(draft, generator, examples)
-        record['KL where it drafts'] = found['KL(draft || model)']
-        records.append(record | {'acceptance rate': found['acceptance rate']})
+        record['KL where it drafts'] = stats.divergence
+        records.append(record | {'acceptance rate': stats.acceptance_rate})
     return records
 
 

@@ -176,7 +176,10 @@ def stretch(frequency, factor, low, high, original):
 
 
 def rotate(x, cos, sin):
-    """Rotate 2n dimensions by position, in pairs (i, i+n): x (B, H, T, D), cos and sin (T, n)."""
+    """
+    Rotate 2n dimensions by position, in pairs (i, i+n): x (B, H, T, D), cos and sin (T, n), or
+    (B, 1, T, n) where sequences are at positions of their own.
+    """
     n = cos.shape[-1]
     first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -412,7 +415,11 @@ class GPT(nn.Module):
 
     def rope(self, at):
         """RoPE's tables for the positions `at`, an index; None for learned positions."""
-        return None if self.wpe is not None else (self.cos[at], self.sin[at])
+        if self.wpe is not None:
+            return None
+        if isinstance(at, torch.Tensor) and at.ndim == 2:  # of each sequence; alike for all heads
+            at = at[:, None]
+        return self.cos[at], self.sin[at]
 
     @property
     def head_weight(self):

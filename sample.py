@@ -22,6 +22,7 @@ from typing import Annotated, NamedTuple
 import engine.quick_start  # before torch, whose import it shortens
 
 import torch
+import torch.nn.functional as F
 
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import open_corpus
@@ -75,10 +76,17 @@ def generate(model, prompts, max_new_tokens, sampling=Sampling()):  # noqa: B008
 class Speculation:
     """What drafting did."""
 
-    rounds: int = 0  # passes of the model
+    rounds: int = 0  # of drafting and reading what was drafted, of each sequence
     drafted: int = 0  # tokens
     accepted: int = 0  # of these
     divergences: list = field(default_factory=list)  # KL(draft || model) at each drafted position
+
+    def add(self, other):
+        """Count what drafting other texts did as well."""
+        self.rounds += other.rounds
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.divergences += other.divergences
 
     @property
     def acceptance_rate(self):
@@ -91,58 +99,116 @@ class Speculation:
         return sum(self.divergences) / max(1, len(self.divergences))
 
 
+class Texts:
+    """Sequences that are written, each of which is somewhere else."""
+
+    def __init__(self, prompts, max_new_tokens):
+        device = prompts[0].device
+        self.known = torch.tensor([len(prompt) for prompt in prompts], device=device)  # tokens
+        self.goal = self.known + max_new_tokens
+        shape = (len(prompts), max(map(len, prompts)) + max_new_tokens)
+        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        for row, prompt in zip(self.ids, prompts):
+            row[: len(prompt)] = prompt
+        self.rows = torch.arange(len(prompts), device=device)  # the prompts that are continued
+
+    def places(self, first, count):
+        """
+        `count` positions of each sequence, from `first` after what is known of it: (B, count). What
+        is beyond its goal becomes its last position, which nothing that counts looks at.
+        """
+        ahead = torch.arange(first, first + count, device=self.ids.device)
+        return torch.minimum((self.known[:, None] + ahead).clamp(min=0), self.goal[:, None] - 1)
+
+    def read(self, decoding, at):
+        """A model's logits (B, T, V) at positions (B, T), which follow what it has read."""
+        return decoding.read(self.ids.gather(1, at), at, self.ids.shape[1])
+
+    def ends(self, new, stop):
+        """Where sequences end, given where their newest tokens begin; -1 for those that go on."""
+        ends = torch.where(self.known == self.goal, self.known, -1)
+        if stop is not None:
+            place = torch.arange(self.ids.shape[1], device=self.ids.device)
+            fresh = (new[:, None] <= place) & (place < self.known[:, None])
+            stops = fresh & (self.ids == stop)
+            ends = torch.where(stops.any(1), stops.int().argmax(1), ends)
+        return ends
+
+    def keep(self, going):
+        """Go on with some of the sequences only: going, an index."""
+        self.ids, self.rows = self.ids[going], self.rows[going]
+        self.known, self.goal = self.known[going], self.goal[going]
+
+
 @torch.no_grad()
-def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=Sampling()):  # noqa: B008
+def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=Sampling()):  # noqa: B008
     """
-    Continue idx (1, T) by up to `max_new_tokens` tokens of the model's own distribution, drafted
-    by a smaller model of the same vocabulary. Returns (1, T + new) and a Speculation. Raises
-    UserError if vocabularies differ or the context is too short.
+    What `generate` gives, of the model's own distribution, drafted by a smaller model of the same
+    vocabulary. Every sequence goes on by what was accepted of its own draft, and leaves when it
+    ends: none waits for another. Returns the continuations and a Speculation. Raises UserError if
+    vocabularies differ or the context is too short.
     """
-    goal = idx.shape[1] + max_new_tokens
-    check_draft(model, draft, goal)
     *how, stop = sampling
-    reading, drafting = Decoding(model, 1), Decoding(draft, 1)
-    cache, draft_cache = reading.cache, drafting.cache
-    stats = Speculation()
-    while idx.shape[1] < goal:
-        known = idx.shape[1]
-        count = min(draft_tokens, goal - known - 1)  # the model adds one token to the accepted
-        draft_logits = []
-        for _ in range(count):
-            logits = drafting.read(idx[:, draft_cache.length :])[0, -1]
-            draft_logits.append(logits)
-            token = torch.multinomial(probabilities(logits, *how), 1)
-            idx = torch.cat((idx, token[None]), 1)
-        logits = reading.read(idx[:, cache.length :])[0, -count - 1 :]
-        p = probabilities(logits, *how)
-        q = [probabilities(one, *how) for one in draft_logits]
-        accepted, token = accept(p, q, idx[0, known:])
-        idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
-        cache.length = min(cache.length, known + accepted)  # forget what was rejected
-        draft_cache.length = min(draft_cache.length, known + accepted)
-        stats.rounds += 1
-        stats.drafted += count
-        stats.accepted += accepted
-        if count:
-            divergence = kl_of_logits(torch.stack(draft_logits), logits[:count])
-            stats.divergences += divergence.tolist()
-        if stop is not None and (idx[0, known:] == stop).any():
-            first = int((idx[0, known:] == stop).nonzero()[0])
-            return idx[:, : known + first + 1], stats
-    return idx, stats
+    texts, longest = Texts(prompts, max_new_tokens), max(map(len, prompts))
+    check_draft(model, draft, longest + max_new_tokens)
+    reading, drafting = Decoding(model, len(prompts)), Decoding(draft, len(prompts))
+    if longest > 1:
+        for decoding in (reading, drafting):
+            decoding.read(texts.ids[:, : longest - 1])
+    continuations, stats = [None] * len(prompts), Speculation()
+    while len(texts.rows):
+        count = (texts.goal - texts.known - 1).clamp(max=draft_tokens)  # one more is added
+        drafts = propose(drafting, texts, max(1, count.max().item()), how)
+        at = texts.places(-1, drafts.shape[1] + 1)
+        logits = texts.read(reading, at)
+        p, q = probabilities(logits, *how), probabilities(drafts, *how)
+        ahead = torch.arange(drafts.shape[1], device=count.device) < count[:, None]
+        accepted, token = accept(p, q, texts.ids.gather(1, at[:, 1:]), ahead)
+        new, last = texts.known, texts.known + accepted
+        texts.ids.scatter_(1, last[:, None], token)
+        texts.known = last + 1
+        stats.rounds += len(count)
+        stats.drafted += count.sum().item()
+        stats.accepted += accepted.sum().item()
+        stats.divergences += kl_of_logits(drafts, logits[:, :-1])[ahead].tolist()
+        ends = texts.ends(new, stop)
+        for row, end, ids in zip(texts.rows.tolist(), ends.tolist(), texts.ids):
+            if end >= 0:
+                continuations[row] = ids[len(prompts[row]) : end].clone()
+        going = (ends < 0).nonzero()[:, 0]
+        if len(going) < len(ends):
+            for those in (texts, reading, drafting):
+                those.keep(going)
+    return continuations, stats
 
 
-def accept(p, q, proposed):
+def propose(drafting, texts, count, how):
     """
-    (how many of the proposed tokens are accepted, the token (1,) that follows them), given the
-    model's distributions p (count + 1, V) and the draft's q, a list of count (V,).
+    Let a draft model write `count` tokens after what is known of each text; returns the logits
+    (B, count, V) that they are drawn from. It may have read all but the last two that are known.
     """
-    for i in range(len(q)):
-        token = proposed[i]
-        if torch.rand((), device=p.device) * q[i][token] >= p[i, token]:
-            left = (p[i] - q[i]).clamp(min=0)
-            return i, torch.multinomial(left / left.sum(), 1)
-    return len(q), torch.multinomial(p[len(q)], 1)
+    at, found = texts.places(-2, 2), []
+    for i in range(count):
+        found.append(texts.read(drafting, at)[:, -1])
+        at = texts.places(i, 1)
+        token = torch.multinomial(probabilities(found[-1], *how), 1)
+        texts.ids.scatter_(1, at, token)
+    return torch.stack(found, 1)
+
+
+def accept(p, q, proposed, ahead):
+    """
+    (how many of the proposed tokens (B, n) are accepted, (B,); the token (B, 1) that follows them),
+    given the model's distributions p (B, n + 1, V) and the draft's q (B, n, V). ahead (B, n): which
+    of them may be.
+    """
+    chances = [x.gather(-1, proposed[..., None])[..., 0] for x in (p[:, :-1], q)]
+    kept = ahead & (torch.rand_like(chances[0]) * chances[1] < chances[0])
+    accepted = kept.int().cumprod(1).sum(1)
+    q = F.pad(q * ahead[..., None], (0, 0, 0, 1))  # behind the last there is nothing to take off
+    row = torch.arange(len(p), device=p.device)
+    left = (p[row, accepted] - q[row, accepted]).clamp(min=0)
+    return accepted, torch.multinomial(left, 1)
 
 
 def check_draft(model, draft, goal):
@@ -289,12 +355,7 @@ def main(argv):
         ids = [int(i) for i in tokenizer.encode(text)] or [tokenizer.end]
         prompts.append(torch.tensor(ids, device=device))
     started = time.time()
-    if options.draft:  # one by one, as drafting goes, so that the speeds can be compared
-        found = [
-            generate(model, [prompt], options.max_new_tokens, sampling)[0] for prompt in prompts
-        ]
-    else:
-        found = generate(model, prompts, options.max_new_tokens, sampling)
+    found = generate(model, prompts, options.max_new_tokens, sampling)
     records = [{'': 'alone', 'tokens/s': sum(map(len, found)) / (time.time() - started)}]
     if options.draft:
         check_tokenizer_of_draft(options.model, options.draft)
@@ -318,19 +379,13 @@ def draft_for(model, draft, prompts, limits, sampling):
     (the continuations of prompts with a draft model, the record of what it brought). limits:
     (most tokens of a continuation, tokens that are drafted ahead).
     """
-    found, total, started = [], Speculation(), time.time()
-    for prompt in prompts:
-        sequence, stats = speculate(model, draft, prompt[None], *limits, sampling)
-        found.append(sequence[0, len(prompt) :])
-        total.rounds += stats.rounds
-        total.drafted += stats.drafted
-        total.accepted += stats.accepted
-        total.divergences += stats.divergences
+    started = time.time()
+    found, stats = speculate(model, draft, prompts, *limits, sampling)
     tokens = sum(map(len, found))
     record = {'': 'drafted', 'tokens/s': tokens / (time.time() - started)}
-    record['acceptance rate'] = total.acceptance_rate
-    record['tokens per round'] = tokens / max(1, total.rounds)
-    record['KL(draft || model)'] = total.divergence
+    record['acceptance rate'] = stats.acceptance_rate
+    record['tokens per round'] = tokens / max(1, stats.rounds)
+    record['KL(draft || model)'] = stats.divergence
     return found, record
 
 

@@ -13,7 +13,7 @@ MOST_RECORDED = 16  # tokens at once; a recording costs three passes, and prompt
 class Cache:
     """
     Keys and values of the positions seen, in room that grows with them. Setting `length` back
-    forgets the last ones.
+    forgets the last ones. Where sequences differ in length, it is that of the longest.
     """
 
     def __init__(self, config, batch, device, dtype):
@@ -22,8 +22,9 @@ class Cache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions filled
-        self.at = None  # in a recording, the positions that are added, as a tensor (T,)
-        self.mask = None  # which positions (room) the added ones (T) see, where not the usual ones
+        self.at = None  # the positions that are added, (B, T), or in a recording (T,) for all
+        self.end = 0  # of the positions that are looked at, where `at` says what is added
+        self.mask = None  # which positions the added ones (T) see, where not the usual ones
 
     def reserve(self, count):
         """Make room for `count` more positions; returns whether keys and values have moved."""
@@ -39,7 +40,8 @@ class Cache:
         device, start = self.k.device, self.length
         self.mask = None
         if self.at is not None:
-            self.mask = torch.arange(self.k.shape[3], device=device) <= self.at[:, None]
+            seen = torch.arange(self.end, device=device) <= self.at[..., None]
+            self.mask = seen[:, None] if self.at.ndim == 2 else seen  # alike for all heads
             return self.at
         self.reserve(count)
         if 1 < count and start:  # SDPA's is_causal aligns top left; these need bottom right
@@ -49,10 +51,14 @@ class Cache:
 
     def extend(self, layer, k, v):
         """Add (B, K, T, D) to a layer; returns views (B, K, S, D) of all that may be seen."""
-        if self.at is not None:  # recorded shapes stay as they are: all the room, and a mask
-            self.k[layer].index_copy_(2, self.at, k)
-            self.v[layer].index_copy_(2, self.at, v)
-            return self.k[layer], self.v[layer]
+        if self.at is not None:
+            for room, new in ((self.k[layer], k), (self.v[layer], v)):
+                if self.at.ndim == 1:
+                    room.index_copy_(2, self.at, new)
+                else:
+                    rows = torch.arange(len(new), device=new.device)[:, None]
+                    room[rows, :, self.at] = new.transpose(1, 2)
+            return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -73,30 +79,52 @@ class Decoding:
             dtype = torch.get_autocast_dtype(weight.device.type)
         self.cache = Cache(model.config, batch, weight.device, dtype)
         self.records = weight.is_cuda and not autocast
-        self.recorded = {}  # tokens at once: (graph, its tokens, their positions, its logits)
+        self.recorded = {}  # (tokens at once, whether at positions of their own): a recording
 
     @torch.no_grad()
-    def read(self, idx):
-        """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
+    def read(self, idx, at=None, end=0):
+        """
+        The logits (B, T, V) of the tokens idx (B, T), which follow what was read; or stand at
+        positions `at` (B, T) of each sequence, all of them before `end`. What a sequence holds
+        behind its last position is not seen from there.
+        """
         cache, count = self.cache, idx.shape[1]
+        if at is not None:
+            cache.length = end - count
         if cache.reserve(count):
             self.recorded.clear()  # they read and write where keys and values were
         if not self.records or count > MOST_RECORDED:
-            return self.model(idx, cache=cache).logits
-        if count not in self.recorded:
-            self.recorded[count] = self.record(idx)
-        graph, tokens, at, logits = self.recorded[count]
+            cache.at, cache.end = at, end
+            logits = self.model(idx, cache=cache).logits
+            cache.at = None
+            return logits
+        key = count, at is None
+        if key not in self.recorded:
+            self.recorded[key] = self.record(idx, at)
+        graph, tokens, places, logits = self.recorded[key]
         tokens.copy_(idx)
-        torch.arange(cache.length, cache.length + count, out=at)
+        if at is None:
+            torch.arange(cache.length, cache.length + count, out=places)
+        else:
+            places.copy_(at)
         graph.replay()
         cache.length += count
         return logits.clone()
 
-    def record(self, idx):
-        """Record the pass over so many tokens; the first of two loads what it needs."""
+    def keep(self, rows):
+        """Go on with some of the sequences only: rows, an index."""
+        self.cache.k, self.cache.v = self.cache.k[:, rows], self.cache.v[:, rows]
+        self.recorded.clear()
+
+    def record(self, idx, at=None):
+        """
+        Record the pass over so many tokens; the first of two loads what it needs. Shapes stay as
+        they are recorded: all the room is looked at, through a mask.
+        """
         cache, tokens = self.cache, idx.clone()
-        start = cache.length
-        cache.at = at = torch.arange(start, start + idx.shape[1], device=idx.device)
+        start, cache.end = cache.length, cache.k.shape[3]
+        places = torch.arange(start, start + idx.shape[1], device=idx.device)
+        cache.at = places = places if at is None else at.clone()
         aside = torch.cuda.Stream(idx.device)  # which need not be the current one
         aside.wait_stream(torch.cuda.current_stream(idx.device))
         with torch.cuda.stream(aside):
@@ -107,4 +135,4 @@ class Decoding:
         with torch.cuda.graph(graph, **how):
             logits = self.model(tokens, cache=cache).logits
         cache.length, cache.at = start, None
-        return graph, tokens, at, logits
+        return graph, tokens, places, logits

@@ -12,6 +12,7 @@ from test_model import SHAPES, small, tokens
 
 import train
 from engine.checkpoint import newest_weights
+from engine.decoding import Decoding
 from engine.errors import UserError
 from expand import grow
 from model import GPT, GPTConfig, load, probabilities
@@ -55,20 +56,34 @@ def test_greedy_speculation_is_greedy_decoding_token_for_token(shape, draft_toke
     model = grow(
         draft, dataclasses.replace(draft.config, n_layer=5), 'fpi', 'stack'
     )  # a relative: agrees sometimes
-    prompt = tokens(1, 5)
-    plain = model.generate(prompt, 19, temperature=0)
-    found, stats = speculate(model, draft, prompt, 19, draft_tokens, GREEDY)
-    assert (
-        torch.equal(found, plain)
-        and stats.drafted >= stats.accepted
-        and len(stats.divergences) == stats.drafted
-    )
-    again, alike = speculate(model, model, prompt, 19, draft_tokens, GREEDY)
-    assert (
-        torch.equal(again, plain)
-        and alike.acceptance_rate == 1.0
-        and alike.rounds == -(-19 // (draft_tokens + 1))
-    )
+    prompts = [tokens()[0, :n] for n in (5, 1, 4)]  # each is somewhere else, from the beginning
+    plain = generate(model, prompts, 19, GREEDY)
+    found, stats = speculate(model, draft, prompts, 19, draft_tokens, GREEDY)
+    assert all(map(torch.equal, found, plain))
+    assert stats.drafted >= stats.accepted and len(stats.divergences) == stats.drafted
+    again, alike = speculate(model, model, prompts, 19, draft_tokens, GREEDY)
+    assert all(map(torch.equal, again, plain))
+    assert alike.acceptance_rate == 1.0 and alike.rounds == 3 * -(-19 // (draft_tokens + 1))
+
+
+def test_no_sequence_waits_for_the_acceptance_of_another():
+    """One text ends at once; the others take the rounds that they take alone."""
+    draft = small()
+    model = grow(draft, dataclasses.replace(draft.config, n_layer=5), 'fpi', 'stack')
+    prompts = [tokens()[0, :n] for n in (5, 2, 4, 3)]
+    alone = [speculate(model, draft, [prompt], 19, 4, GREEDY)[1].rounds for prompt in prompts]
+    assert len(set(alone)) > 1
+    passes, read = [], Decoding.read
+
+    def counted(decoding, idx, *where):
+        passes.append((decoding.model, len(idx)))
+        return read(decoding, idx, *where)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoding, 'read', counted)
+        _, stats = speculate(model, draft, prompts, 19, 4, GREEDY)
+    sizes = [size for reader, size in passes if reader is model][1:]  # after the prompts
+    assert stats.rounds == sum(alone) == sum(sizes) and len(sizes) == max(alone)
 
 
 def test_sampled_speculation_has_the_models_distribution():
@@ -79,20 +94,18 @@ def test_sampled_speculation_has_the_models_distribution():
     torch.manual_seed(0)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
     model, draft = GPT(config), GPT(config)
-    prompt, n, sampling = torch.tensor([[1, 2]]), 4000, Sampling(0.9, top_k=4)
-    first = probabilities(model(prompt).logits[0, -1], 0.9, 4)
+    prompt, n, sampling = torch.tensor([1, 2]), 4000, Sampling(0.9, top_k=4)
+    first = probabilities(model(prompt[None]).logits[0, -1], 0.9, 4)
     expected = torch.stack(
         [
             first[a] * probabilities(model(torch.tensor([[1, 2, a]])).logits[0, -1], 0.9, 4)
             for a in range(5)
         ]
     )
-    counts, accepted, drafted = torch.zeros(5, 5), 0, 0
-    for _ in range(n):
-        found, stats = speculate(model, draft, prompt, 2, draft_tokens=2, sampling=sampling)
-        counts[found[0, 2], found[0, 3]] += 1
-        accepted, drafted = accepted + stats.accepted, drafted + stats.drafted
-    assert 0.05 < accepted / drafted < 0.95  # both branches were taken
+    found, stats = speculate(model, draft, [prompt] * n, 2, draft_tokens=2, sampling=sampling)
+    counts = torch.zeros(5, 5)
+    counts.index_put_(torch.stack(found).unbind(1), torch.ones(n), accumulate=True)
+    assert 0.05 < stats.acceptance_rate < 0.95  # both branches were taken
     assert (counts / n - expected).abs().max() < 0.03 and (
         (counts / n - expected) ** 2 / expected.clamp(min=1e-3)
     ).sum() * n < 60
@@ -101,29 +114,28 @@ def test_sampled_speculation_has_the_models_distribution():
 def test_acceptance_is_the_overlap_of_the_distributions():
     torch.manual_seed(1)
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=5, block_size=8, init_std=0.7)
-    model, draft, prompt = GPT(config), GPT(config), torch.tensor([[1, 2]])
+    model, draft, prompt = GPT(config), GPT(config), torch.tensor([1, 2])
     overlap = (
-        torch.minimum(*(probabilities(m(prompt).logits[0, -1]) for m in (model, draft)))
+        torch.minimum(*(probabilities(m(prompt[None]).logits[0, -1]) for m in (model, draft)))
         .sum()
         .item()
     )
-    rate = (
-        sum(speculate(model, draft, prompt, 2, draft_tokens=1)[1].accepted for _ in range(2000))
-        / 2000
-    )
-    assert rate == pytest.approx(overlap, abs=0.04)
+    stats = speculate(model, draft, [prompt] * 2000, 2, draft_tokens=1)[1]
+    assert stats.drafted == 2000 and stats.acceptance_rate == pytest.approx(overlap, abs=0.04)
 
 
 def test_speculation_stops_at_the_end_and_refuses_what_cannot_be():
     model = small()
-    end = model.generate(tokens(1, 5), 1, temperature=0)[0, -1].item()
-    assert speculate(model, model, tokens(1, 5), 10, sampling=GREEDY._replace(stop=end))[
-        0
-    ].shape == (1, 6)
+    prompts = [tokens()[0, :n] for n in (5, 2, 4)]
+    end = generate(model, prompts, 3, GREEDY)[1][2].item()  # of the second, its third
+    sampling = GREEDY._replace(stop=end)
+    plain = generate(model, prompts, 10, sampling)
+    found = speculate(model, model, prompts, 10, sampling=sampling)[0]
+    assert all(map(torch.equal, found, plain)) and len(found[1]) < 3
     with pytest.raises(UserError, match='vocabulary of 61, its draft one of 60'):
-        speculate(model, small(vocab_size=60), tokens(1, 5), 4)
+        speculate(model, small(vocab_size=60), prompts, 4)
     with pytest.raises(UserError, match='25 tokens do not fit'):
-        speculate(model, model, tokens(1, 5), 20)
+        speculate(model, model, prompts, 20)
 
 
 def test_command_line(tmp_path):
