@@ -217,6 +217,8 @@ def epoch_tokens(run, config):
         meta = open_corpus(name, run.data_dir).meta
         train, length = meta['splits']['train'], min(run.block_size, config.block_size)
         supervised = meta.get('kind') == 'supervised'
+        if meta.get('kind') == 'streamed':
+            raise UserError(f'nobody knows how long {name} is, as it is streamed: --tokens')
         tokens += train['documents'] * length if supervised else train['tokens']
     return min(tokens, run.unique_tokens or tokens)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.chunks import Chunks
 from data.offline import project_packages
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
@@ -24,11 +25,14 @@ OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need
 
 @dataclass
 class Corpus:
-    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
+    """
+    A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids; the
+    training split of a streamed one comes in chunks.
+    """
 
     name: str
     meta: dict
-    train: np.ndarray
+    train: np.ndarray | Chunks
     val: np.ndarray
 
     @property
@@ -63,6 +67,9 @@ def open_corpus(name, data_dir='data'):
         raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
     arrays = []
     for split, size in zip(SPLITS, sizes):
+        if split == 'train' and meta.get('kind') == 'streamed':
+            arrays.append(Chunks(folder, dtype, meta['options']['chunk_tokens']))
+            continue
         path = folder / f'{split}.bin'
         if not path.is_file():
             raise UserError(f'{path} is missing: {again}')
@@ -91,7 +98,10 @@ def verify_corpus(name, data_dir='data'):
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
     wanted = dict(corpus.meta['checksums'])
     for split, counts in corpus.meta['splits'].items():
-        if 'sha256' in counts:
+        chunks = split == 'train' and isinstance(
+            corpus.train, Chunks
+        )  # each is read when it is due
+        if 'sha256' in counts and not chunks:
             wanted[f'{split}.bin'] = counts['sha256']
     verify_files(folder, wanted, f'; delete {folder} and prepare it again')
     return corpus
@@ -131,7 +141,8 @@ def finish_corpus(unfinished, out, counts, options, **more):
                 f'{options.corpus} gave no {split} documents: there must be several, of which '
                 f'--val_fraction={options.val_fraction} are held out'
             )
-        counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
+        if 'sha256' not in counts[split]:
+            counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
     if not is_encoding(options.tokenizer):
         write_tokenizer(options.tokenizer, unfinished)
     tokenizer = load_tokenizer(options.tokenizer)

@@ -10,7 +10,8 @@ NAME is one of
 The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer per token,
 documents separated by the end-of-text token) and meta.json (tokenizer, dtype, counts, source,
 checksums). It is built in data/NAME.partial/ and renamed when it is complete; an interrupted
-preparation continues where it stopped (hub and files) or starts again (offline).
+preparation continues where it stopped (hub and files) or starts again (offline). With --chunk_tokens
+only a part of a corpus is made, and training asks for the others (data/chunks.py).
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import signal
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,13 +37,14 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
 import engine.quick_start  # before torch, whose import it shortens
 
 from configurator import Natural, Range, configure
+from data.chunks import chunk_file, write_chunk
 from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
 from data.preferences import HUB_NAME, is_preferences, prepare_preferences
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line, import_extra, nearest, run_as_program
-from engine.files import locked, read_json, write_atomically
+from engine.files import locked, read_json, write_atomically, write_json
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
 HUB = {  # name: (repository, configuration, split, column with the text)
@@ -66,6 +69,7 @@ class Preparation:
     tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: gpt2 from the hub
     text_column: str = 'text'  # column of .jsonl and .parquet files that holds the text
     max_tokens: Natural = 0  # stop after this many training tokens; 0: the whole corpus
+    chunk_tokens: Natural = 0  # only a chunk of so many, training asks for others; 0: all of it
     val_fraction: Annotated[float, Range(0, 0.5)] = 0.0  # held out; 0: 5%, from the hub 0.05%
     prompt: Literal['paper', 'plain'] = 'paper'  # of instructions: Appendix C of CoL, or bare
     packages: Literal['project', 'all'] = 'project'  # offline: dependencies, or all installed
@@ -102,6 +106,17 @@ def tokenize(name, documents):
         sizes[split][0] += len(text) if text.isascii() else len(text.encode('utf-8'))
         sizes[split][1] += 1
     return {split: (np.concatenate(ids), *sizes[split]) for split, ids in pieces.items() if ids}
+
+
+@contextlib.contextmanager
+def tokenizing_processes(options):
+    """A pool of processes that tokenize, of their own start: the caller may have threads."""
+    pool = contextlib.nullcontext()
+    if options.tokenizer != 'bytes' or options.corpus in OFFLINE:
+        how = dict(initializer=ignore_interrupts)
+        pool = get_context('spawn').Pool(options.processes or os.cpu_count(), **how)
+    with pool as workers:
+        yield workers
 
 
 def wait_for(pool, workers, pending):
@@ -269,6 +284,8 @@ def make(options, out):
     if is_supervised(options.corpus):
         return prepare_supervised(options, out)
     offline = options.corpus in OFFLINE
+    if options.chunk_tokens:
+        return make_streamed(options, out)
     stream = None if offline else open_stream(options)
     unfinished = Path(f'{out}.partial')
     state = read_progress(unfinished, options) if stream else None
@@ -277,11 +294,7 @@ def make(options, out):
         unfinished.mkdir(parents=True)
         counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
         state = dict(options=vars(options), stream=None, counts=counts)
-    pool = contextlib.nullcontext()
-    if offline or options.tokenizer != 'bytes':  # spawn: the caller may have threads
-        spawn = get_context('spawn')
-        pool = spawn.Pool(options.processes or os.cpu_count(), initializer=ignore_interrupts)
-    with pool as workers:
+    with tokenizing_processes(options) as workers:
         if offline:
             name, packages, held_out = options.corpus, options.packages, options.val_fraction
             documents = list(offline_documents(name, packages, held_out, workers))
@@ -292,6 +305,43 @@ def make(options, out):
             batches = stream_batches(*stream, options)
         write_tokens(unfinished, in_parallel(workers, options.tokenizer, batches), state, options)
     return finish_corpus(unfinished, out, state['counts'], options)
+
+
+def make_streamed(options, out):
+    """The first chunk of a corpus, of which training has the others made; and its validation."""
+    if options.corpus in OFFLINE or options.max_tokens:
+        raise UserError('--chunk_tokens is for corpora of the hub and files, without --max_tokens')
+    unfinished = Path(f'{out}.partial')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_json(chunk_file(unfinished, 0).with_suffix('.json'), dict(stream=None, skip=0))
+    with tokenizing_processes(options) as workers:
+        pieces = partial(pieces_from, options=options, workers=workers)
+        counts = write_chunk(unfinished, 0, options.chunk_tokens, pieces)
+    return finish_corpus(unfinished, out, counts, options, kind='streamed')
+
+
+def pieces_from(state, options, workers):
+    """
+    Yield (tokenize's result of some documents, state of the stream before them), from a state on
+    and without end: behind the last document the stream begins again.
+    """
+
+    def documents():
+        before = state
+        while True:
+            stream, column = open_stream(options)
+            if before:
+                stream.load_state_dict(before)
+            found = bool(before)
+            for batch, after in stream_batches(stream, column, options):
+                yield batch, before
+                before, found = after, True
+            if not found:
+                raise UserError(f'{options.corpus} holds no text')
+            before = None
+
+    return in_parallel(workers, options.tokenizer, documents())
 
 
 def prepare_offline(name, out):

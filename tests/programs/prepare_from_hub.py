@@ -1,6 +1,6 @@
 """
 Prepare corpora one after the other in one process, as data/prepare.py does: NAME OUT [NAME OUT
-...]. A connection that breaks is given up at once, not after minutes.
+...], then knobs. A connection that breaks is given up at once, not after minutes.
 """
 
 import sys
@@ -16,9 +16,10 @@ datasets.config.STREAMING_READ_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = 0.01
 
 if __name__ == '__main__':
-    names = sys.argv[1:]
+    names = [word for word in sys.argv[1:] if not word.startswith('--')]
+    more = [word for word in sys.argv[1:] if word.startswith('--')]
     for name, out in zip(names[::2], names[1::2]):
         try:
-            main([name, f'--out={out}', '--tokenizer=bytes', '--val_fraction=0.3'])
+            main([name, f'--out={out}', '--tokenizer=bytes', '--val_fraction=0.3', *more])
         except UserError as error:
             sys.exit(f'error: {error}')
