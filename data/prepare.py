@@ -10,8 +10,8 @@ NAME is one of
 The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer per token,
 documents separated by the end-of-text token) and meta.json (tokenizer, dtype, counts, source,
 checksums). It is built in data/NAME.partial/ and renamed when it is complete; an interrupted
-preparation continues where it stopped (hub and files) or starts again (offline). With --chunk_tokens
-only a part of a corpus is made, and training asks for the others (data/chunks.py).
+preparation continues where it stopped (hub and files) or starts again (offline). --chunk_tokens
+makes only a part of a corpus, and training asks for the others (data/chunks.py).
 """
 
 import contextlib
