@@ -100,7 +100,7 @@ class Speculation:
 
 
 class Texts:
-    """Sequences that are written, each of which is somewhere else."""
+    """Texts that are written together, each at its own length."""
 
     def __init__(self, prompts, max_new_tokens):
         device = prompts[0].device
@@ -114,8 +114,8 @@ class Texts:
 
     def places(self, first, count):
         """
-        `count` positions of each sequence, from `first` after what is known of it: (B, count). What
-        is beyond its goal becomes its last position, which nothing that counts looks at.
+        `count` positions of each text, from `first` after what is known of it: (B, count). Those
+        beyond its goal become its last position, at which nothing is read any more.
         """
         ahead = torch.arange(first, first + count, device=self.ids.device)
         return torch.minimum((self.known[:, None] + ahead).clamp(min=0), self.goal[:, None] - 1)
@@ -149,9 +149,12 @@ def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=Sa
     vocabularies differ or the context is too short.
     """
     *how, stop = sampling
+    if not prompts or not max_new_tokens:
+        return [prompt[:0] for prompt in prompts], Speculation()
     texts, longest = Texts(prompts, max_new_tokens), max(map(len, prompts))
-    check_draft(model, draft, longest + max_new_tokens)
-    reading, drafting = Decoding(model, len(prompts)), Decoding(draft, len(prompts))
+    end = longest + max_new_tokens
+    check_draft(model, draft, end)
+    reading, drafting = (Decoding(one, len(prompts), end) for one in (model, draft))
     if longest > 1:
         for decoding in (reading, drafting):
             decoding.read(texts.ids[:, : longest - 1])

@@ -38,7 +38,8 @@ from configurator import (
     configure,
     differences,
 )
-from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
+from data.chunks import NoData
+from data.corpus import OFFLINE, check_vocabulary, is_streamed, open_corpus, verify_corpus
 from data.instruct import SETS
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
@@ -105,7 +106,7 @@ class Run:
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
-    fp8: bool = False  # the blocks' matrix products in FP8, by torchao; pays from 1B up
+    fp8: bool = False  # the blocks' matrix products in FP8, by torchao: for large models
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on a GPU
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
     recompute: Literal['none', 'selective', 'full'] = 'none'  # activations in the backward pass
@@ -217,7 +218,7 @@ def epoch_tokens(run, config):
         meta = open_corpus(name, run.data_dir).meta
         train, length = meta['splits']['train'], min(run.block_size, config.block_size)
         supervised = meta.get('kind') == 'supervised'
-        if meta.get('kind') == 'streamed':
+        if is_streamed(meta):
             raise UserError(f'nobody knows how long {name} is, as it is streamed: --tokens')
         tokens += train['documents'] * length if supervised else train['tokens']
     return min(tokens, run.unique_tokens or tokens)
@@ -279,7 +280,12 @@ def train_to_the_end(training):
         rate = learning_rate(training.step, training.steps, knobs)
         for group in training.optimizer.param_groups:
             group['lr'] = rate
-        training.meter.add(train_step(training))
+        try:
+            scalars = train_step(training)
+        except NoData:
+            training.save_without_data()
+            raise
+        training.meter.add(scalars)
         training.count_step()
         if knobs.keep_every and training.step % knobs.keep_every == 0:
             training.keep()

@@ -67,7 +67,7 @@ def open_corpus(name, data_dir='data'):
         raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
     arrays = []
     for split, size in zip(SPLITS, sizes):
-        if split == 'train' and meta.get('kind') == 'streamed':
+        if split == 'train' and is_streamed(meta):
             arrays.append(Chunks(folder, dtype, meta['options']['chunk_tokens']))
             continue
         path = folder / f'{split}.bin'
@@ -78,6 +78,11 @@ def open_corpus(name, data_dir='data'):
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
     return Corpus(name, meta, *arrays)
+
+
+def is_streamed(meta):
+    """Whether a corpus with this meta.json comes in chunks, each checked when it is read."""
+    return meta.get('kind') == 'streamed'
 
 
 def expect_random_reads(tokens):
@@ -98,10 +103,7 @@ def verify_corpus(name, data_dir='data'):
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
     wanted = dict(corpus.meta['checksums'])
     for split, counts in corpus.meta['splits'].items():
-        chunks = split == 'train' and isinstance(
-            corpus.train, Chunks
-        )  # each is read when it is due
-        if 'sha256' in counts and not chunks:
+        if 'sha256' in counts and not (split == 'train' and is_streamed(corpus.meta)):
             wanted[f'{split}.bin'] = counts['sha256']
     verify_files(folder, wanted, f'; delete {folder} and prepare it again')
     return corpus

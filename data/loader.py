@@ -161,8 +161,6 @@ def sequences(corpora, weights, order, positions):
 def streamed_sequences(chunks, positions, order):
     """Those of a corpus in chunks: one chunk after the other, each with its windows shuffled."""
     windows = (chunks.tokens - 1) // order.block_size
-    if windows < 1:
-        raise UserError(f'chunks of {chunks.tokens} tokens are too short for {order.block_size}')
     found = np.empty((len(positions), order.block_size + 1), np.int64)
     which, place = np.divmod(positions, windows)
     for number in np.unique(which):
@@ -199,12 +197,12 @@ def to_device(examples, device):
     return arrays[0][:, :-1].contiguous(), arrays[0][:, 1:].contiguous()
 
 
-def batches(read, position, batch_size, micro_batch_size, share):
+def batches(read, position, batch_size, micro_batch_size, share, steps=None):
     """
-    Endlessly yield (x, y) micro-batches from sequence `position`. The batch_size sequences of a
-    step are dealt to the processes like cards; each trains on its own in pieces of
-    micro_batch_size. read: positions -> what to_device takes. The next micro-batch is read and
-    copied to the GPU while the current one trains.
+    Yield (x, y) micro-batches from sequence `position`, of so many steps or, None, without end. The
+    batch_size sequences of a step are dealt to the processes like cards; each trains on its own in
+    pieces of micro_batch_size. read: positions -> what to_device takes. The next micro-batch is
+    read and copied to the GPU while the current one trains.
     """
     per_process = batch_size // share.world_size
 
@@ -214,13 +212,17 @@ def batches(read, position, batch_size, micro_batch_size, share):
         return to_device(read(first + share.world_size * rows), share.device)
 
     pieces = range(0, per_process, micro_batch_size)
-    plan = ((step, piece) for step in itertools.count() for piece in pieces)
+    numbers = itertools.count() if steps is None else range(steps)
+    plan = ((step, piece) for step in numbers for piece in pieces)
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(make, *next(plan))
-        while True:
-            current = ahead.result()
-            ahead = reader.submit(make, *next(plan))
-            yield current
+        ahead = None
+        for place in plan:
+            current = ahead.result() if ahead else None
+            ahead = reader.submit(make, *place)
+            if current is not None:
+                yield current
+        if ahead:
+            yield ahead.result()
 
 
 def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()):  # noqa: B008
@@ -263,6 +265,9 @@ def text_source(knobs):
     for corpus in corpora:
         if not isinstance(corpus.train, Chunks):
             expect_random_reads(corpus.train)
+        elif corpus.train.tokens < 2 * knobs.batch_size * knobs.block_size:
+            sizes = f'{corpus.train.tokens} tokens, less than two batches'
+            raise UserError(f'{corpus.name} has chunks of {sizes}: prepare it with larger ones')
         elif knobs.order != 'epoch' or knobs.unique_tokens:
             ways = 'leave out --order and --unique_tokens'
             raise UserError(f'{corpus.name} is streamed, chunk after chunk: {ways}')

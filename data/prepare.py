@@ -10,8 +10,8 @@ NAME is one of
 The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer per token,
 documents separated by the end-of-text token) and meta.json (tokenizer, dtype, counts, source,
 checksums). It is built in data/NAME.partial/ and renamed when it is complete; an interrupted
-preparation continues where it stopped (hub and files) or starts again (offline). --chunk_tokens
-makes only a part of a corpus, and training asks for the others (data/chunks.py).
+preparation continues where it stopped (hub and files) or starts again (offline, and the one chunk
+that --chunk_tokens makes: training asks for the others, data/chunks.py).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
 import engine.quick_start  # before torch, whose import it shortens
 
 from configurator import Natural, Range, configure
-from data.chunks import chunk_file, write_chunk
+from data.chunks import BEGINNING, append, chunk_file, record_of, write_chunk
 from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
@@ -82,6 +82,8 @@ class Preparation:
         self.files = {}  # of one's own: {path: bytes}
         if own:
             self.files = {path: os.path.getsize(path) for path in matching(self.corpus)}
+        if self.chunk_tokens:  # other commands read them again
+            self.files = {os.path.abspath(path): size for path, size in self.files.items()}
         self.tokenizer = self.tokenizer or ('bytes' if own or name in OFFLINE else 'gpt2')
         self.val_fraction = self.val_fraction or (0.0005 if name in HUB and not own else 0.05)
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
@@ -279,13 +281,13 @@ def prepare(options):
 def make(options, out):
     """Make the corpus that `options` describe in the folder `out`; returns it."""
     load_tokenizer(options.tokenizer)  # complain before reading anything
+    if options.chunk_tokens:
+        return make_streamed(options, out)
     if is_preferences(options.corpus):
         return prepare_preferences(options, out)
     if is_supervised(options.corpus):
         return prepare_supervised(options, out)
     offline = options.corpus in OFFLINE
-    if options.chunk_tokens:
-        return make_streamed(options, out)
     stream = None if offline else open_stream(options)
     unfinished = Path(f'{out}.partial')
     state = read_progress(unfinished, options) if stream else None
@@ -309,12 +311,13 @@ def make(options, out):
 
 def make_streamed(options, out):
     """The first chunk of a corpus, of which training has the others made; and its validation."""
-    if options.corpus in OFFLINE or options.max_tokens:
-        raise UserError('--chunk_tokens is for corpora of the hub and files, without --max_tokens')
+    others = options.corpus in OFFLINE or is_preferences(options.corpus)
+    if others or is_supervised(options.corpus) or options.max_tokens:
+        raise UserError('--chunk_tokens is for texts of the hub and files, without --max_tokens')
     unfinished = Path(f'{out}.partial')
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write_json(chunk_file(unfinished, 0).with_suffix('.json'), dict(stream=None, skip=0))
+    write_json(record_of(chunk_file(unfinished, 0)), BEGINNING)
     with tokenizing_processes(options) as workers:
         pieces = partial(pieces_from, options=options, workers=workers)
         counts = write_chunk(unfinished, 0, options.chunk_tokens, pieces)
@@ -333,12 +336,13 @@ def pieces_from(state, options, workers):
             stream, column = open_stream(options)
             if before:
                 stream.load_state_dict(before)
-            found = bool(before)
+            found = bool(before)  # of a pass from the middle on, the next one tells
             for batch, after in stream_batches(stream, column, options):
+                found |= not all(is_validation for _, is_validation in batch)
                 yield batch, before
-                before, found = after, True
+                before = after
             if not found:
-                raise UserError(f'{options.corpus} holds no text')
+                raise UserError(f'{options.corpus} gave no train documents')
             before = None
 
     return in_parallel(workers, options.tokenizer, documents())
@@ -406,11 +410,7 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
         how = dict(unit='tok', unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(desc=f'writing {options.corpus}', **sizes, **how))
         for i, (piece, state['stream']) in enumerate(pieces, 1):
-            for split, (ids, n_bytes, documents) in piece.items():
-                files[split].write(ids.tobytes())
-                counts[split]['tokens'] += len(ids)
-                counts[split]['bytes'] += n_bytes
-                counts[split]['documents'] += documents
+            append(piece, files, counts)
             bar.update(counts['train']['tokens'] - bar.n)
             if state['stream'] and i % save_every == 0:
                 for file in files.values():

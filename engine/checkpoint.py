@@ -1,9 +1,11 @@
 """
 Resumable states of training: weights, optimizer and random states, saved and loaded by all
-processes together, if asked while training goes on. A state is complete under its name or absent,
-and has a manifest with checksums.
+processes together; saved, if asked, while training goes on. A state is complete under its name or
+absent, and has a manifest with checksums.
 """
 
+import copy
+import functools
 import os
 import pickle
 import re
@@ -48,27 +50,24 @@ class Saver:
         """keep: how many states stay; background: needs memory for a copy of a state."""
         self.folder, self.keep, self.background = folder, keep, background
         self.written = None  # of a state in the background: a Future
-        self.group = None
         if background:
-            self.thread = ThreadPoolExecutor(1)
-            # on GPUs copied into the same pinned memory every time
-            self.stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
-            if dist.is_initialized():  # not mixed with what training sends
-                self.group = dist.new_group(backend='gloo', timeout=PATIENCE)
+            self.thread, self.copy = ThreadPoolExecutor(1), copy.deepcopy
+            if torch.cuda.is_available():  # into the same pinned memory every time
+                self.copy = BlockingAsyncStager(cache_staged_state_dict=True).stage
 
     def save(self, model, optimizer, progress, stable=False):
         """
         Save the state of this moment. progress: a dict with 'step'; stable: it is kept for good.
-        Called by every process. Raises UserError if it, or the one before, cannot be written.
+        Called by every process. Raises UserError if it cannot be written; of one in the background,
+        the next call does.
         """
         self.wait()
-        tensors = training_state(model, optimizer)[0]
-        how = (progress, self.keep, stable, self.group)
+        tensors, how = training_state(model, optimizer)[0], (progress, self.keep, stable)
         if not self.background:
             write_state(self.folder, tensors, *how)
         else:
-            tensors = self.stager.stage(tensors)
-            self.written = self.thread.submit(write_state, self.folder, tensors, *how)
+            work = (write_state, self.folder, self.copy(tensors), *how, group_apart())
+            self.written = self.thread.submit(*work)
 
     def wait(self):
         """Return when nothing is being written. Raises UserError if that has failed."""
@@ -82,11 +81,17 @@ class Saver:
             self.wait()
 
 
+@functools.cache
+def group_apart():
+    """The group by which processes talk in the background: not mixed with what training sends."""
+    return dist.new_group(backend='gloo', timeout=PATIENCE) if dist.is_initialized() else None
+
+
 def write_state(folder, tensors, progress, keep=1, stable=False, group=None):
     """
     Write a state under a temporary name, then its manifest, rename it, and remove all but the
-    newest `keep`. Called by every process, which talk in `group`. Raises UserError if it cannot be
-    written; earlier states are untouched then.
+    newest `keep`. Called by every process; they exchange by `group`. Raises UserError if it cannot
+    be written; earlier states are untouched then.
     """
     rank, world_size = processes()
     kind = 'stable' if stable else 'state'

@@ -13,11 +13,12 @@ MOST_RECORDED = 16  # tokens at once; a recording costs three passes, and prompt
 class Cache:
     """
     Keys and values of the positions seen, in room that grows with them. Setting `length` back
-    forgets the last ones. Where sequences differ in length, it is that of the longest.
+    forgets the last ones.
     """
 
-    def __init__(self, config, batch, device, dtype):
-        room = min(256, config.block_size)
+    def __init__(self, config, batch, device, dtype, room=0):
+        """room: positions for which there is room from the beginning; 0: a few."""
+        room = room or min(256, config.block_size)
         shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
@@ -71,13 +72,13 @@ class Decoding:
     recorded once for each number of them and each size of the cache.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, room=0):
         self.model = model
         weight, dtype = model.wte.weight, model.wte.weight.dtype
         autocast = torch.is_autocast_enabled(weight.device.type)
         if autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
-        self.cache = Cache(model.config, batch, weight.device, dtype)
+        self.cache = Cache(model.config, batch, weight.device, dtype, room)
         self.records = weight.is_cuda and not autocast
         self.recorded = {}  # (tokens at once, whether at positions of their own): a recording
 

@@ -132,7 +132,7 @@ def recompute(model, which):
 def keep_half():
     """Selective recomputation: keep attention's output and every second matrix product."""
     aten = torch.ops.aten
-    products = {aten.mm.default, aten.addmm.default}
+    products = {aten.mm.default, aten.addmm.default, aten._scaled_mm.default}
     attention = {
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,

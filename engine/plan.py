@@ -76,7 +76,7 @@ def choose_micro_batch(knobs, config, hardware):
 
 
 def room_for(hardware, stage, knobs):
-    """The hardware with the memory that a stage's teacher, if it has one, leaves for its model."""
+    """The hardware with the memory that a stage's teacher, and copies of states, leave to train."""
     taken = stage.teacher_params * hardware.dtype.itemsize
     if knobs.async_save and hardware.device.type == 'cpu':  # the copy that is written
         taken += saved_state_bytes(stage.config, knobs)

@@ -195,6 +195,9 @@ class Training:
                 f'micro-batch of one process, not {self.micro_batch_size} of {knobs.batch_size} '
                 'sequences: --micro_batch_size, or a smaller batch'
             )
+        if knobs.fp8 and self.micro_batch_size * knobs.block_size % 16:
+            tokens = f'{self.micro_batch_size} x {knobs.block_size}'
+            raise UserError(f'--fp8 needs a multiple of 16 tokens at once, not {tokens}')
         self.source = (self.stage.source or run_source)(knobs)
         self.tokenizer = self.source.tokenizer
         if self.stage.tokenizer:
@@ -217,7 +220,7 @@ class Training:
         position = self.first + self.step * knobs.batch_size
         read = self.source.read
         sizes = (knobs.batch_size, self.micro_batch_size)
-        self.batches = batches(read, position, *sizes, hardware)
+        self.batches = batches(read, position, *sizes, hardware, self.steps - self.step)
         self.meter = Meter()
         self.started = time.time() - self.seconds
         self.logged = time.time()
@@ -398,6 +401,17 @@ class Training:
         self.saver.save(self.raw_model, self.optimizer, progress, stable)
         self.logged = time.time()
         self.save_at = self.logged + 60 * self.knobs.save_minutes
+
+    def save_without_data(self):
+        """
+        Save what is done when there is nothing to go on with, and end the program if it was asked
+        to. Several processes do not know of each other what they lack, and save nothing.
+        """
+        if self.hardware.world_size == 1 and len(SIGNALS) < 2:
+            self.save()
+            self.saver.wait()
+            if SIGNALS:
+                self.exit()
 
     def exit(self):
         """Say that the stage is saved, and end the program."""

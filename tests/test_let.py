@@ -705,6 +705,8 @@ def test_a_plan_counts_a_teacher_that_is_here(compared, data_dir, tmp_path, caps
     hardware = find_hardware(run)
     left = room_for(hardware, planned.stage, planned.knobs).memory
     assert hardware.memory - left == 4 * load(compared / 'teacher').num_params()
+    copying = room_for(hardware, planned.stage, replace(planned.knobs, async_save=True)).memory
+    assert left - copying == 12 * planned.stage.config.num_params(embedding=True, head=True)
     deep = let.Teacher.of('deep', GPTConfig.named('16x4', vocab_size=257, block_size=16))
     middle = let.LET(variants=('let+M2E',)).parse('let+M2E', deep.layers, 6)
     assert deep.used_by(middle) == deep.params / 2  # of four layers two are run

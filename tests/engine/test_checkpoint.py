@@ -284,7 +284,7 @@ def load_config(folder):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no limits on file sizes')
 @pytest.mark.parametrize(
-    'limit, word, more',
+    'case',
     [
         (20_000, 'state-000000004 could not be saved', ['--save_minutes=1e-9']),
         (20_000, 'could not be saved', ['--save_minutes=1e-9', '--async_save=True']),
@@ -292,8 +292,9 @@ def load_config(folder):
     ],
 )
 def test_a_full_disk_stops_with_a_clear_message_and_spoils_nothing(
-    data_dir, tmp_path, half, whole, limit, word, more
+    data_dir, tmp_path, half, whole, case
 ):
+    limit, word, more = case
     shutil.copytree(half.parent, tmp_path / 'run')
     folder = tmp_path / 'run' / '16x2'
     process = run_command(

@@ -301,13 +301,13 @@ def test_products_of_the_blocks_are_of_rounded_factors():
 def test_a_stage_trains_in_fp8_whole_or_in_shards(whole, data_dir, tmp_path, how):
     pytest.importorskip('torchao')
     words = [f'--data_dir={data_dir}', f'--out_dir={tmp_path}', '--fp8=True', *TINY]
-    if how == 'ddp':
-        train.main(words)
-    else:
-        run_processes(2, 'train.py', *words, '--parallel=fsdp')
+    run_processes(2, 'train.py', *words, f'--parallel={how}')
     losses = [[line['loss'] for line in metrics(out)[1:]] for out in (whole, tmp_path)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert load(tmp_path / '16x2').wte.weight.dtype == torch.float32  # and opens without torchao
+    assert load(tmp_path / '16x2').wte.weight.dtype == torch.float32
+    with pytest.raises(UserError, match='multiple of 16 tokens at once, not 1 x 12'):
+        more = ['--block_size=12', '--micro_batch_size=1', f'--out_dir={tmp_path / "odd"}']
+        train.main([*words, *more])
 
 
 # ----------------------------------------------------------------------------------------------
