@@ -66,7 +66,7 @@ PARTS = {
         'Where a step of GPT-2 124M goes', 120, f'{GPT2}--variants=compile --what=profile --steps=3'
     ),
     'llama_1b': Part('Llama 1B', 150, f'{LONG}--size=1b'),
-    'fp8': Part('Llama 1B in FP8', 150, f'{LONG}--size=1b --variants=compile,fp8+compile'),
+    'fp8': Part('Llama 1B in FP8', 150, f'{LONG}--size=1b --variants=fp8+compile'),
     'llama_8b': Part(
         'Llama 8B, 4 of its layers', 120, f'{LONG}--size=8b --layers=4 --batch_size=2'
     ),
@@ -178,7 +178,7 @@ def generation(toy, hardware):
 def saving(toy, hardware):
     """How long a step waits for a saved state: written at once, and in the background."""
     on_gpu = hardware.device.type == 'cuda'
-    config = GPTConfig.named('64x2' if toy else '1b' if on_gpu else 'smollm2-135m')
+    config = GPTConfig.named('64x2' if toy else 'gpt2-medium' if on_gpu else 'smollm2-135m')
     model = GPT(config).to(hardware.device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x = torch.randint(config.vocab_size, (1, 64), device=hardware.device)
