@@ -43,7 +43,8 @@ def training_state(model, optimizer):
 class Saver:
     """
     Saves the states of a stage. In the background, training waits only while a state is copied to
-    the host's memory; a thread writes it, and the next save, or `wait`, waits for that.
+    the host's memory; a thread writes it, and the next save, or `wait`, waits for that. (What
+    dcp.async_save does ends before the manifest and the name, which make a state complete.)
     """
 
     def __init__(self, folder, keep=1, background=False):

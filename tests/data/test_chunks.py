@@ -89,23 +89,6 @@ def test_the_order_is_a_function_of_seed_and_position(data):
 WORDS = [*TINY, '--data=mine', '--tokens=9600', '--block_size=16']  # 150 steps of 4 sequences
 
 
-@pytest.fixture(scope='module')
-def once(prepared, tmp_path_factory):
-    """A run over three chunks that nothing disturbed."""
-    folder = tmp_path_factory.mktemp('once')
-    shutil.copytree(prepared, folder / 'data')
-    train.main([*WORDS, f'--data_dir={folder / "data"}', f'--out_dir={folder / "run"}'])
-    assert max(chunks_in(folder / 'data' / 'mine')) >= 2
-    return folder / 'run' / '16x2'
-
-
-def test_two_processes_read_the_same_chunks(data, tmp_path, once):
-    run_processes(2, 'train.py', *WORDS, f'--data_dir={data}', f'--out_dir={tmp_path}')
-    losses = [Result.of(folder).val_loss for folder in (once, tmp_path / '16x2')]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    verify_corpus('mine', data)
-
-
 def test_chunks_and_records_that_are_gone_are_made_again_and_nothing_is_left(data):
     whole = open_corpus('whole', data).train
     for path in (data / 'mine').glob('train-*'):
@@ -184,18 +167,27 @@ def test_a_corpus_of_the_hub_is_streamed_while_it_trains(tmp_path, monkeypatch):
     assert 1 in chunks_in(data / 'math')
 
 
-def test_ctrl_c_while_a_chunk_is_made_saves_and_continues(data, tmp_path, once):
-    """A chunk that never comes: its maker waits for a lock that we hold."""
-    words = [*WORDS, f'--data_dir={data}', f'--out_dir={tmp_path}']
+def test_a_run_is_interrupted_continued_and_shared_and_comes_to_the_same(data, tmp_path):
+    """Interrupted while a chunk is made, which never comes: its maker waits for our lock."""
+    words = [*WORDS, f'--data_dir={data}']
+    stopped = [*words, f'--out_dir={tmp_path / "stopped"}']
     with locked(chunk_file(data / 'mine', 0)):
-        command = [sys.executable, 'train.py', *words]
+        command = [sys.executable, 'train.py', *stopped]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         log = data / 'mine' / 'make_chunk.log'
+        metrics = tmp_path / 'stopped' / '16x2' / 'metrics.jsonl'
         while not log.is_file() or 'waiting' not in log.read_text():
             time.sleep(0.1)
-        time.sleep(3)  # the first chunk is trained on by then
+        while '"step": 62,' not in metrics.read_text():  # the first chunk is trained on
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT and 'is saved at step 62 of 150' in said
-    train.main(words)
-    assert same(tmp_path / '16x2', once)
+    train.main(stopped)
+    assert max(chunks_in(data / 'mine')) >= 2  # the run needs three
+    run_processes(2, 'train.py', *words, f'--out_dir={tmp_path / "two"}')
+    train.main([*words, f'--out_dir={tmp_path / "once"}'])
+    assert same(tmp_path / 'stopped' / '16x2', tmp_path / 'once' / '16x2')
+    losses = [Result.of(tmp_path / out / '16x2').val_loss for out in ('once', 'two')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    verify_corpus('mine', data)
