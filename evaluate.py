@@ -48,13 +48,7 @@ from engine.report import (
 )
 from extras.bridge import answers_of, mean_rouge, scored_prompts
 from model import load, read_config
-from sample import (
-    Sampling,
-    Speculation,
-    check_tokenizer_of_draft,
-    generate,
-    speculate,
-)
+from sample import Sampling, Speculation, check_tokenizer_of_draft, generate, speculate
 
 
 def kl_divergence(model_a, model_b, examples):

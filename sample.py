@@ -56,7 +56,10 @@ class Sampling(NamedTuple):
     stop: int | None = None
 
 
-def generate(model, prompts, max_new_tokens, sampling=Sampling()):  # noqa: B008
+AS_IT_IS = Sampling()  # from the model's own distribution
+
+
+def generate(model, prompts, max_new_tokens, sampling=AS_IT_IS):
     """
     Continue each prompt (1-d int64 tensors, of any lengths); returns the continuations, up to and
     without `stop`, in the same order. Prompts of one length go through the model together.
@@ -122,7 +125,7 @@ class Texts:
 
     def read(self, decoding, at):
         """A model's logits (B, T, V) at positions (B, T), which follow what it has read."""
-        return decoding.read(self.ids.gather(1, at), at, self.ids.shape[1])
+        return decoding.read(self.ids.gather(1, at), at)
 
     def ends(self, new, stop):
         """Where sequences end, given where their newest tokens begin; -1 for those that go on."""
@@ -141,7 +144,7 @@ class Texts:
 
 
 @torch.no_grad()
-def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=Sampling()):  # noqa: B008
+def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=AS_IT_IS):
     """
     What `generate` gives, of the model's own distribution, drafted by a smaller model of the same
     vocabulary. Every sequence goes on by what was accepted of its own draft, and leaves when it
@@ -170,10 +173,9 @@ def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=Sa
         new, last = texts.known, texts.known + accepted
         texts.ids.scatter_(1, last[:, None], token)
         texts.known = last + 1
-        stats.rounds += len(count)
-        stats.drafted += count.sum().item()
-        stats.accepted += accepted.sum().item()
-        stats.divergences += kl_of_logits(drafts, logits[:, :-1])[ahead].tolist()
+        divergences = kl_of_logits(drafts, logits[:, :-1])[ahead].tolist()
+        sums = (count.sum().item(), accepted.sum().item())
+        stats.add(Speculation(len(count), *sums, divergences))
         ends = texts.ends(new, stop)
         for row, end, ids in zip(texts.rows.tolist(), ends.tolist(), texts.ids):
             if end >= 0:

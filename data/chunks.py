@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.device import SIGNALS, processes
-from engine.errors import UserError
+from engine.errors import UserError, last_line
 from engine.files import checksum, commit_file, read_json, write_json
 from engine.progress import progress_bar
 
@@ -111,9 +111,8 @@ class Chunks:
             failed = self.asked == number and self.maker.poll() not in (None, 0)
             if failed and again == 0:
                 if failures == len(self.pauses):
-                    lines = (self.folder / 'make_chunk.log').read_text().splitlines()
-                    why = lines[-1] if lines else 'it was killed'
-                    raise NoData(f'{path} could not be made ({why})')
+                    said = (self.folder / 'make_chunk.log').read_text(encoding='utf-8')
+                    raise NoData(f'{path} could not be made ({last_line(said)})')
                 again = time.time() + self.pauses[failures]
                 failures += 1
             if self.is_main and time.time() > again:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.chunks import Chunks
-from data.corpus import expect_random_reads, open_corpus
+from data.corpus import expect_random_reads, is_streamed, open_corpus
 from engine.errors import UserError
 
 
@@ -150,7 +149,7 @@ def sequences(corpora, weights, order, positions):
             cap = order.unique_tokens * weights[i]
             seed = hash_key(order.seed, i)
             own = order._replace(seed=seed, unique_tokens=cap)
-            if isinstance(corpus.train, Chunks):
+            if is_streamed(corpus.meta):
                 tokens[rows] = streamed_sequences(corpus.train, count[rows], own)
                 continue
             starts = offsets(count[rows], len(corpus.train), own)
@@ -263,7 +262,7 @@ def text_source(knobs):
     """The Source of a run's corpora of text; knobs: train.Run. Raises UserError."""
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     for corpus in corpora:
-        if not isinstance(corpus.train, Chunks):
+        if not is_streamed(corpus.meta):
             expect_random_reads(corpus.train)
         elif corpus.train.tokens < 2 * knobs.batch_size * knobs.block_size:
             sizes = f'{corpus.train.tokens} tokens, less than two batches'

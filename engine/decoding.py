@@ -24,7 +24,6 @@ class Cache:
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions filled
         self.at = None  # the positions that are added, (B, T), or in a recording (T,) for all
-        self.end = 0  # of the positions that are looked at, where `at` says what is added
         self.mask = None  # which positions the added ones (T) see, where not the usual ones
 
     def reserve(self, count):
@@ -41,7 +40,7 @@ class Cache:
         device, start = self.k.device, self.length
         self.mask = None
         if self.at is not None:
-            seen = torch.arange(self.end, device=device) <= self.at[..., None]
+            seen = torch.arange(self.k.shape[3], device=device) <= self.at[..., None]
             self.mask = seen[:, None] if self.at.ndim == 2 else seen  # alike for all heads
             return self.at
         self.reserve(count)
@@ -52,14 +51,14 @@ class Cache:
 
     def extend(self, layer, k, v):
         """Add (B, K, T, D) to a layer; returns views (B, K, S, D) of all that may be seen."""
-        if self.at is not None:
+        if self.at is not None:  # all the room, and a mask: shapes that stay
             for room, new in ((self.k[layer], k), (self.v[layer], v)):
                 if self.at.ndim == 1:
                     room.index_copy_(2, self.at, new)
                 else:
                     rows = torch.arange(len(new), device=new.device)[:, None]
                     room[rows, :, self.at] = new.transpose(1, 2)
-            return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
+            return self.k[layer], self.v[layer]
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -73,6 +72,7 @@ class Decoding:
     """
 
     def __init__(self, model, batch, room=0):
+        """room: positions for which there is room from the beginning; 0: a few."""
         self.model = model
         weight, dtype = model.wte.weight, model.wte.weight.dtype
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -83,19 +83,19 @@ class Decoding:
         self.recorded = {}  # (tokens at once, whether at positions of their own): a recording
 
     @torch.no_grad()
-    def read(self, idx, at=None, end=0):
+    def read(self, idx, at=None):
         """
         The logits (B, T, V) of the tokens idx (B, T), which follow what was read; or stand at
-        positions `at` (B, T) of each sequence, all of them before `end`. What a sequence holds
+        positions `at` (B, T) of each sequence, for which there is room. What a sequence holds
         behind its last position is not seen from there.
         """
         cache, count = self.cache, idx.shape[1]
         if at is not None:
-            cache.length = end - count
+            cache.length = cache.k.shape[3] - count
         if cache.reserve(count):
             self.recorded.clear()  # they read and write where keys and values were
         if not self.records or count > MOST_RECORDED:
-            cache.at, cache.end = at, end
+            cache.at = at
             logits = self.model(idx, cache=cache).logits
             cache.at = None
             return logits
@@ -118,12 +118,9 @@ class Decoding:
         self.recorded.clear()
 
     def record(self, idx, at=None):
-        """
-        Record the pass over so many tokens; the first of two loads what it needs. Shapes stay as
-        they are recorded: all the room is looked at, through a mask.
-        """
+        """Record the pass over so many tokens; the first of two loads what it needs."""
         cache, tokens = self.cache, idx.clone()
-        start, cache.end = cache.length, cache.k.shape[3]
+        start = cache.length
         places = torch.arange(start, start + idx.shape[1], device=idx.device)
         cache.at = places = places if at is None else at.clone()
         aside = torch.cuda.Stream(idx.device)  # which need not be the current one

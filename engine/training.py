@@ -409,7 +409,6 @@ class Training:
         """
         if self.hardware.world_size == 1 and len(SIGNALS) < 2:
             self.save()
-            self.saver.wait()
             if SIGNALS:
                 self.exit()
 

@@ -33,7 +33,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import configure, with_positionals
 from engine.checkpoint import Saver
 from engine.device import attention_kernel, choose_device, find_hardware
-from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
+from engine.errors import (
+    UserError,
+    first_line,
+    import_extra,
+    last_line,
+    run_as_program,
+    unknown,
+)
 from engine.files import read_json, write_atomically, write_json
 from engine.loss import evaluate
 from engine.report import render
@@ -290,12 +297,6 @@ FUNCTIONS = dict(
 
 # ----------------------------------------------------------------------------------------------
 # all parts
-
-
-def last_line(text):
-    """The last line of a text that says something."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else 'it printed nothing'
 
 
 def words_of(name, options, file):

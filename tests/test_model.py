@@ -227,7 +227,7 @@ def test_a_pass_whose_positions_are_data_is_the_same(changes):
     model, x = GPT(dataclasses.replace(config, **changes)).double(), tokens(2, 12)
     cache = Decoding(model, 2).cache
     first = model(x[:, :5], cache=cache).logits
-    cache.at, cache.end, parts = torch.arange(5, 8), cache.k.shape[3], [first]
+    cache.at, parts = torch.arange(5, 8), [first]
     for piece in (x[:, 5:8], x[:, 8:11]):
         parts.append(model(piece, cache=cache).logits)
         cache.at = cache.at + 3  # a recording writes into the same tensor

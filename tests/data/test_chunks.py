@@ -51,6 +51,13 @@ def chunks_in(folder):
     return sorted(int(path.stem[6:]) for path in folder.glob('train-*.bin'))
 
 
+def wait_until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it does not come'
+        time.sleep(0.1)
+
+
 def knobs(data, block_size=16, **more):
     return train.Run(data='mine', data_dir=str(data), block_size=block_size, **more)
 
@@ -63,8 +70,7 @@ def test_chunks_hold_what_the_whole_corpus_does_and_then_it_again(data):
     for number in range(last + 1):
         expected = passes[number * CHUNK : (number + 1) * CHUNK]
         np.testing.assert_array_equal(chunks.read(number), expected)
-        while number + 1 not in chunks_in(data / 'mine'):  # it is made ahead
-            time.sleep(0.1)
+        wait_until(lambda n=number: n + 1 in chunks_in(data / 'mine'))  # it is made ahead
         assert chunks_in(data / 'mine') == list(range(max(0, number - 1), number + 2))
     val = [(data / name / 'val.bin').read_bytes() for name in ('whole', 'mine')]
     assert val[1] and val[0].startswith(val[1])  # what is held out of the first chunk's texts
@@ -95,8 +101,7 @@ def test_chunks_and_records_that_are_gone_are_made_again_and_nothing_is_left(dat
         path.unlink()
     chunks = open_corpus('mine', data).train
     np.testing.assert_array_equal(chunks.read(3), whole[3 * CHUNK : 4 * CHUNK])  # by way of others
-    while 4 not in chunks_in(data / 'mine'):
-        time.sleep(0.1)
+    wait_until(lambda: 4 in chunks_in(data / 'mine'))
     assert chunks_in(data / 'mine') == [3, 4]
     np.testing.assert_array_equal(chunks.read(0), whole[:CHUNK])
     assert set(chunks_in(data / 'mine')) <= {0, 1}
@@ -176,10 +181,8 @@ def test_a_run_is_interrupted_continued_and_shared_and_comes_to_the_same(data, t
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         log = data / 'mine' / 'make_chunk.log'
         metrics = tmp_path / 'stopped' / '16x2' / 'metrics.jsonl'
-        while not log.is_file() or 'waiting' not in log.read_text():
-            time.sleep(0.1)
-        while '"step": 62,' not in metrics.read_text():  # the first chunk is trained on
-            time.sleep(0.1)
+        wait_until(lambda: log.is_file() and 'waiting' in log.read_text())
+        wait_until(lambda: '"step": 62,' in metrics.read_text())  # the first chunk is trained on
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT and 'is saved at step 62 of 150' in said
