@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
 
 from configurator import (
@@ -39,7 +37,7 @@ from configurator import (
 from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
-from data.vocabulary import share_tokenizer, tokenizer_in
+from data.vocabulary import share_tokenizer, tokenizer_to_carry
 from engine.between import (
     between,
     check_between,
@@ -51,18 +49,16 @@ from engine.between import (
 from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
-from engine.growth import take
 from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.plan import all_params
 from engine.progress import progress_bar
-from engine.report import format_bytes, format_count, table
-from engine.rows import FolderReader, write_model
+from engine.report import format_count, table
 from engine.stage import Origin, Result, Stage
-from engine.teacher import is_ours, planned_config
-from expand import DEPTH, WIDTH_FIELDS, Growth, Operators, grow, shapes_of
+from engine.teacher import planned_config
+from expand import DEPTH, ROLES, WIDTH_FIELDS, grow
 from let import distil
-from model import GPT, load, read_config, write_config
+from model import GPT, load, read_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -85,101 +81,52 @@ def expand(small, config, depth='bert2bert'):
     return grow(small, config, 'fpi', depth)
 
 
-def kept_queries(config, large):
-    """Rows of the larger model's queries that a subset keeps: the first ones of each group."""
-    per_group = config.n_head // config.n_kv_head
-    groups = torch.arange(config.n_kv_head)[:, None] * (large.n_head // large.n_kv_head)
-    heads = (groups + torch.arange(per_group)).flatten()
-    return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
-
-
-def subset_tensor(config, large, name, tensor):
-    """The first rows and columns of the larger model's tensor, as a view or a copy."""
-    tensor = tensor[:]  # of a file, all of it
-    C = config.n_embd
-    F = config.n_mlp
-    kv = config.n_kv_head * config.head_dim
-    stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
-    all_rows = len(tensor)  # of the vocabulary, and of what does not grow
-    rows = {'attn.k': kv, 'attn.v': kv, 'mlp.up': F, 'mlp.gate': F, 'wpe': config.block_size}
-    rows |= dict.fromkeys(['wte', 'lm_head', 'attn.q_norm', 'attn.k_norm'], all_rows)
-    queries = kept_queries(config, large)
-    kept = take(tensor, queries) if stem == 'attn.q' else tensor[: rows.get(stem, C)]
-    if tensor.ndim == 1:
-        return kept
-    if stem == 'attn.o':
-        return take(kept.T, queries).T
-    return kept[:, : F if stem == 'mlp.down' else C]
-
-
 def subset(large, config):
     """A model of shape `config` cut out of a larger one: its first layers, heads and units."""
     check_between(config, large.config, config)
+    per_group = large.config.n_head // large.config.n_kv_head
+    heads = torch.arange(config.n_kv_head)[:, None] * per_group
+    heads = heads + torch.arange(config.n_head // config.n_kv_head)  # the first ones of each group
+    queries = heads.flatten()[:, None] * config.head_dim + torch.arange(config.head_dim)
+    kept = dict.fromkeys(('write', 'read', 'gain'), torch.arange(config.n_embd))
+    kept |= dict.fromkeys(('query', 'from query'), queries.flatten())
+    kept |= dict.fromkeys(('mlp', 'from mlp'), torch.arange(config.n_mlp))
+    kept['kv'] = torch.arange(config.n_kv_head * config.head_dim)
     old, state = large.state_dict(), {}
     for name in GPT.on_meta(config).state_dict():
-        state[name] = subset_tensor(config, large.config, name, old[name]).clone()
+        tensor = old[name]
+        stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
+        for dim, role in zip(range(tensor.ndim), ROLES.get(stem, ('gain',))):
+            if role in kept:
+                tensor = tensor.index_select(dim, kept[role].to(tensor.device))
+        if stem == 'wpe':
+            tensor = tensor[: config.block_size]
+        state[name] = tensor.clone()
     return GPT.from_state(config, state, large.wte.weight.device)
 
 
-class LInit:
-    """
-    theta = alpha expand(small) + (1 - alpha) subset(large), of shape `config` between those of two
-    neighbours of a chain, a tensor at a time. alpha None: by relative distance in all parameters,
-    tied ones once. depth: how the smaller one's layers are replicated, as in expand.py. A shape
-    below the chain is a part of the smallest model, given twice: alpha = 0. Raises UserError for a
-    shape that does not lie between them.
-    """
-
-    def __init__(self, small, large, config, alpha=None, depth='bert2bert'):
-        if small.pos == 'learned':
-            config = replace(config, block_size=min(config.block_size, small.block_size))
-        self.large, self.config, self.alpha, self.growth = large, config, 0.0, None
-        if small == large and not fits(small, config):
-            check_between(config, large, config)
-            return
-        check_between(small, large, config)
-        if alpha is None:
-            alpha = default_alpha(all_params(small), all_params(large), all_params(config))
-        self.alpha = alpha
-        self.growth = Growth(small, config, Operators('fpi', depth), piece=2**19)
-
-    @torch.no_grad()
-    def pieces(self, name, ours, theirs):
-        """
-        Yield the tensor `name` in pieces of rows, of the smaller one's dtype, that fit a cache.
-        ours, theirs: name -> a tensor of the smaller and the larger model, or what gives its rows.
-        """
-        cut, row = subset_tensor(self.config, self.large, name, theirs(name)), 0
-        if not self.growth:
-            yield cut
-            return
-        for piece in self.growth.pieces(name, ours):
-            rows = cut[row : row + len(piece)].to(piece.dtype)
-            yield torch.lerp(rows, piece, self.alpha)  # (1 - alpha) rows + alpha piece
-            row += len(piece)
-
-
+@torch.no_grad()
 def linit(small, large, config, alpha=None, depth='bert2bert'):
-    """The model that LInit gives. Mixing helps where the larger one has taught the smaller."""
-    mixed = LInit(small.config, large.config, config, alpha, depth)
-    ours, theirs, state = small.state_dict(), large.state_dict(), {}
-    for name in GPT.on_meta(mixed.config).state_dict():
-        state[name] = torch.cat(list(mixed.pieces(name, ours.__getitem__, theirs.__getitem__)))
-    return GPT.from_state(mixed.config, state, small.wte.weight.device)
-
-
-def linit_folder(small, large, target, mixed, dtype=None):
     """
-    Write the model that `mixed`, a LInit, gives from two model folders into the folder `target`,
-    a few megabytes at a time. dtype: of its weights, None for those of the smaller one.
+    theta = alpha expand(small) + (1 - alpha) subset(large), of shape `config` between two
+    neighbours of a chain, in the smaller one's dtype. Mixing helps where the larger one has taught
+    the smaller. alpha None: by relative distance in all parameters, tied ones once. depth: how the
+    smaller one's layers are replicated, as in expand.py. A shape below the chain, whose smallest
+    model is given twice, is a part of it. Raises UserError for a shape that does not lie between.
     """
-    configs = [read_config(folder) for folder in (small, large)]
-    ours = FolderReader(small, configs[0], shapes_of(configs[0]))
-    theirs = FolderReader(large, configs[1], shapes_of(configs[1]))
-    dtype = dtype or ours['wte.weight'][:1].dtype
-    pieces = partial(mixed.pieces, ours=ours.__getitem__, theirs=theirs.__getitem__)
-    write_model(target, mixed.config, shapes_of(mixed.config), dtype, pieces)
-    write_config(target, mixed.config, dtype, tokenizer_in(small))
+    if small.config.pos == 'learned':
+        config = replace(config, block_size=min(config.block_size, small.config.block_size))
+    if small.config == large.config and not fits(small.config, config):
+        return subset(large, config)
+    check_between(small.config, large.config, config)
+    if alpha is None:
+        alpha = default_alpha(*map(all_params, (small.config, large.config, config)))
+    grown, cut = expand(small, config, depth).state_dict(), subset(large, config).state_dict()
+    state = {}
+    for name, tensor in grown.items():
+        # (1 - alpha) cut + alpha grown
+        state[name] = torch.lerp(cut[name].to(tensor), tensor, alpha)
+    return GPT.from_state(config, state, small.wte.weight.device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -304,54 +251,8 @@ def hypercloning(d):
     return stage
 
 
-def other_mixture(d, start):
-    """
-    LInit with other units of the larger model than the first ones, or with an alpha fitted for each
-    layer, as MIXTURES says: extras/mixing.py.
-    """
-    from extras import mixing
-
-    units, fitted = MIXTURES[start]
-    stage, run, device = d.interpolated(start), d.run, d.method.device
-    alpha = d.method.alpha if d.method.alpha >= 0 else None
-    stage.origin.settings['units'] = units
-    if fitted:
-        stage.origin.settings['alpha'] = 'fitted'
-        stage.also_spent += mixing.BATCHES * run.sequences * run.block_size * 6 * stage.params
-
-    def made():
-        small, large = (load(d.chain[name].folder, device) for name in (d.small, d.large))
-        grown = linit(small, large, d.config, alpha=1.0)
-        if units == 'important':
-            large = mixing.permute_units(large, mixing.most_important(large, d.config))
-        elif units == 'matched':
-            large = mixing.permute_units(large, mixing.best_matching(large, grown))
-        if not fitted:
-            return linit(small, large, d.config, alpha)
-        cut = linit(small, large, d.config, alpha=0.0)
-        return mixing.fitted_model(grown, cut, mixing.calibration(run, d.config, device))
-
-    stage.model = made
-    return stage
-
-
-def recovered_by_kd(d):
-    """LInit, recovering on the distribution of its larger neighbour instead of the text alone."""
-    stage = d.interpolated('linit-kd')
-    d.method.teach(stage, 'forward', d.chain[d.large], d.run)
-    return stage
-
-
-MIXTURES = {  # which units of the larger neighbour, and whether an alpha is fitted for each layer
-    'important': ('important', False),
-    'matched': ('matched', False),
-    'fitted': ('first', True),
-    'matched-fitted': ('matched', True),
-}
 STARTS = {
     'linit': Descendant.interpolated,
-    **{start: partial(other_mixture, start=start) for start in MIXTURES},
-    'linit-kd': recovered_by_kd,
     'random': lambda d: d.stage('random'),
     'single': single,
     'auto-learngene': partial(learngene, which='auto'),
@@ -391,7 +292,7 @@ class ChainOfLearngene:
     share: Fraction = 0.2  # minillm: of the teacher in the distribution that answers are drawn from
     clip: Fraction = 0.2  # minillm: of the ratio of new to old probabilities, to either side
     length: Count = 512  # minillm: tokens of prompt and answer
-    direct: bool = False  # the smallest also from the ancestor (Table 3), at equal tokens and FLOPs
+    direct: bool = False  # the smallest also from the ancestor (Table 3), at equal tokens
     score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
     descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
     alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
@@ -420,15 +321,11 @@ class ChainOfLearngene:
                 start = Result.given(self.public[i], self.public[i])
                 if self.sft_data:
                     start = yield self.tune(f'{size}-sft', configs[size], start, self.sft_data, run)
-            teachers = {size: (teacher, 1.0)}
+            teachers = {size: teacher}
             if self.direct and size == self.chain[-1] and i:
-                top, X = chain['ancestor'], configs[size].num_params(head=True)
-                costs = [self.token_flops(X, t.params) for t in (teacher, top)]
-                equal = costs[0] / costs[1]  # tokens at the same FLOPs
-                teachers |= {f'{size}-direct': (top, 1.0), f'{size}-direct-flops': (top, equal)}
-            for name, (t, share) in teachers.items():  # from one start: else that is compared
+                teachers[f'{size}-direct'] = chain['ancestor']
+            for name, t in teachers.items():  # from one start: else that is compared
                 stage = self.student(name, configs[size], teacher, start)
-                stage.tokens *= share
                 stage.labels = dict(checkpoint=name, teacher=t.name)
                 self.teach(stage, self.distillation, t, run)
                 result = yield stage
@@ -486,16 +383,13 @@ class ChainOfLearngene:
     def answering(self, run):
         """
         The Result of the bridge's ancestor, whose answers `ancestor` learns from: fine-tuned first,
-        in its own vocabulary, if bridge_data names a set. UserError where it cannot be.
+        in its own vocabulary, if bridge_data names a set.
         """
-        config = None
         if run.dry_run:
             config = planned_config(self.bridge)
-        elif is_ours(self.bridge):
+        else:
             config = read_config(model_folder(self.bridge))
-        if not config and self.bridge_data:
-            raise UserError(f'{self.bridge} cannot be fine-tuned here: leave out bridge_data')
-        if not config:  # another library's: what its answers cost is not known
+        if not config:  # a plan does not know what its answers cost
             return Result.given('bridge-ancestor', self.bridge)
         result = given_ancestor(self.bridge, config, run.dry_run)
         result.name = Path(self.bridge).name
@@ -544,13 +438,6 @@ class ChainOfLearngene:
         answers are learned from, and both models draw them once for all inner epochs.
         """
         return 6 * X + 2 * (X + X_teacher) / self.inner_epochs
-
-    def token_flops(self, X, X_teacher):
-        """FLOPs of the chain's distillation for each token of text."""
-        if self.distillation == 'seqkd':  # the teacher has answered before
-            return 6 * X
-        answers = self.answer_flops(X, X_teacher) if self.distillation == 'minillm' else 0.0
-        return 6 * X + 2 * X_teacher + answers
 
     def teach(self, stage, distillation, teacher, run):
         """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
@@ -610,10 +497,8 @@ class ChainOfLearngene:
         for size in self.descendants:
             small, _, configs[size] = between(shapes, run.model_config(size))
             below = not fits(shapes[small], configs[size])
-            mixtures = {'single', *MIXTURES} & {*self.baselines}
-            if below and (mixtures or self.alphas):
-                what = ', '.join(sorted(mixtures)) or 'an alpha'
-                raise UserError(f'{size} lies below the chain: there is no {what} of it')
+            if below and ('single' in self.baselines or self.alphas):
+                raise UserError(f'{size} lies below the chain: there is no single, no alpha of it')
         if not run.dry_run:
             for name in self.corpora:
                 Examples(name, run.data_dir, 'train')  # it complains if these are none
@@ -715,38 +600,21 @@ class Interpolation:
     target: str = ''  # folder to be made; of several sizes, a folder of folders
     to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
     params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
-    memory: tuple[Positive, ...] = ()  # ... about so many bytes of weights, as they are saved
-    latency: tuple[Positive, ...] = ()  # ... about so many seconds a token here, as is measured
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
     depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
     save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
     data: str = ''  # corpus whose validation loss they have, untrained, beside their neighbours
     data_dir: str = 'data'  # where it is
     eval_tokens: Natural = 65536  # validation tokens; 0: the whole split
-    device: str = 'auto'  # for losses and latency: cuda, mps or cpu
+    device: str = 'auto'  # for losses: cuda, mps or cpu
 
 
-def sizes_of(options, folders):
+def sizes_of(options):
     """{name: size or number of parameters} that the options ask for. Raises UserError."""
     sizes = [(to, to) for to in options.to] + [(format_count(n), n) for n in options.params]
-    if options.memory or options.latency:
-        shapes = {name: read_config(folder) for name, folder in folders.items()}
-        name = min(shapes, key=lambda name: all_params(shapes[name]))
-        dtype = getattr(torch, options.save_dtype, None) or dtype_in(folders[name], shapes[name])
-        sizes += [(format_bytes(n), n / dtype.itemsize) for n in options.memory]
-        for seconds in options.latency:
-            from extras.latency import params_of_latency
-
-            device = choose_device(options.device)
-            sizes.append((f'{seconds:g}s', params_of_latency(shapes, seconds, device, dtype)))
     if len(dict(sizes)) < len(sizes):
         raise UserError('two of the sizes have the same name: give them one at a time')
     return dict(sizes)
-
-
-def dtype_in(folder, config):
-    """The dtype of the weights in a model folder."""
-    return FolderReader(folder, config, shapes_of(config))['wte.weight'][:1].dtype
 
 
 def chain_folders(folder):
@@ -774,8 +642,9 @@ def place_between(folders, size):
 def interpolate(options, small, large, config, folder):
     """Write the model of a shape between the models in two folders."""
     alpha = None if options.alpha < 0 else options.alpha
-    mixed = LInit(read_config(small), read_config(large), config, alpha, options.depth)
-    linit_folder(small, large, folder, mixed, getattr(torch, options.save_dtype, None))
+    made = linit(load(small), load(large), config, alpha, options.depth)
+    dtype = getattr(torch, options.save_dtype, None)
+    made.save(folder, tokenizer_to_carry(small), dtype=dtype)
 
 
 def losses_at_step_0(folders, options):
@@ -796,15 +665,12 @@ def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
     argv = with_positionals(argv, 'chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
-    sizes = options.to or options.params or options.memory or options.latency
-    if not (options.chain and options.target and sizes):
-        ways = '--to=SIZE,... or --params=NUMBER,... (or --memory, --latency)'
-        raise UserError(f'usage: col.py CHAIN TARGET {ways}')
+    if not (options.chain and options.target and (options.to or options.params)):
+        raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
     if options.data:  # before anything is made
         verify_corpus(options.data, options.data_dir)
     folders, compared = chain_folders(options.chain), {}
-    sizes = sizes_of(options, folders)
-    wanted = {name: place_between(folders, size) for name, size in sizes.items()}
+    wanted = {name: place_between(folders, size) for name, size in sizes_of(options).items()}
     for name, (small, large, config) in wanted.items():
         folder = Path(options.target)
         if len(wanted) > 1:

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import engine.quick_start  # before torch, whose import it shortens
-
 import numpy as np
 import torch
 
@@ -116,7 +114,7 @@ def drafting(generator, openers, examples, options):
         torch.manual_seed(0)
         started, stats = time.time(), Speculation()
         for prompt in progress_bar(prompts, desc=name):
-            stats.add(speculate(generator, draft, [prompt], *limits, sampling)[1])
+            stats.add(speculate(generator, draft, prompt[None], *limits, sampling)[1])
         record = {'draft': name, 'seconds': (time.time() - started) / len(prompts)}
         record['KL(draft || model) on text'] = kl_divergence(draft, generator, examples)
         record['KL where it drafts'] = stats.divergence

@@ -30,8 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
 
 from configurator import (
@@ -46,8 +44,7 @@ from configurator import (
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder
-from engine.growth import PIECE, Axis, Copying, by_head, copy_of, grow_tensor, round_robin
-from engine.hub import model_folder
+from engine.growth import Axis, by_head, copy_of, grow_tensor, round_robin
 from engine.optimizer import load_optimizer_state, stable_steps
 from engine.report import (
     Line,
@@ -55,15 +52,12 @@ from engine.report import (
     by_label,
     compare_variants,
     family_cost,
-    lead_begins,
     mean_curve,
     steps_to_loss,
     training_curve,
 )
-from engine.rows import FolderReader, check_finite, write_model
 from engine.stage import Origin, Result, Stage
-from let import Alignment, pair_layers, teach
-from model import GPT, SIZE_FIELDS, GPTConfig, load, read_config, write_config
+from model import GPT, SIZE_FIELDS, GPTConfig, load
 
 WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
 
@@ -256,10 +250,10 @@ def check_growth(small, large):
 
 
 class Growth:
-    """A growth between two shapes: what each tensor of the larger model is, piece by piece."""
+    """A growth between two shapes: what each tensor of the larger model is."""
 
-    def __init__(self, small, large, operators, piece=PIECE):
-        """piece: elements grown at once; the noise depends on it. Raises UserError."""
+    def __init__(self, small, large, operators):
+        """Raises UserError where the shapes or the operators do not allow it."""
         for what, name, known in (
             ('width operator', operators.width, WIDTH),
             ('depth operator', operators.depth, DEPTH),
@@ -267,7 +261,7 @@ class Growth:
             if name not in known:
                 raise unknown(what, name, known)
         check_growth(small, large)
-        self.small, self.large, self.operators, self.piece = small, large, operators, piece
+        self.small, self.large, self.operators = small, large, operators
         widening = WIDTH[operators.width](small, large)
         self.from_above = widening.from_above
         self.axes = axes_between(small, large, widening.residual)
@@ -284,36 +278,20 @@ class Growth:
         axes = [role and self.axes[role] for role in ROLES[stem]]
         return axes[:1] if kind == 'bias' else axes
 
-    def pieces(self, name, fetch, moment=0):
-        """
-        Yield the new tensor `name` in pieces of rows. fetch: old name -> a tensor, or what gives
-        rows by slicing and has a shape. moment: 0 for weights; 1 and 2 for AdamW's exp_avg and
-        exp_avg_sq, which follow the gradient. The pieces, and so the noise, do not depend on
-        where and in which order tensors are grown.
-        """
+    def tensor(self, name, old):
+        """The new tensor `name`; old: {name: tensor} of the smaller model."""
         match = re.match(r'blocks\.(\d+)\.(.+)', name)
         layer = self.layers[int(match[1])] if match else None
-        old, donor = fetch(self.name_in(layer, match, 0, name)), None
+        donor = None
         if self.from_above and match and 'norm' not in name:
-            if layer.source + 1 < self.small.n_layer:
-                donor = fetch(self.name_in(layer, match, 1, name))
-        axes, noise = self.roles(name), self.operators.noise
-        if moment:  # units without an origin: no momentum, but a mean second moment, else they leap
-            fill, noise = 'zero' if moment == 1 else 'mean', 0.0
-            axes = [axis and axis.dual(fill) for axis in axes]
-
-        def generator_of(start):
-            key = f'{self.operators.seed} {name} {start}'
-            return torch.Generator().manual_seed(zlib.crc32(key.encode()))
-
-        outputs = re.search(r'\.(attn\.o|mlp\.down)\.', name) is not None
-        is_zero = layer and layer.adds_nothing and (moment == 1 or not moment and outputs)
-        rescale = self.rescaled(match) ** (1, -1, -2)[moment]
-        copying = Copying(max(1, moment), noise, generator_of, self.piece)
-        for piece in grow_tensor(old, donor, axes, copying):
-            if is_zero:
-                piece = torch.zeros_like(piece)
-            yield piece if rescale == 1 else rescale * piece
+            donor = old.get(self.name_in(layer, match, 1, name))  # the last layer has none above
+        key = f'{self.operators.seed} {name} 0'
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        tensor = old[self.name_in(layer, match, 0, name)]
+        new = grow_tensor(tensor, donor, self.roles(name), self.operators.noise, generator)
+        if layer and layer.adds_nothing and re.search(r'\.(attn\.o|mlp\.down)\.', name):
+            return torch.zeros_like(new)
+        return new * self.rescaled(match)
 
     def name_in(self, layer, match, above, name):
         """The old tensor that `name` copies, or with above=1 the same of the layer above it."""
@@ -343,9 +321,8 @@ def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     the field in the way.
     """
     growth = Growth(model.config, config, Operators(width, depth, noise, seed))
-    old, grown = model.state_dict(), {}
-    for name in GPT.on_meta(config).state_dict():
-        grown[name] = torch.cat(list(growth.pieces(name, old.__getitem__)))
+    old = model.state_dict()
+    grown = {name: growth.tensor(name, old) for name in GPT.on_meta(config).state_dict()}
     return GPT.from_state(config, grown, model.wte.weight.device).train(model.training)
 
 
@@ -358,64 +335,6 @@ def widen(model, config, method='lossless', noise=0.0, seed=0):
 def deepen(model, n_layer, method='identity'):
     """A deeper model of n_layer layers, as wide as it was."""
     return grow(model, replace(model.config, n_layer=n_layer), 'fpi', method)
-
-
-@torch.no_grad()
-def grow_optimizer(state, small, large, width='lossless', depth='identity'):
-    """
-    AdamW's state carried through a growth, so that training continues without a warmup. state:
-    {'step': int, 'exp_avg': {name: tensor}, 'exp_avg_sq': {name: tensor}}; returns the same for
-    the shape `large`. Gradients follow the dual of the weights' map, exp_avg_sq its square: exact
-    for whole multiples, and under RMSNorm for any width, without noise and with as many queries
-    per key as before; an estimate elsewhere, and where layers are copied.
-    """
-    growth = Growth(small, large, Operators(width, depth))
-    grown = dict(step=state['step'], exp_avg={}, exp_avg_sq={})
-    for name in GPT.on_meta(large).state_dict():
-        for moment, key in ((1, 'exp_avg'), (2, 'exp_avg_sq')):
-            pieces = growth.pieces(name, state[key].__getitem__, moment)
-            grown[key][name] = torch.cat(list(pieces))
-    return grown
-
-
-@torch.no_grad()
-def grown_tensors(source, config, operators):
-    """
-    Yield the (name, tensor)s of the model `source`, a folder or hub name, grown to the shape
-    `config`, in the order of its parameters. The old one is read by rows, and never in memory.
-    """
-    folder = model_folder(source)
-    small = read_config(folder)
-    growth = Growth(small, config, operators)
-    old = FolderReader(folder, small, shapes_of(small))
-    for name in shapes_of(config):
-        tensor = torch.cat(list(growth.pieces(name, old.__getitem__)))
-        check_finite(name, tensor)
-        yield name, tensor
-
-
-def grow_folder(source, target, shape, operators, dtype=None):
-    """
-    Grow the model `source`, a folder or hub name, into the new folder `target`, a few megabytes at
-    a time: neither model is ever in memory (what transformers packs is held one tensor at a time).
-    shape: GPTConfig of the model -> GPTConfig of the larger one; dtype: of the new weights, None
-    for the old ones'. Built beside `target` and renamed when complete. Raises UserError.
-    """
-    with new_folder(target) as unfinished:
-        source = model_folder(source)
-        small = read_config(source)
-        large = shape(small)
-        growth = Growth(small, large, operators)
-        old = FolderReader(source, small, shapes_of(small))
-        dtype = dtype or old['wte.weight'][:1].dtype
-        pieces = partial(growth.pieces, fetch=old.__getitem__)
-        write_model(unfinished, large, shapes_of(large), dtype, pieces)
-        write_config(unfinished, large, dtype, tokenizer_to_carry(source))
-
-
-def shapes_of(config):
-    """{name: shape} of the tensors of a model of this configuration."""
-    return {name: tuple(t.shape) for name, t in GPT.on_meta(config).state_dict().items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -501,8 +420,6 @@ class Progressive:
     width: Literal[*WIDTH, 'random'] = 'aki'  # random: as many tokens, nothing inherited
     depth: Literal[*DEPTH] = 'stack'
     noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
-    optimizer: Literal['fresh', 'grown'] = 'fresh'  # AdamW's state after a growth; grown: no warmup
-    taught: NonNegative = 0.0  # lambda0 of LET by the size before, for 15% of the steps; 0: none
     last_schedule: Literal['', 'cosine', 'wsd'] = ''  # of the largest, from which nothing grows
     compare: Literal['', 'independent'] = ''  # also train each size from scratch
     independent_learning_rates: tuple[Positive, ...] = ()  # of those; empty: the family's
@@ -525,13 +442,10 @@ class Progressive:
             name = self.name(i)
             stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
             stage.knobs, stage.labels = self.knobs_of(i), dict(size=name) | unique
-            stage.knobs['keep_optimizer'] = self.optimizer == 'grown' or run.keep_optimizer
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
-                grow_stage(stage, smaller, configs[i - 1], operators, self.optimizer == 'grown')
+                grow_stage(stage, smaller, configs[i - 1], operators)
                 stage.also_spent = member.flops if member is not smaller else 0.0
-            if smaller and self.taught:
-                self.teach(stage, member, configs[i - 1])
             if run.schedule == 'wsd' and i + 1 < len(configs):
                 smaller, member = yield from trunk_and_branch(stage, run)
                 continue
@@ -590,12 +504,6 @@ class Progressive:
             knobs['batch_size'] = self.batch_sizes[i]
         return knobs
 
-    def teach(self, stage, smaller, small_config):
-        """Let the size before teach a grown one, by Late-to-Early Training."""
-        layers = pair_layers('L2E', small_config.n_layer, stage.config.n_layer)
-        X = small_config.num_params()
-        teach(stage, smaller.folder, Alignment(*layers, self.taught, s_stop=0.15), X)
-
     def check(self, configs, params):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
         lists = ('params', 'scratch_tokens', 'tokens', 'shares', 'learning_rates', 'batch_sizes')
@@ -611,8 +519,8 @@ class Progressive:
                 Growth(small, large, Operators(self.width, self.depth))
 
 
-def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
-    """Let a stage start from the model of the Result `smaller`, grown, with its AdamW state."""
+def grow_stage(stage, smaller, small_config, operators):
+    """Let a stage start from the model of the Result `smaller`, grown."""
     large = stage.config
     settings = {}
     if any(getattr(small_config, f) != getattr(large, f) for f in WIDTH_FIELDS):
@@ -623,15 +531,8 @@ def grow_stage(stage, smaller, small_config, operators, carry_optimizer=False):
         settings['noise'] = operators.noise
     stage.parent = smaller
     stage.origin = Origin('growth', (smaller.name,), settings)
-    stage.tensors = partial(grown_tensors, smaller.folder, large, operators)
-    if carry_optimizer:
-
-        def grown_state():
-            state, width = load_optimizer_state(smaller.folder), operators.width
-            return grow_optimizer(state, small_config, large, width, operators.depth)
-
-        stage.optimizer_state = grown_state
-        stage.knobs |= dict(warmup=0.0)
+    how = dict(width=operators.width, depth=operators.depth, noise=operators.noise)
+    stage.model = lambda: grow(load(smaller.folder), large, **how, seed=operators.seed)
 
 
 def data_panel(results):
@@ -722,7 +623,7 @@ class GrowthComparison:
     target: str = '64x4'  # size it is grown to; exp, stk2 and stk4 are relative to the base
     base_tokens: Positive = 1e6  # D1, tokens of the first stage
     tokens: Positive = 5e5  # D2, tokens of each second stage
-    variants: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # +noise, +grown
+    variants: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # +noise
     noise: NonNegative = 0.1  # zero-sum noise of the variants with +noise
     seeds: Count = 3  # runs of everything, each with its own initialisation and data order
 
@@ -730,31 +631,26 @@ class GrowthComparison:
         """For every seed the base, then every variant."""
         base, target = self.shapes(run)
         given = bool(self.base_model) and not run.toy  # a toy trains a small one instead
-        grown = {}  # variant: (its Operators or None, whether the optimizer state is carried)
-        for variant in self.variants:
-            grown[variant] = self.parse(variant)
-            if grown[variant][0]:
-                Growth(base, target, grown[variant][0])  # complain before anything is trained
+        grown = {variant: self.parse(variant) for variant in self.variants}
+        for operators in filter(None, grown.values()):
+            Growth(base, target, operators)  # complain before anything is trained
         if not grown or len(grown) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
         X, X_base = target.num_params(head=True), base.num_params(head=True)
-        carry_any = any(carry for _, carry in grown.values())
-        if given and carry_any and not run.dry_run:
-            load_optimizer_state(model_folder(self.base_model))  # it complains if there is none
         for seed in range(self.seeds):
             if given:
                 smaller = Result.given(Path(self.base_model).name, self.base_model)
             else:
                 first = Stage(f'base-{seed}', base, self.base_tokens, X_base)
-                first.knobs = dict(seed=run.seed + seed, keep_optimizer=carry_any)
+                first.knobs = dict(seed=run.seed + seed)
                 smaller = yield first
-            for variant, (operators, carry) in grown.items():
+            for variant, operators in grown.items():
                 stage = Stage(f'{variant}-{seed}', target, self.tokens, X, data_after=smaller)
                 stage.knobs = dict(seed=run.seed + seed)
                 stage.tokenizer = self.base_model if given else ''
                 stage.labels = dict(variant=variant, seed=seed)
                 if operators:
-                    grow_stage(stage, smaller, base, operators, carry)
+                    grow_stage(stage, smaller, base, operators)
                 yield stage
 
     def shapes(self, run):
@@ -768,22 +664,18 @@ class GrowthComparison:
         return run.model_config(self.base), run.model_config(self.base, **sizes)
 
     def parse(self, variant):
-        """'aki+stack+noise+grown' -> (Operators, True); random -> (None, False). UserError."""
+        """'aki+stack+noise' -> its Operators; random -> None. Raises UserError."""
         if variant == 'random':
-            return None, False
+            return None
         width, _, rest = variant.partition('+')
         depth, *more = rest.split('+')
-        if not depth or set(more) - {'noise', 'grown'}:
-            wanted = 'random or WIDTH+DEPTH, with +noise or +grown after it'
+        if not depth or more not in ([], ['noise']):
+            wanted = 'random or WIDTH+DEPTH, with +noise after it'
             raise UserError(f'{variant!r} in variants must be {wanted}')
-        noise = self.noise if 'noise' in more else 0.0
-        return Operators(width, depth, noise), 'grown' in more
+        return Operators(width, depth, self.noise if more else 0.0)
 
     def summary(self, results):
-        """
-        The ranking, and the difference from the first variant, seed by seed: after how many tokens
-        the others come to lie below it for good, if losses were measured on the way.
-        """
+        """The ranking, with the difference from the first variant, seed by seed, and the curves."""
         first, groups = self.variants[0], by_label(results, 'variant')
         curves = {variant: mean_curve(runs) for variant, runs in groups.items()}
         panel = Panel('tokens of the second stage', 'validation loss')
@@ -792,8 +684,6 @@ class GrowthComparison:
             curve, tokens = curves[record['variant']], groups[record['variant']][0].tokens
             if len(curve) > 2:
                 record['at step 0'] = curve[0][1]
-                start = lead_begins(curve, curves[first])
-                record['ahead from'] = '' if start is None else f'{start * tokens:,.0f} tokens'
             x, y = zip(*curve)
             panel.lines.append(Line([share * tokens for share in x], list(y), record['variant']))
         blocks = [sorted(records, key=lambda record: record['val loss'])]
@@ -824,12 +714,13 @@ def main(argv):
     options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET')
     if not (options.source and options.target and options.to):
         raise UserError('missing arguments; usage: expand.py SOURCE TARGET --to=SIZE')
-    operators = Operators(options.width, options.depth, options.noise, options.seed)
-    shape = partial(grown_shape, to=options.to)
-    dtype = getattr(torch, options.save_dtype, None)
-    grow_folder(options.source, options.target, shape, operators, dtype)
-    grown, source = read_config(options.target), read_config(model_folder(options.source))
-    sizes = f'{source.num_params():,} to {grown.num_params():,} parameters (N)'
+    how = dict(width=options.width, depth=options.depth, noise=options.noise, seed=options.seed)
+    with new_folder(options.target) as unfinished:
+        model = load(options.source)
+        grown = grow(model, grown_shape(model.config, options.to), **how)
+        tokenizer = tokenizer_to_carry(options.source)
+        grown.save(unfinished, tokenizer, dtype=getattr(torch, options.save_dtype, None))
+    sizes = f'{model.config.num_params():,} to {grown.config.num_params():,} parameters (N)'
     print(f'{options.target}: grown from {sizes} by {options.width} and {options.depth}')
 
 

@@ -21,8 +21,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-import engine.quick_start  # before torch, whose import it shortens
-
 from configurator import (
     Count,
     Fraction,
@@ -41,11 +39,10 @@ from engine.hub import model_folder
 from engine.loss import evaluate
 from engine.metrics import has_metrics
 from engine.report import Line, Panel, by_label, compare_variants, mean_curve
-from engine.rows import weight_files
 from engine.stage import Origin, Result, Stage
+from engine.weights import weight_files
 from extras.attention import (
     Attention,
-    analyse,
     attention_command,
     observe_attention,
     observed_panels,
@@ -135,13 +132,6 @@ def alternate_layers(k, n):
     return every_other + [max(0, layer) for layer in range(k - 2 - missing, k - 2)]
 
 
-def most_attentive(reference, idx, n):
-    """The n layers whose largest rank, over heads, is highest on idx (B, T), in their order."""
-    rank, _ = analyse(reference, idx)
-    order = rank.amax(-1).double().mean(1).argsort(descending=True, stable=True)
-    return sorted(order[:n].tolist())
-
-
 def stacked_layers(half, n):
     """The first `half` layers again and again, n in all, copied as they are (section 4)."""
     return [layer % half for layer in range(n)]
@@ -173,8 +163,7 @@ class Comparison:
         if self.reference:
             stage.tokenizer = self.reference.folder
         if method.observe_attention and not self.run.dry_run:
-            seed = stage.knobs['seed'] if stage.origin.kind == 'random' else None
-            stage.observe = observe_attention(run_samples(self.run, self.config, 8), seed)
+            stage.observe = observe_attention(run_samples(self.run, self.config, 8))
         return stage
 
     def copy(self, model, layers):
@@ -236,15 +225,6 @@ def last_layers(c):
     yield c.inherited(f'last-layers-{n}', build, origin)
 
 
-def attentive_layers(c):
-    """The layers whose heads have the highest ranks, wherever they are: the lazy ones left out."""
-    n = c.n
-    origin = Origin('attentive layers', settings=dict(layers=n))
-    samples = lambda: run_samples(c.run, c.config, 20)[:, :-1]
-    build = lambda r: c.copy(r, most_attentive(r, samples(), n))
-    yield c.inherited(f'attentive-layers-{n}', build, origin)
-
-
 def stacking(c):
     """A model of half the layers from random initialisation, stacked once."""
     n, half = c.n, max(1, c.n // 2)
@@ -296,7 +276,6 @@ BASELINES = {
     'random': random_init,
     'random-2x': random_2x,
     'last-layers': last_layers,
-    'attentive-layers': attentive_layers,
     'stacking': stacking,
     'hybrid-stacking': hybrid_stacking,
     'half-width': half_width_child,

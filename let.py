@@ -18,8 +18,7 @@ a teacher would do is measured before training by extras/alignment.py.
 
 import re
 import statistics
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,13 +27,10 @@ import torch.nn.functional as F
 
 from configurator import Count, Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.instruct import run_source
-from data.loader import Share
 from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
-from engine.device import choose_device
 from engine.errors import UserError, unknown
-from engine.loss import IGNORED, Distillation
+from engine.loss import Distillation
 from engine.metrics import read_metrics
 from engine.report import (
     Line,
@@ -56,7 +52,7 @@ from engine.teacher import (
     planned_config,
     teacher_states,
 )
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------
 # losses
@@ -99,15 +95,6 @@ def cosine_similarity(target, teacher, covered=None):
     teacher = at_least_float32(teacher)
     matched = match_width(target, teacher.shape[-1])
     return mean_over(F.cosine_similarity(matched, teacher, dim=-1), covered)
-
-
-def centred(hidden, covered=None):
-    """Hidden vectors (..., D) less their mean over positions, or over those that are covered."""
-    mask = covered if covered is None else covered[..., None]
-    if mask is None:
-        return hidden - hidden.flatten(0, -2).mean(0)
-    total = (hidden * mask).flatten(0, -2).sum(0)
-    return hidden - total / mask.sum().clamp(min=1)
 
 
 def cosine(target, teacher, covered):
@@ -198,24 +185,6 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
         return ALIGNMENTS[kind](target, teacher, covered)
 
 
-@torch.no_grad()
-def similarity_floors(teacher_hidden, idx, covered=None):
-    """
-    What is reached without reading a context: the mean cosine similarity to the teacher's hidden
-    states (B, T, D) of the best constant vector, and of the best function of the current token of
-    idx (B, T). Each position is compared with what the others give (leave one out); a token that
-    comes once has the constant. Returns (constant, token).
-    """
-    kept = torch.ones_like(idx, dtype=torch.bool) if covered is None else covered
-    unit = F.normalize(at_least_float32(teacher_hidden)[kept], dim=-1)  # (n, D)
-    _, token, count = idx[kept].unique(return_inverse=True, return_counts=True)
-    sums = unit.new_zeros(len(count), unit.shape[-1]).index_add_(0, token, unit)
-    all_others = unit.sum(0) - unit
-    alike = torch.where((count > 1)[token][:, None], sums[token] - unit, all_others)
-    found = [F.cosine_similarity(unit, best, dim=-1).mean() for best in (all_others, alike)]
-    return tuple(value.item() for value in found)
-
-
 # ----------------------------------------------------------------------------------------------
 # objectives: (model, x, y, progress) -> (loss, scalars)
 
@@ -253,24 +222,23 @@ def let(teacher, alignment, tokenizers=None):
         output = model(x, y, hidden_at=alignment.target_layer)
         l_proj = alignment_loss(output.hidden, theirs, alignment.kind, covered)
         scalars = dict(data_loss=output.loss, alignment_loss=l_proj)
-        scalars |= similarities(output.hidden.detach(), theirs, covered)
+        scalars['similarity'] = cosine_similarity(output.hidden.detach(), theirs, covered)
+        scalars['constant_similarity'] = constant_similarity(theirs, covered)
         scalars['alignment_weight'] = torch.full((), weight, device=x.device)
         return output.loss + weight * l_proj, scalars
 
     return objective
 
 
-def similarities(target_hidden, teacher_hidden, covered=None):
+def constant_similarity(teacher_hidden, covered=None):
     """
-    Cosine similarity of hidden states as they are, and centred: without what all positions have
-    in common, which a constant vector would match.
+    Mean cosine similarity of the teacher's hidden states (..., D) to the best constant vector: what
+    the target reaches without reading anything.
     """
-    target = match_width(at_least_float32(target_hidden), teacher_hidden.shape[-1])
-    centred_pair = centred(target, covered), centred(teacher_hidden, covered)
-    return dict(
-        similarity=cosine_similarity(target, teacher_hidden, covered),
-        centred_similarity=cosine_similarity(*centred_pair, covered),
-    )
+    unit = F.normalize(at_least_float32(teacher_hidden), dim=-1)
+    if covered is not None:
+        return (unit * covered[..., None]).flatten(0, -2).sum(0).norm() / covered.sum().clamp(min=1)
+    return unit.flatten(0, -2).mean(0).norm()
 
 
 def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
@@ -320,7 +288,6 @@ def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
 
 PAIRINGS = ('L2E', 'L2M', 'L2L', 'M2E', 'M2M', 'M2L')
 UNKNOWN_LAYERS = 10**6  # more than any pairing asks for
-FLOOR_POSITIONS = 2**13  # on which the similarity floors are estimated
 
 
 def pair_layers(pairing, teacher_layers, target_layers):
@@ -366,9 +333,8 @@ class Teacher(NamedTuple):
         return cls(name, config.n_layer, config.n_embd, params, head)
 
     def used_by(self, alignment):
-        """Parameters of the layers that an alignment asks for: ours stops there."""
-        ours = self.layers and self.head
-        return self.params * (alignment.teacher_layer / self.layers if ours else 1.0)
+        """Parameters of the layers that an alignment asks for: a teacher stops there."""
+        return self.params * (alignment.teacher_layer / self.layers if self.layers else 1.0)
 
 
 @dataclass
@@ -402,7 +368,6 @@ class LET:
             stage = Stage('teacher', teacher.config, self.teacher_tokens, X)
             taught = yield stage
             teacher = teacher._replace(name=taught.folder)
-        self.floors = partial(floors_of, teacher, run)  # for the summary
         for seed in range(self.seeds):
             for variant, alignment in alignments.items():
                 stage = self.target(run, teacher, variant, alignment)
@@ -482,17 +447,7 @@ class LET:
             check_vocabulary(corpus, model.config, self.teacher)
             print(f'{self.teacher} does not name its tokenizer; assuming {ours}, as the corpus')
         distilling = {'rkd', 'salt'} & set(self.variants)
-        untrained = any('untrained' in variant.split('+') for variant in self.variants)
-        if (distilling or untrained) and not isinstance(model, GPT):
-            needed = 'RKD, SALT and untrained teachers'
-            raise UserError(f'{needed} need a model that load() opens, not {self.teacher}')
-        if isinstance(model, GPT):
-            found = Teacher.of(self.teacher, model.config)
-        else:
-            embeddings = model.get_input_embeddings().weight
-            params = float(sum(p.numel() for p in model.parameters()) - embeddings.numel())
-            layers = model.config.num_hidden_layers
-            found = Teacher(self.teacher, layers, embeddings.shape[-1], params)
+        found = Teacher.of(self.teacher, model.config)
         if same_tokenizer(ours, theirs):
             if distilling:
                 check_vocabulary(corpus, model.config, self.teacher)
@@ -506,35 +461,27 @@ class LET:
     def summary(self, results):
         """
         Losses, steps to the baseline's last loss, FLOPs and time beside the baseline's, and how
-        similar target and teacher were, with what is reached without reading a context.
+        similar target and teacher were, beside the best constant vector.
         """
         records = compare_variants(results, 'baseline')
         groups = by_label(results, 'variant')
         baseline = {r.labels['seed']: r for r in groups.get('baseline', [])}
-        names = ('similarity', 'centred_similarity')
-        panels = [Panel('step', name.replace('_', ' ')) for name in names]
+        panel = Panel('step', "similarity to the teacher's last layer")
         for record in records:
             runs = groups[record['variant']]
             if baseline:
                 record |= against(runs, baseline)
-            for name, panel in zip(names, panels):
-                steps, values = mean_scalar(runs, name)
-                if steps:
-                    record[name.replace('_', ' ')] = values[-1]
-                    panel.lines.append(Line(steps, values, record['variant']))
+            steps, values = mean_scalar(runs, 'similarity')
+            if steps:
+                constant = mean_scalar(runs, 'constant_similarity')[1]
+                record |= {'similarity': values[-1], 'of a constant': constant[-1]}
+                panel.lines.append(Line(steps, values, record['variant']))
         blocks = [records]
         for result in results:
             if result.name == 'teacher':
                 flops = format_si(result.flops)
                 blocks.insert(0, f'teacher: {result.val_loss:.4f} after {flops}FLOPs')
-        if panels[0].lines:
-            floors = self.floors()
-            for panel, height in zip(panels, (floors.token, floors.centred_token)):
-                last = max(line.x[-1] for line in panel.lines)
-                floor = Line([0, last], [height] * 2, 'current token alone', '--', 'black')
-                panel.lines.append(floor)
-            blocks += [str(floors), ('similarity.png', panels)]
-        return blocks
+        return [*blocks, ('similarity.png', [panel] if panel.lines else [])]
 
 
 def check_positions(alignments, widest, config, run):
@@ -542,36 +489,6 @@ def check_positions(alignments, widest, config, run):
     positions = run.sequences * min(run.block_size, config.block_size)
     if any(alignment and alignment.kind == 'cca' for alignment in alignments.values()):
         check_cca(positions, widest)
-
-
-class Floors(NamedTuple):
-    """Similarity to a teacher's last layer that is reached without reading a context."""
-
-    constant: float  # by the best constant vector
-    token: float  # by the best function of the current token
-    centred_token: float  # the same after centring, which leaves a constant nothing
-
-    def __str__(self):
-        return (
-            "similarity to the teacher's last layer without reading a context: a constant vector "
-            f'{self.constant:.2f}, a function of the current token {self.token:.2f} (centred: 0, '
-            f'{self.centred_token:.2f})'
-        )
-
-
-def floors_of(teacher, run):
-    """The Floors of a Teacher on validation text."""
-    device = choose_device(run.device)
-    model = open_teacher(teacher.name, device)
-    length = min(run.block_size, longest_context(model))
-    found = run_source(replace(run, block_size=length)).validation
-    x, y, _ = next(found(max(1, FLOOR_POSITIONS // length), Share(device)))
-    x = x[(y != IGNORED).any(1)]  # a short split is filled up with copies
-    with torch.no_grad():
-        states, covered = teacher_states(x, model, 0, teacher.tokenizers)
-    constant, token = similarity_floors(states, x, covered)
-    _, centred_token = similarity_floors(centred(states, covered), x, covered)
-    return Floors(constant, token, centred_token)
 
 
 def mean_scalar(runs, name):

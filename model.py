@@ -28,9 +28,9 @@ from engine.hugging_face import (
     tensors_to_hugging_face,
 )
 from engine.loss import fused_linear_cross_entropy
-from engine.rows import check_finite, check_numbers, read_tensors, write_tensors
 from engine.sizes import FAMILIES, SIZES
 from engine.tokenizer_files import write_tokenizer
+from engine.weights import check_finite, check_numbers, read_tensors, write_tensors
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
 MAX_LAYERS = 1000  # many more than any model has: a damaged file is noticed before it is built
@@ -417,8 +417,6 @@ class GPT(nn.Module):
         """RoPE's tables for the positions `at`, an index; None for learned positions."""
         if self.wpe is not None:
             return None
-        if isinstance(at, torch.Tensor) and at.ndim == 2:  # of each sequence; alike for all heads
-            at = at[:, None]
         return self.cos[at], self.sin[at]
 
     @property

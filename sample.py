@@ -19,10 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
-import torch.nn.functional as F
 
 from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import open_corpus
@@ -79,7 +76,7 @@ def generate(model, prompts, max_new_tokens, sampling=AS_IT_IS):
 class Speculation:
     """What drafting did."""
 
-    rounds: int = 0  # of drafting and reading what was drafted, of each sequence
+    rounds: int = 0  # of drafting and reading what was drafted
     drafted: int = 0  # tokens
     accepted: int = 0  # of these
     divergences: list = field(default_factory=list)  # KL(draft || model) at each drafted position
@@ -102,117 +99,51 @@ class Speculation:
         return sum(self.divergences) / max(1, len(self.divergences))
 
 
-class Texts:
-    """Texts that are written together, each at its own length."""
-
-    def __init__(self, prompts, max_new_tokens):
-        device = prompts[0].device
-        self.known = torch.tensor([len(prompt) for prompt in prompts], device=device)  # tokens
-        self.goal = self.known + max_new_tokens
-        shape = (len(prompts), max(map(len, prompts)) + max_new_tokens)
-        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        for row, prompt in zip(self.ids, prompts):
-            row[: len(prompt)] = prompt
-        self.rows = torch.arange(len(prompts), device=device)  # the prompts that are continued
-
-    def places(self, first, count):
-        """
-        `count` positions of each text, from `first` after what is known of it: (B, count). Those
-        beyond its goal become its last position, at which nothing is read any more.
-        """
-        ahead = torch.arange(first, first + count, device=self.ids.device)
-        return torch.minimum((self.known[:, None] + ahead).clamp(min=0), self.goal[:, None] - 1)
-
-    def read(self, decoding, at):
-        """A model's logits (B, T, V) at positions (B, T), which follow what it has read."""
-        return decoding.read(self.ids.gather(1, at), at)
-
-    def ends(self, new, stop):
-        """Where sequences end, given where their newest tokens begin; -1 for those that go on."""
-        ends = torch.where(self.known == self.goal, self.known, -1)
-        if stop is not None:
-            place = torch.arange(self.ids.shape[1], device=self.ids.device)
-            fresh = (new[:, None] <= place) & (place < self.known[:, None])
-            stops = fresh & (self.ids == stop)
-            ends = torch.where(stops.any(1), stops.int().argmax(1), ends)
-        return ends
-
-    def keep(self, going):
-        """Go on with some of the sequences only: going, an index."""
-        self.ids, self.rows = self.ids[going], self.rows[going]
-        self.known, self.goal = self.known[going], self.goal[going]
-
-
 @torch.no_grad()
-def speculate(model, draft, prompts, max_new_tokens, draft_tokens=8, sampling=AS_IT_IS):
+def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_IS):
     """
-    What `generate` gives, of the model's own distribution, drafted by a smaller model of the same
-    vocabulary. Every sequence goes on by what was accepted of its own draft, and leaves when it
-    ends: none waits for another. Returns the continuations and a Speculation. Raises UserError if
-    vocabularies differ or the context is too short.
+    Continue idx (1, T) by the model's own distribution, drafted by a smaller model of the same
+    vocabulary. Returns the continuation (1-d, up to and without `stop`) and a Speculation. Raises
+    UserError if vocabularies differ or the context is too short.
     """
     *how, stop = sampling
-    if not prompts or not max_new_tokens:
-        return [prompt[:0] for prompt in prompts], Speculation()
-    texts, longest = Texts(prompts, max_new_tokens), max(map(len, prompts))
-    end = longest + max_new_tokens
-    check_draft(model, draft, end)
-    reading, drafting = (Decoding(one, len(prompts), end) for one in (model, draft))
-    if longest > 1:
-        for decoding in (reading, drafting):
-            decoding.read(texts.ids[:, : longest - 1])
-    continuations, stats = [None] * len(prompts), Speculation()
-    while len(texts.rows):
-        count = (texts.goal - texts.known - 1).clamp(max=draft_tokens)  # one more is added
-        drafts = propose(drafting, texts, max(1, count.max().item()), how)
-        at = texts.places(-1, drafts.shape[1] + 1)
-        logits = texts.read(reading, at)
-        p, q = probabilities(logits, *how), probabilities(drafts, *how)
-        ahead = torch.arange(drafts.shape[1], device=count.device) < count[:, None]
-        accepted, token = accept(p, q, texts.ids.gather(1, at[:, 1:]), ahead)
-        new, last = texts.known, texts.known + accepted
-        texts.ids.scatter_(1, last[:, None], token)
-        texts.known = last + 1
-        divergences = kl_of_logits(drafts, logits[:, :-1])[ahead].tolist()
-        sums = (count.sum().item(), accepted.sum().item())
-        stats.add(Speculation(len(count), *sums, divergences))
-        ends = texts.ends(new, stop)
-        for row, end, ids in zip(texts.rows.tolist(), ends.tolist(), texts.ids):
-            if end >= 0:
-                continuations[row] = ids[len(prompts[row]) : end].clone()
-        going = (ends < 0).nonzero()[:, 0]
-        if len(going) < len(ends):
-            for those in (texts, reading, drafting):
-                those.keep(going)
-    return continuations, stats
+    start, goal = idx.shape[1], idx.shape[1] + max_new_tokens
+    check_draft(model, draft, goal)
+    reading, drafting, stats = Decoding(model, 1), Decoding(draft, 1), Speculation()
+    while idx.shape[1] < goal:
+        known = idx.shape[1]
+        drafts = []  # the draft's logits, of fewer tokens than the goal: the model adds one more
+        for _ in range(min(draft_tokens, goal - known - 1)):
+            # after full acceptance the draft has not read the last two tokens: it reads both
+            drafts.append(drafting.read(idx[:, drafting.cache.length :])[0, -1])
+            token = torch.multinomial(probabilities(drafts[-1], *how), 1)
+            idx = torch.cat((idx, token[None]), 1)
+        logits = reading.read(idx[:, reading.cache.length :])[0, -len(drafts) - 1 :]
+        theirs = torch.stack(drafts) if drafts else logits[:0]
+        p, q = probabilities(logits, *how), probabilities(theirs, *how)
+        accepted, token = accept(p, q, idx[0, known:])
+        idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
+        for decoding in (reading, drafting):  # forget what was rejected
+            decoding.cache.length = min(decoding.cache.length, known + accepted)
+        divergences = kl_of_logits(theirs, logits[:-1]).tolist()
+        stats.add(Speculation(1, len(drafts), accepted, divergences))
+        if stop is not None and stop in idx[0, known:]:
+            end = known + int((idx[0, known:] == stop).nonzero()[0])
+            return idx[0, start:end], stats
+    return idx[0, start:], stats
 
 
-def propose(drafting, texts, count, how):
+def accept(p, q, proposed):
     """
-    Let a draft model write `count` tokens after what is known of each text; returns the logits
-    (B, count, V) that they are drawn from. It may have read all but the last two that are known.
+    (how many of the proposed tokens (n,) are accepted, the token (1,) that follows them), given the
+    model's distributions p (n + 1, V) and the draft's q (n, V).
     """
-    at, found = texts.places(-2, 2), []
-    for i in range(count):
-        found.append(texts.read(drafting, at)[:, -1])
-        at = texts.places(i, 1)
-        token = torch.multinomial(probabilities(found[-1], *how), 1)
-        texts.ids.scatter_(1, at, token)
-    return torch.stack(found, 1)
-
-
-def accept(p, q, proposed, ahead):
-    """
-    (how many of the proposed tokens (B, n) are accepted, (B,); the token (B, 1) that follows them),
-    given the model's distributions p (B, n + 1, V) and the draft's q (B, n, V). ahead (B, n): which
-    of them may be.
-    """
-    chances = [x.gather(-1, proposed[..., None])[..., 0] for x in (p[:, :-1], q)]
-    kept = ahead & (torch.rand_like(chances[0]) * chances[1] < chances[0])
-    accepted = kept.int().cumprod(1).sum(1)
-    q = F.pad(q * ahead[..., None], (0, 0, 0, 1))  # behind the last there is nothing to take off
-    row = torch.arange(len(p), device=p.device)
-    left = (p[row, accepted] - q[row, accepted]).clamp(min=0)
+    n = torch.arange(len(proposed), device=p.device)
+    kept = torch.rand(len(n), device=p.device) * q[n, proposed] < p[n, proposed]
+    accepted = int(kept.int().cumprod(0).sum())
+    left = p[accepted]
+    if accepted < len(proposed):
+        left = (left - q[accepted]).clamp(min=0)
     return accepted, torch.multinomial(left, 1)
 
 
@@ -385,7 +316,11 @@ def draft_for(model, draft, prompts, limits, sampling):
     (most tokens of a continuation, tokens that are drafted ahead).
     """
     started = time.time()
-    found, stats = speculate(model, draft, prompts, *limits, sampling)
+    found, stats = [], Speculation()
+    for prompt in prompts:
+        continuation, more = speculate(model, draft, prompt[None], *limits, sampling)
+        found.append(continuation)
+        stats.add(more)
     tokens = sum(map(len, found))
     record = {'': 'drafted', 'tokens/s': tokens / (time.time() - started)}
     record['acceptance rate'] = stats.acceptance_rate

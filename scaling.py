@@ -10,8 +10,6 @@ Model Pretraining.
     python scaling.py advise --fit=out/scaling_tiny/fit.json --base_params=1e5 ...
     python scaling.py sunk_cost --paper=True                 # up to how many tokens growing wins
     python scaling.py optimal --paper=True --base_tokens=1e10    # the best N and D2 of a budget
-    python scaling.py design --fit=... --spend=1e20 ...      # which runs to train next
-    python scaling.py plan --paper=True --budget=1e22        # base and growth planned together
     python scaling.py diagnose FOLDER [FOLDER ...]           # extras/diagnostics.py
     python scaling.py toy                                    # the toy model of section 5.3
 
@@ -35,9 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
-
-import engine.quick_start  # before torch, whose import it shortens
+from typing import NamedTuple
 
 import torch
 
@@ -60,7 +56,7 @@ from engine.report import (
     render,
     table,
 )
-from extras import decisions, design
+from extras import decisions
 from extras.law_pictures import fit_panels, grow_or_scratch_panel, rival_panels
 
 # ----------------------------------------------------------------------------------------------
@@ -107,14 +103,6 @@ def joint(p, x):
     return reuse(p, x), p.logB - p.beta * x.N, p.logE
 
 
-def two_sizes(p, x):
-    """
-    L = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + B N^-beta   (Eq. 9 with E = 0: of two sizes B
-    and beta give each its floor)
-    """
-    return reuse(p, x), p.logB - p.beta * x.N
-
-
 def saturate(log_D, log_limit):
     """log of D* = (1/D + 1/Dmax)^-1."""
     return -torch.logaddexp(-log_D, -log_limit)
@@ -128,16 +116,6 @@ def saturated_D1(p, x):
 def saturated_D2(p, x):
     """L = A D1^-alpha1 D2*^(-alpha2 + alpha3 log D1) + E, D2* = (1/D2 + 1/Dmax)^-1   (Eq. 14)"""
     return multiplicative(p, SimpleNamespace(D1=x.D1, D2=saturate(x.D2, p.logDmax)))
-
-
-def with_replay(p, x):
-    """L = A D1^-alpha1 ((1 - r)^rho D2)^(-alpha2 + alpha3 log D1) + E, r the replayed share"""
-    return multiplicative(p, SimpleNamespace(D1=x.D1, D2=x.D2 + p.rho * x.fresh))
-
-
-def with_growth(p, x):
-    """L = A g^-gamma D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E, g the growth factor of N"""
-    return reuse(p, x) - p.gamma * x.growth, p.logE
 
 
 class Law(NamedTuple):
@@ -162,26 +140,18 @@ LAWS = {
     'continuous': Law(continuous, ('logA', 'alpha', 'logE'), ('D',)),
     'chinchilla': Law(chinchilla, ('logA', 'alpha', 'logB', 'beta', 'logE'), ('D', 'N')),
     'joint': Law(joint, (*EQ6[:4], 'logB', 'beta', 'logE'), ('D1', 'D2', 'N')),
-    'two_sizes': Law(two_sizes, (*EQ6[:4], 'logB', 'beta'), ('D1', 'D2', 'N')),
     'saturated_D1': Law(saturated_D1, (*EQ6, 'logDmax')),
     'saturated_D2': Law(saturated_D2, (*EQ6, 'logDmax')),
-    'with_replay': Law(with_replay, (*EQ6, 'rho'), ('D1', 'D2', 'replay')),
-    'with_growth': Law(with_growth, (*EQ6, 'gamma'), ('D1', 'D2', 'growth')),
 }
 
 
-VARIABLES = ('N', 'D1', 'D2', 'replay', 'growth')  # the last two of methods put together
+VARIABLES = ('N', 'D1', 'D2')
 
 
 def logarithms(data):
-    """
-    log D1 (0 at D1 = 0), D2, N and D = D1 + D2, and of methods put together the logarithms of the
-    growth factor and of the share that is not replayed: float64 tensors (n,).
-    """
-    columns = {'replay': 0.0, 'growth': 1.0} | data
-    columns = {name: torch.as_tensor(columns[name], dtype=torch.float64) for name in VARIABLES}
+    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2: float64 tensors (n,)."""
+    columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in VARIABLES}
     columns['D'] = columns['D1'] + columns['D2']
-    columns['fresh'] = 1 - columns.pop('replay')
     columns['D1'] = columns['D1'].clamp(min=1)
     return SimpleNamespace(**{name: column.log() for name, column in columns.items()})
 
@@ -240,7 +210,7 @@ def starts_of(law, x, target):
     for name in law.parameters:
         if name == 'alpha3':
             choices.append((0.0, 0.03))
-        elif name in ('beta', 'gamma', 'rho'):
+        elif name == 'beta':
             choices.append((0.05, 0.3))
         elif name == 'logDmax':
             seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean().item()
@@ -280,8 +250,9 @@ def check_points(law, data):
         raise unknown('law', law, LAWS)
     columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
     for column in LAWS[law].depends_on:
-        if len(set(columns.get(column, ()))) < 2:
-            raise UserError(f'{law} needs points of several {column}, these have one')
+        found, least = len(set(columns[column])), 3 if column == 'N' else 2
+        if found < least:  # of two sizes B N^-beta + E says no more than a constant for each
+            raise UserError(f'{law} needs points of {least} different {column}, these have {found}')
     n, cells, least = len(data['loss']), len(cells_of(data)), len(LAWS[law].parameters) + 1
     if n <= least or cells < least:
         raise UserError(
@@ -290,14 +261,13 @@ def check_points(law, data):
         )
 
 
-def fit(law, data, bootstrap=200, seed=0, by='cell'):
+def fit(law, data, bootstrap=200, seed=0):
     """
     Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
     `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
-    their seed alone say nothing about how well the law predicts. by='base' reweights whole bases,
-    whose second stages share an error. Left out are also whole bases, and the tenth of the cells
-    with the lowest losses. A few of the solutions, good and bad, start the fits with something left
-    out; the best starts the resampled ones. Raises UserError.
+    their seed alone say nothing about how well the law predicts. Left out are also whole bases, and
+    the tenth of the cells with the lowest losses. A few of the solutions, good and bad, start the
+    fits with something left out; the best starts the resampled ones. Raises UserError.
     """
     check_points(law, data)
     shape, n = LAWS[law], len(data['loss'])
@@ -317,8 +287,6 @@ def fit(law, data, bootstrap=200, seed=0, by='cell'):
     samples = theta
     if bootstrap:
         weight = resampled(len(in_cell), bootstrap, seed) @ in_cell
-        if by == 'base' and len(in_base) > 1 and max(data['D1']):  # from scratch there is no base
-            weight = reweighted(len(in_base), bootstrap, seed) @ in_base
         samples = solve(shape, data, weight, theta)[0][:, 0]
     ends = samples.quantile(decisions.QUANTILES, dim=0)
     return Fit(
@@ -362,16 +330,6 @@ def resampled(n, times, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (times, n), generator=generator)
     return torch.nn.functional.one_hot(drawn, n).sum(1).double()
-
-
-def reweighted(n, times, seed):
-    """
-    Weights of n bases in each of some samples, drawn from an exponential distribution (Rubin's
-    Bayesian bootstrap): float64 (times, n). Of four bases drawn with replacement, a third of the
-    samples would have two or one, which determine no law.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(times, n, generator=generator, dtype=torch.float64).log().neg()
 
 
 def root_mean_square(residuals):
@@ -442,8 +400,8 @@ def read_results(path):
     for number, row in enumerate(rows[1:], 2):
         cells = dict.fromkeys(head, '') | dict(zip(head, row))
         values = read_row(cells, f'{path}, row {number}')
-        if not re.fullmatch(r'[\w@+.-]+', cells['method']):  # it names a picture
-            wanted = 'letters, digits and the signs _ @ + . -'
+        if not re.fullmatch(r'[\w+.-]+', cells['method']):  # it names a picture
+            wanted = 'letters, digits and the signs _ + . -'
             raise UserError(f'{path}, row {number}: method {cells["method"]!r} is not {wanted}')
         key = (cells['method'], *values[:4])
         if key in seen:
@@ -476,63 +434,14 @@ def read_row(cells, where):
     return [*values, trained]
 
 
-def replay_share(method):
-    """The share of the base's data in a second stage: 0.25 of cpt+replay0.25, 0 without a share."""
-    match = re.search(r'\+replay(0?\.\d+)(?![\w.])', method)
-    return float(match[1]) if match else 0.0
-
-
-def by_size(results):
-    """The results, with a method of exactly two sizes, too few for a law in N, as one of each."""
-    split = {}
-    for method, data in results.items():
-        sizes = sorted(set(data['N']))
-        if len(sizes) != 2:
-            split[method] = data
-            continue
-        kind, dash, corpus = method.partition('-')
-        for n in sizes:
-            chosen = [i for i, value in enumerate(data['N']) if value == n]
-            part = {column: [values[i] for i in chosen] for column, values in data.items()}
-            split[f'{kind}@{n:.0f}{dash}{corpus}'] = part
-    return split
-
-
-def put_together(results):
-    """
-    The points of methods that differ in one more variable of the second stage, with its column:
-    {'replay (code)': shares of replay on a corpus, 'growth factor': of training on and stacking},
-    names that no method can have.
-    """
-    groups = {}
-    for method, data in results.items():
-        kind, _, corpus = method.partition('-')
-        if re.fullmatch(r'cpt(\+replay0?\.\d+)?', kind):
-            share = [replay_share(kind)] * len(data['loss'])
-            groups.setdefault(f'replay ({corpus})', []).append(data | dict(replay=share))
-        if re.fullmatch(r'cpt|stk\d+', method) and growth_of(data):
-            factor = [growth_of(data)] * len(data['loss'])
-            groups.setdefault('growth factor', []).append(data | dict(growth=factor))
-    return {
-        group: {name: [*itertools.chain(*(data[name] for data in tables))] for name in tables[0]}
-        for group, tables in groups.items()
-        if len(tables) > 1 and len({N for data in tables for N in data['N']}) == 1
-    }
-
-
 def laws_for(data):
     """The laws that can describe a method's points: joint ones for several sizes."""
     sizes = len(set(data['N']))
-    if 'replay' in data:
-        return ['multiplicative', 'with_replay']  # the first: as if it made no difference
-    if 'growth' in data:
-        return ['multiplicative', 'with_growth']
     if max(data['D1']) == 0:
         return ['chinchilla'] if sizes > 1 else ['continuous']
     if sizes > 1:
-        return ['two_sizes' if sizes == 2 else 'joint']
-    across = {'N', 'replay', 'growth'}
-    return [name for name, law in LAWS.items() if not across & set(law.depends_on)]
+        return ['joint']
+    return [name for name, law in LAWS.items() if 'N' not in law.depends_on]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -545,20 +454,17 @@ class Fitting:
 
     results: str = ''  # CSV with the columns method,N,D1,D2,seed,loss
     bootstrap: Natural = 200  # resamplings for the intervals; 0: none
-    resample: Literal['cell', 'base'] = 'cell'  # what is resampled, with all of its runs
     out: str = ''  # folder for fit.json and pictures; empty: that of the results
 
 
-def fit_results(path, bootstrap=200, by='cell'):
+def fit_results(path, bootstrap=200):
     """
-    Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). A method of
-    two sizes has a fit for each, and errors also of one for both; methods that differ in one more
-    variable have one together, which is reported but decides nothing. bootstrap, by: as in fit().
+    Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). bootstrap: as
+    in fit().
     """
-    together = read_results(path)
-    results, wider = by_size(together), put_together(together)
+    results = read_results(path)
     blocks, failures, best, found = [], [], {}, {}
-    for method, data in (together | results | wider).items():
+    for method, data in results.items():
         fits = found[method] = {}
         for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
             try:
@@ -566,18 +472,16 @@ def fit_results(path, bootstrap=200, by='cell'):
             except UserError as error:
                 failures.append(f'{method}: {error}')
     for method, fits in found.items():
-        data = (results | wider).get(method)
-        if not fits or not data:
+        if not fits:
             continue
-        law = next(law for law in (*PREFERRED, *fits) if law in fits)
-        fits[law] = fit(law, data, bootstrap, by=by)
+        data, law = results[method], next(iter(fits))  # the first has intervals, and decides
+        fits[law] = fit(law, data, bootstrap)
         points, equation = len(data['loss']), LAWS[law].equation
         blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
-        if method in results:
-            best[method] = fits[law]
-            if law == 'multiplicative':
-                blocks.append((f'{method}.png', fit_panels(data, fits[law])))
-                blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
+        best[method] = fits[law]
+        if law == 'multiplicative':
+            blocks.append((f'{method}.png', fit_panels(data, fits[law])))
+            blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
     if not best:
         raise UserError('\n'.join(failures))
     tails = []
@@ -589,7 +493,6 @@ def fit_results(path, bootstrap=200, by='cell'):
     return [*failures, *blocks, *pictures, *error_tables(found), tails], best
 
 
-PREFERRED = ('with_replay', 'with_growth', 'multiplicative')  # the first that fits has intervals
 LEFT_OUT = {  # errors of a Fit, and at which points they are
     'leave_one_out': 'a cell left out',
     'base_left_out': 'a base left out',
@@ -680,7 +583,7 @@ def fit_command(argv):
     if not options.results:
         raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
     options.out = options.out or str(Path(options.results).parent)
-    blocks, fits = fit_results(options.results, options.bootstrap, options.resample)
+    blocks, fits = fit_results(options.results, options.bootstrap)
     print(render(blocks))  # before anything is written, which may fail
     write_fits(fits, blocks, options.out)
     print(f'\nfit.json and pictures are in {options.out}/')
@@ -771,45 +674,6 @@ def optimal_command(argv):
     print(f'\n{seen_sizes(law)}; optimal.png is in {options.out}/')
 
 
-@dataclass
-class Design(Question):
-    """Which runs to train next to make a decision surer: scaling.py design."""
-
-    spend: NonNegative = 0.0  # FLOPs for these runs, their bases included
-
-
-def design_command(argv):
-    """scaling.py design"""
-    options, _, _ = configure(argv, Design, program='scaling.py design')
-    for knob in ('base_params', 'base_tokens', 'budget', 'spend'):
-        if getattr(options, knob) < 1:
-            raise UserError(f'missing argument --{knob}=NUMBER')
-    base = (options.base_params, options.base_tokens)
-    records, words = design.design(options.read(), *base, options.budget, options.spend)
-    print(f'{table(records)}\n' if records else 'no run would make it surer\n')
-    print(words)
-
-
-@dataclass
-class Planning(Laws):
-    """Share a budget between a base and its growth: scaling.py plan."""
-
-    budget: NonNegative = 0.0  # FLOPs of both stages and of inference
-    base_params: NonNegative = 0.0  # N of the base, without embeddings; 0: the best
-    inference_tokens: NonNegative = 0.0  # that the grown model will read and write
-
-
-def plan_command(argv):
-    """scaling.py plan"""
-    options, _, _ = configure(argv, Planning, program='scaling.py plan')
-    if options.budget < 1:
-        raise UserError('missing argument --budget=NUMBER')
-    how = (options.budget, options.base_params, options.inference_tokens)
-    records, words = design.plan(options.read(), *how)
-    print(f'{table(records)}\n\n{words}')
-    print(f'{format_si(options.budget)}FLOPs, of which inference is part; losses in nats')
-
-
 def seen_sizes(law):
     """Which sizes a law was fitted to, in words: what lies beyond is a guess."""
     low, high = law.seen['N']
@@ -832,8 +696,6 @@ def main(argv):
         'advise': advise_command,
         'sunk_cost': sunk_cost_command,
         'optimal': optimal_command,
-        'design': design_command,
-        'plan': plan_command,
         'diagnose': diagnostics.diagnose_command,
         'toy': diagnostics.toy_command,
     }

@@ -21,8 +21,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
 import torch.distributed as dist
 
@@ -38,8 +36,7 @@ from configurator import (
     configure,
     differences,
 )
-from data.chunks import NoData
-from data.corpus import OFFLINE, check_vocabulary, is_streamed, open_corpus, verify_corpus
+from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import SETS
 from data.loader import parse_mixture
 from data.prepare import prepare_offline
@@ -54,11 +51,7 @@ from engine.report import format_si, plan_text, render, report_blocks, write_rep
 from engine.run_folder import record_session
 from engine.stage import Origin, Progress, Result, Stage
 from expand import GrowthComparison, Progressive
-from extras.allocation import Allocation
 from extras.dpo import PostTraining
-from extras.frontier import Frontier
-from extras.lazy_layers import LazyLayers
-from extras.stepwise import Stepwise
 from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
 from inheritune import Inheritune
@@ -99,22 +92,19 @@ class Run:
     weight_decay: NonNegative = 0.1  # of matrices and embeddings; none for norms and biases
     grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Natural = 1337  # of initialisation and data order
-    optimizer_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of AdamW's two moments
     save_dtype: SaveDtype = 'auto'  # of saved weights; auto: a source model's, else float32
-    keep_optimizer: bool = False  # save AdamW's state with the model, for growth to continue it
+    keep_optimizer: bool = False  # save AdamW's state with the model, for a branch to continue it
     keep_every: Natural = 0  # steps between models that are kept, in STAGE/step-N; 0: none
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
-    fp8: bool = False  # the blocks' matrix products in FP8, by torchao: for large models
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on a GPU
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
-    recompute: Literal['none', 'selective', 'full'] = 'none'  # activations in the backward pass
+    recompute: bool = False  # compute activations again in the backward pass: less memory
     log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
     tensorboard: bool = False  # also write the metrics to out_dir/tensorboard
     wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
-    async_save: bool = False  # write them while training goes on: memory for a copy of one
     keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
     accept_changes: bool = False  # continue a stage although knobs have changed since it began
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
@@ -218,8 +208,6 @@ def epoch_tokens(run, config):
         meta = open_corpus(name, run.data_dir).meta
         train, length = meta['splits']['train'], min(run.block_size, config.block_size)
         supervised = meta.get('kind') == 'supervised'
-        if is_streamed(meta):
-            raise UserError(f'nobody knows how long {name} is, as it is streamed: --tokens')
         tokens += train['documents'] * length if supervised else train['tokens']
     return min(tokens, run.unique_tokens or tokens)
 
@@ -227,16 +215,12 @@ def epoch_tokens(run, config):
 METHODS = {
     'pretrain': Pretrain,
     'progressive': Progressive,
-    'frontier': Frontier,
-    'allocation': Allocation,
     'growth': GrowthComparison,
     'inheritune': Inheritune,
-    'lazy_layers': LazyLayers,
     'let': LET,
     'timeseries': TimeSeries,
     'sweep': Sweep,
     'col': ChainOfLearngene,
-    'stepwise': Stepwise,
     'posttrain': PostTraining,
 }
 
@@ -280,11 +264,7 @@ def train_to_the_end(training):
         rate = learning_rate(training.step, training.steps, knobs)
         for group in training.optimizer.param_groups:
             group['lr'] = rate
-        try:
-            scalars = train_step(training)
-        except NoData:
-            training.save_without_data()
-            raise
+        scalars = train_step(training)
         training.meter.add(scalars)
         training.count_step()
         if knobs.keep_every and training.step % knobs.keep_every == 0:
@@ -327,7 +307,7 @@ def train_stage(stage, run, hardware, record):
     training.open_data()
     if hardware.is_main:
         record()
-    with contextlib.closing(training.batches), contextlib.closing(training.saver):
+    with contextlib.closing(training.batches):
         train_to_the_end(training)
     return training.finish()
 
@@ -425,7 +405,7 @@ def check_possible(run, method, hardware):
     """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
     planned = plan(*for_planning(run, method))
     for stage, knobs, _, _ in planned:
-        check_memory(stage.name, stage.config, knobs, room_for(hardware, stage, knobs))
+        check_memory(stage.name, stage.config, knobs, room_for(hardware, stage))
     flops = sum(result.flops for _, _, _, result in planned)
     days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
     if hardware.device.type == 'cpu' and days > CPU_DAYS:

@@ -13,12 +13,10 @@ variants = (
     'fpi+identity',
     'aki+stack',
     'aki+stack+noise',
-    'aki+stack+grown',
     'lossless+stack',
     'lossless+stack+noise',
     'lossless+identity',
     'lossless+identity+noise',
-    'lossless+identity+noise+grown',
 )
 noise = 0.1
 seeds = 3

@@ -1,5 +1,10 @@
 # Inheritune (Sanyal et al.), Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with
 # the baselines of Table 2 and Figure 3.
+# Figure 1c, what lazy layers are worth: children of 12 layers, from the last layers, the first, and
+# from nothing, for 10K steps: --child_tokens=491520000 --max_rounds=1
+# --baselines=last-layers,random
+# Table 3, what is inherited of each of 16 layers: attention, MLPs and norms alone and in pairs:
+# --n=16 --max_rounds=1 --baselines=sub-modules
 method = 'inheritune'
 size = 'gpt2-medium'
 no_bias = True  # Appendix C.1: GELU, no biases, no dropout,

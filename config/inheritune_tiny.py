@@ -12,7 +12,6 @@ baselines = (
     'random',
     'random-2x',
     'last-layers',
-    'attentive-layers',
     'stacking',
     'hybrid-stacking',
     'half-width',

@@ -2,6 +2,12 @@
 # learning rate adjusted to the size. The headline: 15.4 ZFLOPs for the family instead of 20.4.
 #   python data/prepare.py fineweb_edu --max_tokens=470e9
 #   torchrun --standalone --nproc_per_node=8 train.py config/progressive_8b.py
+# Table 2, one maximum learning rate for all sizes: --learning_rates=3e-4,3e-4,3e-4,3e-4
+# Table 1, that and 1x Chinchilla: also --scratch_tokens=20e9,40e9,80e9,160e9
+# Table 3, "+Fixed Data", at most 320B different tokens, as many as the 8B model sees when it is
+# trained alone: --unique_tokens=320e9 --order=repeat. The last stage reads the 100B that are left
+# and then, from the beginning, 140B of the stages before it (section 4.3, Figure 3): none that it
+# has seen itself.
 method = 'progressive'
 sizes = ('1b', '2b', '4b', '8b')  # Table 6
 params = (1e9, 2e9, 4e9, 8e9)  # the paper counts FLOPs by these nominal sizes

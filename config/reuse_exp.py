@@ -1,7 +1,8 @@
 # Scaling laws of model reuse (Liew and Kato), Table 1: the second stage "exp" of a 0.1B base
 # model, width expansion by sqrt 2, function preserving (section 3.2, Appendix B).
 #   python data/prepare.py slimpajama --tokenizer=FOLDER
-# FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens
+# FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens.
+# Stacking, "stk" and "stk (x4)" of the table: --sizes=0.1b,stk2 or --sizes=0.1b,stk4
 method = 'progressive'
 sizes = ('0.1b', 'exp')  # exp: relative to the base
 width = 'lossless'  # exact at any ratio; fpi is not at this one (8 -> 11 heads)

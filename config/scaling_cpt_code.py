@@ -1,8 +1,25 @@
 # Scaling laws of model reuse (Liew and Kato), Table 1, column Code: continual pretraining of a
-# 0.1B base on code.
+# 0.1B base on code, and the same from scratch. Appendix B, Tables 3 and 4: 17600 iterations of
+# 512 x 1024 tokens are the longest run, and both stages have five budgets up to it.
+#   python data/prepare.py slimpajama --tokenizer=FOLDER
 #   python data/prepare.py starcoder --tokenizer=FOLDER
-from _scaling import *
-
+# FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens.
+# The table's other columns of continual pretraining: --second_data=openwebmath (Math);
+# --reuse=cpt+replay0.25 --scratch= (CPT (rep), a quarter of the second stage's data is the base's);
+# --reuse=cpt+stable --scratch= (CPT (sta), from the stable phase, without warming up again)
+method = 'sweep'
 reuse = ('cpt',)
 second_data = 'starcoder'
 scratch = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+sizes = ('0.1b',)
+longest = (17600 * 512 * 1024,)
+first = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+second = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+data = 'slimpajama'
+block_size = 1024
+batch_size = 512
+learning_rate = 4e-3
+warmup = 200
+decay_fraction = 0.1
+min_lr_fraction = 0.1

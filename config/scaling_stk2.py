@@ -1,6 +1,8 @@
-# Scaling laws of model reuse (Liew and Kato), Table 1, column Stk x2: stacked twice; and the
-# stacked shape from scratch (section 5.2).
-from _scaling import *
+# Scaling laws of model reuse (Liew and Kato), Table 1, column Stk x2: a 0.1B base stacked twice, on
+# the base's data; and the stacked shape from scratch (section 5.2).
+# The table's other growths: --reuse=stk4 --scratch= (Stk x4); --reuse=exp --scratch= (Exp x2, width
+# times the square root of two, function preserving); --reuse=stk2+stable --scratch= (Stk (sta))
+from scaling_cpt_code import *
 
 reuse = ('stk2',)
-scratch = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+second_data = ''

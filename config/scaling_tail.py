@@ -1,6 +1,6 @@
 # Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a base of 15M stacked and
 # trained on up to 2,000 tokens for each parameter of the base, every decay three times.
-from _scaling import *
+from scaling_cpt_code import *
 
 sizes = ('15m',)
 longest = (17600 * 128 * 1024,)
@@ -9,3 +9,6 @@ second = (4.0, 8.0, 12.0)
 decays = 3
 batch_size = 128
 learning_rate = 8e-3
+reuse = ('stk2',)
+second_data = ''
+scratch = ()

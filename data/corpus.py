@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chunks import Chunks
 from data.offline import project_packages
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
@@ -25,14 +24,11 @@ OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need
 
 @dataclass
 class Corpus:
-    """
-    A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids; the
-    training split of a streamed one comes in chunks.
-    """
+    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
 
     name: str
     meta: dict
-    train: np.ndarray | Chunks
+    train: np.ndarray
     val: np.ndarray
 
     @property
@@ -67,9 +63,6 @@ def open_corpus(name, data_dir='data'):
         raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
     arrays = []
     for split, size in zip(SPLITS, sizes):
-        if split == 'train' and is_streamed(meta):
-            arrays.append(Chunks(folder, dtype, meta['options']['chunk_tokens']))
-            continue
         path = folder / f'{split}.bin'
         if not path.is_file():
             raise UserError(f'{path} is missing: {again}')
@@ -78,11 +71,6 @@ def open_corpus(name, data_dir='data'):
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
     return Corpus(name, meta, *arrays)
-
-
-def is_streamed(meta):
-    """Whether a corpus with this meta.json comes in chunks, each checked when it is read."""
-    return meta.get('kind') == 'streamed'
 
 
 def expect_random_reads(tokens):
@@ -103,7 +91,7 @@ def verify_corpus(name, data_dir='data'):
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
     wanted = dict(corpus.meta['checksums'])
     for split, counts in corpus.meta['splits'].items():
-        if 'sha256' in counts and not (split == 'train' and is_streamed(corpus.meta)):
+        if 'sha256' in counts:
             wanted[f'{split}.bin'] = counts['sha256']
     verify_files(folder, wanted, f'; delete {folder} and prepare it again')
     return corpus

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.corpus import expect_random_reads, is_streamed, open_corpus
+from data.corpus import expect_random_reads, open_corpus
 from engine.errors import UserError
 
 
@@ -149,24 +149,9 @@ def sequences(corpora, weights, order, positions):
             cap = order.unique_tokens * weights[i]
             seed = hash_key(order.seed, i)
             own = order._replace(seed=seed, unique_tokens=cap)
-            if is_streamed(corpus.meta):
-                tokens[rows] = streamed_sequences(corpus.train, count[rows], own)
-                continue
             starts = offsets(count[rows], len(corpus.train), own)
             tokens[rows] = corpus.train[starts[:, None] + np.arange(order.block_size + 1)]
     return tokens
-
-
-def streamed_sequences(chunks, positions, order):
-    """Those of a corpus in chunks: one chunk after the other, each with its windows shuffled."""
-    windows = (chunks.tokens - 1) // order.block_size
-    found = np.empty((len(positions), order.block_size + 1), np.int64)
-    which, place = np.divmod(positions, windows)
-    for number in np.unique(which):
-        rows = which == number
-        starts = permute(place[rows], windows, hash_key(order.seed, number)) * order.block_size
-        found[rows] = chunks.read(int(number))[starts[:, None] + np.arange(order.block_size + 1)]
-    return found
 
 
 # ----------------------------------------------------------------------------------------------
@@ -262,14 +247,7 @@ def text_source(knobs):
     """The Source of a run's corpora of text; knobs: train.Run. Raises UserError."""
     corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
     for corpus in corpora:
-        if not is_streamed(corpus.meta):
-            expect_random_reads(corpus.train)
-        elif corpus.train.tokens < 2 * knobs.batch_size * knobs.block_size:
-            sizes = f'{corpus.train.tokens} tokens, less than two batches'
-            raise UserError(f'{corpus.name} has chunks of {sizes}: prepare it with larger ones')
-        elif knobs.order != 'epoch' or knobs.unique_tokens:
-            ways = 'leave out --order and --unique_tokens'
-            raise UserError(f'{corpus.name} is streamed, chunk after chunk: {ways}')
+        expect_random_reads(corpus.train)
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)

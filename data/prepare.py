@@ -10,8 +10,7 @@ NAME is one of
 The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer per token,
 documents separated by the end-of-text token) and meta.json (tokenizer, dtype, counts, source,
 checksums). It is built in data/NAME.partial/ and renamed when it is complete; an interrupted
-preparation continues where it stopped (hub and files) or starts again (offline, and the one chunk
-that --chunk_tokens makes: training asks for the others, data/chunks.py).
+preparation continues where it stopped (hub and files) or starts again (offline).
 """
 
 import contextlib
@@ -24,7 +23,6 @@ import signal
 import sys
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,17 +32,14 @@ from tqdm import tqdm
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import engine.quick_start  # before torch, whose import it shortens
-
 from configurator import Natural, Range, configure
-from data.chunks import BEGINNING, append, chunk_file, record_of, write_chunk
 from data.corpus import OFFLINE, SPLITS, finish_corpus
 from data.instruct import SETS, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
 from data.preferences import HUB_NAME, is_preferences, prepare_preferences
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line, import_extra, nearest, run_as_program
-from engine.files import locked, read_json, write_atomically, write_json
+from engine.files import locked, read_json, write_atomically
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
 HUB = {  # name: (repository, configuration, split, column with the text)
@@ -69,7 +64,6 @@ class Preparation:
     tokenizer: str = ''  # bytes, gpt2, or a folder with tokenizer.json; empty: gpt2 from the hub
     text_column: str = 'text'  # column of .jsonl and .parquet files that holds the text
     max_tokens: Natural = 0  # stop after this many training tokens; 0: the whole corpus
-    chunk_tokens: Natural = 0  # only a chunk of so many, training asks for others; 0: all of it
     val_fraction: Annotated[float, Range(0, 0.5)] = 0.0  # held out; 0: 5%, from the hub 0.05%
     prompt: Literal['paper', 'plain'] = 'paper'  # of instructions: Appendix C of CoL, or bare
     packages: Literal['project', 'all'] = 'project'  # offline: dependencies, or all installed
@@ -82,8 +76,6 @@ class Preparation:
         self.files = {}  # of one's own: {path: bytes}
         if own:
             self.files = {path: os.path.getsize(path) for path in matching(self.corpus)}
-        if self.chunk_tokens:  # other commands read them again
-            self.files = {os.path.abspath(path): size for path, size in self.files.items()}
         self.tokenizer = self.tokenizer or ('bytes' if own or name in OFFLINE else 'gpt2')
         self.val_fraction = self.val_fraction or (0.0005 if name in HUB and not own else 0.05)
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
@@ -281,8 +273,6 @@ def prepare(options):
 def make(options, out):
     """Make the corpus that `options` describe in the folder `out`; returns it."""
     load_tokenizer(options.tokenizer)  # complain before reading anything
-    if options.chunk_tokens:
-        return make_streamed(options, out)
     if is_preferences(options.corpus):
         return prepare_preferences(options, out)
     if is_supervised(options.corpus):
@@ -307,45 +297,6 @@ def make(options, out):
             batches = stream_batches(*stream, options)
         write_tokens(unfinished, in_parallel(workers, options.tokenizer, batches), state, options)
     return finish_corpus(unfinished, out, state['counts'], options)
-
-
-def make_streamed(options, out):
-    """The first chunk of a corpus, of which training has the others made; and its validation."""
-    others = options.corpus in OFFLINE or is_preferences(options.corpus)
-    if others or is_supervised(options.corpus) or options.max_tokens:
-        raise UserError('--chunk_tokens is for texts of the hub and files, without --max_tokens')
-    unfinished = Path(f'{out}.partial')
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_json(record_of(chunk_file(unfinished, 0)), BEGINNING)
-    with tokenizing_processes(options) as workers:
-        pieces = partial(pieces_from, options=options, workers=workers)
-        counts = write_chunk(unfinished, 0, options.chunk_tokens, pieces)
-    return finish_corpus(unfinished, out, counts, options, kind='streamed')
-
-
-def pieces_from(state, options, workers):
-    """
-    Yield (tokenize's result of some documents, state of the stream before them), from a state on
-    and without end: behind the last document the stream begins again.
-    """
-
-    def documents():
-        before = state
-        while True:
-            stream, column = open_stream(options)
-            if before:
-                stream.load_state_dict(before)
-            found = bool(before)  # of a pass from the middle on, the next one tells
-            for batch, after in stream_batches(stream, column, options):
-                found |= not all(is_validation for _, is_validation in batch)
-                yield batch, before
-                before = after
-            if not found:
-                raise UserError(f'{options.corpus} gave no train documents')
-            before = None
-
-    return in_parallel(workers, options.tokenizer, documents())
 
 
 def prepare_offline(name, out):
@@ -410,7 +361,11 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
         how = dict(unit='tok', unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(desc=f'writing {options.corpus}', **sizes, **how))
         for i, (piece, state['stream']) in enumerate(pieces, 1):
-            append(piece, files, counts)
+            for split, (ids, n_bytes, documents) in piece.items():
+                files[split].write(ids.tobytes())
+                counts[split]['tokens'] += len(ids)
+                counts[split]['bytes'] += n_bytes
+                counts[split]['documents'] += documents
             bar.update(counts['train']['tokens'] - bar.n)
             if state['stream'] and i % save_every == 0:
                 for file in files.values():

@@ -1,28 +1,22 @@
 """
 Resumable states of training: weights, optimizer and random states, saved and loaded by all
-processes together; saved, if asked, while training goes on. A state is complete under its name or
-absent, and has a manifest with checksums.
+processes together. A state is complete under its name or absent, and has a manifest with checksums.
 """
 
-import copy
-import functools
 import os
 import pickle
 import re
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.device import PATIENCE, SIGNALS, barrier, gather, processes
+from engine.device import SIGNALS, barrier, gather, processes
 from engine.errors import UserError, first_line
 from engine.files import find_damage, measure_files, read_manifest, write_manifest
 from engine.run_folder import owner_of, read_identity, saved_states, step_of
@@ -40,59 +34,11 @@ def training_state(model, optimizer):
     return tensors, optimizer_state['param_groups']
 
 
-class Saver:
+def save_state(folder, model, optimizer, progress, keep=1, stable=False):
     """
-    Saves the states of a stage. In the background, training waits only while a state is copied to
-    the host's memory; a thread writes it, and the next save, or `wait`, waits for that. (What
-    dcp.async_save does ends before the manifest and the name, which make a state complete.)
-    """
-
-    def __init__(self, folder, keep=1, background=False):
-        """keep: how many states stay; background: needs memory for a copy of a state."""
-        self.folder, self.keep, self.background = folder, keep, background
-        self.written = None  # of a state in the background: a Future
-        if background:
-            self.thread, self.copy = ThreadPoolExecutor(1), copy.deepcopy
-            if torch.cuda.is_available():  # into the same pinned memory every time
-                self.copy = BlockingAsyncStager(cache_staged_state_dict=True).stage
-
-    def save(self, model, optimizer, progress, stable=False):
-        """
-        Save the state of this moment. progress: a dict with 'step'; stable: it is kept for good.
-        Called by every process. Raises UserError if it cannot be written; of one in the background,
-        the next call does.
-        """
-        self.wait()
-        tensors, how = training_state(model, optimizer)[0], (progress, self.keep, stable)
-        if not self.background:
-            write_state(self.folder, tensors, *how)
-        else:
-            work = (write_state, self.folder, self.copy(tensors), *how, group_apart())
-            self.written = self.thread.submit(*work)
-
-    def wait(self):
-        """Return when nothing is being written. Raises UserError if that has failed."""
-        written, self.written = self.written, None
-        if written:
-            written.result()
-
-    def close(self):
-        """The same, unless a second Ctrl-C ends the program."""
-        if len(SIGNALS) < 2:
-            self.wait()
-
-
-@functools.cache
-def group_apart():
-    """The group by which processes talk in the background: not mixed with what training sends."""
-    return dist.new_group(backend='gloo', timeout=PATIENCE) if dist.is_initialized() else None
-
-
-def write_state(folder, tensors, progress, keep=1, stable=False, group=None):
-    """
-    Write a state under a temporary name, then its manifest, rename it, and remove all but the
-    newest `keep`. Called by every process; they exchange by `group`. Raises UserError if it cannot
-    be written; earlier states are untouched then.
+    Save the state of this moment under a temporary name, then its manifest, rename it, and remove
+    all but the newest `keep`. progress: a dict with 'step'; stable: it is kept for good. Called by
+    every process. Raises UserError if it cannot be written; earlier states are untouched then.
     """
     rank, world_size = processes()
     kind = 'stable' if stable else 'state'
@@ -101,23 +47,23 @@ def write_state(folder, tensors, progress, keep=1, stable=False, group=None):
     if rank == 0:
         for path in Path(folder).glob('sta*-*.tmp'):  # left by a crash
             shutil.rmtree(path, ignore_errors=True)
-    barrier(group)  # nobody writes before that is done
+    barrier()  # nobody writes before that is done
     files, failure = {}, ''
     try:
-        dcp.save(tensors, checkpoint_id=unfinished, process_group=group)
+        dcp.save(training_state(model, optimizer)[0], checkpoint_id=unfinished)
         files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
     except (Exception, CheckpointException) as error:
         if len(SIGNALS) > 1:  # a second Ctrl-C, whatever torch made of it
             raise KeyboardInterrupt from None
         failure = root_cause(error)
     failures = [failure]
-    for other_files, other_failure in gather((files, failure), group):
+    for other_files, other_failure in gather((files, failure)):
         files |= other_files
         failures.append(other_failure)
     failure = max(failures)  # any of them, if there is one
     if rank == 0 and not failure:
         failure = commit_state(unfinished, target, files, progress)
-    failure = gather(failure, group)[0]
+    failure = gather(failure)[0]
     if failure:
         report_failed_save(target, failure)
     if rank == 0:
@@ -125,7 +71,7 @@ def write_state(folder, tensors, progress, keep=1, stable=False, group=None):
         resumable = [path for path in saved_states(folder) if path.name.startswith('state')]
         for path in resumable[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
-    barrier(group)
+    barrier()
 
 
 def commit_state(unfinished, target, files, progress):

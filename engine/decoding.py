@@ -16,14 +16,13 @@ class Cache:
     forgets the last ones.
     """
 
-    def __init__(self, config, batch, device, dtype, room=0):
-        """room: positions for which there is room from the beginning; 0: a few."""
-        room = room or min(256, config.block_size)
+    def __init__(self, config, batch, device, dtype):
+        room = min(256, config.block_size)  # at first
         shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions filled
-        self.at = None  # the positions that are added, (B, T), or in a recording (T,) for all
+        self.at = None  # in a recording the positions that are added, (T,)
         self.mask = None  # which positions the added ones (T) see, where not the usual ones
 
     def reserve(self, count):
@@ -40,8 +39,7 @@ class Cache:
         device, start = self.k.device, self.length
         self.mask = None
         if self.at is not None:
-            seen = torch.arange(self.k.shape[3], device=device) <= self.at[..., None]
-            self.mask = seen[:, None] if self.at.ndim == 2 else seen  # alike for all heads
+            self.mask = torch.arange(self.k.shape[3], device=device) <= self.at[:, None]
             return self.at
         self.reserve(count)
         if 1 < count and start:  # SDPA's is_causal aligns top left; these need bottom right
@@ -52,12 +50,8 @@ class Cache:
     def extend(self, layer, k, v):
         """Add (B, K, T, D) to a layer; returns views (B, K, S, D) of all that may be seen."""
         if self.at is not None:  # all the room, and a mask: shapes that stay
-            for room, new in ((self.k[layer], k), (self.v[layer], v)):
-                if self.at.ndim == 1:
-                    room.index_copy_(2, self.at, new)
-                else:
-                    rows = torch.arange(len(new), device=new.device)[:, None]
-                    room[rows, :, self.at] = new.transpose(1, 2)
+            self.k[layer].index_copy_(2, self.at, k)
+            self.v[layer].index_copy_(2, self.at, v)
             return self.k[layer], self.v[layer]
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
@@ -71,58 +65,38 @@ class Decoding:
     recorded once for each number of them and each size of the cache.
     """
 
-    def __init__(self, model, batch, room=0):
-        """room: positions for which there is room from the beginning; 0: a few."""
+    def __init__(self, model, batch):
         self.model = model
         weight, dtype = model.wte.weight, model.wte.weight.dtype
         autocast = torch.is_autocast_enabled(weight.device.type)
         if autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
-        self.cache = Cache(model.config, batch, weight.device, dtype, room)
+        self.cache = Cache(model.config, batch, weight.device, dtype)
         self.records = weight.is_cuda and not autocast
-        self.recorded = {}  # (tokens at once, whether at positions of their own): a recording
+        self.recorded = {}  # tokens at once: a recording
 
     @torch.no_grad()
-    def read(self, idx, at=None):
-        """
-        The logits (B, T, V) of the tokens idx (B, T), which follow what was read; or stand at
-        positions `at` (B, T) of each sequence, for which there is room. What a sequence holds
-        behind its last position is not seen from there.
-        """
+    def read(self, idx):
+        """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
         cache, count = self.cache, idx.shape[1]
-        if at is not None:
-            cache.length = cache.k.shape[3] - count
         if cache.reserve(count):
             self.recorded.clear()  # they read and write where keys and values were
         if not self.records or count > MOST_RECORDED:
-            cache.at = at
-            logits = self.model(idx, cache=cache).logits
-            cache.at = None
-            return logits
-        key = count, at is None
-        if key not in self.recorded:
-            self.recorded[key] = self.record(idx, at)
-        graph, tokens, places, logits = self.recorded[key]
+            return self.model(idx, cache=cache).logits
+        if count not in self.recorded:
+            self.recorded[count] = self.record(idx)
+        graph, tokens, places, logits = self.recorded[count]
         tokens.copy_(idx)
-        if at is None:
-            torch.arange(cache.length, cache.length + count, out=places)
-        else:
-            places.copy_(at)
+        torch.arange(cache.length, cache.length + count, out=places)
         graph.replay()
         cache.length += count
         return logits.clone()
 
-    def keep(self, rows):
-        """Go on with some of the sequences only: rows, an index."""
-        self.cache.k, self.cache.v = self.cache.k[:, rows], self.cache.v[:, rows]
-        self.recorded.clear()
-
-    def record(self, idx, at=None):
+    def record(self, idx):
         """Record the pass over so many tokens; the first of two loads what it needs."""
         cache, tokens = self.cache, idx.clone()
         start = cache.length
-        places = torch.arange(start, start + idx.shape[1], device=idx.device)
-        cache.at = places = places if at is None else at.clone()
+        cache.at = places = torch.arange(start, start + idx.shape[1], device=idx.device)
         aside = torch.cuda.Stream(idx.device)  # which need not be the current one
         aside.wait_stream(torch.cuda.current_stream(idx.device))
         with torch.cuda.stream(aside):

@@ -32,19 +32,19 @@ def processes():
     return 0, 1
 
 
-def gather(value, group=None):
-    """[value of every process]; group: by which they are asked, None for the usual one."""
+def gather(value):
+    """[value of every process]."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group)
+        dist.all_gather_object(values, value)
     return values
 
 
-def barrier(group=None):
+def barrier():
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():
-        dist.barrier(group)
+        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------

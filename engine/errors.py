@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import gc
 import importlib
 import os
 import sys
@@ -18,10 +17,8 @@ def run_as_program(main):
     """
     Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
     code 2, Ctrl-C exits with code 130. Output that a terminal cannot show is escaped, and a reader
-    that stops reading (| head) ends the program quietly. Garbage is collected from here on.
+    that stops reading (| head) ends the program quietly.
     """
-    gc.freeze()  # what is imported stays, and is not searched again, not even at exit
-    gc.enable()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
     try:
@@ -39,6 +36,11 @@ def run_as_program(main):
             raise
         where = f': {error.filename}' if error.filename else ''
         print(f'error: {error.strerror}{where}', file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
+            raise
+        print(f'error: {first_line(error)}: try a smaller --micro_batch_size', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stdout.flush()

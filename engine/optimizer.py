@@ -1,8 +1,7 @@
-"""AdamW, the schedule of its learning rate, its state on disk, and its state in half the bytes."""
+"""AdamW, the schedule of its learning rate, and its state on disk."""
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,11 +42,8 @@ def make_optimizer(model, knobs):
         dict(params=vectors, weight_decay=0.0),
     ]
     settings = dict(lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2), eps=knobs.eps)
-    device = matrices[0].device.type
-    if knobs.optimizer_dtype == 'bfloat16':
-        compiled = device == 'cuda' and knobs.compile != 'False'
-        return CompactAdamW(groups, compiled=compiled, **settings)
-    return torch.optim.AdamW(groups, fused=device in ('cuda', 'cpu'), **settings)
+    fused = matrices[0].device.type in ('cuda', 'cpu')
+    return torch.optim.AdamW(groups, fused=fused, **settings)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -79,18 +75,16 @@ def load_optimizer_state(folder):
             state = dict(step=int(file.metadata()['step']), exp_avg={}, exp_avg_sq={})
             for key in file.keys():
                 moment, _, name = key.partition('.')
-                tensor = file.get_tensor(key)
-                exact = torch.promote_types(tensor.dtype, torch.float32)
-                state[moment][name] = tensor.to(exact)
+                state[moment][name] = file.get_tensor(key)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f'{folder} has no readable optimizer.safetensors ({error})') from error
     return state
 
 
-def set_optimizer_state(model, optimizer, state, dtype=None):
+def set_optimizer_state(model, optimizer, state):
     """
-    Give a fresh AdamW `state`, its tensors in `dtype`; None: in the parameters'. Of a sharded model
-    only process 0 needs the state, and the others pass None.
+    Give a fresh AdamW `state`. Of a sharded model only process 0 needs the state, and the others
+    pass None.
     """
     fused, steps = optimizer.defaults.get('fused'), gather(state and float(state['step']))[0]
     for name, parameter in model.named_parameters():
@@ -98,89 +92,4 @@ def set_optimizer_state(model, optimizer, state, dtype=None):
         optimizer.state[parameter]['step'] = step
         for moment in ('exp_avg', 'exp_avg_sq'):
             whole = state and state[moment][name]
-            found = placed_like(parameter, whole, dtype or parameter.dtype)
-            optimizer.state[parameter][moment] = found
-
-
-# ----------------------------------------------------------------------------------------------
-# half the bytes
-
-
-class StepSize(NamedTuple):
-    """The numbers of one AdamW step, the same for all parameters of a group."""
-
-    beta1: float
-    beta2: float
-    rate: float  # learning rate / (1 - beta1^t)
-    correction: float  # sqrt(1 - beta2^t)
-    eps: float
-    keep: float  # 1 - learning rate x weight decay
-
-
-class CompactAdamW(torch.optim.Optimizer):
-    """
-    AdamW whose two moments are stored in bfloat16: 12 bytes per parameter for weight, gradient
-    and state instead of 16. The arithmetic is float32. A bfloat16 has 8 bits of precision, and
-    exp_avg_sq moves by a fraction 1 - beta2 of its distance per step: rounded to the nearest it
-    would often not move at all, so it is rounded up or down at random with the right mean. The
-    random bits depend on step and parameter only: replicas round alike, and so do resumed runs.
-    """
-
-    def __init__(self, groups, lr, betas, eps, compiled=False):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-        self.update = torch.compile(update, dynamic=True) if compiled else update
-
-    def load_state_dict(self, state_dict):
-        """Like torch's, which casts the state to the parameters' dtype; here it is cast back."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for key in ('exp_avg', 'exp_avg_sq'):
-                state[key] = state[key].to(torch.bfloat16)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One step of every parameter with a gradient. torch's `closure` is not called."""
-        index = 0
-        for group in self.param_groups:
-            for p in group['params']:
-                index += 1
-                if p.grad is not None:
-                    self.step_parameter(p, group, index)
-
-    def step_parameter(self, p, group, index):
-        """One step of the parameter with this number."""
-        state = self.state[p]
-        if not state:
-            state['step'] = torch.zeros(())
-            state['exp_avg'] = torch.zeros_like(p, dtype=torch.bfloat16)
-            state['exp_avg_sq'] = torch.zeros_like(p, dtype=torch.bfloat16)
-        state['step'] += 1
-        step = int(state['step'])
-        flat = []
-        for tensor in (p, p.grad, state['exp_avg'], state['exp_avg_sq']):
-            local = tensor.to_local() if hasattr(tensor, 'to_local') else tensor  # a shard
-            flat.append(local.detach().view(-1))
-        device = flat[0].device
-        generator = torch.Generator(device).manual_seed(step * 1_000_003 + index)
-        how = dict(dtype=torch.int32, device=device, generator=generator)
-        bits = torch.randint(2**16, flat[0].shape, **how)
-        (beta1, beta2), rate = group['betas'], group['lr']
-        correction = (1 - beta2**step) ** 0.5
-        keep = 1 - rate * group['weight_decay']
-        size = StepSize(beta1, beta2, rate / (1 - beta1**step), correction, group['eps'], keep)
-        self.update(*flat, bits, size)
-
-
-def update(p, grad, exp_avg, exp_avg_sq, bits, size):
-    """One AdamW step of one tensor, in place. bits: random int32 in [0, 2^16)."""
-    grad = grad.float()
-    first = exp_avg.float().lerp(grad, 1 - size.beta1)
-    second = exp_avg_sq.float().lerp(grad.square(), 1 - size.beta2)
-    p.mul_(size.keep).sub_(size.rate * first / (second.sqrt() / size.correction + size.eps))
-    exp_avg.copy_(round_stochastically(first, bits))
-    exp_avg_sq.copy_(round_stochastically(second, bits))
-
-
-def round_stochastically(x, bits):
-    """float32 x -> bfloat16, up or down at random with mean x: the first 16 of its 32 bits."""
-    return ((x.view(torch.int32) + bits) & -65536).view(torch.float32).to(torch.bfloat16)
+            optimizer.state[parameter][moment] = placed_like(parameter, whole)

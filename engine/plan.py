@@ -20,12 +20,11 @@ def estimate_memory(config, knobs, micro_batch_size, shards=1):
     attention = 4 * (config.n_head + config.n_kv_head) * config.head_dim
     per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
     at_work = 0
-    if knobs.recompute != 'none':
+    if knobs.recompute:
         at_work = per_layer  # the layer that is computed again keeps everything
-        products = (per_layer - 10 * config.n_embd) // 2 if knobs.recompute == 'selective' else 0
-        per_layer = 4 * config.n_embd + products  # the residual stream, and half the products
+        per_layer = 4 * config.n_embd  # the residual stream
     n_params, n_layers_params = all_params(config), config.num_params()
-    state = (12 if knobs.optimizer_dtype == 'bfloat16' else 16) * n_params / shards
+    state = 16 * n_params / shards
     if shards > 1:  # whole: two blocks, the one at work and the one being fetched, and the head
         state += 2 * 8 * n_layers_params / config.n_layer + 8 * (n_params - n_layers_params)
     tokens = micro_batch_size * config.block_size
@@ -40,9 +39,9 @@ def all_params(config):
     return config.num_params(embedding=True, head=True)
 
 
-def saved_state_bytes(config, knobs):
+def saved_state_bytes(config):
     """Bytes of one saved state: weights and AdamW's two moments."""
-    return (8 if knobs.optimizer_dtype == 'bfloat16' else 12) * all_params(config)
+    return 12 * all_params(config)
 
 
 def choose_strategy(knobs, config, hardware):
@@ -75,11 +74,9 @@ def choose_micro_batch(knobs, config, hardware):
     return 1
 
 
-def room_for(hardware, stage, knobs):
-    """The hardware with the memory that a stage's teacher, and copies of states, leave to train."""
+def room_for(hardware, stage):
+    """The hardware with the memory that a stage's teacher leaves to train."""
     taken = stage.teacher_params * hardware.dtype.itemsize
-    if knobs.async_save and hardware.device.type == 'cpu':  # the copy that is written
-        taken += saved_state_bytes(stage.config, knobs)
     return hardware._replace(memory=hardware.memory - taken)
 
 
@@ -91,25 +88,9 @@ def check_memory(name, config, knobs, hardware):
         where = 'each of the GPUs' if hardware.device.type == 'cuda' else 'each process'
         raise UserError(
             f'{name}: {all_params(config):,} parameters need {needed / 1e9:.1f} GB to be trained '
-            f'on {where}, which has {found / 1e9:.1f} GB free: use a smaller size, more GPUs or '
-            '--optimizer_dtype=bfloat16; --dry_run=True shows the plan, --toy=True runs it small, '
-            '--anyway=True tries it'
+            f'on {where}, which has {found / 1e9:.1f} GB free: use a smaller size or more GPUs; '
+            '--dry_run=True shows the plan, --toy=True runs it small, --anyway=True tries it'
         )
-
-
-def host_memory(stage, weights):
-    """
-    Bytes in a host's memory while a stage's model is made and moved to a GPU: twice the largest
-    tensor (its pieces, and what they are joined to) if it is made one at a time, else the model and
-    what it is made from; and AdamW's two moments, if they are carried. weights: {stage: bytes}.
-    """
-    whole = weights[stage.name] + (weights.get(stage.parent.name, 0) if stage.parent else 0)
-    needed = 2 * whole if stage.optimizer_state else 0
-    if stage.tensors:
-        config = stage.config
-        rows = max(config.vocab_size, config.n_mlp, config.n_head * config.head_dim)
-        return max(needed, 8 * rows * config.n_embd)
-    return max(needed, whole)
 
 
 class PlannedStage(NamedTuple):
@@ -125,11 +106,8 @@ def totals(run, planned):
     """The sums of a plan, as a dict: FLOPs, disk, unique tokens, and the family against scratch."""
     parents = [p.stage.parent.name for p in planned if p.stage.parent]
     sums = dict(flops=0.0, disk=0, saved_states=0, drawn=0, family=0.0, baseline=0.0, alone=0.0)
-    sums['host'] = 0  # bytes in a host's memory while a model is made for a GPU
-    weights = {p.stage.name: 4 * all_params(p.stage.config) for p in planned}
     for stage, knobs, steps, result in planned:
-        saved_state = saved_state_bytes(stage.config, knobs)
-        sums['host'] = max(sums['host'], host_memory(stage, weights))
+        saved_state = saved_state_bytes(stage.config)
         sums['flops'] += result.flops
         kept = 1 + (steps // knobs.keep_every if knobs.keep_every else 0)
         sums['disk'] += 4 * all_params(stage.config) * kept

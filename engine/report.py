@@ -395,19 +395,6 @@ def mean_curve(results):
     return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
 
 
-def lead_begins(curve, other):
-    """
-    Where one curve, [(share of the steps, loss)], comes to lie below another for good, at one of
-    the points that they share; None if it ends above.
-    """
-    others, start = dict(other), None
-    for share, loss in curve:
-        if share in others:
-            ahead = loss < others[share]
-            start = (start if start is not None else share) if ahead else None
-    return start
-
-
 # ----------------------------------------------------------------------------------------------
 # the dry run
 
@@ -449,10 +436,6 @@ def plan_text(run, planned):
     lines.append(
         f'GPU memory of the largest before activations: {format_bytes(replica)} for a replica '
         f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, if a replica does not fit)'
-    )
-    lines.append(
-        f'host memory: {format_bytes(total["host"])} while a model is made for a GPU: once if it '
-        'is cut into shards, else in every process'
     )
     lines.append(
         f'disk: {format_bytes(total["disk"])} kept (models, states of stable phases), '

@@ -61,11 +61,9 @@ MACHINE_KNOBS = {
     'micro_batch_size',
     'device',
     'dtype',
-    'fp8',
     'compile',
     'log_interval',
     'save_minutes',
-    'async_save',
     'max_minutes',
     'anyway',
     'tensorboard',
@@ -81,7 +79,7 @@ MACHINE_KNOBS = {
 # the meaning of the steps already done depends on these: they can never change
 FIXED = re.compile(
     r'origin|teaching|continues_optimizer|parent.*|position|params|toy|block_size|batch_size|'
-    r'batch_tokens|optimizer_dtype|model\..*'
+    r'batch_tokens|model\..*'
 )
 
 

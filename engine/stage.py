@@ -41,7 +41,6 @@ class Stage:
     params: float  # X in FLOPs = 6 X T, as the method's paper counts it
     origin: Origin = field(default_factory=Origin)
     model: Callable | None = None  # builds the starting model, when the stage runs; None: random
-    tensors: Callable | None = None  # instead: yields its (name, tensor)s, one in memory at a time
     parent: Optional['Result'] = None  # its compute is inherited, its data position continued
     also: tuple['Result', ...] = ()  # others whose compute it needs: a second parent, a teacher
     also_spent: float = 0.0  # FLOPs on what are no ancestors, smaller members or a reference

@@ -44,7 +44,6 @@ from engine.parallel import (
     full_tensor,
     load_full_state,
     place,
-    use_float8,
     wrap,
 )
 from engine.plan import choose_micro_batch, choose_strategy, room_for
@@ -127,30 +126,15 @@ class Training:
         """The stage's starting model, placed on the hardware."""
         stage, knobs, hardware = self.stage, self.knobs, self.hardware
         torch.manual_seed(knobs.seed)
-        room = room_for(hardware, stage, knobs)
+        room = room_for(hardware, stage)
         self.strategy = choose_strategy(knobs, stage.config, room)
         self.fresh = not run_folder.saved_states(self.folder)  # else restore() brings the weights
-        self.source_dtype = 'float32'
-
-        empty = GPT.on_meta(stage.config)
-        if knobs.fp8:
-            use_float8(empty, hardware.device)
-        self.raw_model = place(self.starting_tensors, empty, self.strategy, hardware)
-        if self.strategy == 'fsdp':  # the others have built nothing
-            self.source_dtype = gather(self.source_dtype)[0]
-
-    def starting_tensors(self):
-        """Yield the (name, tensor)s of the starting model, if possible without having all of it."""
-        stage = self.stage
-        if self.fresh and stage.tensors:
-            found = stage.tensors()
-        else:
+        model, dtype = None, ''
+        if self.has_whole:
             model = stage.model() if self.fresh and stage.model else GPT(stage.config)
-            found = model.state_dict().items()
-        for name, tensor in found:
-            if name == 'wte.weight':
-                self.source_dtype = str(tensor.dtype).removeprefix('torch.')
-            yield name, tensor
+            dtype = str(model.wte.weight.dtype).removeprefix('torch.')
+        self.source_dtype = gather(dtype)[0]  # under fsdp the others have built nothing
+        self.raw_model = place(model, stage.config, self.strategy, hardware)
 
     @property
     def has_whole(self):
@@ -161,16 +145,13 @@ class Training:
         """AdamW for the model, with the state that the stage starts from."""
         self.optimizer = make_optimizer(self.raw_model, self.knobs)
         if self.stage.optimizer_state and self.fresh:
-            dtype, state = getattr(torch, self.knobs.optimizer_dtype), None
-            if self.has_whole:
-                state = self.stage.optimizer_state()
-            set_optimizer_state(self.raw_model, self.optimizer, state, dtype)
+            state = self.stage.optimizer_state() if self.has_whole else None
+            set_optimizer_state(self.raw_model, self.optimizer, state)
 
     def restore(self):
         """Continue from the newest saved state, if there is one; then compile and wrap."""
         knobs, hardware = self.knobs, self.hardware
         progress = checkpoint.load_state(self.folder, self.raw_model, self.optimizer)
-        self.saver = checkpoint.Saver(self.folder, knobs.keep_states, knobs.async_save)
         if progress:
             self.step, self.seconds = progress['step'], progress['seconds']
             self.best = progress.get('best', self.best)
@@ -186,7 +167,7 @@ class Training:
     def open_data(self):
         """Open the data where the stage is, say what follows, and start the clocks."""
         knobs, hardware, config = self.knobs, self.hardware, self.stage.config
-        room = room_for(hardware, self.stage, knobs)
+        room = room_for(hardware, self.stage)
         self.micro_batch_size = choose_micro_batch(knobs, config, room)
         self.accumulate = knobs.batch_size // hardware.world_size // self.micro_batch_size
         if self.stage.whole_batch and self.micro_batch_size < knobs.batch_size:
@@ -195,9 +176,6 @@ class Training:
                 f'micro-batch of one process, not {self.micro_batch_size} of {knobs.batch_size} '
                 'sequences: --micro_batch_size, or a smaller batch'
             )
-        if knobs.fp8 and self.micro_batch_size * knobs.block_size % 16:
-            tokens = f'{self.micro_batch_size} x {knobs.block_size}'
-            raise UserError(f'--fp8 needs a multiple of 16 tokens at once, not {tokens}')
         self.source = (self.stage.source or run_source)(knobs)
         self.tokenizer = self.source.tokenizer
         if self.stage.tokenizer:
@@ -398,23 +376,13 @@ class Training:
         if self.stage.score:
             progress['best'] = self.best
         stable = self.step == self.stable_step
-        self.saver.save(self.raw_model, self.optimizer, progress, stable)
+        keep = self.knobs.keep_states
+        checkpoint.save_state(self.folder, self.raw_model, self.optimizer, progress, keep, stable)
         self.logged = time.time()
         self.save_at = self.logged + 60 * self.knobs.save_minutes
 
-    def save_without_data(self):
-        """
-        Save what is done when there is nothing to go on with, and end the program if it was asked
-        to. Several processes do not know of each other what they lack, and save nothing.
-        """
-        if self.hardware.world_size == 1 and len(SIGNALS) < 2:
-            self.save()
-            if SIGNALS:
-                self.exit()
-
     def exit(self):
         """Say that the stage is saved, and end the program."""
-        self.saver.wait()
         self.bar.close()
         self.ddp_model = None  # a DDP that outlives Python may wait for a thread that waits for it
         gc.collect()

@@ -4,12 +4,9 @@ for early, middle and last layers k of a target model,
 
     similarity   of the target's hidden state after layer k and the teacher's after its last
     agreement    cos(grad L_proj, grad CE): below 0 the alignment works against the data
-    noise        standard deviation of a batch's grad CE about its mean:  sqrt(tr Cov / B)
-    lambda0      ratio * noise / |grad L_proj|: a weight by this rule, which docs/let.md tries and
-                 does not confirm
     curvature    |H_proj|_F of the Hessian of L_proj (Appendix I), with --probes
 
-Gradients and noise are those of the parameters that L_proj reaches, the layers up to k.
+Gradients are those of the parameters that L_proj reaches, the layers up to k.
 
     python extras/alignment.py out/let_tiny/teacher --size=32x12
     python extras/alignment.py out/let_tiny/teacher --target=out/let_tiny/baseline-0
@@ -22,11 +19,9 @@ from pathlib import Path
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
 
-from configurator import Count, Natural, Positive, configure, with_positionals
+from configurator import Count, Natural, configure, with_positionals
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Order, sequences, to_device
 from engine.device import choose_device, free_memory, set_threads
@@ -36,7 +31,7 @@ from engine.progress import progress_bar
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher, teacher_states
 from extras.diagnostics import hessian_vector_product, mean_over, norm
-from let import alignment_loss, pair_layers, similarities, similarity_floors
+from let import alignment_loss, constant_similarity, cosine_similarity, pair_layers
 from model import GPTConfig, load
 
 MICRO_BATCH = 8  # sequences of a gradient
@@ -50,14 +45,12 @@ class Options:
     target: str = ''  # folder of the target model; empty: one of `size` as initialised
     size: str = '64x4'  # of a target as initialised
     layers: tuple[Count, ...] = ()  # layers k of the target; empty: early, middle and last
-    ratio: Positive = 4.0  # of lambda0's pull to the noise of a batch
     probes: Natural = 0  # random vectors on which the curvature is estimated; 0: not measured
     # data
     data: str = 'pydocs'  # prepared corpus, its training split
     data_dir: str = 'data'  # where prepared corpora are
     samples: Count = 128  # sequences to measure on
     block_size: Count = 128  # tokens in each
-    batch_size: Count = 8  # sequences in a step of the training that is planned
     seed: Natural = 1337  # of the initialisation and of the sequences
     device: str = 'auto'  # cuda or cpu
 
@@ -90,21 +83,6 @@ def reached(model, batch, layer):
     return [i for i, g in enumerate(gradient) if g is not None]
 
 
-def data_gradient(model, batches):
-    """(mean, variances) of the gradient of a micro-batch's CE: a tensor, a number per parameter."""
-    parameters = list(model.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
-    squares = [0.0] * len(total)
-    for x, y, _ in progress_bar(batches, desc='gradients of the data'):
-        for i, g in enumerate(torch.autograd.grad(model(x, y).loss, parameters)):
-            total[i] += g
-            squares[i] += norm([g]) ** 2
-    n = len(batches)
-    mean = [g / n for g in total]
-    spread = [q - n * norm([m]) ** 2 for q, m in zip(squares, mean)]
-    return mean, [max(0.0, value) / (n - 1) for value in spread]
-
-
 def curvature(model, batch, layer, probes, seed=0):
     """
     The Frobenius norm of the Hessian of L_proj in the parameters that it reaches (Appendix I):
@@ -120,34 +98,23 @@ def curvature(model, batch, layer, probes, seed=0):
     return math.sqrt(sum(squares) / probes)
 
 
-def matched_weight(noise, gradient, ratio):
-    """lambda0 at which its pull, |lambda0 grad L_proj|, is `ratio` times a batch's noise."""
-    return ratio * noise / gradient
-
-
 def measure(model, batches, layer, data, options):
-    """The record of a layer of the target; data: what data_gradient returns."""
-    mean, variances = data
+    """The record of a layer of the target; data: the gradient of CE, a tensor per parameter."""
     record, chosen = {'layer': layer}, reached(model, batches[0], layer)
     with torch.no_grad():
-        found = [similarities(model(x, hidden_at=layer).hidden, theirs) for x, _, theirs in batches]
-    for name in found[0]:
-        record[name.replace('_', ' ')] = sum(f[name].item() for f in found) / len(found)
+        found = [cosine_similarity(model(x, hidden_at=layer).hidden, t) for x, _, t in batches]
+    record['similarity'] = sum(found).item() / len(found)
     parameters = [p for i, p in enumerate(model.parameters()) if i in chosen]
 
     def gradient(*batch):
         return torch.autograd.grad(projection_loss(model, batch, layer), parameters)
 
     ours = mean_over(batches, gradient)
-    theirs = [mean[i] for i in chosen]
+    theirs = [data[i] for i in chosen]
     product = sum((a.double() * b.double()).sum().item() for a, b in zip(ours, theirs))
     record['gradient of L_proj'] = norm(ours)
     record['gradient of CE'] = norm(theirs)
     record['agreement'] = product / (norm(ours) * norm(theirs))
-    record['noise'] = math.sqrt(
-        sum(variances[i] for i in chosen) * MICRO_BATCH / options.batch_size
-    )
-    record['lambda0'] = matched_weight(record['noise'], norm(ours), options.ratio)
     if options.probes:
         record['curvature'] = curvature(model, batches[0], layer, options.probes, options.seed)
     return record
@@ -188,15 +155,15 @@ def main(argv):
         raise UserError(f'layers: the target has {n_layer}, there is no layer {max(layers)}')
     block_size = min(options.block_size, model.config.block_size)
     batches = batches_of(options, block_size, corpus, teacher, device)
-    data = data_gradient(model, batches)
+
+    def data_gradient(x, y, _):
+        return torch.autograd.grad(model(x, y).loss, list(model.parameters()))
+
+    data = mean_over(batches, data_gradient)
     bar = progress_bar(layers, desc='layers')
     print(table([measure(model, batches, layer, data, options) for layer in bar]))
-    x, _, theirs = batches[0]
-    constant, token = similarity_floors(theirs, x)
-    print(
-        f'\nsimilarity without reading a context: a constant vector {constant:.2f}, a function of '
-        f'the current token {token:.2f}'
-    )
+    constant = constant_similarity(torch.cat([theirs for _, _, theirs in batches]))
+    print(f'\nsimilarity of the best constant vector: {constant:.2f}')
 
 
 if __name__ == '__main__':

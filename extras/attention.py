@@ -1,5 +1,5 @@
 """
-How attentive the layers of a model are, and three ways in which one can be lazy.
+How attentive the layers of a model are.
 
 Paper: Sanyal et al., Inheritune, section 2. Of a head's attention matrix A (T, T):
 
@@ -7,26 +7,19 @@ Paper: Sanyal et al., Inheritune, section 2. Of a head's attention matrix A (T, 
     mass m* = the fewest columns with 90% of |A|_F^2
 
 A layer's value is the maximum over its heads. Where its rank is one, every head has collapsed to
-rank one: the layer is lazy. That rule sees one way to be lazy, and depends on the mask: uniform
-attention has rank 1 over all positions, but 5 over 100 causal ones. So three more measures, of
-causal attention and not the paper's, tell apart what a head may have become:
-
-    sink      the weight on the first token               a head that attends to nothing else
-    evenness  entropy of a row / log of its positions     a head that attends to everything alike
-    moved     total variation from the same head's map    a head that never left initialisation
-              before training
+rank one: the layer is lazy. Rank depends on the mask: uniform attention has rank 1 over all
+positions, and 5 under the causal mask (T = 100). So one more measure, not the paper's, tells
+uniform heads apart: evenness, the entropy of a row / log of its positions.
 
     python inheritune.py out/progressive_tiny/64x4
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from configurator import Count, Fraction, Natural, Range
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
@@ -37,8 +30,7 @@ from engine.files import write_atomically
 from engine.metrics import has_metrics, read_metrics
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_images, draw_panels, table
-from engine.run_folder import read_identity
-from model import GPT, load
+from model import load
 
 # ----------------------------------------------------------------------------------------------
 # measures of an attention matrix
@@ -63,11 +55,6 @@ def column_mass(attention, threshold=0.9):
     return fewest(attention.double().square().sum(-2), threshold)
 
 
-def sink(attention):
-    """The weight on the first token, mean over the later positions; (..., T, T) -> (...)."""
-    return attention[..., 1:, 0].mean(-1)
-
-
 def evenness(attention):
     """
     Entropy of each row of causal attention as a share of log t, the most that t positions allow:
@@ -76,11 +63,6 @@ def evenness(attention):
     positions = torch.arange(2, attention.shape[-1] + 1, device=attention.device)
     entropy = torch.special.entr(attention).sum(-1)[..., 1:]
     return (entropy / positions.log()).mean(-1)
-
-
-def moved(attention, initial):
-    """Total variation between the rows of two maps, the mean over rows from the second on."""
-    return (attention - initial).abs().sum(-1)[..., 1:].mean(-1) / 2
 
 
 # ----------------------------------------------------------------------------------------------
@@ -122,38 +104,16 @@ def analyse(model, samples, threshold=0.9, causal=True, batch_size=10):
     return torch.cat(ranks, 1), torch.cat(masses, 1)
 
 
-def head_habits(model, samples, initial=None, batch_size=10):
-    """
-    {'sink', 'evenness' and, with the model as it was initialised, 'moved': float64 (layers, H)},
-    the means over samples (n, T) int64.
-    """
-    habits = {}
+UNIFORM = 0.95  # evenness from which a head counts as uniform; the limit is ours
+
+
+def mean_evenness(model, samples, batch_size=10):
+    """The evenness of every head, float64 (layers, H): the mean over samples (n, T) int64."""
+    sums = torch.zeros(model.config.n_layer, model.config.n_head, dtype=torch.float64)
     for x in samples.split(batch_size):
-        before = attention_maps(initial, x) if initial else [None] * model.config.n_layer
-        for layer, (a, b) in enumerate(zip(attention_maps(model, x), before)):
-            found = dict(sink=sink(a), evenness=evenness(a))
-            if initial:
-                found['moved'] = moved(a, b)
-            for name, values in found.items():
-                shape = model.config.n_layer, model.config.n_head
-                sums = habits.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-                sums[layer] += values.double().sum(0).cpu() / len(samples)
-    return habits
-
-
-SINK, EVEN, UNMOVED = 0.5, 0.95, 0.1  # where a kind begins; the limits are ours
-
-
-def kinds_of_laziness(habits):
-    """
-    {kind: bool (layers, H)} of head_habits: a sink puts half of its weight on the first token, a
-    uniform head has 95% of the largest entropy, and one that is as initialised has less than a
-    tenth of its weight elsewhere than before training. A head can be of two kinds.
-    """
-    kinds = {'sink': habits['sink'] >= SINK, 'uniform': habits['evenness'] >= EVEN}
-    if 'moved' in habits:
-        kinds['as initialised'] = habits['moved'] < UNMOVED
-    return kinds
+        for layer, attention in enumerate(attention_maps(model, x)):
+            sums[layer] += evenness(attention).double().sum(0).cpu()
+    return sums / len(samples)
 
 
 def lazy_layers(rank):
@@ -163,31 +123,6 @@ def lazy_layers(rank):
     """
     largest = rank.amax(-1).double().mean(1)
     return (torch.nonzero(largest < 1.5).flatten() + 1).tolist()
-
-
-@torch.no_grad()
-def losses_without(model, idx):
-    """
-    What each layer is worth: the losses in nats per token of idx (B, T), two lists by layer,
-    without that layer alone, and without it and all above. No paper's: the test of the measures.
-    """
-    x, y = idx[:, :-1], idx[:, 1:]
-    rope = model.rope(slice(x.shape[1]))
-
-    def loss(stream):
-        logits = F.linear(model.norm(stream), model.head_weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item()
-
-    alone, above = [], []
-    below, _ = model.residual_stream(x, layers=0)
-    for layer in progress_bar(range(model.config.n_layer), desc='layers left out'):
-        above.append(loss(below))
-        stream = below
-        for block in model.blocks[layer + 1 :]:
-            stream = block(stream, rope, None)
-        alone.append(loss(stream))
-        below = model.blocks[layer](below, rope, None)
-    return alone, above
 
 
 def query_key_gradients(model, x, y):
@@ -202,39 +137,13 @@ def query_key_gradients(model, x, y):
 
 
 # ----------------------------------------------------------------------------------------------
-# how many layers to inherit, said before anything is trained
-
-
-def predict_n(kinds, above, loss):
-    """
-    {rule: n}, two guesses of the n that Algorithm 1 searches for. 'attentive': the layers up to
-    the last that has a head of no lazy kind. 'truncated': the fewest first layers that keep 90%
-    of what all layers gain over none; above: the losses without layer i and all above, in nats.
-    """
-    busy = ~torch.stack(list(kinds.values())).any(0)
-    attentive = torch.nonzero(busy.any(-1)).flatten()
-    limit = loss + 0.1 * (above[0] - loss)
-    kept = [*above, loss]  # by the number of first layers that are kept
-    truncated = next(n for n, value in enumerate(kept) if value <= max(limit, loss))
-    return dict(attentive=int(attentive.max()) + 1 if len(attentive) else 0, truncated=truncated)
-
-
-# ----------------------------------------------------------------------------------------------
 # over training
 
 
-def initial_model(config, seed):
-    """The model that a stage begins with which starts from nothing."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT(config)
-
-
-def observe_attention(samples, seed=None):
+def observe_attention(samples):
     """
     A function for Stage.observe: what the heads do on samples (n, T+1) int64, lists by layer of
-    lists by head, and the norms of the gradients of W_Q and W_K, lists by layer. seed: of the
-    initialisation, where the stage starts from nothing: how far each head has moved is seen too.
+    lists by head, and the norms of the gradients of W_Q and W_K, lists by layer.
     """
 
     def observe(model):
@@ -242,8 +151,7 @@ def observe_attention(samples, seed=None):
         x, y = tokens[:, :-1], tokens[:, 1:]
         rank, mass = analyse(model, x)
         seen = dict(rank=rank.double().mean(1), mass=mass.double().mean(1))
-        initial = None if seed is None else initial_model(model.config, seed).to(x.device)
-        seen |= head_habits(model, x, initial)
+        seen['evenness'] = mean_evenness(model, x)
         seen = {name: values.cpu().numpy().round(4).tolist() for name, values in seen.items()}
         queries, keys = query_key_gradients(model, x, y)
         return dict(attention=seen | dict(gradient_q=queries, gradient_k=keys))
@@ -261,19 +169,13 @@ def observed(result):
     return found
 
 
-def share_of(kind, seen):
-    """The share of the heads of a kind of laziness, NaN where it was not observed."""
-    heads = kinds_of_laziness(seen).get(kind)
-    return math.nan if heads is None else float(heads.mean())
-
-
 def observed_panels(groups):
     """
     Panels of what {variant: results} observed, means over seeds: rank by layer at the start and
-    the end (Figure 9), lazy heads over training, gradients of queries; [] if nothing was.
+    the end (Figure 9), uniform heads over training, gradients of queries; [] if nothing was.
     """
     ranks = Panel('layer', 'rank k*, maximum over heads', ylim=(0, None))
-    lazy = Panel('step', 'share of the heads that are lazy', ylim=(0, 1))
+    uniform = Panel('step', 'share of the heads that are uniform', ylim=(0, 1))
     gradients = Panel('layer', 'gradient norm of W_Q', log='y')
     for i, (variant, results) in enumerate(groups.items()):
         runs = [seen for seen in map(observed, results) if seen]
@@ -288,14 +190,11 @@ def observed_panels(groups):
             if when == 'before' and len(groups) > 4:
                 name = ''  # dotted; the legend would hide the lines
             ranks.lines.append(Line(layers, rank, name, style, f'C{i}'))
-        for kind, style in dict(uniform='-', sink='--', **{'as initialised': ':'}).items():
-            values = np.mean([[share_of(kind, now) for _, now in seen] for seen in runs], 0)
-            if kind == 'uniform' or len(groups) <= 4 and np.nanmax(values, initial=0) > 0:
-                label = f'{variant}: {kind}'
-                lazy.lines.append(Line(steps, values.tolist(), label, style, f'C{i}'))
+        shares = [[(now['evenness'] >= UNIFORM).mean() for _, now in seen] for seen in runs]
+        uniform.lines.append(Line(steps, np.mean(shares, 0).tolist(), variant, '-', f'C{i}'))
         norms = np.mean([seen[-1][1]['gradient_q'] for seen in runs], 0).tolist()
         gradients.lines.append(Line(layers, norms, variant))
-    return [ranks, lazy, gradients] if ranks.lines else []
+    return [ranks, uniform, gradients] if ranks.lines else []
 
 
 def validation_samples(corpus, data_dir, n, length):
@@ -335,24 +234,14 @@ class Attention:
     device: str = 'auto'  # cuda or cpu
 
 
-def model_at_start(folder, config):
-    """The model that a stage trained here began with, if it began at random; else None."""
-    identity = read_identity(folder) or {}
-    if (identity.get('origin') or {}).get('kind') != 'random':
-        return None
-    return initial_model(config, identity['seed'])
-
-
-def layer_records(rank, mass, kinds, alone, above):
-    """Records of each layer: rank and mass, the lazy heads by kind, and the losses without it."""
+def layer_records(rank, mass, even):
+    """Records of each layer: rank and mass, and the heads that are uniform."""
     records = []
     rank, mass = rank.amax(-1).double(), mass.amax(-1).double()  # over heads
     for i, (r, m) in enumerate(zip(rank, mass)):
         record = {'layer': str(i + 1), 'rank k*': f'{r.mean():.1f}', 'sd of k*': f'{r.std():.1f}'}
         record |= {'mass m*': f'{m.mean():.1f}', 'sd of m*': f'{m.std():.1f}'}
-        for kind, heads in kinds.items():
-            record[kind] = f'{int(heads[i].sum())}/{heads.shape[1]}'
-        record |= {'loss without it': f'{alone[i]:.3f}', 'and all above': f'{above[i]:.3f}'}
+        record['uniform heads'] = f'{int((even[i] >= UNIFORM).sum())}/{even.shape[1]}'
         records.append(record)
     return records
 
@@ -387,19 +276,11 @@ def attention_command(options):
         longest = model.config.block_size
         raise UserError(f'{options.folder} reads at most {longest} tokens, not {options.length}')
     size = options.samples, options.length
-    samples = validation_samples(options.data, options.data_dir, *size).to(device)
-    x, y = samples[:, :-1], samples[:, 1:]
+    x = validation_samples(options.data, options.data_dir, *size).to(device)[:, :-1]
     rank, mass = analyse(model, x, options.threshold, not options.full)
-    initial = model_at_start(options.folder, model.config)
-    kinds = kinds_of_laziness(head_habits(model, x[:20], initial and initial.to(device)))
-    alone, above = losses_without(model, samples[:20])
-    with torch.no_grad():
-        loss = model(x[:20], y[:20]).loss.item()
     lazy = ', '.join(map(str, lazy_layers(rank.cpu()))) or 'none'
-    text = table(layer_records(rank.cpu(), mass.cpu(), kinds, alone, above))
+    text = table(layer_records(rank.cpu(), mass.cpu(), mean_evenness(model, x[:20])))
     text += f'\n\nlazy layers (every head of rank one): {lazy}'
-    guesses = [f'{n} by {rule}' for rule, n in predict_n(kinds, above, loss).items()]
-    text += f'\nlayers worth inheriting, of {len(rank)}: {", ".join(guesses)}'
     print(text)
     options.out = options.out or str(Path('out', 'attention', Path(options.folder).name))
     out = Path(options.out)

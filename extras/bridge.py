@@ -19,33 +19,28 @@ from engine.device import choose_device, processes
 from engine.errors import UserError
 from engine.files import read_json
 from engine.progress import progress_bar
-from engine.teacher import is_ours, transformers_model
 from extras.minillm import Answering, answer
 from model import load
 
 
 def text_generator(name, device='cpu', max_new_tokens=256):
-    """prompts -> answers (lists of texts), greedy, of any model we or transformers can open."""
+    """prompts -> answers (lists of texts), greedy, of a model, a folder or hub name."""
     tokenizer = load_tokenizer(tokenizer_of_model(name))
-    ours = is_ours(name)
-    model = load(name) if ours else transformers_model(name, 'AutoModelForCausalLM')
-    generate = generate_ours if ours else generate_theirs
-    return answers_of(model.to(device).eval(), tokenizer, max_new_tokens, generate)
+    return answers_of(load(name).to(device).eval(), tokenizer, max_new_tokens)
 
 
-def answers_of(model, tokenizer, max_new_tokens, generate=None):
-    """prompts -> answers of an open model, with its tokenizer; generate: how, if it is not ours."""
-    generate = generate or generate_ours
+def answers_of(model, tokenizer, max_new_tokens):
+    """prompts -> answers of an open model, with its tokenizer."""
 
     def answers(prompts):
         ids = [[int(i) for i in tokenizer.encode(text)] or [tokenizer.end] for text in prompts]
-        found = generate(model, ids, max_new_tokens, tokenizer.end)
+        found = greedy_answers(model, ids, max_new_tokens, tokenizer.end)
         return [tokenizer.text(row).strip() for row in found]
 
     return answers
 
 
-def generate_ours(model, ids, max_new_tokens, end):
+def greedy_answers(model, ids, max_new_tokens, end):
     """A GPT's greedy answers to prompts, both lists of ids, in half of its context at most."""
     device = model.wte.weight.device
     most = min(max_new_tokens, model.config.block_size // 2)
@@ -53,18 +48,6 @@ def generate_ours(model, ids, max_new_tokens, end):
     prompts = [torch.tensor(row[-room:], device=device) for row in ids]
     found = answer(model, prompts, Answering(most, end, temperature=0))
     return [row[mask].tolist() for row, mask in zip(found.ids, found.mask)]
-
-
-@torch.no_grad()
-def generate_theirs(model, ids, max_new_tokens, end):
-    """The same of a model of transformers, whose prompts are padded at the left."""
-    longest = max(map(len, ids))
-    padding = [longest - len(row) for row in ids]
-    batch = [[end] * n + row for n, row in zip(padding, ids)]
-    mask = [[0] * n + [1] * len(row) for n, row in zip(padding, ids)]
-    how = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end)
-    batch, mask = (torch.tensor(rows, device=model.device) for rows in (batch, mask))
-    return model.generate(batch, attention_mask=mask, **how)[:, longest:].tolist()
 
 
 def write_answers(generate, examples, path, style='paper', batch_size=16):
@@ -191,7 +174,7 @@ def answer_scores(model, examples, which, max_new_tokens=48):
     prompts = [examples.prompt(i, room).tolist() for i in which]
     said = []
     for start in progress_bar(range(0, len(prompts), 32), desc='answers'):
-        rows = generate_ours(model, prompts[start : start + 32], length, examples.end)
+        rows = greedy_answers(model, prompts[start : start + 32], length, examples.end)
         said += [tokenizer.text(row) for row in rows]
     answers = read_examples(examples.folder / 'val.jsonl')
     right = [answers[i]['output'] for i in which]

@@ -1,9 +1,6 @@
 """
-What a run of Chain-of-Learngene found: its checkpoints, what descendants start from and end at, and
-what that spares.
+What a run of Chain-of-Learngene found: its checkpoints, and what descendants start from and end at.
 """
-
-import math
 
 from data.instruct import Examples
 from engine.metrics import read_metrics
@@ -43,8 +40,8 @@ def checkpoints(results, data, scores_of):
 
 def recoveries(results, on_answers):
     """
-    Records of the descendants. on_answers: whether kd and linit-kd were taught on answers, as seqkd
-    always is; their losses are not those of the others.
+    Records of the descendants. on_answers: whether kd was taught on answers, as seqkd always is;
+    their losses are not those of the others.
     """
     records = []
     for size, runs in by_label(results, 'descendant').items():
@@ -52,15 +49,12 @@ def recoveries(results, on_answers):
         for r in runs:
             start, curve = r.labels['start'], curves[r.labels['start']]
             record = {'descendant': size, 'start': start, 'N': r.n_params}
-            if start != 'seqkd' and not (start in ('kd', 'linit-kd') and on_answers):
+            if start != 'seqkd' and not (start == 'kd' and on_answers):
                 record['loss at step 0'] = curve[0][1] if curve[0][0] == 0 else None
                 record['after recovery'] = r.val_loss
                 if 'random' in curves and start != 'random' and curve[0][0] == 0 < len(curve) - 1:
                     record['speed-up'] = speed_up(curve, curves['random'])
             record['FLOPs before'] = format_si(r.inherited_flops)
-            if start == 'linit' and 'random' in curves and curve[0][0] == 0:
-                random = next(r for r in runs if r.labels['start'] == 'random')
-                record |= worth(curve[0][1], r.inherited_flops, random, curves['random'])
             records.append(record)
     return records
 
@@ -75,22 +69,6 @@ def tuned(results, scores_of):
     return records
 
 
-def worth(loss, before, random, curve):
-    """
-    What a start at this loss spares: the steps that random initialisation, a Result with its curve,
-    needs to it, and after how many such descendants the FLOPs spent `before` are paid back.
-    """
-    steps, last = steps_to(curve, loss), curve[-1][0]
-    if steps == 0:
-        return {'steps random needs': '0', 'pays after': 'never'}
-    if not last:  # it was not trained
-        return {}
-    few = math.ceil(before * last / (random.flops * (steps or last)))
-    if steps is None:
-        return {'steps random needs': f'more than {last:,}', 'pays after': f'at most {few:,}'}
-    return {'steps random needs': f'{steps:,}', 'pays after': f'{few:,}'}
-
-
 def speed_up(curve, random):
     """
     How many times fewer steps a start needs to the last loss of random initialisation (Figures 4
@@ -101,8 +79,3 @@ def speed_up(curve, random):
         return 'there at step 0'
     own, steps = steps_to_loss(curve, loss), steps_to_loss(random, loss)
     return f'{steps / own:.1f}x' if own else 'never there'
-
-
-def steps_to(curve, loss):
-    """The first step of a curve, [(step, loss)], at which it is at most `loss`, or None."""
-    return next((step for step, value in curve if value <= loss), None)

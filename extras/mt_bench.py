@@ -17,8 +17,6 @@ from pathlib import Path
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import engine.quick_start  # before torch, whose import it shortens
-
 import torch
 
 from configurator import Count, Natural, configure, with_positionals

@@ -10,6 +10,7 @@ go to results.csv, and scaling.py fits them.
 """
 
 import csv
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from engine.metrics import read_metrics
 from engine.report import format_si
 from engine.stage import Result, Stage
 from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
-from scaling import COLUMNS, fit_results, replay_share, write_fits
+from scaling import COLUMNS, fit_results, write_fits
 
 BEGINNING = Result.given('beginning', '')  # of the data: its position is 0
 
@@ -162,6 +163,12 @@ def write_results(results, out):
     commit_file(temporary, Path(out) / 'results.csv')
 
 
+def replay_share(method):
+    """The share of the base's data in a second stage: 0.25 of cpt+replay0.25, 0 without a share."""
+    match = re.search(r'\+replay(0?\.\d+)(?![\w.])', method)
+    return float(match[1]) if match else 0.0
+
+
 class Reuse(NamedTuple):
     """
     A way to reuse a base: cpt, exp, stk2 or stk4, with +stable, +low, and cpt with +replay0.25, a
@@ -170,7 +177,7 @@ class Reuse(NamedTuple):
 
     name: str
     kind: str
-    stable: bool  # from the stable phase, with its optimizer state
+    stable: bool  # from the stable phase; cpt with its optimizer state
     low: bool  # at the learning rate at which the base ended, constant (Figure 7)
     corpus: str  # '-NAME' if the losses are on another corpus than the base's
     data: dict  # general knobs that say what the second stage reads
@@ -213,7 +220,7 @@ class Reuse(NamedTuple):
         stage = Stage('', self.shape(config), 0, 0.0, parent=base)
         if self.kind == 'cpt':
             return continue_from(stage, base, self.stable)
-        grow_stage(stage, base, config, Operators('lossless', 'stack'), self.stable)
+        grow_stage(stage, base, config, Operators('lossless', 'stack'))
         return stage
 
 

@@ -217,83 +217,6 @@ def test_words_of_a_command_stand_anywhere():
     assert with_positionals(argv, 'results') == expected
 
 
-PROGRAMS = (
-    'train.py',
-    'train.py --method=let',
-    'sample.py',
-    'evaluate.py',
-    'bench.py',
-    'expand.py',
-    'inheritune.py',
-    'col.py',
-    'scaling.py',
-    'scaling.py fit',
-    'scaling.py advise',
-    'scaling.py sunk_cost',
-    'scaling.py optimal',
-    'scaling.py diagnose',
-    'data/prepare.py',
-    'extras/alignment.py',
-    'extras/mt_bench.py',
-    'extras/from_gguf.py',
-)
-ASK_ALL = """
-import contextlib, runpy, sys
-import engine.quick_start  # before help is asked for, so that it does nothing
-for program in sys.argv[1:]:
-    sys.argv = [*program.split(), '--help']
-    sys.path[0] = program.split('/')[0] if '/' in program else ''
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(sys.argv[0], run_name='__main__')
-    print('-- next --')
-assert 'torch._C' in sys.modules
-"""
-
-
-def test_the_help_does_not_import_torch_and_is_the_same():
-    def python(*words):
-        process = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=os.environ | {'PYTHONPATH': str(ROOT)},
-            timeout=100,
-        )
-        assert process.returncode == 0, process.stderr
-        return process
-
-    helps = python('-c', ASK_ALL, *PROGRAMS).stdout.split('-- next --\n')
-    for program, text in zip(PROGRAMS, helps):
-        process = python('-X', 'importtime', *program.split(), '--help')
-        assert len(process.stdout) > 300 and process.stdout == text
-        assert 'torch._C' not in process.stderr
-
-
-RUN_AND_LOOK = """
-import gc, runpy, sys
-sys.argv = ['data/prepare.py', '--help']
-sys.path[0] = 'data'
-seen = []
-sys.setprofile(lambda *_: seen.append(gc.isenabled()))
-try:
-    runpy.run_path('data/prepare.py', run_name='__main__')
-except SystemExit:
-    sys.setprofile(None)
-assert not all(seen), 'nothing is faster'
-assert gc.isenabled() and gc.get_freeze_count() > 1000
-"""
-
-
-def test_garbage_is_not_looked_for_while_modules_are_imported_and_then_is():
-    in_a_worker = "import sys; sys.argv = ['train.py']; import engine.quick_start, gc; "
-    in_a_worker += 'assert gc.isenabled()'  # a pool's: the program's words, another main module
-    for code in (RUN_AND_LOOK, in_a_worker):
-        command = [sys.executable, '-c', code]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-
-
 def test_who_plans_or_makes_a_size_waits_for_torch_alone(tmp_path):
     for size in ('16x1', '32x2'):
         GPT(GPTConfig.named(size, vocab_size=257, block_size=16)).save(tmp_path / 'chain' / size)
@@ -314,15 +237,6 @@ def test_who_plans_or_makes_a_size_waits_for_torch_alone(tmp_path):
             r'\b(torch\.distributed\.(checkpoint|fsdp|tensor)|torch\._dynamo|matplotlib|datasets)$'
         )
         assert not re.search(slow, process.stderr, re.MULTILINE), command
-
-
-def test_a_program_of_someone_else_that_asks_for_help_has_torch(tmp_path):
-    file = tmp_path / 'mine.py'
-    file.write_text(
-        f'import sys; sys.path.append({str(ROOT)!r}); import expand, torch; print(torch.ones(1))'
-    )
-    process = subprocess.run([sys.executable, file, '--help'], capture_output=True, text=True)
-    assert process.stdout == 'tensor([1.])\n', process.stderr
 
 
 def test_help_lists_every_knob_with_its_comment(capsys):

@@ -26,9 +26,8 @@ SMALLER = {  # knobs that a command gets besides its own
     'inheritune': ['--samples=2', '--length=20'],
     'data.prepare': ['--out=prepared'],
     'extras.alignment': ['--samples=16', '--block_size=16'],
-    'bench': ['--size=64x2', '--block_size=16', '--rounds=1', '--steps=1'],
+    'bench': ['--size=64x2', '--block_size=32', '--rounds=1'],
     'scaling fit': ['--bootstrap=2', '--out=fitted'],
-    'scaling design': ['--spend=1e23'],  # the clone's laws are the paper's, of large models
     'scaling diagnose': ['--samples=2', '--iterations=1', '--block_size=16'],
     'scaling toy': ['--features=1000'],
 }

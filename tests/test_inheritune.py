@@ -25,7 +25,6 @@ from inheritune import (
     half_width,
     inherit,
     inherit_next,
-    most_attentive,
     stacked_layers,
 )
 from model import GPT, GPTConfig, load
@@ -207,20 +206,16 @@ def test_baselines_have_the_papers_budgets():
 
 def test_baselines_start_from_the_layers_they_name(data_dir, tmp_path):
     reference = small(n_layer=8, vocab_size=257, block_size=128)
-    with torch.no_grad():
-        for layer in (1, 4, 5, 7):
-            reference.blocks[layer].attn.q.weight.zero_()  # uniform heads: the lowest ranks
     reference.save(tmp_path / 'reference')
     small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
     given, found = Result.given('reference', tmp_path / 'reference'), {}
     run = Run(block_size=128, data_dir=str(data_dir))
     compared = Comparison(Inheritune(), run, reference.config, 0, given, 4)
-    for name in ('last-layers', 'attentive-layers', 'hybrid-stacking', 'distilbert'):
+    for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
         model = next(BASELINES[name](compared)).model()
         found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
     expected = {
         'last-layers': (4, 5, 6, 7),
-        'attentive-layers': (0, 2, 3, 6),
         'hybrid-stacking': (0, 1, 0, 1),
         'distilbert': (0, 2, 4, 6),
     }
@@ -453,14 +448,6 @@ def test_sub_modules_are_inherited_alone_and_in_pairs(data_dir, tmp_path):
         found[stage.name] = kept
     names = ('attention', 'mlp', 'norms', 'attention+mlp', 'attention+norms', 'mlp+norms')
     assert found == {f'{name}-2': name.split('+') for name in names}
-
-
-def test_the_most_attentive_layers_keep_their_order():
-    model = small(n_layer=5)
-    with torch.no_grad():
-        model.blocks[1].attn.q.weight.zero_()
-        model.blocks[3].attn.q.weight.zero_()
-    assert most_attentive(model, tokens(4, 24), 3) == [0, 2, 4]
 
 
 def test_a_run_with_seeds_reports_losses_costs_and_lazy_heads(data_dir, tmp_path):

@@ -124,8 +124,6 @@ def test_what_does_not_add_up_in_the_paper():
         assert 1e3 * rival.leave_one_out == pytest.approx(without, abs=0.02)
     low, high = found.intervals['alpha3']  # of the 0.5B base
     assert low < -0.3 and high > 0.1
-    both = fit('two_sizes', data, bootstrap=0)  # no exponents describe both sizes
-    assert 1e3 * both.leave_one_out == pytest.approx(3.1, abs=0.1)
     limits = [sunk_cost_limits(PAPER['scratch'], PAPER['stk2'], N)[0] for N in (1e8, 5e8, 5e9)]
     assert limits[0] < limits[1] > limits[2]  # D* rises before it falls
     N, D1 = 521_889_760, 7.38e10
@@ -339,60 +337,6 @@ def test_a_base_is_left_out_with_all_that_was_made_from_it():
     assert fit('continuous', alone, bootstrap=0).base_left_out is None  # there is no other
 
 
-def test_intervals_of_resampled_bases_know_of_their_luck():
-    """Losses of a base share an error: its cells, taken one by one, would average it away."""
-    data = grid('multiplicative', TABLE_6['Stack'], noise=1e-4)
-    luck = dict(zip(sorted(set(data['D1'])), (0.01, -0.01, 0.0, 0.01, -0.01)))
-    losses = [loss * (1 + luck[D1]) for loss, D1 in zip(data['loss'], data['D1'])]
-    spread = {}
-    for by in ('cell', 'base'):
-        found = fit('multiplicative', dict(data, loss=losses), 100, by=by)
-        spread[by] = found.losses(data['N'][0], 2e9, 2e9)[1:].std().item()
-    assert spread['base'] > 1.3 * spread['cell']
-    scratch = dict(data, D1=[0.0] * len(data['D1']))  # no bases: cells, as ever
-    by_cell, by_base = (fit('continuous', scratch, 20, by=by) for by in ('cell', 'base'))
-    assert by_cell.samples == by_base.samples
-
-
-@pytest.mark.parametrize(
-    'variable, law, parameter',
-    [('replay', 'with_replay', 'rho'), ('growth', 'with_growth', 'gamma')],
-)
-def test_one_more_variable_of_the_second_stage(tmp_path, variable, law, parameter):
-    """Grids that differ in it are fitted together, and its parameter comes back."""
-    methods = {
-        'replay': {'cpt-code': 0.0, 'cpt+replay0.25-code': 0.25, 'cpt+replay0.75-code': 0.75},
-        'growth': {'cpt': 1.0, 'stk2': 2.0, 'stk4': 4.0},
-    }
-    truth = TABLE_6['Stack'] | {parameter: 0.2}
-    text = 'method,N,D1,D2,seed,loss,trained_N\n'
-    for method, value in methods[variable].items():
-        data = grid('multiplicative', TABLE_6['Stack'], n=4)
-        data[variable] = [value] * len(data['loss'])
-        theta = [[truth[name] for name in LAWS[law].parameters]]
-        factor = value if variable == 'growth' else 1
-        for N, D1, D2, loss in zip(data['N'], data['D1'], data['D2'], predict(law, theta, data)[0]):
-            text += f'{method},{N},{D1},{D2},0,{loss},{factor * N}\n'
-    (tmp_path / 'results.csv').write_text(text)
-    together = scaling.put_together(read_results(tmp_path / 'results.csv'))
-    (name,) = together
-    assert name == dict(replay='replay (code)', growth='growth factor')[variable]
-    found = fit(law, together[name], bootstrap=0)
-    assert found.parameters[parameter] == pytest.approx(0.2, abs=1e-3) and found.rms < 1e-5
-    assert found.leave_one_out < 0.01 * fit('multiplicative', together[name], 0).leave_one_out
-
-
-def test_methods_are_put_together_only_where_one_variable_differs():
-    def of(N):
-        return dict(N=[N], D1=[1.0], D2=[1.0], loss=[1.0], trained_N=[2.0 * N])
-
-    assert scaling.put_together({'stk2': of(1.0), 'stk2+stable': of(1.0)}) == {}
-    assert scaling.put_together({'stk2': of(1.0), 'stk4': of(2.0)}) == {}  # bases of two sizes
-    assert scaling.put_together({'cpt-code': of(1.0), 'cpt+replay0.5-math': of(1.0)}) == {}
-    unknown = of(1.0) | dict(trained_N=[math.nan])
-    assert scaling.put_together({'stk2': of(1.0), 'stk4': unknown}) == {}
-
-
 def test_a_base_with_one_second_stage_has_no_power():
     data = grid('multiplicative', TABLE_6['Stack'])
     kept = [
@@ -405,21 +349,9 @@ def test_a_base_with_one_second_stage_has_no_power():
         assert len(panel.lines[0].x) == len(set(data['D1'])) - 1
 
 
-def test_points_of_two_sizes_are_two_fits():
-    data = {
-        'scratch-code': dict(N=[1e6, 1e6, 2e6], D1=[0, 0, 0], D2=[1, 2, 3]),
-        'stk2': dict(N=[1e6, 1e6], D1=[1, 1], D2=[1, 2]),
-    }
-    split = scaling.by_size(data)
-    assert list(split) == ['scratch@1000000-code', 'scratch@2000000-code', 'stk2'] and split[
-        'scratch@2000000-code'
-    ]['D2'] == [3]
-
-
 def test_laws_that_points_can_carry():
     single, several = dict(N=[1, 1], D1=[1, 2]), dict(N=[1, 2, 3], D1=[1, 2, 2])
     assert 'multiplicative' in scaling.laws_for(single) and scaling.laws_for(several) == ['joint']
-    assert scaling.laws_for(dict(N=[1, 2], D1=[1, 2])) == ['two_sizes']
     assert scaling.laws_for(dict(N=[1, 1], D1=[0, 0])) == ['continuous'] and scaling.laws_for(
         dict(N=[1, 2], D1=[0, 0])
     ) == ['chinchilla']

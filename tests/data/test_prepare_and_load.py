@@ -32,7 +32,6 @@ from data.vocabulary import bytes_encoding, load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
 from engine.hub import within
-from extras.curves import make_sparse_corpus
 from train import Run
 
 # ----------------------------------------------------------------------------------------------
@@ -145,7 +144,14 @@ def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a
 
 def test_a_sequence_of_a_large_corpus_takes_its_own_pages_into_memory_and_no_others(tmp_path):
     """The system reads 128 KB around what is asked for unless it is told."""
-    make_sparse_corpus(tmp_path / 'zeros', 10**9)
+    splits, folder = {}, tmp_path / 'zeros'
+    folder.mkdir()
+    for split, n in (('train', 10**9), ('val', 10**5)):
+        with open(folder / f'{split}.bin', 'wb') as file:
+            file.truncate(2 * n)  # zeros that take no room
+        splits[split] = dict(tokens=n, bytes=4 * n, documents=1)
+    meta = dict(splits=splits, dtype='uint16', tokenizer='gpt2', vocab_size=50257)
+    (folder / 'meta.json').write_text(json.dumps(meta))
     source = text_source(Run(data='zeros', data_dir=str(tmp_path), block_size=256))
     assert source.read(np.arange(200)).shape == (200, 257)
     file = tmp_path / 'zeros' / 'train.bin'

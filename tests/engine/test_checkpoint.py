@@ -10,16 +10,14 @@ import re
 import shutil
 import signal
 import sys
-import threading
 
 import pytest
 import test_train
-import torch
 from conftest import run_command
 from test_train import same
 
 import train
-from engine.checkpoint import IndexUnpickler, Saver, load_state
+from engine.checkpoint import IndexUnpickler, load_state, save_state
 from engine.device import SIGNALS, catch_signals
 from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
@@ -145,9 +143,8 @@ def two_signals():
     SIGNALS.clear()
 
 
-@pytest.mark.parametrize('background', [False, True])
 def test_a_second_ctrl_c_anywhere_within_a_save_ends_the_program_and_spoils_nothing(
-    tmp_path, half, two_signals, background
+    tmp_path, half, two_signals
 ):
     folder = shutil.copytree(half, tmp_path / 'run')
     model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16))
@@ -158,9 +155,7 @@ def test_a_second_ctrl_c_anywhere_within_a_save_ends_the_program_and_spoils_noth
         if process == 0:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-3 * (1 + interrupted))  # later and later
-                saver = Saver(folder, 9, background)
-                saver.save(model, optimizer, dict(step=4))
-                saver.wait()
+                save_state(folder, model, optimizer, dict(step=4), keep=9)
                 os._exit(0)
             except KeyboardInterrupt:
                 os._exit(130)
@@ -169,49 +164,6 @@ def test_a_second_ctrl_c_anywhere_within_a_save_ends_the_program_and_spoils_noth
         interrupted += code == 130
         assert load_state(folder, model, optimizer)['step'] in (3, 4)
     assert interrupted > 3
-
-
-def test_a_state_saved_while_training_goes_on_is_that_of_its_moment(tmp_path):
-    model = GPT(GPTConfig.named('64x4', vocab_size=257, block_size=16))
-    optimizer, saver = make_optimizer(model, train.Run()), Saver(tmp_path, 2, background=True)
-
-    def step():
-        model(torch.arange(16)[None], torch.arange(16)[None]).loss.backward()
-        optimizer.step()
-
-    def everything():
-        moments = [
-            optimizer.state[p][key] for p in model.parameters() for key in ('exp_avg', 'step')
-        ]
-        return [tensor.clone() for tensor in (*model.parameters(), *moments)]
-
-    for i in range(1, 4):
-        step()
-        then, busy = everything(), threading.Event()
-        saver.wait()
-        saver.thread.submit(busy.wait)  # the writing thread has something else to do
-        saver.save(model, optimizer, dict(step=i))
-        step()
-        assert len(saved_states(tmp_path)) == min(2, i - 1)  # it is not written yet
-        busy.set()
-    saver.wait()
-    assert [path.name[-1] for path in saved_states(tmp_path)] == ['2', '3']
-    assert not all(map(torch.equal, everything(), then))
-    assert load_state(tmp_path, model, optimizer) == dict(step=3)
-    assert all(map(torch.equal, everything(), then))
-
-
-def test_states_saved_in_the_background_change_nothing(data_dir, tmp_path, whole):
-    train.main(arguments(data_dir, tmp_path, '--async_save=True', '--save_minutes=1e-9'))
-    assert not saved_states(tmp_path / '16x2') and same(tmp_path / '16x2', whole)
-    for _ in range(3):
-        with pytest.raises(SystemExit):  # what is being written is waited for
-            train.main(
-                arguments(data_dir, tmp_path / 'run', '--max_minutes=1e-9', '--async_save=True')
-            )
-    assert saved_states(tmp_path / 'run' / '16x2')[-1].name == 'state-000000003'
-    train.main(arguments(data_dir, tmp_path / 'run'))
-    assert same(tmp_path / 'run' / '16x2', whole)
 
 
 def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
@@ -287,7 +239,6 @@ def load_config(folder):
     'case',
     [
         (20_000, 'state-000000004 could not be saved', ['--save_minutes=1e-9']),
-        (20_000, 'could not be saved', ['--save_minutes=1e-9', '--async_save=True']),
         (50_000, 'the trained model could not be saved', []),
     ],
 )
@@ -378,9 +329,7 @@ def test_fewer_steps_than_are_done_already_are_refused(data_dir, tmp_path, half)
         train.main(arguments(data_dir, tmp_path / 'run', '--tokens=128', '--accept_changes=True'))
 
 
-@pytest.mark.parametrize(
-    'changed', ['--batch_size=8', '--block_size=8', '--optimizer_dtype=bfloat16', '--size=16x3']
-)
+@pytest.mark.parametrize('changed', ['--batch_size=8', '--block_size=8', '--size=16x3'])
 def test_changes_that_make_nonsense_of_the_steps_done_are_never_accepted(
     data_dir, tmp_path, half, changed
 ):

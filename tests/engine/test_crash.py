@@ -99,12 +99,10 @@ def same_as_undisturbed(out, whole):
 
 
 def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
-    """While states are written at once, and in the background."""
     family = [
         '--method=progressive',
         '--sizes=16x2,32x2',
         '--scratch_tokens=1280,2560',
-        '--optimizer=grown',
         '--block_size=16',
         '--batch_size=4',
         '--eval_tokens=512',
@@ -119,17 +117,15 @@ def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
     timed(processes, log, train.main, first)  # imports, and compiles bytecode
     seconds = timed(processes, log, train.main, [*family, f'--out_dir={whole}'])
     chance = random.Random(1)
-    for background in (False, True):
-        kills = runs = halves = 0
-        while kills < KILLS / 2:
-            runs += 1
-            out = tmp_path / f'run{runs}-{background}'
-            words = [*family, f'--out_dir={out}', f'--async_save={background}']
-            how = (out, seconds, chance, train.main, words)
-            more, torn = disturb(processes, log, *how)
-            kills, halves = kills + more, halves + torn
-            same_as_undisturbed(out, whole)
-        print(f'\n{kills} kills in {runs} runs of {seconds:.1f} s, {halves} of them during a write')
+    kills = runs = halves = 0
+    while kills < KILLS:
+        runs += 1
+        out = tmp_path / f'run{runs}'
+        how = (out, seconds, chance, train.main, [*family, f'--out_dir={out}'])
+        more, torn = disturb(processes, log, *how)
+        kills, halves = kills + more, halves + torn
+        same_as_undisturbed(out, whole)
+    print(f'\n{kills} kills in {runs} runs of {seconds:.1f} s, {halves} of them during a write')
 
 
 def test_preparation_survives_kills_anywhere(processes, tmp_path):

@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from conftest import ROOT, run_command, write_texts
 from safetensors.torch import load_file, save_file
 
+import expand
 import extras.bridge as bridge
 import scaling
 from configurator import configure
@@ -28,7 +28,6 @@ from engine.files import find_damage, locked, read_json
 from engine.metrics import read_metrics, truncate_metrics
 from engine.run_folder import read_identity
 from engine.stage import Result
-from expand import Operators, grow_folder
 from extras.diagnostics import training_curves
 from model import GPT, GPTConfig, load
 from train import METHODS, Run, main
@@ -341,8 +340,7 @@ def test_weights_that_cannot_be_right_are_refused_in_memory_and_on_disk(tmp_path
         with pytest.raises(UserError, match=expected):
             load(folder)
         with pytest.raises(UserError, match=expected):
-            shape = lambda c: replace(c, n_layer=4)
-            grow_folder(folder, tmp_path / f'{kind}-grown', shape, Operators())
+            expand.main([str(folder), str(tmp_path / f'{kind}-grown'), '--to=stk2'])
         assert not (tmp_path / f'{kind}-grown').exists()
 
 
@@ -359,12 +357,7 @@ def test_a_model_of_mixed_precision_has_that_of_its_embeddings(tmp_path):
 def test_nothing_is_written_over_a_model(trained, tmp_path):
     run = tmp_path / 'run'
     shutil.copytree(trained, run / '16x2')
-    grow_folder(
-        trained,
-        run / '32x2',
-        lambda c: GPTConfig.named('32x2', vocab_size=257, block_size=32),
-        Operators(),
-    )
+    expand.main([str(trained), str(run / '32x2'), '--to=32x2'])
     before = (run / '32x2' / 'model.safetensors').read_bytes()
     for command in (
         ('col.py', run, run / '32x2', '--to=32x2'),

@@ -14,7 +14,6 @@ from engine.report import (
     format_count,
     format_si,
     interval,
-    lead_begins,
     render,
     report_blocks,
     result_records,
@@ -174,10 +173,3 @@ def test_steps_to_a_loss_are_interpolated():
         0.75,
         None,
     ]
-
-
-def test_a_lead_begins_where_it_lasts():
-    other = [(0, 5.0), (0.5, 4.0), (1.0, 3.0)]
-    below_at = lambda *losses: lead_begins(list(zip((0, 0.5, 1.0), losses)), other)
-    assert below_at(6, 3.9, 2.9) == 0.5 and below_at(4, 3, 2) == 0
-    assert below_at(4, 5, 2.9) == 1.0 and below_at(4, 3, 3.1) is None

@@ -187,7 +187,9 @@ def test_the_dry_run_says_what_is_shared(capsys):
 
 def test_training_on_is_not_also_a_run_from_scratch():
     """Without another corpus, runs from scratch of the base's shape are the bases themselves."""
-    stages = planned('scaling_growth_tiny.py', '--scratch=0.5,0.75')
+    stages = planned(
+        'scaling_tiny.py', '--reuse=cpt,stk2,stk4', '--second_data=', '--scratch=0.5,0.75'
+    )
     points = [tuple(s.labels[c] for c in COLUMNS[:-1]) for s, _ in stages if 'D2' in s.labels]
     assert len(points) == len(set(points))
     sizes = {N for method, N, _, D2, _ in points if method == 'scratch' and D2 == 0.75 * 2**20}
@@ -197,7 +199,7 @@ def test_training_on_is_not_also_a_run_from_scratch():
 def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
     knobs = {
         s.name: (s.knobs, s)
-        for s, _ in planned('scaling_cpt_replay.py', '--reuse=cpt+replay0.25,cpt+stable')
+        for s, _ in planned('scaling_cpt_code.py', '--reuse=cpt+replay0.25,cpt+stable')
     }
     replay, stage = next(v for k, v in knobs.items() if 'cpt+replay0.25' in k)
     assert (

@@ -68,14 +68,12 @@ TRAIN = {
     'growth': '--base=16x1 --target=16x2 --base_tokens=32 --tokens=64 '
     '--variants=random,aki+stack --seeds=1',
     'inheritune': '--size=16x2 --baselines=random --tokens=64',
-    'lazy_layers': '--width=16 --depths=2,1 --seeds=1 --tokens=64 --dry_run=True',
     'let': '--size=16x2 --teacher_size=16x1 --teacher_tokens=32 --tokens=64 '
     '--variants=let --s_stop=0.5',
     'sweep': '--sizes=16x1 --longest=128 --first=1.0 --second=0.5 --warmup=1 --dry_run=True',
     'col': '--ancestor_size=16x3 --ancestor_tokens=64 --chain=16x2,16x1 --tokens=64 '
     '--descendants= --recovery_tokens=64',
     'timeseries': '--dry_run=True',
-    'frontier': '--sizes=16x1,16x2 --shares=1 --families=trunk:80 --seeds=1 --dry_run=True',
     'posttrain': '--models=model --data=pairs --preferences=prefs --sft_epochs=0.2 '
     '--dpo_epochs=0.5',
 }
@@ -97,11 +95,6 @@ COMMANDS = [
     ('scaling', 'advise --paper=True --base_params=1e9 --base_tokens=1e12 --budget=1e21'),
     ('scaling', 'sunk_cost --paper=True --out=out'),
     ('scaling', 'optimal --paper=True --base_tokens=1e10 --out=out'),
-    (
-        'scaling',
-        'design --fit=fit.json --base_params=1e6 --base_tokens=1e7 --budget=1e15 --spend=1e14',
-    ),
-    ('scaling', 'plan --paper=True --budget=1e21'),
     ('scaling', 'diagnose model --data_dir=data --samples=2 --block_size=8 --iterations=1'),
     ('scaling', 'toy --features=100'),
     (
@@ -146,7 +139,6 @@ def knobs_of(module, words):
         if module == 'scaling':
             verbs = dict(fit=found.Fitting, advise=found.Question)
             verbs |= dict(sunk_cost=found.SunkCost, optimal=found.Optimum)
-            verbs |= dict(design=found.Design, plan=found.Planning)
             verbs |= dict(diagnose=diagnostics.Diagnosis, toy=diagnostics.Toy)
             classes = [verbs[words[0]]]
         else:

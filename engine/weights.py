@@ -1,0 +1,102 @@
+"""The files with the weights of a model folder: safetensors, one or several with an index."""
+
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from engine.errors import UserError, first_line
+from engine.files import commit_file, read_json, verify_model
+
+SHARD_BYTES = 5 * 10**9  # weights in one file, as on the hub
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight_files(folder):
+    """
+    The files with a model's weights: safetensors, or pickles where there is nothing else. Raises
+    UserError where they are missing, some of those that the index names, or changed since they
+    were written.
+    """
+    folder = Path(folder)
+    verify_model(folder)
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        index = folder / f'{name}.index.json'
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            listed = read_json(index, weight_map=dict)['weight_map'].values()
+            files = [folder / Path(str(file)).name for file in sorted(set(map(str, listed)))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise UserError(
+                    f'{folder} is incomplete: {len(missing)} of its {len(files)} files of weights '
+                    f'are missing ({missing[0]})'
+                )
+            return files
+    raise UserError(f'{folder} has no weights (model.safetensors)')
+
+
+def load_pickle(file, device='cpu'):
+    """
+    {name: tensor} of a pickle, as older repositories of the hub have: read by torch's reader that
+    knows tensors and nothing else, so that no code of the file runs. Raises UserError.
+    """
+    mapped = zipfile.is_zipfile(file)  # older ones cannot be read lazily
+    try:
+        found = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+    except Exception as error:  # damage and refused content raise all kinds
+        raise UserError(f'{file} cannot be read: {first_line(error)}') from None
+    if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
+        raise UserError(f'{file} holds other things than tensors by name')
+    return found
+
+
+def read_tensors(folder, device='cpu'):
+    """{name: tensor} of all weights of a model folder. Raises UserError."""
+    tensors = {}
+    for file in weight_files(folder):
+        if file.suffix == '.bin':
+            tensors |= load_pickle(file, device)
+            continue
+        try:
+            tensors |= load_file(file, device=str(device))
+        except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+            raise UserError(f'{file} is damaged: {first_line(error)}') from error
+    return tensors
+
+
+def check_numbers(name, dtype):
+    """Raise UserError for a dtype that is not one of weights: quantised ones cannot be read."""
+    if dtype not in DTYPES:
+        kind = str(dtype).removeprefix('torch.')
+        raise UserError(f'{name} is {kind}, not one of float64, float32, bfloat16 and float16')
+
+
+def check_finite(name, tensor):
+    """Raise UserError for a tensor with numbers that are not finite."""
+    if tensor.sum().isfinite():  # only if all terms are; fifteen times faster than to ask each
+        return
+    if not tensor.isfinite().all():  # or the sum alone is too large
+        raise UserError(f'{name} has values that are not finite in {tensor.dtype}')
+
+
+def write_tensors(folder, tensors):
+    """
+    Write {name: tensor} as the weights of a model folder, in place of those it had: several files
+    with an index where one would have more than SHARD_BYTES.
+    """
+    from huggingface_hub import save_torch_state_dict  # a second, which not every command needs
+
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        save_torch_state_dict(tensors, unfinished, max_shard_size=SHARD_BYTES)
+        written = sorted(Path(unfinished).iterdir())  # the index last
+        for path in written:
+            commit_file(path, folder / path.name)
+    for path in folder.glob('model*.safetensors*'):  # of an earlier model
+        if path.name not in {new.name for new in written}:
+            path.unlink()
