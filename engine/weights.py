@@ -93,7 +93,12 @@ def write_tensors(folder, tensors):
 
     folder = Path(folder)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        save_torch_state_dict(tensors, unfinished, max_shard_size=SHARD_BYTES)
+        # a view of a larger storage, as FSDP gathers them, is refused: give it its own
+        own = {
+            name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for name, tensor in tensors.items()
+        }
+        save_torch_state_dict(own, unfinished, max_shard_size=SHARD_BYTES)
         written = sorted(Path(unfinished).iterdir())  # the index last
         for path in written:
             commit_file(path, folder / path.name)

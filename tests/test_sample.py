@@ -12,11 +12,10 @@ from test_model import SHAPES, small, tokens
 
 import train
 from engine.checkpoint import newest_weights
-from engine.decoding import Decoding
 from engine.errors import UserError
 from expand import grow
 from model import GPT, GPTConfig, load, probabilities
-from sample import Sampling, answer_template, generate, speculate
+from sample import Sampling, Speculation, answer_template, generate, speculate
 
 GREEDY = Sampling(temperature=0)
 
@@ -58,32 +57,13 @@ def test_greedy_speculation_is_greedy_decoding_token_for_token(shape, draft_toke
     )  # a relative: agrees sometimes
     prompts = [tokens()[0, :n] for n in (5, 1, 4)]  # each is somewhere else, from the beginning
     plain = generate(model, prompts, 19, GREEDY)
-    found, stats = speculate(model, draft, prompts, 19, draft_tokens, GREEDY)
-    assert all(map(torch.equal, found, plain))
-    assert stats.drafted >= stats.accepted and len(stats.divergences) == stats.drafted
-    again, alike = speculate(model, model, prompts, 19, draft_tokens, GREEDY)
-    assert all(map(torch.equal, again, plain))
-    assert alike.acceptance_rate == 1.0 and alike.rounds == 3 * -(-19 // (draft_tokens + 1))
-
-
-def test_no_sequence_waits_for_the_acceptance_of_another():
-    """One text ends at once; the others take the rounds that they take alone."""
-    draft = small()
-    model = grow(draft, dataclasses.replace(draft.config, n_layer=5), 'fpi', 'stack')
-    prompts = [tokens()[0, :n] for n in (5, 2, 4, 3)]
-    alone = [speculate(model, draft, [prompt], 19, 4, GREEDY)[1].rounds for prompt in prompts]
-    assert len(set(alone)) > 1
-    passes, read = [], Decoding.read
-
-    def counted(decoding, idx, *where):
-        passes.append((decoding.model, len(idx)))
-        return read(decoding, idx, *where)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoding, 'read', counted)
-        _, stats = speculate(model, draft, prompts, 19, 4, GREEDY)
-    sizes = [size for reader, size in passes if reader is model][1:]  # after the prompts
-    assert stats.rounds == sum(alone) == sum(sizes) and len(sizes) == max(alone)
+    for prompt, expected in zip(prompts, plain):
+        found, stats = speculate(model, draft, prompt[None], 19, draft_tokens, GREEDY)
+        assert torch.equal(found, expected)
+        assert stats.drafted >= stats.accepted and len(stats.divergences) == stats.drafted
+        again, alike = speculate(model, model, prompt[None], 19, draft_tokens, GREEDY)
+        assert torch.equal(again, expected)
+        assert alike.acceptance_rate == 1.0 and alike.rounds == -(-19 // (draft_tokens + 1))
 
 
 def test_sampled_speculation_has_the_models_distribution():
@@ -102,9 +82,11 @@ def test_sampled_speculation_has_the_models_distribution():
             for a in range(5)
         ]
     )
-    found, stats = speculate(model, draft, [prompt] * n, 2, draft_tokens=2, sampling=sampling)
-    counts = torch.zeros(5, 5)
-    counts.index_put_(torch.stack(found).unbind(1), torch.ones(n), accumulate=True)
+    counts, stats = torch.zeros(5, 5), Speculation()
+    for _ in range(n):
+        (a, b), one = speculate(model, draft, prompt[None], 2, draft_tokens=2, sampling=sampling)
+        counts[a, b] += 1
+        stats.add(one)
     assert 0.05 < stats.acceptance_rate < 0.95  # both branches were taken
     assert (counts / n - expected).abs().max() < 0.03 and (
         (counts / n - expected) ** 2 / expected.clamp(min=1e-3)
@@ -120,7 +102,9 @@ def test_acceptance_is_the_overlap_of_the_distributions():
         .sum()
         .item()
     )
-    stats = speculate(model, draft, [prompt] * 2000, 2, draft_tokens=1)[1]
+    stats = Speculation()
+    for _ in range(2000):
+        stats.add(speculate(model, draft, prompt[None], 2, draft_tokens=1)[1])
     assert stats.drafted == 2000 and stats.acceptance_rate == pytest.approx(overlap, abs=0.04)
 
 
@@ -130,12 +114,12 @@ def test_speculation_stops_at_the_end_and_refuses_what_cannot_be():
     end = generate(model, prompts, 3, GREEDY)[1][2].item()  # of the second, its third
     sampling = GREEDY._replace(stop=end)
     plain = generate(model, prompts, 10, sampling)
-    found = speculate(model, model, prompts, 10, sampling=sampling)[0]
+    found = [speculate(model, model, prompt[None], 10, sampling=sampling)[0] for prompt in prompts]
     assert all(map(torch.equal, found, plain)) and len(found[1]) < 3
     with pytest.raises(UserError, match='vocabulary of 61, its draft one of 60'):
-        speculate(model, small(vocab_size=60), prompts, 4)
+        speculate(model, small(vocab_size=60), prompts[0][None], 4)
     with pytest.raises(UserError, match='25 tokens do not fit'):
-        speculate(model, model, prompts, 20)
+        speculate(model, model, prompts[0][None], 20)
 
 
 def test_command_line(tmp_path):

@@ -425,8 +425,8 @@ def test_the_8b_family_costs_15_4_zettaflops_instead_of_20_4(capsys):
 
 def test_the_picture_of_the_data_has_the_tokens_of_figure_3():
     """The paper's 8B reads 100B new tokens and 140B again where 320B are all there are."""
-    preset = str(ROOT / 'config' / 'progressive_8b_fixed_data.py')
-    run, method, _ = train.configure([preset], Run, METHODS)
+    words = [str(ROOT / 'config' / 'progressive_8b.py'), '--unique_tokens=320e9', '--order=repeat']
+    run, method, _ = train.configure(words, Run, METHODS)
     panel = data_panel([planned.result for planned in train.plan(run, method)])
     assert panel.rows == ('1b', '2b', '4b', '8b')
     own = {
@@ -444,8 +444,10 @@ def test_data_that_are_read_a_third_time_lie_within_the_data():
     assert read_again(2.0, 1.5, math.inf) == []
 
 
-def test_chinchilla_preset_has_the_papers_tokens():
-    assert [r.tokens for _, r in planned('progressive_8b_chinchilla.py')] == [
+def test_chinchilla_tokens_are_the_papers():
+    assert [
+        r.tokens for _, r in planned('progressive_8b.py', '--scratch_tokens=20e9,40e9,80e9,160e9')
+    ] == [
         20e9,
         30e9,
         60e9,

@@ -95,36 +95,6 @@ def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir
     assert made.inherited_flops == pytest.approx(spent)
 
 
-def test_a_bridge_that_is_not_ours_cannot_be_tuned(data_dir, tmp_path):
-    (tmp_path / 'other').mkdir()
-    (tmp_path / 'other' / 'config.json').write_text('{"model_type": "mamba"}')
-    words = ['--ancestor_size=16x2', '--chain=16x1', f'--bridge={tmp_path / "other"}']
-    words += ['--bridge_data=signatures', '--sft_data=signatures', '--descendants=']
-    out = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "run"}', '--dry_run=True']
-    with pytest.raises(UserError, match='other cannot be fine-tuned here: leave out bridge_data'):
-        train.main(['--method=col', *words, *out])
-
-
-def test_any_model_of_transformers_can_answer(tmp_path):
-    transformers = pytest.importorskip('transformers')
-    pytest.importorskip('tokenizers')
-    from conftest import train_tokenizer
-
-    train_tokenizer('byte-level', tmp_path / 'm', 300)
-    config = transformers.MistralConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / 'm')
-    said = text_generator(str(tmp_path / 'm'), max_new_tokens=8)
-    together = said(['The cat', 'A longer prompt than that'])
-    assert together == [said(['The cat'])[0], said(['A longer prompt than that'])[0]]
-
-
 def test_answers_go_on_where_they_were_interrupted(tmp_path):
     examples, asked = [dict(instruction=f'q{i}', input='', output='') for i in range(10)], []
 
