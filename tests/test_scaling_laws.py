@@ -217,9 +217,7 @@ def test_what_cannot_be_fitted_is_said():
         k: [v for v, d1 in zip(values, data['D1']) if d1 == data['D1'][0]] * 2
         for k, values in data.items()
     }
-    with pytest.raises(
-        UserError, match='multiplicative needs points of several D1, these have one'
-    ):
+    with pytest.raises(UserError, match='needs points of 2 different D1, these have 1'):
         fit('multiplicative', one)
     with pytest.raises(UserError, match='no law'):
         fit('multiplicativ', data)
