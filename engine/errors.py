@@ -73,9 +73,3 @@ def first_line(error):
     """The type and the first line of an error's message, for use inside a UserError."""
     message = str(error).splitlines()
     return f'{type(error).__name__}: {message[0]}' if message else type(error).__name__
-
-
-def last_line(text):
-    """The last line that says something of what a process printed, for use inside a UserError."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else 'it printed nothing'

@@ -116,18 +116,6 @@ def next_token(model, x, y, progress):
     return model(x, y).loss, {}
 
 
-def adapted(stages, change):
-    """The stages of a generator, each as `change`(stage) leaves it; returns what that returns."""
-    result = None
-    while True:
-        try:
-            stage = stages.send(result)
-        except StopIteration as end:
-            return end.value
-        change(stage)
-        result = yield stage
-
-
 @dataclass
 class Result:
     """What a finished stage left: `result.json` in its folder, written last and atomically."""

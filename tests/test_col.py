@@ -503,3 +503,13 @@ def test_architectures_that_differ_and_shapes_outside():
         linit(llama, gpt2, replace(llama.config, n_layer=4))
     with pytest.raises(UserError, match='n_layer = 9 is outside the chain'):
         linit(llama, shaped('llama', 8, 6), replace(llama.config, n_layer=9))
+
+
+def test_a_descendant_below_the_chain_is_a_part_of_its_smallest_model():
+    words = [str(ROOT / 'config' / 'col_gpt2.py'), '--descendants=51.47m', '--dry_run=True']
+    run, method, _ = train.configure([*words, '--baselines=random'], train.Run, train.METHODS)
+    stages = {p.stage.name: p.stage for p in train.plan(run, method)}
+    assert stages['51.47m-linit'].origin.kind == 'subset'
+    run, method, _ = train.configure([*words, '--baselines=single'], train.Run, train.METHODS)
+    with pytest.raises(UserError, match='51.47m lies below the chain'):
+        train.plan(run, method)
