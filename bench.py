@@ -8,8 +8,8 @@ Variants take turns in one process, so that their ratios hold on a noisy machine
     python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER
     python bench.py --what=generation --batch_size=1               # beside transformers'
 
-Every step is train.py's own train_step on random tokens. FLOPs per token: 6 N for the weights of
-layers and head, and 12 L H D T for attention in full, as MFU is mostly quoted.
+Every step is one of train.py's with one micro-batch of random tokens. FLOPs per token: 6 N for the
+weights of layers and head, and 12 L H D T for attention in full, as MFU is mostly quoted.
 """
 
 import importlib.util
@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 import train
 from configurator import Count, configure
@@ -147,12 +147,18 @@ def make_step(name, options, hardware):
     model = model.to(hardware.device, torch.float32)
     shape = (2, options.batch_size, options.block_size)
     pair = torch.randint(options.vocab_size, shape, device=hardware.device).unbind()
-    training = SimpleNamespace(raw_model=model, hardware=hardware, knobs=knobs, accumulate=1)
-    training.ddp_model = torch.compile(model) if how else model
-    training.optimizer = make_optimizer(model, knobs)
-    training.objective = objective_of(kind, options, config, hardware)
-    training.progress, training.batches = Progress(0, 1000), iter(lambda: pair, None)
-    return partial(train.train_step, training)
+    called, optimizer = torch.compile(model) if how else model, make_optimizer(model, knobs)
+    objective = objective_of(kind, options, config, hardware)
+
+    def step():
+        with hardware.forward():
+            loss, *_ = objective(called, *pair, Progress(0, 1000))
+        loss.backward()
+        clip_grad_norm_(model.parameters(), knobs.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 # ----------------------------------------------------------------------------------------------

@@ -51,14 +51,13 @@ from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
-from engine.plan import all_params
 from engine.progress import progress_bar
 from engine.report import format_count, table
-from engine.stage import Origin, Result, Stage
+from engine.stage import Origin, Result, Stage, teacher_flops
 from engine.teacher import planned_config
 from expand import DEPTH, ROLES, WIDTH_FIELDS, grow
 from let import distil
-from model import GPT, load, read_config
+from model import GPT, all_params, load, read_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -318,7 +317,7 @@ class ChainOfLearngene:
         for i, size in enumerate(self.chain):
             start = None
             if self.start == 'public':
-                start = Result.given(self.public[i], self.public[i])
+                start = Result(self.public[i], self.public[i])
                 if self.sft_data:
                     start = yield self.tune(f'{size}-sft', configs[size], start, self.sft_data, run)
             teachers = {size: teacher}
@@ -369,14 +368,13 @@ class ChainOfLearngene:
             if not run.dry_run:
                 from extras.bridge import pseudo_answers
 
-                out = Path(run.out_dir) / 'bridge-data'
+                out = Path(run.out_dir) / f'bridge-data-{run.seed}'
                 data = pseudo_answers(answering.folder, data, run, out, self.bridge_answers)
         if data:
             stage = self.tune(name, config, result, data, run, epochs)
             stage.parent = result
             if answering:
-                stage.also = (*stage.also, answering)
-                stage.also_spent += self.spent_on_answers(answering, config, run)
+                stage.also = (answering, self.cost_of_answers(answering, config, run))
             result = yield stage
         return result
 
@@ -390,7 +388,7 @@ class ChainOfLearngene:
         else:
             config = read_config(model_folder(self.bridge))
         if not config:  # a plan does not know what its answers cost
-            return Result.given('bridge-ancestor', self.bridge)
+            return Result('bridge-ancestor', self.bridge)
         result = given_ancestor(self.bridge, config, run.dry_run)
         result.name = Path(self.bridge).name
         if self.bridge_data:
@@ -399,11 +397,12 @@ class ChainOfLearngene:
             result = yield stage
         return result
 
-    def spent_on_answers(self, teacher, config, run):
-        """FLOPs of the answers of a Result to the prompts of sft_data, each at full length."""
+    def cost_of_answers(self, teacher, config, run):
+        """A Result that holds the FLOPs of a teacher's answers to sft_data, each at full length."""
         asked = examples_in(self.sft_data, run)
         length = min(run.block_size, config.block_size)
-        return 2 * teacher.params * min(self.bridge_answers or asked, asked) * length
+        flops = 2 * teacher.params * min(self.bridge_answers or asked, asked) * length
+        return Result(f'answers of {teacher.name} in {length} tokens', '', flops=flops)
 
     def tune(self, name, config, start, data, run, epochs=0.0):
         """Supervised fine-tuning of the Result `start`; data: a prepared set, or its folder."""
@@ -447,26 +446,27 @@ class ChainOfLearngene:
         stage.teaching = dict(objective=distillation, teacher=teacher.name)
         stage.also = (*stage.also, teacher)
         out = Path(run.out_dir)
+        passes = teacher_flops(teacher.params)
         if distillation == 'seqkd':
             if not run.dry_run:
-                name, n = out / f'{stage.name}-data', self.bridge_answers
+                name, n = out / f'{stage.name}-data-{run.seed}', self.bridge_answers
                 use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
-            stage.also_spent += self.spent_on_answers(teacher, stage.config, run)
+            stage.also = (*stage.also, self.cost_of_answers(teacher, stage.config, run))
         elif distillation == 'minillm':
             stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
             stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
-            stage.teacher_params = teacher.params
-            stage.more_flops = self.answer_flops(stage.params, teacher.params)
+            stage.teaching['teacher_params'] = teacher.params
+            answers = self.answer_flops(stage.params, teacher.params)
+            stage.more_flops = lambda p, tokens: passes(p, tokens) + answers * p.step * tokens
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
                 samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples
                 how = dict(share=self.share, clip=self.clip, length=self.length)
                 settings = MiniLLM(run.sequences, run.seed, samples, self.inner_epochs, **how)
-                folder = out / stage.name
-                stage.objective = minillm(teacher.folder, examples, folder, settings)
+                stage.objective = minillm(teacher.folder, examples, settings)
         else:
             stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
-            stage.teacher_params = teacher.params
+            stage.teaching['teacher_params'], stage.more_flops = teacher.params, passes
             if self.sft_data:
                 use_set(stage, self.sft_data)
         if self.score_examples and self.sft_data:
@@ -475,7 +475,8 @@ class ChainOfLearngene:
                 examples = Examples(self.sft_data, run.data_dir, 'val')
                 n = self.score_examples
                 first = range(min(n, len(examples)))
-                stage.score = lambda m: answer_scores(m, examples, first, self.answer_tokens)[0]
+                scores = lambda m: answer_scores(m, examples, first, self.answer_tokens)
+                stage.observe = lambda m: dict(score=scores(m)[0])
 
     def configs(self, run):
         """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
@@ -549,7 +550,7 @@ class ChainOfLearngene:
 
 def batch_of(sequences):
     """The knobs of a stage with so many sequences in a step; 0: the run's."""
-    return dict(batch_size=sequences, batch_tokens=0) if sequences else {}
+    return dict(batch_size=sequences) if sequences else {}
 
 
 def examples_in(data, run, data_dir=''):
@@ -573,9 +574,9 @@ def given_ancestor(name, config, planned):
     """
     if (Path(name) / 'result.json').is_file():
         return Result.of(name)
-    result = Result.given('ancestor', name if planned else model_folder(name), config.num_params())
-    result.params = config.num_params(head=True)  # what it costs as a teacher is known
-    return result
+    folder = str(name if planned else model_folder(name))
+    # what it costs as a teacher is known
+    return Result('ancestor', folder, config.num_params(), config.num_params(head=True))
 
 
 def write_chain(out_dir, chain):

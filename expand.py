@@ -45,7 +45,6 @@ from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder
 from engine.growth import Axis, by_head, copy_of, grow_tensor, round_robin
-from engine.optimizer import load_optimizer_state, stable_steps
 from engine.report import (
     Line,
     Panel,
@@ -440,12 +439,13 @@ class Progressive:
         smaller = member = None  # what the next size grows from, and the finished model
         for i, config in enumerate(configs):
             name = self.name(i)
-            stage = Stage(name, config, tokens[i], X[i], baseline_flops=baseline[i])
-            stage.knobs, stage.labels = self.knobs_of(i), dict(size=name) | unique
+            stage = Stage(name, config, tokens[i], X[i], knobs=self.knobs_of(i))
+            stage.labels = dict(size=name, baseline_flops=baseline[i]) | unique
             if smaller and self.width != 'random':
                 operators = Operators(self.width, self.depth, self.noise)
                 grow_stage(stage, smaller, configs[i - 1], operators)
-                stage.also_spent = member.flops if member is not smaller else 0.0
+                if member is not smaller:  # of a trunk: the family has its branches, too
+                    stage.also = (member,)
             if run.schedule == 'wsd' and i + 1 < len(configs):
                 smaller, member = yield from trunk_and_branch(stage, run)
                 continue
@@ -457,7 +457,7 @@ class Progressive:
             for i, stage in enumerate(self.independents(configs, X, scratch, unique)):
                 same = stage.knobs == self.knobs_of(i) and tokens[i] == scratch[i]
                 if i or not same:  # else the smallest is one model in both
-                    stage.baseline_flops = baseline[i]
+                    stage.labels['baseline_flops'] = baseline[i]
                     yield stage
 
     def independents(self, configs, params, scratch_tokens, labels=None):
@@ -581,12 +581,15 @@ def equal_loss(member, alone):
 
 
 def continue_from(stage, before, with_optimizer):
-    """Let a stage continue the Result `before`: with its optimizer state, or a new warmup."""
-    stage.parent, stage.model = before, partial(load, before.folder)
-    stage.origin = Origin('weights', (before.name,))
+    """
+    Let a stage continue the Result `before`: its last state, which a stage at a constant rate
+    keeps, with the optimizer; or its weights alone, with a new warmup.
+    """
+    stage.parent, stage.origin = before, Origin('weights', (before.name,))
     if with_optimizer:
-        stage.optimizer_state = partial(load_optimizer_state, before.folder)
-        stage.knobs = dict(warmup=0.0)
+        stage.origin.kind, stage.knobs = 'last state', dict(warmup=0.0)
+    else:
+        stage.model = partial(load, before.folder)
     return stage
 
 
@@ -600,16 +603,15 @@ def trunk_and_branch(stage, run):
     knobs.block_size = min(run.block_size, stage.config.block_size)
     step = knobs.sequences * knobs.block_size  # in tokens
     steps = max(2, math.ceil(stage.tokens / step - 1e-9))
-    stable = stable_steps(steps, knobs) or steps - 1
-    trunk = replace(stage, name=f'{stage.name}-trunk', tokens=stable * step, baseline_flops=0.0)
-    trunk.knobs = stage.knobs | dict(schedule='constant', keep_optimizer=True)
-    trunk.labels = stage.labels | dict(trunk=True)
+    stable = min(steps - 1, max(1, steps - math.ceil(knobs.decay_fraction * steps)))
+    trunk = replace(stage, name=f'{stage.name}-trunk', tokens=stable * step)
+    trunk.knobs = stage.knobs | dict(schedule='constant')
+    trunk.labels = stage.labels | dict(trunk=True, baseline_flops=0.0)
     before = yield trunk
     branch = Stage(stage.name, stage.config, (steps - stable) * step, stage.params)
     branch = continue_from(branch, before, with_optimizer=True)
     branch.knobs = stage.knobs | branch.knobs | dict(decay_fraction=1.0)
-    branch.knobs['keep_optimizer'] = run.keep_optimizer
-    branch.labels, branch.baseline_flops = stage.labels, stage.baseline_flops
+    branch.labels = stage.labels
     member = yield branch
     return before, member
 
@@ -625,10 +627,9 @@ class GrowthComparison:
     tokens: Positive = 5e5  # D2, tokens of each second stage
     variants: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # +noise
     noise: NonNegative = 0.1  # zero-sum noise of the variants with +noise
-    seeds: Count = 3  # runs of everything, each with its own initialisation and data order
 
     def stages(self, run):
-        """For every seed the base, then every variant."""
+        """The base, then every variant."""
         base, target = self.shapes(run)
         given = bool(self.base_model) and not run.toy  # a toy trains a small one instead
         grown = {variant: self.parse(variant) for variant in self.variants}
@@ -637,21 +638,17 @@ class GrowthComparison:
         if not grown or len(grown) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
         X, X_base = target.num_params(head=True), base.num_params(head=True)
-        for seed in range(self.seeds):
-            if given:
-                smaller = Result.given(Path(self.base_model).name, self.base_model)
-            else:
-                first = Stage(f'base-{seed}', base, self.base_tokens, X_base)
-                first.knobs = dict(seed=run.seed + seed)
-                smaller = yield first
-            for variant, operators in grown.items():
-                stage = Stage(f'{variant}-{seed}', target, self.tokens, X, data_after=smaller)
-                stage.knobs = dict(seed=run.seed + seed)
-                stage.tokenizer = self.base_model if given else ''
-                stage.labels = dict(variant=variant, seed=seed)
-                if operators:
-                    grow_stage(stage, smaller, base, operators)
-                yield stage
+        if given:
+            smaller = Result(Path(self.base_model).name, self.base_model)
+        else:
+            smaller = yield Stage('base', base, self.base_tokens, X_base)
+        for variant, operators in grown.items():
+            stage = Stage(variant, target, self.tokens, X, begin=smaller.position)
+            stage.tokenizer = self.base_model if given else ''
+            stage.labels = dict(variant=variant)
+            if operators:
+                grow_stage(stage, smaller, base, operators)
+            yield stage
 
     def shapes(self, run):
         """The shapes of the base and of the target, as they are trained."""

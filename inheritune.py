@@ -36,10 +36,10 @@ from engine.device import find_hardware, gather, processes
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
+from engine.log import has_metrics
 from engine.loss import evaluate
-from engine.metrics import has_metrics
 from engine.report import Line, Panel, by_label, compare_variants, mean_curve
-from engine.stage import Origin, Result, Stage
+from engine.stage import Origin, Result, Stage, teacher_flops
 from engine.weights import weight_files
 from extras.attention import (
     Attention,
@@ -143,12 +143,11 @@ def stacked_layers(half, n):
 
 @dataclass
 class Comparison:
-    """One seed: a reference, and children of its first n layers beside other models of n layers."""
+    """A reference, and children of its first n layers beside other models of n layers."""
 
     method: Any  # Inheritune
     run: Any  # the general knobs
     config: Any  # the reference's
-    seed: int = 0
     reference: Result | None = None
     n: int = 0
 
@@ -156,9 +155,7 @@ class Comparison:
         """A Stage of n_layer layers (default: the child's), trained as long as it."""
         method, shape = self.method, replace(self.config, n_layer=n_layer or self.n)
         tokens = method.child_tokens or method.tokens
-        labels = dict(variant=name, seed=self.seed)
-        name += f'-s{self.seed}' if self.seed else ''
-        fields |= dict(labels=labels, knobs=dict(seed=self.run.seed + self.seed))
+        fields['labels'] = dict(variant=name)
         stage = Stage(name, shape, tokens, shape.num_params(head=True), **fields)
         if self.reference:
             stage.tokenizer = self.reference.folder
@@ -183,8 +180,9 @@ class Comparison:
         stage.tokens = self.method.distillation_tokens or stage.tokens
         settings = dict(alpha=self.method.alpha, temperature=self.method.temperature)
         stage.objective = distil(self.reference.folder, **settings)
+        X = self.config.num_params(head=True)
         stage.teaching = dict(objective='distillation', teacher=self.reference.name, **settings)
-        stage.teacher_params = self.config.num_params(head=True)
+        stage.teaching['teacher_params'], stage.more_flops = X, teacher_flops(X)
         return stage
 
     def trained_reference(self):
@@ -252,7 +250,8 @@ def half_width_child(c):
 
 def distillation(c):
     """From random initialisation, taught by the reference."""
-    yield c.distilled(c.stage(f'distillation-{c.n}', parent=c.reference))
+    stage = c.stage(f'distillation-{c.n}', begin=c.reference.position, also=(c.reference,))
+    yield c.distilled(stage)
 
 
 def distilbert(c):
@@ -311,21 +310,21 @@ class Inheritune:
     no_bias: bool = False  # train the reference without biases, as the paper's GPT-2 ...
     attn_scale_by_layer: bool = False  # ... and with attention logits / layer number
     observe_attention: bool = False  # log how attentive every head is at each evaluation
-    seeds: Count = 1  # runs of everything, each with its own initialisation and data order
+
+    def __post_init__(self):
+        self.outcomes = []  # (reference, last child) of each seed
 
     def stages(self, run):
-        """For every seed Algorithm 1, then what its child is compared with."""
+        """Algorithm 1, then what its child is compared with."""
         config = self.reference_config(run)
-        self.outcomes = []  # (reference, last child) of each seed
-        for seed in range(self.seeds):
-            c = Comparison(self, run, config, seed)
-            yield from self.algorithm_1(c)
-            for baseline in self.baselines:
-                yield from BASELINES[baseline](c)
-            tried = range(self.first_n(config), c.n + 1, self.grow_by)
-            for n in self.depths:
-                if n not in tried and n <= config.n_layer:
-                    yield replace(c, n=n).child()
+        c = Comparison(self, run, config)
+        yield from self.algorithm_1(c)
+        for baseline in self.baselines:
+            yield from BASELINES[baseline](c)
+        tried = range(self.first_n(config), c.n + 1, self.grow_by)
+        for n in self.depths:
+            if n not in tried and n <= config.n_layer:
+                yield replace(c, n=n).child()
 
     def algorithm_1(self, c):
         """The reference, then children of n, n + 2, ... layers until one matches it."""
@@ -355,7 +354,7 @@ class Inheritune:
         """The Result of the reference that was given, or None: a toy trains a small one instead."""
         if not self.reference or c.run.toy:
             return None
-        labels = dict(variant='reference', seed=c.seed)
+        labels = dict(variant='reference', seed=len(self.outcomes))
         return replace(given_reference(self.reference, c.run), labels=labels)
 
     def reference_config(self, run):
@@ -426,7 +425,7 @@ def given_reference(name, run):
     data, context and device, and is kept in out_dir/reference.json.
     """
     trained_here = (Path(name) / 'result.json').is_file()
-    result = Result.of(name) if trained_here else Result.given('reference', name)
+    result = Result.of(name) if trained_here else Result('reference', str(name))
     if run.dry_run:
         return result
     corpus = run.val_data or next(iter(run.corpora))

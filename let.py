@@ -25,13 +25,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from configurator import Count, Fraction, NonNegative, Positive
+from configurator import Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
 from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.errors import UserError, unknown
-from engine.loss import Distillation
-from engine.metrics import read_metrics
+from engine.log import read_metrics
+from engine.loss import Distillation, count_targets
 from engine.report import (
     Line,
     Panel,
@@ -42,7 +42,7 @@ from engine.report import (
     mean_curve,
     steps_to_loss,
 )
-from engine.stage import Stage, next_token
+from engine.stage import Stage, next_token, teacher_flops
 from engine.teacher import (
     LazyTeacher,
     hidden_states,
@@ -135,6 +135,7 @@ def logsum(target, teacher, covered, normalise=per_feature):
 
 
 CCA_POSITIONS = 10  # for each dimension: independent noise has a correlation of about 1 / this
+CCA_SEQUENCES = 16  # in a micro-batch, as the paper's
 
 
 def check_cca(positions, dimensions):
@@ -151,7 +152,7 @@ def cca(target, teacher, covered, ridge=1e-3):
     """
     Minus the mean squared canonical correlation of the two sets of vectors, of any widths (Table
     5). It is of a whole batch: pieces of it correlate by chance, so too few positions are refused
-    (UserError), as are micro-batches where a stage has this loss (Stage.whole_batch).
+    (UserError); a stage with this loss has micro-batches of its own, of CCA_SEQUENCES.
     """
     positions = target[..., 0].numel() if covered is None else int(covered.sum())
     check_cca(positions, max(target.shape[-1], teacher.shape[-1]))
@@ -225,7 +226,7 @@ def let(teacher, alignment, tokenizers=None):
         scalars['similarity'] = cosine_similarity(output.hidden.detach(), theirs, covered)
         scalars['constant_similarity'] = constant_similarity(theirs, covered)
         scalars['alignment_weight'] = torch.full((), weight, device=x.device)
-        return output.loss + weight * l_proj, scalars
+        return output.loss + weight * l_proj, count_targets(y), scalars
 
     return objective
 
@@ -261,7 +262,7 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
         settings = (alpha, temperature, reverse)
         output = model(x, y, teacher=Distillation(hidden, theirs.head_weight, *settings))
         scalars = dict(data_loss=output.data_loss, distillation_loss=output.divergence)
-        return output.loss, scalars
+        return output.loss, count_targets(y), scalars
 
     return objective
 
@@ -278,9 +279,9 @@ def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
     if not alignment.untrained:
         del settings['untrained']
     stage.teaching = dict(objective='let', teacher=Path(teacher).name, **settings)
-    stage.teacher_params = params if alignment.lambda0 else 0.0
-    stage.taught_until = alignment.s_stop
-    stage.whole_batch = alignment.kind == 'cca'
+    if params and alignment.lambda0:
+        stage.teaching['teacher_params'] = params
+        stage.more_flops = teacher_flops(params, alignment.s_stop)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -353,10 +354,9 @@ class LET:
     alignment: Literal[*ALIGNMENTS] = 'cosine'  # L_proj
     alpha: Fraction = 0.5  # RKD and SALT: weight of the data, the rest is the teacher's; our choice
     temperature: Positive = 1.0  # RKD and SALT; our choice, as the paper names none
-    seeds: Count = 1  # runs of every variant, each with its own initialisation and data order
 
     def stages(self, run):
-        """The teacher, if it is not given; then for every seed every variant."""
+        """The teacher, if it is not given, once for all seeds; then every variant."""
         config, teacher = run.model_config(self.size), self.teacher_of(run)
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise UserError(f'variants={",".join(self.variants)} must be different ones')
@@ -365,24 +365,21 @@ class LET:
         check_positions(alignments, max(config.n_embd, teacher.width), config, run)
         if not teacher.name:
             X = teacher.params + teacher.head
-            stage = Stage('teacher', teacher.config, self.teacher_tokens, X)
-            taught = yield stage
+            taught = yield Stage('teacher', teacher.config, self.teacher_tokens, X, once=True)
             teacher = teacher._replace(name=taught.folder)
-        for seed in range(self.seeds):
-            for variant, alignment in alignments.items():
-                stage = self.target(run, teacher, variant, alignment)
-                stage.name = f'{variant}-{seed}'
-                stage.knobs = dict(seed=run.seed + seed)
-                stage.labels = dict(variant=variant, seed=seed)
-                yield stage
+        for variant, alignment in alignments.items():
+            yield self.target(run, teacher, variant, alignment)
 
     def target(self, run, teacher, variant, alignment):
         """A Stage of the target model with what a variant teaches it."""
         config = run.model_config(self.size)
         stage = Stage(variant, config, self.tokens, config.num_params(head=True))
+        stage.labels = dict(variant=variant)
         if alignment:
             params = teacher.used_by(alignment)
             teach(stage, teacher.name, alignment, params, teacher.tokenizers)
+            if alignment.kind == 'cca':  # of a batch as such: pieces of it correlate by chance
+                stage.knobs = dict(micro_batch_size=min(CCA_SEQUENCES, run.sequences))
         elif variant != 'baseline':
             self.distil(stage, variant, teacher)
         if self.teacher and not run.toy and stage.teaching:
@@ -434,7 +431,9 @@ class LET:
         settings = dict(alpha=self.alpha, temperature=self.temperature, s_stop=s_stop)
         stage.objective = distil(teacher.name, **settings)
         stage.teaching = dict(objective=variant, teacher=Path(teacher.name).name, **settings)
-        stage.teacher_params, stage.taught_until = teacher.params + teacher.head, s_stop
+        params = teacher.params + teacher.head
+        stage.teaching['teacher_params'] = params
+        stage.more_flops = teacher_flops(params, s_stop)
 
     def examine(self, run):
         """The Teacher that is given, opened and compared with the corpus. Raises UserError."""
@@ -486,7 +485,7 @@ class LET:
 
 def check_positions(alignments, widest, config, run):
     """Raise UserError, before training, where CCA has too few positions for vectors this wide."""
-    positions = run.sequences * min(run.block_size, config.block_size)
+    positions = min(CCA_SEQUENCES, run.sequences) * min(run.block_size, config.block_size)
     if any(alignment and alignment.kind == 'cca' for alignment in alignments.values()):
         check_cca(positions, widest)
 

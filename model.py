@@ -148,6 +148,11 @@ def _count_params(values, **which):
     return GPT.on_meta(GPTConfig(*values)).num_params(**which)
 
 
+def all_params(config):
+    """Parameters of a model of this shape with embeddings and head, a tied one once."""
+    return config.num_params(embedding=True, head=True)
+
+
 # ----------------------------------------------------------------------------------------------
 # the layers
 

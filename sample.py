@@ -204,7 +204,7 @@ def open_model(name, device):
     """A model; of a stage that still trains, its newest saved state. Raises UserError."""
     if not still_trains(name):
         return load(name, device)
-    from engine.checkpoint import newest_weights  # a finished model need not wait for it
+    from engine.state import newest_weights  # a finished model need not wait for it
 
     fields, weights, step = newest_weights(name)
     print(f'{name} is not finished: this is its state after {step:,} steps', file=sys.stderr)

@@ -14,8 +14,9 @@ interrupted one continues where it was saved: after any interruption the same co
 
 import contextlib
 import copy
+import gc
 import math
-import os
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from col import ChainOfLearngene
 from configurator import (
@@ -30,33 +32,51 @@ from configurator import (
     Fraction,
     Natural,
     NonNegative,
-    Positive,
     Range,
     SaveDtype,
     configure,
     differences,
 )
 from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
-from data.instruct import SETS
-from data.loader import parse_mixture
+from data.instruct import run_source
+from data.loader import batches, parse_mixture
 from data.prepare import prepare_offline
-from engine.device import attention_kernels, barrier, catch_signals, find_hardware
+from data.vocabulary import tokenizer_to_carry
+from engine.device import (
+    attention_kernels,
+    barrier,
+    catch_signals,
+    exit_saved,
+    find_hardware,
+    gather,
+    set_threads,
+    should_stop,
+)
 from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
-from engine.optimizer import learning_rate
-from engine.parallel import full_tensor, gradient_sync
-from engine.plan import PlannedStage, check_memory, room_for
-from engine.report import format_si, plan_text, render, report_blocks, write_report
-from engine.run_folder import record_session
-from engine.stage import Origin, Progress, Result, Stage
+from engine.log import Log, Meter, check_finite_loss, speed
+from engine.loss import bits_per_byte, evaluate
+from engine.optimizer import learning_rate, make_optimizer, mean_over_terms
+from engine.parallel import choose_batch, full_tensor, gradient_sync, is_sharded, place, wrap
+from engine.report import (
+    CPU_DAYS,
+    cpu_seconds,
+    describe,
+    format_si,
+    plan_text,
+    render,
+    report_blocks,
+    write_report,
+)
+from engine.stage import Origin, Planned, Progress, Result, Stage, next_token
 from expand import GrowthComparison, Progressive
 from extras.dpo import PostTraining
 from extras.sweep import Sweep
 from extras.timeseries import TimeSeries
 from inheritune import Inheritune
 from let import LET
-from model import GPTConfig, load, read_config
+from model import GPT, GPTConfig, load, read_config
 
 Beta = Annotated[float, Range(0, 1 - 1e-9)]
 
@@ -67,20 +87,19 @@ class Run:
 
     method: str = 'pretrain'  # progressive, growth, inheritune, let, col, sweep, timeseries, ...
     out_dir: str = ''  # folder of the run; empty: out/NAME of the config or method, or out/toy/NAME
+    seeds: Count = 1  # runs of everything, each with its own initialisation and data order
     # data
     data: str = 'pydocs'  # corpus, or mixture: fineweb_edu:3,starcoder:1
     data_dir: str = 'data'  # where prepared corpora are
     val_data: str = ''  # corpus of the validation loss; empty: the first of data
+    verify: bool = False  # read all of the corpora first, and compare their checksums
     block_size: Count = 1024  # tokens in a sequence
     order: Literal['epoch', 'repeat', 'random'] = 'epoch'  # shuffled; alike each time; any start
     unique_tokens: Natural = 0  # cap on unique tokens, then the second epoch begins; 0: none
     eval_tokens: Natural = 1048576  # validation tokens of an evaluation; 0: the whole split
     eval_interval: Natural = 0  # steps between evaluations within a stage; 0: only at its end
-    # batch
-    batch_size: Count = 8  # sequences in a step, over all processes and micro-batches
-    batch_tokens: Natural = 0  # the same in tokens, instead of batch_size; 0: batch_size counts
-    micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
     # optimisation
+    batch_size: Count = 8  # sequences in a step, over all processes and micro-batches
     learning_rate: NonNegative = 1e-3  # the maximum; with init_from 1e-4, unless it is given
     schedule: Literal['cosine', 'wsd', 'constant'] = 'cosine'  # after the warmup; wsd: linear decay
     warmup: NonNegative = 0.01  # steps, or below 1 the fraction of a stage's steps
@@ -88,31 +107,26 @@ class Run:
     decay_fraction: Fraction = 0.1  # wsd: fraction of the steps that decays
     beta1: Beta = 0.9  # AdamW
     beta2: Beta = 0.95  # AdamW
-    eps: NonNegative = 1e-8  # AdamW
     weight_decay: NonNegative = 0.1  # of matrices and embeddings; none for norms and biases
     grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Natural = 1337  # of initialisation and data order
     save_dtype: SaveDtype = 'auto'  # of saved weights; auto: a source model's, else float32
-    keep_optimizer: bool = False  # save AdamW's state with the model, for a branch to continue it
     keep_every: Natural = 0  # steps between models that are kept, in STAGE/step-N; 0: none
     # hardware
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # bfloat16: autocast; auto: on GPUs
     compile: Literal['auto', 'True', 'False'] = 'auto'  # torch.compile; auto: on a GPU
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # replicas or shards; auto: what fits
+    micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
     recompute: bool = False  # compute activations again in the backward pass: less memory
     log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
     tensorboard: bool = False  # also write the metrics to out_dir/tensorboard
     wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
-    keep_states: Count = 2  # saved states kept: the one before the newest, in case of damage
-    accept_changes: bool = False  # continue a stage although knobs have changed since it began
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
-    anyway: bool = False  # begin although it needs more memory, or time on a CPU, than there is
     # planning
     dry_run: bool = False  # print the plan and train nothing
     toy: bool = False  # shrink every model, batch and budget: the same stages and code in seconds
-    gpu_tflops: Positive = 400.0  # TFLOP/s that one GPU sustains (an H100: 40% of its peak)
 
     @property
     def corpora(self):
@@ -121,20 +135,19 @@ class Run:
 
     @property
     def sequences(self):
-        """Sequences in a step, given as such or in tokens; a toy's at most 4."""
-        sequences = self.batch_size
-        if self.batch_tokens:
-            sequences = max(1, self.batch_tokens // self.block_size)
-        return min(4, sequences) if self.toy else sequences
+        """Sequences in a step; a toy's at most 4."""
+        return min(4, self.batch_size) if self.toy else self.batch_size
+
+    def open_corpora(self):
+        """The corpora of the mixture that are prepared."""
+        prepared = [n for n in self.corpora if (Path(self.data_dir) / n / 'meta.json').is_file()]
+        return [open_corpus(name, self.data_dir) for name in prepared]
 
     @property
     def vocab_size(self):
         """Of the corpora's common tokenizer; of an unprepared corpus, its default tokenizer's."""
-        sizes = {}
-        for name in self.corpora:
-            sizes[name] = 257 if name in OFFLINE else 50257
-            if (Path(self.data_dir) / name / 'meta.json').is_file():
-                sizes[name] = open_corpus(name, self.data_dir).meta['vocab_size']
+        sizes = {name: 257 if name in OFFLINE else 50257 for name in self.corpora}
+        sizes |= {corpus.name: corpus.meta['vocab_size'] for corpus in self.open_corpora()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'the corpora have different vocabularies: {sizes}')
         return next(iter(sizes.values()))
@@ -142,9 +155,8 @@ class Run:
     def given_config(self, name):
         """The GPTConfig of a model, a folder or hub name, whose tokenizer the corpora must have."""
         config = read_config(model_folder(name))
-        for corpus in self.corpora:
-            if (Path(self.data_dir) / corpus / 'meta.json').is_file():
-                check_vocabulary(open_corpus(corpus, self.data_dir), config, name)
+        for corpus in self.open_corpora():
+            check_vocabulary(corpus, config, name)
         return config
 
     def model_config(self, size, **changes):
@@ -169,6 +181,9 @@ def toy_config(config):
     )
 
 
+GENTLE = 1e-4  # maximum learning rate for weights that are trained already, where none is given
+
+
 @dataclass
 class Pretrain:
     """Train one model, from random initialisation or from the weights of another run."""
@@ -180,35 +195,34 @@ class Pretrain:
 
     def stages(self, run):
         """One stage."""
-        name, origin, model = self.size, Origin(), None
-        if self.init_from and not run.toy:  # a toy trains a small one
-            name = f'{Path(self.init_from).name}-continued'
-            origin = Origin('weights', (self.init_from,))
-            model = partial(load, self.init_from)
-            config = run.given_config(self.init_from)
-            if not run.dry_run:
-                print(f'weights from {self.init_from}; step, schedule and optimizer begin anew')
-        else:
+        if not self.init_from or run.toy:  # a toy trains a small one
             config = run.model_config(self.size)
-        params = config.num_params(head=True)
-        tokens = self.tokens or 20 * params
-        if (self.epochs or self.init_from and not self.tokens) and not run.toy:
-            tokens = (self.epochs or 1.0) * epoch_tokens(run, config)
-        kept = '' if run.toy else self.init_from
-        yield Stage(name, config, tokens, params, origin, model, tokenizer=kept)
+            params = config.num_params(head=True)
+            tokens = self.tokens or 20 * params
+            if self.epochs:
+                tokens = self.epochs * epoch_tokens(run)
+            yield Stage(self.size, config, tokens, params)
+            return
+        config, source = run.given_config(self.init_from), Path(self.init_from).name
+        if config.block_size < run.block_size:
+            raise UserError(
+                f'{self.init_from} reads {config.block_size} tokens at most: '
+                f'--block_size={config.block_size}'
+            )
+        tokens = self.tokens or (self.epochs or 1.0) * epoch_tokens(run)
+        stage = Stage(f'{source}-continued', config, tokens, config.num_params(head=True))
+        stage.origin, stage.tokenizer = Origin('weights', (self.init_from,)), self.init_from
+        stage.model = partial(load, self.init_from)
+        yield stage
 
 
-GENTLE = 1e-4  # maximum learning rate for weights that are trained already, where none is given
-
-
-def epoch_tokens(run, config):
+def epoch_tokens(run):
     """Tokens of one pass over a run's training data; an instruction takes a whole sequence."""
     tokens = 0
-    for name in run.corpora:
-        meta = open_corpus(name, run.data_dir).meta
-        train, length = meta['splits']['train'], min(run.block_size, config.block_size)
-        supervised = meta.get('kind') == 'supervised'
-        tokens += train['documents'] * length if supervised else train['tokens']
+    for corpus in run.open_corpora():
+        train = corpus.meta['splits']['train']
+        supervised = corpus.meta.get('kind') == 'supervised'
+        tokens += train['documents'] * run.block_size if supervised else train['tokens']
     return min(tokens, run.unique_tokens or tokens)
 
 
@@ -229,101 +243,162 @@ METHODS = {
 # the loop
 
 
-def train_step(training):
-    """One optimizer step; returns its scalars as tensors: nothing here waits for the GPU."""
-    model = training.ddp_model
-    optimizer = training.optimizer
-    hardware = training.hardware
-    accumulate, scalars = training.accumulate, {}
-    for micro in range(accumulate):
-        x, y = next(training.batches)
-        with gradient_sync(model, last=micro == accumulate - 1):
-            with hardware.forward():
-                loss, more = training.objective(model, x, y, training.progress)
-            with attention_kernels(hardware.device):  # recomputed attention uses the same one
-                (loss / accumulate).backward()
-        for name, value in (more | dict(loss=loss)).items():
-            scalars[name] = scalars.get(name, 0) + value.detach() / accumulate
-    limit = training.knobs.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(training.raw_model.parameters(), limit)
-    scalars['grad_norm'] = full_tensor(norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return scalars
-
-
-def train_to_the_end(training):
-    """The loop over the steps of a stage."""
-    knobs = training.knobs
-    if training.step == 0 and (knobs.eval_interval or training.stage.observe or not training.steps):
-        line = dict(step=0, tokens=0, flops=0.0)
-        if knobs.eval_interval:
-            line['val_loss'] = training.validate()
-        training.log(line | training.observe())
-    while training.step < training.steps:
-        rate = learning_rate(training.step, training.steps, knobs)
-        for group in training.optimizer.param_groups:
-            group['lr'] = rate
-        scalars = train_step(training)
-        training.meter.add(scalars)
-        training.count_step()
-        if knobs.keep_every and training.step % knobs.keep_every == 0:
-            training.keep()
-
-        last = training.step == training.steps
-        evaluating = knobs.eval_interval and training.step % knobs.eval_interval == 0 and not last
-        logging = training.step % knobs.log_interval == 0 or last or evaluating
-        stop, save = training.due()
-        if logging or save:
-            line = training.measure(rate)
-            if evaluating:
-                line['val_loss'] = training.validate()
-            if evaluating or last:
-                line |= training.observe()
-            if training.stage.score and (evaluating or last):
-                line['score'] = training.keep_best()
-            training.log(line)
-        if save:
-            training.save()
-        if stop:
-            training.exit()
-
-
 def train_stage(stage, run, hardware, record):
     """
-    Train a stage, continue it, or do nothing if it is finished: returns its Result. `record` is
-    called once the folder is known to be this stage's.
+    Train a stage, continue it where it was saved, or find it finished: returns its Result. `record`
+    is called when the folder is known to be this stage's. Every process runs all of this.
     """
-    from engine.training import Training  # a plan need not wait for what it imports
+    from engine import state  # a plan need not wait for torch's checkpoints
 
-    knobs = stage_knobs(run, stage, hardware.world_size)
-    training = Training(stage, knobs, hardware, count_steps(knobs, stage))
-    result = training.finished_before()
-    if result:
+    knobs = stage_knobs(run, stage)
+    steps = count_steps(knobs, stage)
+    step_tokens = knobs.batch_size * knobs.block_size
+    folder = Path(knobs.out_dir) / stage.name
+
+    # 1. Finished already? result.json is written last: where it is, everything is.
+    if result := state.finished_before(folder, state.stage_identity(stage, knobs)):
         return result
-    training.make_model()  # by the method, unless a state was saved
-    training.make_optimizer()
-    training.restore()  # the newest state, if there is one
-    training.open_data()
+
+    # 2. Model and optimizer, as the stage begins; then as its newest saved state has them.
+    torch.manual_seed(knobs.seed)
+    strategy, micro_batch_size = choose_batch(knobs, stage, hardware)
+    model, dtype = None, ''
+    if strategy == 'ddp' or hardware.is_main:  # shards are dealt out by process 0
+        made = stage.model() if stage.model and not state.saved_states(folder) else None
+        model = made or GPT(stage.config)
+        dtype = str(model.wte.weight.dtype).removeprefix('torch.')
+    raw_model = place(model, stage.config, strategy, hardware)
+    optimizer = make_optimizer(raw_model, knobs)
+    objective = stage.objective or next_token
+    progress = dict(step=0, seconds=0.0, best=-math.inf, dtype=gather(dtype)[0])
+    if state.saved_states(folder):
+        progress = state.load_state(folder, raw_model, optimizer, objective)
+    elif stage.continues:
+        progress['dtype'] = state.load_state(stage.parent.folder, raw_model, optimizer)['dtype']
+    start = progress['step']
+    save_dtype = getattr(torch, knobs.save_dtype, getattr(torch, progress['dtype']))
+    model = wrap(raw_model, strategy, knobs, hardware)  # compiled, exchanging gradients
+
+    # 3. Data: which sequences come next follows from the position alone, which no state holds.
+    source = (stage.source or run_source)(knobs)
+    accumulate = knobs.batch_size // hardware.world_size // micro_batch_size
+    position = stage.position // knobs.block_size + start * knobs.batch_size
+    sizes = knobs.batch_size, micro_batch_size
+    data = batches(source.read, position, *sizes, hardware, steps - start)
+    tokenizer = stage.tokenizer and tokenizer_to_carry(stage.tokenizer) or source.tokenizer
+
+    def validation_loss():
+        with hardware.forward():
+            return evaluate(model, source.validation(micro_batch_size, hardware))
+
+    # 4. The loop. A step does not wait for the GPU; a line of metrics does.
+    set_threads(hardware.device, stage.config, micro_batch_size * knobs.block_size)
+    log, meter = Log(stage, knobs, steps, start, hardware.is_main), Meter()
     if hardware.is_main:
         record()
-    with contextlib.closing(training.batches):
-        train_to_the_end(training)
-    return training.finish()
+        batch = f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens'
+        where = f'from step {start:,}, {strategy} on {hardware.world_size} processes'
+        print(f'{stage.name}: {describe(stage)}, {batch}, {where}', flush=True)
+    if start == 0 and (knobs.eval_interval or stage.observe or not steps):
+        line = dict(step=0, tokens=0, flops=0.0)
+        line |= dict(val_loss=validation_loss()) if knobs.eval_interval else {}
+        log.add(line | observed(stage, raw_model, hardware, folder, progress))
+    full = micro_batch_size * knobs.block_size  # terms of a micro-batch without masked targets
+    uneven = source.masked and accumulate * hardware.world_size > 1  # micro-batches' counts differ
+    logged, logged_step = time.time(), start
+    started = logged - progress['seconds']  # as if there had been no interruption
+    save_at = logged + 60 * knobs.save_minutes
+    stop, pause = False, 1  # steps until processes ask each other again whether to stop or save
+    for step in range(start, steps):
+        rate = learning_rate(step, steps, knobs)
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        terms = 0
+        for micro in range(accumulate):
+            x, y = next(data)
+            with gradient_sync(model, last=micro == accumulate - 1):
+                with hardware.forward():
+                    loss, count, scalars = objective(model, x, y, Progress(step, steps))
+                with attention_kernels(hardware.device):  # recomputed attention uses the same one
+                    (loss * (count / full if uneven else 1) / accumulate).backward()
+            terms = terms + count
+            meter.add(scalars | dict(loss=loss), count)
+        if uneven:
+            mean_over_terms(raw_model, terms, accumulate * full)
+        norm = clip_grad_norm_(raw_model.parameters(), knobs.grad_clip or math.inf)
+        meter.add(dict(grad_norm=full_tensor(norm)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done, last, save = step + 1, step + 1 == steps, False
+        progress |= dict(step=done, seconds=time.time() - started)
+        step_seconds = (time.time() - logged) / (done - logged_step)
+        log.bar.update(step_tokens)
+        if done % pause == 0:
+            stop, save, pause = should_stop(hardware, save_at, step_seconds)
+        if knobs.keep_every and done % knobs.keep_every == 0:
+            state.save_model(raw_model, folder / f'step-{done}', tokenizer, save_dtype)
+        evaluating = knobs.eval_interval and done % knobs.eval_interval == 0 and not last
+        if evaluating or last or save or done % knobs.log_interval == 0:
+            line = dict(step=done, tokens=done * step_tokens)
+            line |= dict(flops=stage.flops(Progress(done, steps), step_tokens), lr=rate)
+            line |= meter.read() | speed(stage, step_tokens / step_seconds, hardware)
+            line['param_norm'] = full_tensor(get_total_norm(raw_model.parameters())).item()
+            check_finite_loss(line, folder)  # before anything is saved
+            if evaluating:
+                line['val_loss'] = validation_loss()
+            if evaluating or last:
+                line |= observed(stage, raw_model, hardware, folder, progress)
+            log.add(line)
+            if save:
+                state.save_state(folder, raw_model, optimizer, progress, objective)
+                save_at = time.time() + 60 * knobs.save_minutes
+            if stop:
+                log.bar.close()
+                del model  # a DDP that outlives Python may wait for a thread that waits for it
+                gc.collect()
+                exit_saved(f'{stage.name} is saved at step {done:,} of {steps:,}', hardware)
+            logged, logged_step = time.time(), done
+
+    # 5. Evaluation and save; result.json last.
+    if progress['best'] > -math.inf or any(gather((folder / 'best').is_dir())):
+        raw_model.load_state_dict(load(folder / 'best', hardware.device).state_dict())
+    val_loss = validation_loss()
+    log.close(val_loss=val_loss)
+    state.save_model(raw_model, folder, tokenizer, save_dtype)
+    if knobs.schedule == 'constant':  # a trunk: its branches continue the state of its end
+        state.save_state(folder, raw_model, optimizer, progress)
+    found = dict(bits_per_byte=bits_per_byte(val_loss, source.bytes_per_token))
+    found |= dict(val_loss=val_loss, seconds=progress['seconds'])
+    result = Result.of_stage(stage, knobs, steps, **found)
+    state.save_result(result, keep=knobs.schedule == 'constant')
+    return result
 
 
-def stage_knobs(run, stage, world_size=1):
-    """The general knobs as they hold for a stage, its batch in sequences. Raises UserError."""
+def observed(stage, model, hardware, folder, progress):
+    """
+    What a stage observes of its whole model, on process 0; the model with the best score so far is
+    kept, in STAGE/best.
+    """
+    if not stage.observe or is_sharded(model) or not hardware.is_main:
+        return {}
+    model.eval()
+    with hardware.forward():
+        seen = stage.observe(model)
+    model.train()
+    if seen.get('score', -math.inf) > progress['best']:
+        model.save(folder / 'best')
+        progress['best'] = seen['score']
+    return seen
+
+
+def stage_knobs(run, stage):
+    """The general knobs as they hold for a stage."""
     knobs = replace(run, **stage.knobs)
     knobs.block_size = min(knobs.block_size, stage.config.block_size)
     knobs.batch_size = knobs.sequences
     if knobs.toy:
         knobs.eval_tokens, knobs.warmup, knobs.log_interval = 2048, 1, 1
-    if knobs.batch_size % world_size:
-        raise UserError(
-            f'{stage.name}: a batch of {knobs.batch_size} sequences cannot be divided among '
-            f'{world_size} processes'
-        )
     return knobs
 
 
@@ -336,7 +411,10 @@ def count_steps(knobs, stage):
         return 4
     if not stage.tokens:
         return 0
-    return max(1, math.ceil(stage.tokens / (knobs.batch_size * knobs.block_size) - 1e-9))
+    steps = stage.tokens / (knobs.batch_size * knobs.block_size)
+    if steps > 1e12:
+        raise UserError(f'{stage.name}: {steps:.3g} steps would never end: fewer --tokens')
+    return max(1, math.ceil(steps - 1e-9))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -344,75 +422,63 @@ def count_steps(knobs, stage):
 
 
 def stages_of(method, run, train):
-    """Run a method, every stage through `train(stage) -> Result`. Yields (stage, result)."""
-    stages, result = method.stages(run), None
-    while True:
-        try:
-            stage = stages.send(result)
-        except StopIteration:
-            return
-        if run.toy:  # it costs what it is, not what the size that it stands for does
-            stage.params, stage.baseline_flops = stage.config.num_params(head=True), 0.0
-        result = train(stage)
-        yield stage, result
-
-
-def plan_stage(stage, run):
-    """The PlannedStage of a dry run: its Result has no loss."""
-    knobs = stage_knobs(run, stage)
-    steps = count_steps(knobs, stage)
-    result = Result.given(stage.name, Path(run.out_dir) / stage.name)
-    result.params = stage.params
-    result.tokens = steps * knobs.batch_size * knobs.block_size
-    if run.toy:
-        stage.tokens = result.tokens
-    # of the tokens asked for: those trained on are rounded up to whole batches
-    result.flops = stage.flops(Progress(steps, steps), stage.tokens / max(1, steps))
-    result.inherited_flops, result.before = stage.inherited_flops, stage.before
-    result.baseline_flops = stage.baseline_flops
-    result.position = stage.position + result.tokens
-    result.labels = stage.labels
-    return PlannedStage(stage, knobs, steps, result)
+    """
+    Run a method, every stage through `train(stage) -> Result`, for each seed: the stages of later
+    ones have -s1, -s2 behind their names, but those that are trained `once`. Yields (stage,
+    result).
+    """
+    shared = {}  # stage trained once: its result
+    for seed in range(run.seeds):
+        stages, result = method.stages(replace(run, seed=run.seed + seed)), None
+        while True:
+            try:
+                stage = stages.send(result)
+            except StopIteration:
+                break
+            if result := shared.get(stage.name):
+                continue
+            stage.knobs.setdefault('seed', run.seed + seed)
+            if not stage.once:
+                stage.name += f'-s{seed}' if seed else ''
+                stage.labels['seed'] = seed
+            if run.toy:  # it costs what it is, not what the size that it stands for does
+                stage.params = stage.config.num_params(head=True)
+                stage.labels.pop('baseline_flops', None)
+            result = train(stage)
+            if stage.once:
+                shared[stage.name] = result
+            yield stage, result
 
 
 def plan(run, method):
-    """The PlannedStages of a run, in order."""
-    planned = []
+    """A list of what each stage of a run will be, in order; no model is opened."""
+    planned, run = [], replace(run, dry_run=True)
 
     def pretend(stage):
-        planned.append(plan_stage(stage, run))
-        return planned[-1].result
+        knobs = stage_knobs(run, stage)
+        steps = count_steps(knobs, stage)
+        result = Result.of_stage(stage, knobs, steps)
+        planned.append(Planned(stage, knobs, steps, result))
+        return result
 
-    for _ in stages_of(method, run, pretend):
+    for _ in stages_of(copy.deepcopy(method), run, pretend):  # it may change itself
         pass
     return planned
 
 
-CPU_FLOPS = 5e10  # what a core sustains, for a plan: a guess from machines of these years
-CPU_DAYS = 60  # that a run on a CPU may take
-
-
-def for_planning(run, method):
-    """The knobs with which a plan opens no model, and a method that it may change."""
+def check_possible(run, method, hardware):
+    """Raise UserError, with the numbers, for a run that takes years on a CPU."""
     method = copy.deepcopy(method)
     for knob in ('reference', 'base_model', 'ancestor'):  # shapes are read where they are
         if getattr(method, knob, '') and not run.toy:
             setattr(method, knob, str(model_folder(getattr(method, knob))))
-    return replace(run, dry_run=True), method
-
-
-def check_possible(run, method, hardware):
-    """Raise UserError, with the numbers, for a run that needs more memory or time than there is."""
-    planned = plan(*for_planning(run, method))
-    for stage, knobs, _, _ in planned:
-        check_memory(stage.name, stage.config, knobs, room_for(hardware, stage))
-    flops = sum(result.flops for _, _, _, result in planned)
-    days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
+    flops = sum(result.flops for *_, result in plan(run, method))
+    days = cpu_seconds(flops) / 86400
     if hardware.device.type == 'cpu' and days > CPU_DAYS:
-        long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.0f} years'
+        long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.3g} years'
         raise UserError(
             f'{format_si(flops)}FLOPs take about {long} on this CPU: --dry_run=True shows the '
-            'plan, --toy=True runs it small, --anyway=True begins'
+            'plan, --toy=True runs it small'
         )
 
 
@@ -430,31 +496,26 @@ def use_toy_corpora(run, method):
             setattr(method, knob, stand_in)
 
 
-def find_corpora(run, method):
-    """The names of the corpora that are used; offline ones are made. UserError: one is missing."""
-    names = list(filter(None, [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]))
+def corpora_of(run, method):
+    """The names of the corpora that a run reads."""
+    if not getattr(method, 'reads_corpora', True):
+        return []
+    names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def find_corpora(run, names):
+    """Make the offline ones of these corpora that are not there. UserError: one is missing."""
     for name in names:
         folder = Path(run.data_dir) / name
-        if name in OFFLINE and not folder.is_dir():
-            prepare_offline(name, folder)
-        if not folder.is_dir():
+        if folder.is_dir():
+            continue
+        if name not in OFFLINE or run.data_dir != 'data' and not Path(run.data_dir).is_dir():
             raise UserError(
-                f'{folder} is not prepared: run  python data/prepare.py {name}'
-                f'{tokens_wanted(name, run, method)}  first; --dry_run=True shows the plan, '
-                '--toy=True runs it small'
+                f'{folder} is not prepared: run  python data/prepare.py {name}  first; '
+                '--dry_run=True shows the plan, --toy=True runs it small'
             )
-    return names
-
-
-def tokens_wanted(name, run, method):
-    """' --max_tokens=...', what a run draws from a corpus of text that is not prepared, or ''."""
-    if name not in run.corpora or name in SETS or getattr(method, 'init_from', ''):
-        return ''
-    tokens = max(p.result.position for p in plan(*for_planning(run, method)))
-    tokens = (
-        min(tokens, run.unique_tokens or tokens) * run.corpora[name] / sum(run.corpora.values())
-    )
-    return f' --max_tokens={1.06 * tokens:.2g}'  # rounding may take 5% off
+        prepare_offline(name, folder)
 
 
 def main(argv):
@@ -468,18 +529,22 @@ def main(argv):
         run.learning_rate = GENTLE
     if run.toy:
         use_toy_corpora(run, method)
+    names = corpora_of(run, method)
     if run.dry_run:
-        print(plan_text(run, plan(run, method)))
+        missing = [name for name in names if not (Path(run.data_dir) / name).is_dir()]
+        epoch = 0 if missing or not names else epoch_tokens(run)
+        print(plan_text(run, plan(run, method), epoch, missing))
         return
+    from engine.state import record_session
+
     hardware = find_hardware(run)
     changed = differences(run) | differences(method)
     if hardware.is_main:
         for knob, value in changed.items():
             print(f'{knob} = {value!r}  ({origins.get(knob, "derived")})')
-        corpora = find_corpora(run, method) if getattr(method, 'reads_corpora', True) else []
-        if not run.anyway:
-            check_possible(run, method, hardware)
-        for name in corpora:
+        find_corpora(run, names)
+        check_possible(run, method, hardware)
+        for name in names if run.verify else ():
             verify_corpus(name, run.data_dir)
     session = dict(command=['train.py', *argv], device=hardware.name)
     session |= dict(processes=hardware.world_size, differences=changed, set_by=origins)

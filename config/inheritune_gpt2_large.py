@@ -5,6 +5,6 @@ size = 'gpt2-large'
 tokens = 100_000 * 16 * 1024  # 100K steps
 distillation_tokens = 50_000 * 16 * 1024
 max_rounds = 1
-batch_tokens = 16 * 1024  # "16K tokens"
+batch_size = 16  # sequences of 1,024: "16K tokens"
 learning_rate = 2e-4
 min_lr_fraction = 0.05  # to 1e-5

@@ -15,7 +15,8 @@ import numpy as np
 from data.offline import project_packages
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
-from engine.files import checksum, read_json, verify_files, write_json
+from engine.files import checksum, damage_of, read_json, write_json
+from engine.progress import progress_bar
 from engine.tokenizer_files import is_encoding, write_tokenizer
 
 SPLITS = ('train', 'val')
@@ -86,14 +87,16 @@ def expect_random_reads(tokens):
 def verify_corpus(name, data_dir='data'):
     """
     The corpus in data_dir/name. Raises UserError when it is not what was prepared; reads all of it
-    for that, but only once.
+    for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
     wanted = dict(corpus.meta['checksums'])
     for split, counts in corpus.meta['splits'].items():
         if 'sha256' in counts:
             wanted[f'{split}.bin'] = counts['sha256']
-    verify_files(folder, wanted, f'; delete {folder} and prepare it again')
+    for file, expected in progress_bar(wanted.items(), desc=f'verifying {name}', unit='file'):
+        if damage := damage_of(folder / file, expected):
+            raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
 
 

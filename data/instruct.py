@@ -389,7 +389,7 @@ def supervised_source(knobs, name=''):
         return train.rows(shuffled(positions, len(train), knobs.seed), knobs.block_size)
 
     validation = answer_batches(val.rows, len(val), knobs)
-    return Source(read, validation, val.bytes_per_token, train.tokenizer)
+    return Source(read, validation, val.bytes_per_token, train.tokenizer, masked=True)
 
 
 def run_source(knobs):

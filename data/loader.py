@@ -241,6 +241,7 @@ class Source(NamedTuple):
     validation: Callable  # batch_size, share -> batches of (x, y, number of real targets)
     bytes_per_token: float  # of the validation split
     tokenizer: str  # kept with the model
+    masked: bool = False  # whether some targets are -100: micro-batches then count differently
 
 
 def text_source(knobs):

@@ -7,9 +7,8 @@ import re
 from dataclasses import fields, replace
 
 from engine.errors import UserError
-from engine.plan import all_params
 from engine.report import format_count
-from model import SIZE_FIELDS, GPTConfig
+from model import SIZE_FIELDS, GPTConfig, all_params
 
 
 def check_between(small, large, config):

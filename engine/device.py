@@ -1,16 +1,14 @@
-"""Where a run trains: the device, the processes, and the signals and clocks that end it early."""
+"""Where a run trains: the processes, the device, and the signals and clocks that end it early."""
 
 import contextlib
 import math
 import os
 import platform
-import resource
 import shlex
 import signal
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,128 +45,6 @@ def barrier():
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------
-# hardware
-
-
-class Hardware(NamedTuple):
-    """What this process trains on, and until when."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the matrix products
-    compile: bool
-    rank: int
-    world_size: int
-    deadline: float  # seconds since 1970 at which max_minutes are over
-    memory: float  # bytes that a plan may fill, of the device or of what the machine has free
-
-    @property
-    def name(self):
-        """The device with its model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)."""
-        if self.device.type == 'cuda':
-            return f'{self.device} ({torch.cuda.get_device_name(self.device)})'
-        return f'{self.device} ({platform.machine()})'
-
-    @property
-    def is_main(self):
-        """Whether this is the process that writes files and prints."""
-        return self.rank == 0
-
-    @contextlib.contextmanager
-    def forward(self):
-        """Context of the forward pass: its dtype, and the fastest attention kernel."""
-        with contextlib.ExitStack() as stack:
-            if self.dtype != torch.float32:
-                stack.enter_context(torch.autocast(self.device.type, self.dtype))
-            stack.enter_context(attention_kernels(self.device))
-            yield
-
-
-# FLOP/s of dense bfloat16 matrix products (before Ampere: float16) by the makers' data sheets;
-# of two names that fit, the first counts
-PEAK_FLOPS = {
-    'B200': 2250e12,
-    'H200': 989e12,
-    'H100 PCIe': 756e12,
-    'H100 NVL': 835e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'L40S': 362e12,
-    'L40': 181e12,
-    'L4': 121e12,
-    'RTX 4090': 165e12,
-    'RTX 3090': 71e12,
-    'V100': 125e12,
-    'T4': 65e12,
-}
-
-
-def peak_flops(name):
-    """PEAK_FLOPS of a device by its name, as Hardware.name gives it; None if it is not known."""
-    return next((PEAK_FLOPS[gpu] for gpu in PEAK_FLOPS if gpu in name), None)
-
-
-def attention_kernels(device):
-    """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
-    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
-        return contextlib.nullcontext()
-    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
-
-
-def attention_kernel(config, hardware):
-    """The name of the attention kernel that torch will use for a model of this shape."""
-    shape = (1, config.n_head, config.block_size, config.head_dim)
-    q = torch.empty(shape, device=hardware.device, dtype=hardware.dtype)
-    k = q[:, : config.n_kv_head]
-    grouped = config.n_kv_head < config.n_head
-    with hardware.forward():
-        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=grouped)
-    return SDPBackend(choice).name.lower()
-
-
-def choose_device(name):
-    """The torch.device of a knob; auto: a CUDA GPU if there is one, else the CPU. UserError."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda':
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
-    return device
-
-
-def free_memory():
-    """Bytes that programs on this machine may still take; infinite where that is not known."""
-    free = math.inf
-    with contextlib.suppress(OSError, ValueError, LookupError):
-        lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
-        found = dict(line.split(':') for line in lines)
-        free = 1024 * int(found['MemAvailable'].split()[0])
-    with contextlib.suppress(OSError, ValueError):  # a container may have less
-        limit, used = (Path(f'/sys/fs/cgroup/memory.{of}').read_text() for of in ('max', 'current'))
-        free = min(free, int(limit) - int(used))
-    return 0.95 * free
-
-
-def used_memory(device):
-    """The most bytes that this process has held, of a GPU or else of the machine."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def local_processes(world_size):
-    """How many of the processes are on this machine, as torchrun says; all where it does not."""
-    here = os.environ.get('LOCAL_WORLD_SIZE', '')
-    return int(here) if here.isdecimal() and 0 < int(here) <= world_size else world_size
-
-
 def join_processes(backend):
     """(rank, number) of the processes that torchrun started, joined. Raises UserError."""
     names = ('RANK', 'WORLD_SIZE')
@@ -187,31 +63,109 @@ def join_processes(backend):
     return rank, world_size
 
 
+# ----------------------------------------------------------------------------------------------
+# hardware
+
+# FLOP/s of dense bfloat16 matrix products (before Ampere: float16) by the makers' data sheets;
+# of two names that fit, the first counts
+PEAK_FLOPS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+    'V100': 125e12,
+    'T4': 65e12,
+}
+
+
+class Hardware(NamedTuple):
+    """What this process trains on, and until when."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    compile: bool
+    rank: int
+    world_size: int
+    deadline: float  # seconds since 1970 at which max_minutes are over
+    memory: float  # bytes of a GPU that training may fill; infinite elsewhere
+
+    @property
+    def name(self):
+        """The device with its model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)."""
+        if self.device.type == 'cuda':
+            return f'{self.device} ({torch.cuda.get_device_name(self.device)})'
+        return f'{self.device} ({platform.machine()})'
+
+    @property
+    def is_main(self):
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def peak_flops(self):
+        """FLOP/s of the GPU by its data sheet; None where MFU is not defined."""
+        known = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in self.name]
+        return known[0] if known and self.dtype == torch.bfloat16 else None
+
+    @contextlib.contextmanager
+    def forward(self):
+        """Context of the forward pass: its dtype, and the fastest attention kernel."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+            stack.enter_context(attention_kernels(self.device))
+            yield
+
+
+def attention_kernels(device):
+    """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def choose_device(name):
+    """The torch.device of a knob; auto: a CUDA GPU, else Apple's, else the CPU. UserError."""
+    if name == 'auto':
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
+    return device
+
+
 def find_hardware(run):
     """Choose the device and join the processes that torchrun started. Raises UserError."""
-    name = run.device
-    if name == 'auto' and not torch.cuda.is_available() and torch.backends.mps.is_available():
-        name = 'mps'
-    device = choose_device(name)
+    device, memory, dtype = choose_device(run.device), math.inf, torch.float32
     on_gpu = device.type == 'cuda'
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
+        memory = 0.85 * torch.cuda.get_device_properties(device).total_memory
     rank, world_size = join_processes('nccl' if on_gpu else 'gloo')
-    share = free_memory() / local_processes(world_size)
-    memory = torch.tensor(share, dtype=torch.float64)
-    if on_gpu:
-        memory = torch.tensor(0.85 * torch.cuda.get_device_properties(device).total_memory)
-    if world_size > 1:  # one plan for all
-        memory = memory.to(device)
-        dist.all_reduce(memory, dist.ReduceOp.MIN)
-    bf16 = run.dtype == 'bfloat16'
-    if run.dtype == 'auto' and on_gpu:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    if run.dtype == 'bfloat16' or run.dtype == 'auto' and on_gpu and bfloat16_is_fast():
+        dtype = torch.bfloat16
     compiled = on_gpu if run.compile == 'auto' else run.compile == 'True'
     deadline = time.time() + 60 * run.max_minutes if run.max_minutes else math.inf
-    return Hardware(device, dtype, compiled, rank, world_size, deadline, memory.item())
+    return Hardware(device, dtype, compiled, rank, world_size, deadline, min(gather(memory)))
+
+
+def bfloat16_is_fast():
+    """Whether this GPU multiplies bfloat16 matrices itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def set_threads(device, config, tokens):
@@ -249,15 +203,16 @@ def catch_signals():
 def should_stop(hardware, save_at, step_seconds):
     """
     (stop now, save now, steps until the next look), the same on every process: a signal, or the
-    deadline, on any of them counts for all. They look again after about five seconds.
+    deadline, on any of them counts for all, which look again after about five seconds.
     save_at: the time, in seconds since 1970, of the next regular save.
     """
     stop = bool(SIGNALS) or time.time() > hardware.deadline
     save = stop or time.time() > save_at
-    if hardware.world_size > 1:
-        flags = torch.tensor([float(stop), float(save), step_seconds], device=hardware.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, save, step_seconds = flags.tolist()
+    if hardware.world_size == 1:
+        return stop, save, 1
+    flags = torch.tensor([float(stop), float(save), step_seconds], device=hardware.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    stop, save, step_seconds = flags.tolist()
     return stop > 0, save > 0, max(1, int(5 / max(step_seconds, 1e-3)))
 
 
@@ -269,10 +224,9 @@ def exit_saved(message, hardware):
     if hardware.is_main:
         program = 'python'
         if hardware.world_size > 1:
-            here = local_processes(hardware.world_size)
-            nodes, how = hardware.world_size // here, '--standalone'
-            if nodes > 1:
-                how = f'--nnodes={nodes} ...'
+            here = int(os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size))
+            nodes = hardware.world_size // here
+            how = '--standalone' if nodes == 1 else f'--nnodes={nodes} ...'
             program = f'torchrun {how} --nproc_per_node={here} --'  # -- : its own knobs end
         command = f'{program} {shlex.join(sys.argv)}'
         print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)

@@ -5,16 +5,15 @@ truncated, changed or exchanged file is reported before it is used.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from engine.errors import UserError
-from engine.progress import progress_bar
 
 # ----------------------------------------------------------------------------------------------
 # atomic writes
@@ -71,22 +70,20 @@ def read_json(path, **types):
 def locked(folder, wait=False):
     """
     Hold FOLDER.lock, so that two processes do not write to one folder; the system frees it however
-    the process ends. wait: until another has done; otherwise UserError says who holds it.
+    the process ends. wait: until another has done; otherwise raises UserError.
     """
     path = Path(f'{Path(folder).resolve()}.lock')
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, 'a+', encoding='utf-8'))
-            hold(file, folder, wait)
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    break  # else the one before removed it, and a third may hold a new one
-        stack.callback(path.unlink, missing_ok=True)  # before it is closed, and free
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {platform.node()}')
-        file.flush()
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise UserError(f'{folder} is being written by another process') from None
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -108,19 +105,6 @@ def new_folder(target):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def hold(file, folder, wait):
-    """Lock an open file; see `locked`."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or 'another process'
-        if not wait:
-            raise UserError(f'{folder} is being written by {holder}') from None
-        print(f'{folder} is being written by {holder}: waiting')
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
 # ----------------------------------------------------------------------------------------------
 # manifests
 
@@ -139,12 +123,6 @@ def measure_files(paths):
             os.fsync(file.fileno())
         entries[path.name] = [path.stat().st_size, checksum(path)]
     return entries
-
-
-def measure_text(text):
-    """[bytes, SHA-256] of a file that will be written with this content."""
-    content = text.encode('utf-8')
-    return [len(content), hashlib.sha256(content).hexdigest()]
 
 
 def digest(content):
@@ -174,6 +152,18 @@ def read_manifest(folder):
     return content
 
 
+def damage_of(path, expected, size=None):
+    """What is wrong with a file of this SHA-256 and size in bytes, as a sentence, or ''."""
+    if not path.is_file():
+        return f'{path} is missing'
+    found = path.stat().st_size
+    if size not in (None, found):
+        return f'{path} is damaged: it has {found:,} bytes instead of {size:,}'
+    if checksum(path) != expected:
+        return f'{path} is damaged: it does not match the checksum that was recorded for it'
+    return ''
+
+
 def find_damage(folder, owner=None, rank=0, world_size=1):
     """
     The first problem with the files listed in a folder's manifest, as a sentence that starts with
@@ -187,44 +177,6 @@ def find_damage(folder, owner=None, rank=0, world_size=1):
     if owner is not None and manifest['owner'] != owner:
         return f'{folder} belongs to another run'
     for name, (size, expected) in sorted(manifest['files'].items())[rank::world_size]:
-        path = Path(folder) / name
-        if not path.is_file():
-            return f'{path} is missing'
-        found = path.stat().st_size
-        if found != size:
-            return f'{path} is damaged: it has {found:,} bytes instead of {size:,}'
-        if checksum(path) != expected:
-            return f'{path} is damaged: its checksum does not match checksums.json'
+        if damage := damage_of(Path(folder) / name, expected, size):
+            return damage
     return ''
-
-
-def verify_files(folder, wanted, way_out=''):
-    """
-    Raise UserError naming the first file of `wanted`, {name: SHA-256}, that is missing or not what
-    it was. Reads all of them, but only once: what was intact is recorded in verified.json, until
-    a file changes.
-    """
-    folder, found = Path(folder), {}
-    for name in wanted:
-        if (folder / name).is_file():
-            status = (folder / name).stat()
-            found[name] = [status.st_size, status.st_mtime_ns, wanted[name]]
-    with contextlib.suppress(OSError, UserError):
-        if read_json(folder / 'verified.json') == found:
-            return
-    for name in progress_bar(wanted, desc=f'verifying {folder.name}', unit='file'):
-        if name not in found:
-            raise UserError(f'{folder / name} is missing{way_out}')
-        if checksum(folder / name) != wanted[name]:
-            record = 'the checksum that was recorded for it'
-            raise UserError(f'{folder / name} is damaged: it does not match {record}{way_out}')
-    with contextlib.suppress(OSError):  # a read-only folder is verified every time
-        write_json(folder / 'verified.json', found)
-
-
-def verify_model(folder):
-    """Raise UserError if a model's files are not what its manifest, if there is one, says."""
-    if (Path(folder) / 'checksums.json').is_file():
-        files = read_manifest(folder)['files']
-        names = [name for name in files if name != 'optimizer.safetensors']
-        verify_files(folder, {name: files[name][1] for name in names})

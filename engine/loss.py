@@ -73,6 +73,11 @@ def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
     return loss, data_loss.detach(), divergence.detach()
 
 
+def count_targets(targets):
+    """How many of the targets are real, as a tensor: the terms of their mean loss."""
+    return (targets != IGNORED).sum()
+
+
 def chunk_positions(vocab_size, device):
     """Positions whose logits exist at once."""
     return max(256, LOGITS.get(device.type, LOGITS['cuda']) // vocab_size)

@@ -7,14 +7,16 @@ import itertools
 import math
 import os
 import statistics
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import commit_file, write_atomically
-from engine.metrics import read_metrics
-from engine.plan import all_params, estimate_memory, totals
+from engine.log import read_metrics
+from engine.parallel import estimate_memory
 from engine.stage import Result
+from model import all_params
 
 # ----------------------------------------------------------------------------------------------
 # numbers and tables
@@ -252,8 +254,6 @@ def describe(stage):
     words = 'random initialisation'
     if origin.kind != 'random':
         words = f'{origin.kind} of {" and ".join(origin.models)}{in_brackets(origin.settings)}'
-    if stage.optimizer_state:
-        words += ' with its optimizer state'
     if stage.teaching:
         settings = {k: v for k, v in stage.teaching.items() if k != 'objective'}
         words += f', objective {stage.teaching["objective"]}{in_brackets(settings)}'
@@ -398,54 +398,71 @@ def mean_curve(results):
 # ----------------------------------------------------------------------------------------------
 # the dry run
 
+GPU_FLOPS = 4e14  # FLOP/s that an H100 sustains, for a plan
+CPU_FLOPS = 5e10  # what a core sustains: a guess from machines of these years
+CPU_DAYS = 60  # that a run on a CPU may take
+WIDTH = 110  # columns of a plan
 
-def plan_text(run, planned):
-    """The plan of a run: what each PlannedStage costs, and the sums."""
-    records = []
-    for stage, knobs, steps, result in planned:
-        state, sequence = estimate_memory(stage.config, knobs, 1)
-        state += 2 * stage.teacher_params  # in bfloat16
-        record = {'stage': stage.name, 'from': describe(stage), 'N': stage.config.num_params()}
-        record |= {'all parameters': all_params(stage.config), 'tokens': stage.tokens}
-        record |= {'steps': steps, 'batch': knobs.batch_size}
-        record |= {'max LR': f'{knobs.learning_rate:g}', 'FLOPs': result.flops}
-        record |= {'GPU-hours': gpu_hours(run, result.flops), 'GPU memory': state}
-        record |= {'+ one sequence': sequence, 'disk': 4 * all_params(stage.config)}
-        records.append(record)
-    total = totals(run, planned)
-    lines = [
-        table(records),
-        f'\nthis run: {format_si(total["flops"])}FLOPs, {gpu_hours(run, total["flops"]):,.0f} '
-        f'GPU-hours at {run.gpu_tflops:g} TFLOP/s',
+
+def cpu_seconds(flops):
+    """How long so many FLOPs take on this CPU, about."""
+    return flops / (CPU_FLOPS * (os.cpu_count() or 1))
+
+
+def duration(flops):
+    """How long FLOPs take, in words: on this CPU, or what would take months there, on a GPU."""
+    seconds = cpu_seconds(flops)
+    if seconds > CPU_DAYS * 86400:
+        return f'{flops / GPU_FLOPS / 3600:,.0f} GPU-hours at {GPU_FLOPS / 1e12:g} TFLOP/s'
+    return f'about {max(1, seconds / 60):,.0f} minutes on this CPU'
+
+
+def plan_record(stage, knobs, steps, result):
+    """A row of the plan: GPU memory is that of a replica which trains one sequence at once."""
+    taught = stage.teaching.get('teacher_params', 0.0)
+    record = {'stage': stage.name, 'N': result.n_params, 'tokens': result.tokens, 'steps': steps}
+    record |= {'batch': knobs.batch_size, 'max LR': f'{knobs.learning_rate:g}'}
+    record |= {'FLOPs': result.flops}
+    return record | {'GPU memory': sum(estimate_memory(stage.config, knobs, 1, 1, taught))}
+
+
+def plan_text(run, planned, epoch, missing):
+    """
+    The plan of a run, of the stages that are `planned`. epoch: tokens of one pass over the training
+    data; missing: names of corpora that are not prepared.
+    """
+    first = [row for row in planned if not row[0].labels.get('seed')]
+    lines = [table([plan_record(*row) for row in first]), '']
+    lines += [textwrap.fill(f'{s.name}: {describe(s)}', WIDTH) for s, *_ in first]
+    again = f' of {run.seeds} seeds, each with all of these stages' if run.seeds > 1 else ''
+    flops, drawn = sum(r.flops for *_, r in planned), max(r.position for *_, r in planned)
+    lines.append(f'\nthis run{again}: {format_si(flops)}FLOPs, {duration(flops)}')
+    *_, last = planned[-1]
+    if last.baseline_flops and last.inherited_flops:
+        spent, alone = last.total_flops, last.baseline_flops
+        lines.append(
+            f'the family: {format_si(spent)}FLOPs; every size from scratch: {format_si(alone)}'
+            f'FLOPs; saved: {1 - spent / alone:.1%}'
+        )
+    parents = [p.stage.parent.name for p in planned if p.stage.parent]
+    apart = sum(p.result.total_flops for p in planned if p.stage.name not in parents)
+    if len(set(parents)) < len(parents) and not last.baseline_flops:
+        lines.append(
+            f'what several stages continue is trained once; apart: {format_si(apart)}FLOPs; '
+            f'saved: {1 - flops / apart:.1%}'
+        )
+    passes = f', {drawn / epoch:.2g} passes over them' if epoch else ''
+    lines.append(f'data: {format_count(drawn)} tokens of {run.data}{passes}')
+    if missing:
+        size = format_bytes(2 * min(drawn, run.unique_tokens or drawn))
+        lines.append(f'not prepared yet: {", ".join(missing)} ({size} of tokens)')
+    kept = [
+        4 * all_params(stage.config) * (1 + steps // (knobs.keep_every or steps + 1))
+        for stage, knobs, steps, _ in planned
     ]
-    if total['baseline']:
-        family, baseline = total['family'], total['baseline']
-        lines.append(
-            f'the family: {format_si(family)}FLOPs; every size from scratch: '
-            f'{format_si(baseline)}FLOPs; saved: {1 - family / baseline:.1%}'
-        )
-    if total['shared'] and total['alone'] > total['flops']:
-        lines.append(
-            f'stages that several others continue are trained once: separately they would cost '
-            f'{format_si(total["alone"])}FLOPs; saved: {1 - total["flops"] / total["alone"]:.1%}'
-        )
-    largest = max(planned, key=lambda p: p.stage.config.num_params())
-    replica, shard = (
-        estimate_memory(largest.stage.config, largest.knobs, 1, shards)[0] for shards in (1, 8)
-    )
+    states = 3 * 12 * max(all_params(stage.config) for stage, *_ in planned)  # one being saved
     lines.append(
-        f'GPU memory of the largest before activations: {format_bytes(replica)} for a replica '
-        f'(ddp), {format_bytes(shard)} for each of 8 shards (fsdp, if a replica does not fit)'
-    )
-    lines.append(
-        f'disk: {format_bytes(total["disk"])} kept (models, states of stable phases), '
-        f'{format_bytes(total["saved_states"])} for saved states, '
-        f'{format_bytes(2 * total["unique"])} of tokens ({format_count(total["drawn"])} drawn, '
-        f'{format_count(total["unique"])} unique, from {run.data})'
+        f'disk: {format_bytes(sum(kept))} kept, {format_bytes(states)} for the states of the '
+        'largest while it trains'
     )
     return '\n'.join(lines)
-
-
-def gpu_hours(run, flops):
-    """Hours of one GPU that sustains run.gpu_tflops."""
-    return flops / (run.gpu_tflops * 1e12) / 3600

@@ -13,6 +13,7 @@ also have
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Optional
 
 from engine.errors import UserError
 from engine.files import read_json, write_atomically
+from engine.loss import count_targets
 
 
 @dataclass
@@ -40,58 +42,49 @@ class Stage:
     tokens: float  # training tokens T, rounded up to whole batches; 0: nothing is trained
     params: float  # X in FLOPs = 6 X T, as the method's paper counts it
     origin: Origin = field(default_factory=Origin)
-    model: Callable | None = None  # builds the starting model, when the stage runs; None: random
+    model: Callable | None = None  # builds the starting model when the stage runs; None: the
+    # parent's last state is continued, with its optimizer, or without a parent it is random
     parent: Optional['Result'] = None  # its compute is inherited, its data position continued
     also: tuple['Result', ...] = ()  # others whose compute it needs: a second parent, a teacher
-    also_spent: float = 0.0  # FLOPs on what are no ancestors, smaller members or a reference
-    data_after: Optional['Result'] = None  # continue this one's data position instead
-    optimizer_state: Callable | None = None  # builds AdamW's starting state; None: fresh
+    begin: int | None = None  # tokens of the data's order that are skipped; None: the parent's
     knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
-    objective: Callable | None = (
-        None  # (model, x, y, Progress) -> (loss, scalars); None: next_token
-    )
+    objective: Callable | None = None  # (model, x, y, Progress) -> (loss, count, scalars)
     teaching: dict = field(default_factory=dict)  # what the objective is, as data
-    teacher_params: float = 0.0  # of a teacher that are used, at 2 FLOPs each a token; ...
-    taught_until: float | None = None  # ... until this step (below 1: share of all); None: the end
-    more_flops: float = 0.0  # a token, beside 6 X and the teacher's: on answers that are drawn
-    whole_batch: bool = False  # the objective is of a batch as a whole, not a mean over sequences
-    tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
+    more_flops: Callable | None = None  # (Progress, tokens of a step) -> FLOPs beside 6 X T
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
-    score: Callable | None = None  # model -> float; the best model is kept; None: the last one
-    observe: Callable | None = None  # model -> {name: value}, logged at evaluations and the end
-    baseline_flops: float = 0.0  # cost of training every model up to this one from scratch
+    tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
+    observe: Callable | None = None  # model -> {name: value}, logged at evaluations and the end;
+    # a value named `score` chooses the model that is kept: that of the highest
     labels: dict = field(default_factory=dict)  # for the report: {'variant': 'let', 'seed': 0}
+    once: bool = False  # trained once and shared by all --seeds of a run
+
+    @property
+    def position(self):
+        """Tokens drawn from the order of the data before this stage."""
+        inherited = self.parent.position if self.parent else 0
+        return inherited if self.begin is None else self.begin
+
+    @property
+    def continues(self):
+        """Whether the stage goes on from its parent's last state."""
+        return self.parent is not None and self.model is None
 
     @property
     def before(self):
         """
         {model: FLOPs} of all that was spent before: on every ancestor of the starting weights, once
-        though two parents may share it, on those of a teacher, and beside them.
+        though two parents may share it, and on those of a teacher.
         """
-        spent = {f'beside {self.name}': self.also_spent} if self.also_spent else {}
+        spent = {}
         for result in (self.parent, *self.also):
             if result:
                 spent |= result.before | {result.key: result.flops}
         return spent
 
-    @property
-    def inherited_flops(self):
-        """The sum of `before`."""
-        return sum(self.before.values(), 0.0)
-
     def flops(self, progress, step_tokens):
-        """FLOPs of the steps until `progress`, a teacher's passes and `more_flops` included."""
-        taught = progress.step
-        if self.taught_until is not None:
-            taught = min(taught, math.ceil(progress.step_of(self.taught_until)))
-        trained = (6.0 * self.params + self.more_flops) * progress.step
-        return step_tokens * (trained + 2.0 * self.teacher_params * taught)
-
-    @property
-    def position(self):
-        """Tokens drawn from the data order by the stages before this one."""
-        before = self.data_after or self.parent
-        return before.position if before else 0
+        """FLOPs of the steps until `progress`: 6 X T, and those of `more_flops`."""
+        more = self.more_flops(progress, step_tokens) if self.more_flops else 0.0
+        return 6.0 * self.params * progress.step * step_tokens + more
 
 
 class Progress(NamedTuple):
@@ -113,7 +106,20 @@ class Progress(NamedTuple):
 
 def next_token(model, x, y, progress):
     """The default objective: mean cross entropy of the next token, in nats."""
-    return model(x, y).loss, {}
+    output = model(x, y)
+    return output.loss, count_targets(y), {}
+
+
+def teacher_flops(params, until=None):
+    """Stage.more_flops of a teacher: 2 FLOPs a parameter and token, to the step `until` or end."""
+
+    def flops(progress, step_tokens):
+        taught = progress.step
+        if until is not None:
+            taught = min(taught, math.ceil(progress.step_of(until)))
+        return 2.0 * params * taught * step_tokens
+
+    return flops
 
 
 @dataclass
@@ -122,23 +128,36 @@ class Result:
 
     name: str
     folder: str  # the trained model, a Hugging Face folder
-    n_params: int  # N: parameters without embeddings and head
-    params: float  # X in FLOPs = 6 X T
-    tokens: int  # T: tokens trained on in this stage
-    flops: float  # 6 X T of this stage, a teacher's forward passes, and what answers cost
-    inherited_flops: float  # ... of all its ancestors, and also_spent
-    baseline_flops: float  # ... of every model up to this one from scratch; 0: not compared
-    val_loss: float  # nats per token on the validation split
-    bits_per_byte: float  # the same per byte of text: comparable between tokenizers
-    position: int  # tokens drawn from the data order so far; the next stage continues here
-    seconds: float  # wall-clock time of this stage
+    n_params: int = 0  # N: parameters without embeddings and head
+    params: float = 0.0  # X in FLOPs = 6 X T
+    tokens: int = 0  # T: tokens trained on in this stage
+    flops: float = 0.0  # of this stage: 6 X T, a teacher's passes, answers that were drawn
+    val_loss: float = math.nan  # nats per token on the validation split; NaN: not known
+    bits_per_byte: float = math.nan  # the same per byte of text: comparable between tokenizers
+    position: int = 0  # tokens drawn from the data order so far; the next stage continues here
+    seconds: float = 0.0  # wall-clock time of this stage
     labels: dict = field(default_factory=dict)  # the stage's
     finished: float = 0.0  # seconds since 1970; orders a run's stages
-    before: dict = field(default_factory=dict)  # {model: FLOPs} of which inherited_flops is the sum
+    before: dict = field(default_factory=dict)  # {model: FLOPs} of ancestors and teachers
 
-    def __post_init__(self):
-        if self.inherited_flops and not self.before:  # of an older result, the sum is known alone
-            self.before = {f'before {self.key}': self.inherited_flops}
+    @classmethod
+    def of_stage(cls, stage, knobs, steps, **found):
+        """The Result of a stage after all its steps. knobs: as they hold for the stage."""
+        step_tokens = knobs.batch_size * knobs.block_size
+        start = stage.position // knobs.block_size * knobs.block_size
+        return cls(
+            stage.name,
+            str(Path(knobs.out_dir) / stage.name),
+            n_params=stage.config.num_params(),
+            params=stage.params,
+            tokens=steps * step_tokens,
+            flops=stage.flops(Progress(steps, steps), step_tokens),
+            position=start + steps * step_tokens,
+            labels=stage.labels,
+            finished=time.time(),
+            before=stage.before,
+            **found,
+        )
 
     @property
     def key(self):
@@ -146,17 +165,27 @@ class Result:
         return f'{self.name} {self.finished:.3f}'
 
     @property
+    def inherited_flops(self):
+        """FLOPs of all ancestors and teachers."""
+        return sum(self.before.values(), 0.0)
+
+    @property
     def total_flops(self):
         """Compute in this model: this stage's and its ancestors'."""
         return self.flops + self.inherited_flops
 
-    def text(self):
-        """The content of result.json."""
-        return json.dumps(asdict(self), indent=1) + '\n'
+    @property
+    def baseline_flops(self):
+        """FLOPs of training every model up to this one from scratch; 0: not compared."""
+        return self.labels.get('baseline_flops', 0.0)
 
     def write(self):
         """Save as result.json in the stage's folder."""
         write_atomically(Path(self.folder) / 'result.json', self.text())
+
+    def text(self):
+        """The content of result.json."""
+        return json.dumps(asdict(self), indent=1) + '\n'
 
     @classmethod
     def of(cls, folder):
@@ -165,23 +194,18 @@ class Result:
         if not path.is_file():
             raise UserError(f'{folder} holds no finished stage (no result.json)')
         types = {f.name: (float, int) if f.type is float else f.type for f in fields(cls)}
-        del types['finished'], types['before']  # which older ones lack
         try:
             content = read_json(path, **types)
         except UserError as error:
             raise UserError(f'{error}; delete it to train this stage again') from None
-        values = {name: content[name] for name in types}
-        finished = content.get('finished')
-        known = isinstance(finished, float) and math.isfinite(finished)
-        values['finished'] = finished if known else path.stat().st_mtime
-        before = content.get('before')
-        if isinstance(before, dict) and all(isinstance(v, int | float) for v in before.values()):
-            values['before'] = before
-        return cls(**values | dict(folder=str(folder)))  # the folder may have been moved
+        known = {name: content[name] for name in types}
+        return cls(**known | dict(folder=str(folder)))  # the folder may have been moved
 
-    @classmethod
-    def given(cls, name, folder, n_params=0, val_loss=float('nan')):
-        """The Result of a model that was not trained here, at unknown cost."""
-        nothing = dict(params=0.0, tokens=0, flops=0.0, inherited_flops=0.0, baseline_flops=0.0)
-        unknown = dict(bits_per_byte=float('nan'), position=0, seconds=0.0)
-        return cls(name, str(folder), n_params, val_loss=val_loss, **nothing, **unknown)
+
+class Planned(NamedTuple):
+    """A stage as a plan sees it."""
+
+    stage: Stage
+    knobs: Any  # the general knobs as they hold for it
+    steps: int
+    result: Result  # as it would be, without its loss

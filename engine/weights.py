@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.errors import UserError, first_line
-from engine.files import commit_file, read_json, verify_model
+from engine.files import commit_file, find_damage, read_json
 
 SHARD_BYTES = 5 * 10**9  # weights in one file, as on the hub
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,8 @@ def weight_files(folder):
     were written.
     """
     folder = Path(folder)
-    verify_model(folder)
+    if (folder / 'checksums.json').is_file() and (damage := find_damage(folder)):
+        raise UserError(damage)
     for name in ('model.safetensors', 'pytorch_model.bin'):
         index = folder / f'{name}.index.json'
         if (folder / name).is_file():

@@ -9,7 +9,7 @@ for early, middle and last layers k of a target model,
 Gradients are those of the parameters that L_proj reaches, the layers up to k.
 
     python extras/alignment.py out/let_tiny/teacher --size=32x12
-    python extras/alignment.py out/let_tiny/teacher --target=out/let_tiny/baseline-0
+    python extras/alignment.py out/let_tiny/teacher --target=out/let_tiny/baseline
 """
 
 import math
@@ -24,9 +24,8 @@ import torch
 from configurator import Count, Natural, configure, with_positionals
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Order, sequences, to_device
-from engine.device import choose_device, free_memory, set_threads
+from engine.device import choose_device, set_threads
 from engine.errors import UserError, run_as_program
-from engine.plan import all_params
 from engine.progress import progress_bar
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher, teacher_states
@@ -129,10 +128,6 @@ def open_target(options, corpus, device):
         vocab_size = corpus.meta['vocab_size']
         shape = dict(vocab_size=vocab_size, block_size=options.block_size)
         config = GPTConfig.named(options.size, **shape)
-        needed, free = 8 * all_params(config), free_memory()  # weights and gradients
-        if needed > free:
-            found = f'{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free'
-            raise UserError(f'size={options.size}: weights and gradients take {found}')
         model = as_initialised(config, options.seed).to(device)
     return model.float().train()
 

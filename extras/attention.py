@@ -27,7 +27,7 @@ from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import write_atomically
-from engine.metrics import has_metrics, read_metrics
+from engine.log import has_metrics, read_metrics
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_images, draw_panels, table
 from model import load

@@ -3,7 +3,7 @@ What a run of Chain-of-Learngene found: its checkpoints, and what descendants st
 """
 
 from data.instruct import Examples
-from engine.metrics import read_metrics
+from engine.log import read_metrics
 from engine.report import by_label, format_si, steps_to_loss, validation_curve
 from extras.bridge import answer_scores
 from extras.diagnostics import loss_variance

@@ -26,7 +26,7 @@ from data.loader import Share, validation_batches
 from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import read_json
-from engine.metrics import has_metrics, read_metrics
+from engine.log import has_metrics, read_metrics
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, format_count, table
 from engine.stage import Result

@@ -68,7 +68,8 @@ def dpo(reference, beta=0.1):
         chosen, rejected = ratios.unbind(1)
         loss = -F.logsigmoid(beta * (chosen - rejected)).mean()
         scalars = dict(margin=beta * (chosen - rejected).mean(), data_loss=data_loss)
-        return loss, scalars | dict(accuracy=(chosen > rejected).float().mean())
+        scalars |= dict(accuracy=(chosen > rejected).float().mean())
+        return loss, torch.tensor(len(x), device=x.device), scalars
 
     return objective
 
@@ -141,7 +142,7 @@ class PostTraining:
             raise UserError('posttrain needs --models=FOLDER,...  and of each a size, or no sizes')
         self.run = run
         for i, name in enumerate(self.models):
-            given = Result.given(Path(name).name, name)
+            given = Result(Path(name).name, name)
             there = Path(name).is_dir() and not run.toy
             if not there and not self.sizes:
                 raise UserError(f'no model {name}; a plan or a toy without it needs --sizes')
@@ -174,8 +175,9 @@ class PostTraining:
         pairs = self.count(self.preferences, 'preferences') / 2
         # an example is a pair: its two answers are two sequences, hence 2 X
         stage = Stage(f'{given.name}-dpo', config, self.dpo_epochs * pairs * length, 2 * params)
-        stage.also_spent = 4.0 * params * pairs * length  # pi_ref: forward alone, of two answers
-        stage.parent, stage.data_after = tuned, given  # its own data from the beginning
+        spent = 4.0 * params * pairs * length  # pi_ref: forward alone, of two answers
+        stage.also = (Result(f'pi_ref of {given.name}', '', flops=spent),)
+        stage.parent, stage.begin = tuned, 0  # its own data from the beginning
         stage.origin, stage.tokenizer = Origin('weights', (tuned.name,)), tuned.folder
         stage.model = partial(load, tuned.folder)
         stage.labels = dict(size=given.name, phase='dpo')

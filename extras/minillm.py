@@ -15,20 +15,15 @@ added. The loop's own batches are that text.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from data.instruct import shuffled
 from engine.decoding import Decoding
 from engine.device import processes
 from engine.errors import UserError
-from engine.files import commit_file
 from engine.parallel import is_sharded, unwrap
-from engine.run_folder import saved_states, step_of
 from engine.teacher import LazyTeacher
 
 
@@ -163,55 +158,40 @@ class MiniLLM:
 
 class Rollouts:
     """
-    The answers a stage learns from. Each batch is kept in the stage's folder, so that an
-    interrupted run continues with the same.
+    The answers a stage learns from: a part of its saved state, so that an interrupted run continues
+    with the same.
     """
 
-    def __init__(self, examples, folder, settings):
-        self.examples = examples
-        self.folder = Path(folder)
-        self.settings = settings
+    def __init__(self, examples, settings):
+        self.examples, self.settings = examples, settings
         self.first, self.current = None, None
         self.step, self.used = None, 0  # rows used within the current step
 
+    def state_dict(self):
+        """{name: tensor} of the current batch of answers, and the step at which it began."""
+        return {} if self.first is None else self.current | dict(first=torch.tensor(self.first))
+
+    def load_state_dict(self, state):
+        """Go on with what state_dict() returned."""
+        if state:
+            self.first = int(state['first'])
+            self.current = {name: t for name, t in state.items() if name != 'first'}
+
     def next_rows(self, step, n, student, teacher):
         """The answers that the next n rows of this process's share of a step learn from."""
-        settings, world = self.settings, processes()[1]
+        settings, world, device = self.settings, processes()[1], student.wte.weight.device
         first = step // settings.steps * settings.steps
         if self.first != first:
-            self.first, self.current = first, self.read_or_draw(first, student, teacher)
+            self.first, self.current = first, self.draw(first, student, teacher)
         if self.step != step:
             self.step, self.used = step, 0
         turn, place = divmod(step - first, settings.batches)
         generator = torch.Generator().manual_seed(hash((settings.seed, first, turn)))
         order = torch.randperm(len(self.current['ids']), generator=generator)
         start = place * (settings.batch_size // world) + self.used
-        rows = order[start : start + n].to(self.current['ids'].device)
+        rows = order[start : start + n]
         self.used += n
-        return {name: tensor[rows] for name, tensor in self.current.items()}
-
-    def read_or_draw(self, first, student, teacher):
-        """The batch of answers that begins at step `first`."""
-        rank, world = processes()
-        path = self.folder / f'rollout-{first:09d}-{rank}of{world}.safetensors'
-        device = student.wte.weight.device
-        if path.is_file():
-            try:
-                return load_file(path, device=str(device))
-            except (SafetensorError, OSError):
-                pass  # cut short by a crash: drawn again, to the same
-        self.remove_old(rank, world)
-        rollout = self.draw(first, student, teacher)
-        save_file({k: v.contiguous() for k, v in rollout.items()}, f'{path}.tmp')
-        commit_file(f'{path}.tmp', path)
-        return rollout
-
-    def remove_old(self, rank, world):
-        """Remove batches that end before the oldest saved state: it may need the newer ones."""
-        states = saved_states(self.folder)
-        for old in self.folder.glob(f'rollout-*-{rank}of{world}.safetensors'):
-            if states and step_of(old) + self.settings.steps <= step_of(states[0]):
-                old.unlink(missing_ok=True)
+        return {name: t[rows.to(t.device)].to(device) for name, t in self.current.items()}
 
     def draw(self, first, student, teacher):
         """Let the student answer: ids, answers (a mask), log_q, weight and advantage."""
@@ -233,13 +213,13 @@ class Rollouts:
         return rollout | dict(weight=weight, advantage=advantage)
 
 
-def minillm(teacher, examples, folder, settings):
+def minillm(teacher, examples, settings):
     """
     The objective of on-policy distillation from a model folder. examples: data.instruct.Examples,
-    whose prompts are answered; folder: the stage's; settings: MiniLLM.
+    whose prompts are answered; settings: MiniLLM.
     """
     lazy = LazyTeacher(teacher)
-    rollouts = Rollouts(examples, folder, settings)
+    rollouts = Rollouts(examples, settings)
 
     def objective(model, x, y, progress):
         if is_sharded(model):  # every pass is a collective; answers end when they end
@@ -252,6 +232,8 @@ def minillm(teacher, examples, folder, settings):
         loss, scalars = policy_loss(model(ids).logits, teacher_logits, part, settings.clip)
         text_loss = model(x, y).loss if settings.text else loss.new_zeros(())
         scalars |= dict(text_loss=text_loss, answer_tokens=part['answers'].sum() / len(ids))
-        return loss + settings.text * text_loss, scalars
+        rows = torch.tensor(len(x), device=x.device)
+        return loss + settings.text * text_loss, rows, scalars
 
+    objective.state = rollouts
     return objective

@@ -19,13 +19,11 @@ from typing import Literal, NamedTuple
 from configurator import Count, NonNegative, Positive
 from engine.errors import UserError, unknown
 from engine.files import commit_file
-from engine.metrics import read_metrics
+from engine.log import read_metrics
 from engine.report import format_si
-from engine.stage import Result, Stage
+from engine.stage import Stage
 from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
 from scaling import COLUMNS, fit_results, write_fits
-
-BEGINNING = Result.given('beginning', '')  # of the data: its position is 0
 
 
 @dataclass
@@ -43,35 +41,32 @@ class Sweep:
     learning_rates: tuple[NonNegative, ...] = ()  # of each size; empty: learning_rate
     batch_sizes: tuple[Count, ...] = ()  # of each size; empty: batch_size
     warmups: tuple[Count, ...] = ()  # of each size, in steps; empty: warmup
-    seeds: Count = 1  # runs of the whole grid
     decays: Count = 1  # branches at the end of each second stage, on data of their own (E.3)
 
     toy_corpora = dict(second_data='pycode')
 
     def stages(self, run):
-        """For every seed and size: the bases, their second stages, and the runs from scratch."""
+        """For every size the bases, their second stages, and the runs from scratch."""
         self.check(run)
         if run.toy:  # a corner of the grid has all its kinds of stages
             self.sizes = self.sizes[:2]
             self.first = self.first[:1]
             self.second = self.second[:2]
             self.scratch = self.scratch[:1]
-        for seed in range(self.seeds):
-            for i, size in enumerate(self.sizes):
-                yield from self.of_size(i, size, seed, run)
+        for i, size in enumerate(self.sizes):
+            yield from self.of_size(i, size, run)
 
-    def of_size(self, i, size, seed, run):
-        """The grid of one size and seed."""
-        config = run.model_config(size)
+    def of_size(self, i, name, run):
+        """The grid of one size."""
+        config = run.model_config(name)
         longest = self.longest[i if len(self.longest) > 1 else 0]
-        name = f'{size}-s{seed}' if seed else size
-        series = Series(run, self.knobs_of(i, run, seed))
+        series = Series(run, self.knobs_of(i, run))
         first = {fraction * longest for fraction in self.first}
         second = {fraction * longest for fraction in self.second}
         scratch = {fraction * longest for fraction in self.scratch}
         ways = [Reuse.parse(text, self, run) for text in self.reuse]
         stable = first if any(way.stable for way in ways) else set()
-        labels = dict(method='scratch', N=config.num_params(), D1=0.0, seed=seed)
+        labels = dict(method='scratch', N=config.num_params(), D1=0.0)
         labels |= dict(trained_N=config.num_params())
         bases, phases = yield from series.runs(name, config, first, labels, stable)
         for way in ways:
@@ -80,7 +75,7 @@ class Sweep:
             for D1 in sorted(first):
                 start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
                 if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
-                    start.data_after = BEGINNING
+                    start.begin = 0
                 labels = labels | dict(method=f'{way.name}{way.corpus}', D1=D1)
                 labels |= dict(trained_N=start.config.num_params())
                 grid = f'{name}-{format_si(D1)}-{way.name}'
@@ -89,18 +84,16 @@ class Sweep:
             for kind in sorted({way.kind for way in ways}):
                 way = Reuse.parse(kind, self, run)
                 shape, own = way.shape(config), series.with_data(way.data)
-                labels = dict(
-                    method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0, seed=seed
-                )
+                labels = dict(method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0)
                 labels |= dict(trained_N=shape.num_params())
                 again = way.kind == 'cpt' and not way.corpus  # such runs are among the bases
                 lengths = scratch - first if again else scratch
                 yield from own.runs(f'{name}-scratch-{kind}', shape, lengths, labels)
 
-    def knobs_of(self, i, run, seed):
+    def knobs_of(self, i, run):
         """The general knobs that size i sets for itself."""
         batch_size = self.batch_sizes[i] if self.batch_sizes else run.sequences
-        knobs = dict(seed=run.seed + seed, batch_size=batch_size, batch_tokens=0)
+        knobs = dict(batch_size=batch_size)
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]
         return knobs | dict(warmup=float(self.warmups[i] if self.warmups else run.warmup))
@@ -155,10 +148,12 @@ def write_results(results, out):
     with open(temporary, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, extrasaction='ignore')
         writer.writeheader()
+        decays = 1 + max(result.labels.get('again', 0) for result in results)
         for result in results:
             lines = read_metrics(result.folder)
             norms = [m['grad_norm'] for m in lines if 'grad_norm' in m]
             row = result.labels | dict(loss=result.val_loss, gradient_norm=statistics.mean(norms))
+            row['seed'] = row['seed'] * decays + row.get('again', 0)
             writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
     commit_file(temporary, Path(out) / 'results.csv')
 
@@ -266,8 +261,7 @@ class Series:
             tokens = (stop - done) * step
             stage = replace(stage, name=f'{name}-stable-{format_si(stop * step)}', tokens=tokens)
             stage.params = X
-            constant = dict(schedule='constant', keep_optimizer=True)
-            stage.knobs = self.knobs | stage.knobs | constant
+            stage.knobs = self.knobs | stage.knobs | dict(schedule='constant')
             at[stop] = before = yield stage
             done = stop
             for end in sorted(branch):
@@ -286,7 +280,7 @@ class Series:
         results = []
         for i in range(self.decays):
             again = replace(stage, name=f'{stage.name}-again{i}' if i else stage.name)
-            again.data_after = replace(before, position=before.position + i * round(stage.tokens))
-            again.labels = stage.labels | dict(seed=stage.labels['seed'] * self.decays + i)
+            again.begin = before.position + i * round(stage.tokens)
+            again.labels = stage.labels | dict(again=i)
             results.append((yield again))
         return results[0]

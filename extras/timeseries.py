@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import Count, NonNegative, Positive
+from configurator import NonNegative, Positive
 from data.loader import Source, to_device
 from engine.errors import UserError, first_line, import_extra
 from engine.hub import model_folder
@@ -160,12 +160,10 @@ class TimeSeries:
     lambda0: NonNegative = 0.1  # weight of L_proj at the first step
     s_stop: NonNegative = 0.5  # as a fraction of the steps
     pairing: str = 'L2E'  # as in let.py
-    seeds: Count = 5  # runs with and without the teacher
-
     reads_corpora = False
 
     def stages(self, run):
-        """For every data set the teacher; then for every seed the target without it and with it."""
+        """For every data set the teacher; then the target without it and with it."""
         self.folder = str(Path(run.data_dir) / 'timeseries')
         if not self.datasets or len(set(self.datasets)) < len(self.datasets):
             raise UserError(f'datasets={",".join(self.datasets)} must be different ones')
@@ -192,26 +190,26 @@ class TimeSeries:
         ours, theirs = pair_layers(self.pairing, small.n_layer, config.n_layer)
         alignment = Alignment(ours, theirs, self.lambda0, self.s_stop)
 
-        def make(kind, config, epochs, seed):
+        def make(kind, config, epochs):
             X = config.num_params(head=True)
             stage = Stage(f'{name}-{kind}', config, epochs * shape.n * shape.length, X)
             stage.source = partial(series_source, name=name, folder=self.folder)
-            stage.knobs = dict(block_size=shape.length, seed=run.seed + seed)
-            stage.labels = dict(dataset=name, model=kind.split('-')[0])
+            stage.knobs = dict(block_size=shape.length)
+            stage.labels = dict(dataset=name, model=kind)
             if self.base and kind != 'teacher':
                 stage.origin = Origin('weights', (Path(self.base).name,))
                 stage.model = partial(from_language_model, self.base, config)
             return stage
 
-        stage = make('teacher', small, self.teacher_epochs, 0)
+        stage = make('teacher', small, self.teacher_epochs)
+        stage.once = True
         if self.teacher_learning_rate:
             stage.knobs['learning_rate'] = self.teacher_learning_rate
         teacher = yield stage
-        for seed in range(self.seeds):
-            yield make(f'baseline-{seed}', config, self.epochs, seed)
-            stage = make(f'let-{seed}', config, self.epochs, seed)
-            teach(stage, teacher.folder, alignment, small.num_params())
-            yield stage
+        yield make('baseline', config, self.epochs)
+        stage = make('let', config, self.epochs)
+        teach(stage, teacher.folder, alignment, small.num_params())
+        yield stage
 
     def summary(self, results):
         """Test accuracy on every data set: the teacher's, and means over the seeds (Table 2)."""

@@ -295,7 +295,9 @@ def test_stepwise_and_direct_distillation_have_one_start(data_dir, tmp_path):
     assert stepwise.origin == direct.origin and stepwise.origin.models == ('32x3',)
     teachers = stepwise.teaching['teacher'], direct.teaching['teacher']
     assert teachers == ('32x3', 'ancestor')
-    assert direct.teacher_params > stepwise.teacher_params > 0  # whose passes count
+    assert (
+        direct.teaching['teacher_params'] > stepwise.teaching['teacher_params'] > 0
+    )  # whose passes count
 
 
 def test_a_plan_of_a_public_chain_has_its_checkpoints_and_their_fine_tuning():
@@ -306,7 +308,7 @@ def test_a_plan_of_a_public_chain_has_its_checkpoints_and_their_fine_tuning():
     for size in ('gpt2-large', 'gpt2-medium', 'gpt2'):
         assert stages[f'{size}-sft'].origin.models == (f'openai-community/{size}',)
         assert stages[size].origin.models == (f'{size}-sft',)
-    assert stages['gpt2-large'].teacher_params == stages['ancestor-sft'].params
+    assert stages['gpt2-large'].teaching['teacher_params'] == stages['ancestor-sft'].params
 
 
 def test_on_policy_distillation_costs_the_answers_too(data_dir, tmp_path):

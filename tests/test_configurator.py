@@ -190,7 +190,7 @@ def test_every_knob_of_every_method_has_a_help_text_and_shows_its_choices():
     helps = knob_help(train.Run)
     assert 'one of cosine, wsd, constant' in dict(helps)['schedule']
     place = helps.index(('', 'optimisation'))
-    assert helps[place + 1][0] == 'learning_rate'  # grouped as in the source
+    assert helps[place + 1][0] == 'batch_size'  # grouped as in the source
 
 
 def test_the_help_fits_a_terminal_and_lists_the_methods(capsys):
@@ -280,26 +280,12 @@ def test_command_line_of_train(data_dir):
     )
 
 
-def result(folder, **changes):
-    return Result(
-        **{
-            **dict(
-                name='a',
-                folder=str(folder),
-                n_params=1,
-                params=1.0,
-                tokens=2,
-                flops=12.0,
-                inherited_flops=30.0,
-                baseline_flops=0.0,
-                val_loss=1.5,
-                bits_per_byte=2.0,
-                position=2,
-                seconds=1.0,
-            ),
-            **changes,
-        }
-    )
+def result(folder, inherited_flops=30.0, baseline_flops=0.0, labels=None, **changes):
+    fields = dict(name='a', folder=str(folder), n_params=1, params=1.0, tokens=2, flops=12.0)
+    fields |= dict(val_loss=1.5, bits_per_byte=2.0, position=2, seconds=1.0)
+    labels = (labels or {}) | (dict(baseline_flops=baseline_flops) if baseline_flops else {})
+    before = {'those before': inherited_flops} if inherited_flops else {}
+    return Result(**fields | changes, labels=labels, before=before)
 
 
 def test_result_survives_a_move_and_counts_its_ancestors(tmp_path):
@@ -307,7 +293,7 @@ def test_result_survives_a_move_and_counts_its_ancestors(tmp_path):
     moved = tmp_path.rename(tmp_path.parent / 'moved')
     read = Result.of(moved)
     assert read.total_flops == 42.0 and read.folder == str(moved) and read.val_loss == 1.5
-    assert Stage('b', None, 10, 1.0, parent=read).inherited_flops == 42.0
+    assert sum(Stage('b', None, 10, 1.0, parent=read).before.values()) == 42.0
 
 
 def test_an_ancestor_that_two_parents_share_counts_once(tmp_path):
@@ -317,10 +303,10 @@ def test_an_ancestor_that_two_parents_share_counts_once(tmp_path):
         before = Stage(name, None, 10, 1.0, also=(ancestor,)).before
         folder = tmp_path / name
         folder.mkdir()
-        result(folder, name=name, flops=7.0, inherited_flops=100.0, before=before).write()
+        Result(name, str(folder), flops=7.0, before=before).write()
         parents.append(Result.of(folder))
-    made = Stage('made', None, 10, 1.0, parent=parents[0], also=(parents[1],), also_spent=1.0)
-    assert made.inherited_flops == 100 + 7 + 7 + 1
+    made = Stage('made', None, 10, 1.0, parent=parents[0], also=(parents[1],))
+    assert sum(made.before.values()) == 100 + 7 + 7
 
 
 @pytest.mark.parametrize('content', ['', '{', '{"name": "a"}', '[]', '\x80'])

@@ -58,7 +58,7 @@ def workplace(data_dir, tmp_path_factory):
         save_stage(folder / 'out' / 'col_tiny' / size, GPTConfig.named(size, **shape), 0)
     save_stage(folder / 'out/scaling_tiny/48x2-66k', GPTConfig.named('48x2', **shape), 0)
     save_stage(folder / 'out/let_tiny/teacher', GPTConfig.named('32x2', **shape), 0)
-    save_stage(folder / 'out/let_tiny/let+30-0/step-112', GPTConfig.named('32x12', **shape), 0)
+    save_stage(folder / 'out/let_tiny/let+30/step-112', GPTConfig.named('32x12', **shape), 0)
     rows = [f'scratch,55536,0,{D}e5,0,{3 / D**0.1 + D % 3 / 99}' for D in (1, 2, 4, 8, 16)]
     text = '\n'.join(['method,N,D1,D2,seed,loss', *rows])
     (folder / 'out/scaling_tiny/results.csv').write_text(text)
@@ -80,7 +80,7 @@ def save_stage(folder, config, number):
 
     GPT(config).save(folder, 'bytes')
     numbers = dict(n_params=config.num_params(), params=1.0, tokens=8, flops=48.0, seconds=1.0)
-    numbers |= dict(inherited_flops=0.0, baseline_flops=0.0, val_loss=5.5, bits_per_byte=8.0)
+    numbers |= dict(val_loss=5.5, bits_per_byte=8.0)
     Result(folder.name, str(folder), position=number, **numbers).write()
     line = dict(step=1, tokens=8, flops=48.0, loss=5.5, grad_norm=1.0, param_norm=1.0)
     (folder / 'metrics.jsonl').write_text(json.dumps(line) + '\n')

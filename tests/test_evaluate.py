@@ -161,7 +161,7 @@ def test_evaluating_folders(data_dir, tmp_path):
 def test_runs_with_the_same_names_keep_all_their_members_in_the_order_of_training(tmp_path):
     for i, run in enumerate(('b', 'a')):
         for j, size in enumerate(('48x2', '32x2')):
-            result = Result.given(size, tmp_path / run / size)
+            result = Result(size, str(tmp_path / run / size))
             result.finished = 10.0 * i + j + 1
             Path(result.folder).mkdir(parents=True)
             result.write()
@@ -198,7 +198,7 @@ def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path
 def test_the_report_of_a_run_is_shown_whole_but_for_its_pictures(data_dir, tmp_path):
     stage = tmp_path / 'run' / 'small'
     GPT(GPTConfig.named('16x1', vocab_size=257, block_size=32)).save(stage, 'bytes')
-    Result.given('small', stage).write()
+    Result('small', str(stage)).write()
     text = 'before\n\n![similarity](similarity.png)\n\nbehind\n'
     (tmp_path / 'run' / 'report.md').write_text(text)
     process = run_command(

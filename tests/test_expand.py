@@ -321,20 +321,9 @@ def planned(schedule='cosine', **knobs):
     """The stages of a Progressive run that trains nothing."""
 
     def pretend(stage):
-        return Result(
-            stage.name,
-            stage.name,
-            1,
-            stage.params,
-            int(stage.tokens),
-            6 * stage.params * stage.tokens,
-            stage.inherited_flops,
-            stage.baseline_flops,
-            1.0,
-            1.0,
-            int(stage.tokens) + (stage.parent.position if stage.parent else 0),
-            0.0,
-        )
+        found = dict(tokens=int(stage.tokens), flops=6 * stage.params * stage.tokens)
+        found['position'] = int(stage.tokens) + (stage.parent.position if stage.parent else 0)
+        return Result(stage.name, stage.name, 1, before=stage.before, labels=stage.labels, **found)
 
     run = Run(data='pydocs', block_size=128, schedule=schedule)
     return list(stages_of(Progressive(**knobs), run, pretend))
@@ -371,14 +360,11 @@ def test_the_cost_of_an_equal_loss_is_read_from_the_curves(tmp_path):
         folder.mkdir()
         lines = [dict(step=i, flops=10.0 * (i + 1), loss=loss) for i, loss in enumerate(losses)]
         (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
-        result = Result.given(name, folder)
-        result.labels, result.flops = labels, 10.0 * len(losses)
-        result.__dict__ |= more
-        return result
+        return Result(name, str(folder), labels=labels, flops=10.0 * len(losses), **more)
 
-    grown = stage('b', dict(size='b'), [4.0, 3.0, 2.0, 1.0], inherited_flops=60.0)
-    alone = dict(size='b', independent=True)
-    alone = stage('independent-b', alone, [5.0, 4.0, 3.0, 2.5], baseline_flops=200.0)
+    grown = stage('b', dict(size='b'), [4.0, 3.0, 2.0, 1.0], before={'a': 60.0})
+    alone = dict(size='b', independent=True, baseline_flops=200.0)
+    alone = stage('independent-b', alone, [5.0, 4.0, 3.0, 2.5])
     smallest = stage('a', dict(size='a'), [5.0, 4.0])
     ((record,), _) = Progressive().summary([smallest, grown, alone])
     assert record['member'] == 'b' and record['training loss alone'] == 2.5
@@ -541,7 +527,7 @@ def test_a_trained_base_grows_by_every_operator(data_dir, tmp_path, capsys):
     train.main([*knobs, variants, f'--out_dir={tmp_path}/run'])
     text = capsys.readouterr().out
     assert 'at step 0' in text and (tmp_path / 'run' / 'growth.png').stat().st_size > 5000
-    found = Result.of(tmp_path / 'run' / 'lossless+identity-0')
+    found = Result.of(tmp_path / 'run' / 'lossless+identity')
     grown = load(found.folder)
     assert grown.config.n_embd == 96 and grown.config.n_head == 4 and grown.config.head_dim == 24
     first = json.loads((Path(found.folder) / 'metrics.jsonl').read_text().splitlines()[0])

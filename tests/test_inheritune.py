@@ -108,7 +108,7 @@ def test_half_the_width_is_the_first_half_of_everything():
 # Algorithm 1
 
 
-def planned(losses, **knobs):
+def planned(losses, seeds=1, **knobs):
     """The stages when stage i ends with losses[i] (the last one from then on)."""
     made = []
 
@@ -123,18 +123,15 @@ def planned(losses, **knobs):
             params=stage.params,
             tokens=int(stage.tokens),
             flops=6 * stage.params * stage.tokens,
-            inherited_flops=stage.inherited_flops,
-            baseline_flops=0.0,
+            before=stage.before,
             val_loss=loss,
             bits_per_byte=loss,
             position=0,
             seconds=0.0,
         )
 
-    method = Inheritune(**knobs)
-    results = [
-        result for _, result in stages_of(method, Run(block_size=128, data_dir='nowhere'), pretend)
-    ]
+    method, run = Inheritune(**knobs), Run(block_size=128, data_dir='nowhere', seeds=seeds)
+    results = [result for _, result in stages_of(method, run, pretend)]
     return made, method.summary(results)
 
 
@@ -152,7 +149,7 @@ def test_it_grows_by_two_until_it_matches():
     assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers'] and [
         s.origin.models for s in stages
     ][2] == ('4-layers',)
-    assert stages[3].parent.name == '6-layers' and stages[3].inherited_flops == sum(
+    assert stages[3].parent.name == '6-layers' and sum(stages[3].before.values()) == sum(
         6 * s.params * s.tokens for s in stages[:3]
     )
 
@@ -208,9 +205,9 @@ def test_baselines_start_from_the_layers_they_name(data_dir, tmp_path):
     reference = small(n_layer=8, vocab_size=257, block_size=128)
     reference.save(tmp_path / 'reference')
     small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
-    given, found = Result.given('reference', tmp_path / 'reference'), {}
+    given, found = Result('reference', str(tmp_path / 'reference')), {}
     run = Run(block_size=128, data_dir=str(data_dir))
-    compared = Comparison(Inheritune(), run, reference.config, 0, given, 4)
+    compared = Comparison(Inheritune(), run, reference.config, given, 4)
     for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
         model = next(BASELINES[name](compared)).model()
         found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
@@ -437,8 +434,8 @@ def test_sub_modules_are_inherited_alone_and_in_pairs(data_dir, tmp_path):
         for block in reference.blocks:
             block.norm1.weight.fill_(2.0)
     reference.save(tmp_path / 'reference')
-    given = Result.given('reference', tmp_path / 'reference')
-    compared = Comparison(Inheritune(), Run(), reference.config, 0, given, 2)
+    given = Result('reference', str(tmp_path / 'reference'))
+    compared = Comparison(Inheritune(), Run(), reference.config, given, 2)
     found = {}
     for stage in BASELINES['sub-modules'](compared):
         block, old = stage.model().blocks[1], reference.blocks[1]

@@ -11,8 +11,8 @@ from conftest import run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
 import train
-from engine.checkpoint import newest_weights
 from engine.errors import UserError
+from engine.state import newest_weights
 from expand import grow
 from model import GPT, GPTConfig, load, probabilities
 from sample import Sampling, Speculation, answer_template, generate, speculate

@@ -159,9 +159,8 @@ def test_a_stage_is_described_by_its_fields():
     stage = Stage('b', None, 10, 1.0)
     assert describe(stage) == 'random initialisation'
     stage.origin = Origin('growth', ('a',), dict(width='aki', noise=0.1))
-    stage.optimizer_state = dict
     stage.teaching = dict(objective='let', teacher='t', lambda0=0.1)
-    expected = 'growth of a (width aki, noise 0.1) with its optimizer state'
+    expected = 'growth of a (width aki, noise 0.1)'
     assert describe(stage) == f'{expected}, objective let (teacher t, lambda0 0.1)'
 
 

@@ -88,7 +88,7 @@ def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir
     results = {p.parent.name: Result.of(p.parent) for p in tmp_path.glob('run/*/result.json')}
     tuned, made = results['bridge-ancestor'], results['bridge']
     assert tuned.tokens > 0 and made.tokens > 0
-    meta = json.loads((tmp_path / 'run' / 'bridge-data' / 'meta.json').read_text())
+    meta = json.loads((tmp_path / 'run' / 'bridge-data-1337' / 'meta.json').read_text())
     assert meta['corpus'].endswith('bridge-ancestor to tasks') and meta['tokenizer'] == 'bytes'
     answers = 2 * tuned.params * 16 * 64
     spent = results['ancestor'].flops + tuned.flops + answers

@@ -125,11 +125,11 @@ def test_the_loss_begins_at_log_2_and_its_gradient_is_the_papers(pairs):
 
     reference = torch.zeros(len(pairs), 2, dtype=torch.float64)
     reference[[4, 0, 2]] = torch.stack(exact, 1).detach()
-    loss, scalars = dpo(lambda: reference)(model, x, y, AT_START)
+    loss, _, scalars = dpo(lambda: reference)(model, x, y, AT_START)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-12) and scalars['margin'].item() == 0
 
     other, beta = model_of(seed=2), 0.3  # Rafailov et al., section 4: -beta sigmoid(-margin) ...
-    loss, _ = dpo(lambda: reference, beta)(other, x, y, AT_START)
+    loss, *_ = dpo(lambda: reference, beta)(other, x, y, AT_START)
     gradient = torch.autograd.grad(loss, other.wte.weight)[0]
     gain, data_loss = log_ratios(other, x, y, reference)
     assert data_loss.item() == pytest.approx(other(x[:, 0], y[:, 0, :-1]).loss.item(), rel=1e-6)
@@ -173,7 +173,7 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path):
     number = torch.arange(6)[:, None, None].expand(6, 2, 1)
     with torch.no_grad():
         logs = log_probability(reference, x.flatten(0, 1), y.flatten(0, 1)).view(-1, 2)
-    loss, _ = dpo(lambda: logs)(policy, x, torch.cat([y, number], 2), AT_START)
+    loss, *_ = dpo(lambda: logs)(policy, x, torch.cat([y, number], 2), AT_START)
     loss.backward()
     assert loss.item() == pytest.approx(found.item(), rel=1e-6)
     gradients = dict(trainer.model.named_parameters())

@@ -146,19 +146,16 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
 
     def objective():
         settings = MiniLLM(batch_size=2, seed=3, samples=4, inner_epochs=2, length=24)
-        return minillm(tmp_path / 'teacher', examples, tmp_path, settings)
+        return minillm(tmp_path / 'teacher', examples, settings)
 
     first = objective()
     losses = [
         first(student, x, x, Progress(step, 100))[0].item() for step in range(6)
     ]  # 4 steps a batch of samples
-    files = sorted(p.name for p in tmp_path.glob('rollout-*'))
-    assert files == ['rollout-000000000-0of1.safetensors', 'rollout-000000004-0of1.safetensors']
     again = objective()
-    assert [again(student, x, x, Progress(step, 100))[0].item() for step in (2, 3, 5)] == [
-        losses[i] for i in (2, 3, 5)
-    ]
-    loss, scalars = first(student, x, x, Progress(6, 100))
+    again.state.load_state_dict(first.state.state_dict())  # as a saved state has it
+    assert again(student, x, x, Progress(5, 100))[0].item() == losses[5]
+    loss, _, scalars = first(student, x, x, Progress(6, 100))
     assert {'single_step', 'long_range', 'text_loss', 'answer_tokens'} <= scalars.keys()
     assert loss.item() == pytest.approx(
         sum(scalars[k].item() for k in ('single_step', 'long_range', 'text_loss')), rel=1e-5
