@@ -187,7 +187,7 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# objectives: (model, x, y, progress) -> (loss, scalars)
+# objectives: (model, x, y, progress) -> (loss, count, scalars)
 
 
 @dataclass

@@ -11,7 +11,6 @@ also have
     reads_corpora        False if its stages read none of the run's
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from engine.errors import UserError
-from engine.files import read_json, write_atomically
+from engine.files import read_json, write_json
 from engine.loss import count_targets
 
 
@@ -181,11 +180,7 @@ class Result:
 
     def write(self):
         """Save as result.json in the stage's folder."""
-        write_atomically(Path(self.folder) / 'result.json', self.text())
-
-    def text(self):
-        """The content of result.json."""
-        return json.dumps(asdict(self), indent=1) + '\n'
+        write_json(Path(self.folder) / 'result.json', asdict(self))
 
     @classmethod
     def of(cls, folder):

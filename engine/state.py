@@ -178,8 +178,6 @@ def remove_states(folder, keep):
     old = states[: max(0, len(states) - keep)]
     for path in [*folder.glob('state-*.tmp'), *old, *([] if keep else [folder / 'best'])]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in [] if keep else folder.glob('rollout-*'):
-        path.unlink()
 
 
 def training_state(model, optimizer, objective=None):

@@ -36,6 +36,14 @@ TINY = [
     '--learning_rate=0.01',
     '--device=cpu',
 ]  # 20 steps
+FAMILY = [
+    '--method=progressive',
+    '--sizes=16x2,32x2',
+    '--scratch_tokens=640,1280',
+    '--block_size=16',
+    '--eval_tokens=512',
+    '--device=cpu',
+]
 
 
 def arguments(data_dir, out_dir, *more):
@@ -328,16 +336,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
 
 
 def test_max_minutes_saves_and_exits_with_code_75_and_a_family_goes_on(data_dir, tmp_path, capsys):
-    family = [
-        f'--data_dir={data_dir}',
-        f'--out_dir={tmp_path / "family"}',
-        '--method=progressive',
-        '--sizes=16x2,32x2',
-        '--scratch_tokens=640,1280',
-        '--block_size=16',
-        '--eval_tokens=512',
-        '--device=cpu',
-    ]
+    family = [f'--data_dir={data_dir}', f'--out_dir={tmp_path / "family"}', *FAMILY]
     stops = 0
     while not (tmp_path / 'family' / '32x2' / 'result.json').exists():
         try:

@@ -171,16 +171,7 @@ def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
 
 
 def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):
-    family = [
-        '--method=progressive',
-        '--sizes=16x2,32x2',
-        '--scratch_tokens=640,1280',
-        '--block_size=16',
-        '--eval_tokens=512',
-        '--device=cpu',
-        f'--data_dir={data_dir}',
-        f'--out_dir={tmp_path}',
-    ]
+    family = [*test_train.FAMILY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}']
     train.main(family)
     shutil.rmtree(tmp_path / '16x2')
     with pytest.raises(UserError, match='32x2 holds a stage with other settings .parent was'):
