@@ -28,10 +28,10 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from configurator import Count, configure
-from engine.device import find_hardware
 from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
+from engine.parallel import find_hardware
 from engine.progress import progress_bar
 from engine.report import table
 from engine.stage import Progress, next_token
@@ -151,7 +151,7 @@ def make_step(name, options, hardware):
     objective = objective_of(kind, options, config, hardware)
 
     def step():
-        with hardware.forward():
+        with hardware.autocast:
             loss, *_ = objective(called, *pair, Progress(0, 1000))
         loss.backward()
         clip_grad_norm_(model.parameters(), knobs.grad_clip)

@@ -15,8 +15,9 @@ where alpha is the relative distance, 1 at the smaller one. An ancestor of anoth
 vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
 
+import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,26 +39,18 @@ from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, ver
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
 from data.vocabulary import share_tokenizer, tokenizer_to_carry
-from engine.between import (
-    between,
-    check_between,
-    fits,
-    neighbours,
-    shape_between,
-    shape_of_size,
-)
-from engine.device import choose_device, processes
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.loss import evaluate
+from engine.parallel import choose_device, processes
 from engine.progress import progress_bar
 from engine.report import format_count, table
 from engine.stage import Origin, Result, Stage, teacher_flops
 from engine.teacher import planned_config
 from expand import DEPTH, ROLES, WIDTH_FIELDS, grow
 from let import distil
-from model import GPT, all_params, load, read_config
+from model import GPT, SIZE_FIELDS, GPTConfig, all_params, load, read_config
 
 # ----------------------------------------------------------------------------------------------
 # LInit
@@ -126,6 +119,121 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
         # (1 - alpha) cut + alpha grown
         state[name] = torch.lerp(cut[name].to(tensor), tensor, alpha)
     return GPT.from_state(config, state, small.wte.weight.device)
+
+
+# ----------------------------------------------------------------------------------------------
+# shapes between the models of a chain
+
+
+def check_between(small, large, config):
+    """Raise UserError unless `config` lies between two shapes that differ in size alone."""
+    for f in fields(GPTConfig):
+        low, high, wanted = (getattr(shape, f.name) for shape in (small, large, config))
+        if f.name in SIZE_FIELDS:
+            if not low <= wanted <= high:
+                raise UserError(f'{f.name} = {wanted} is outside the chain: {low} to {high}')
+        elif f.name not in ('init_std', 'block_size') and not low == wanted == high:
+            found = f'{f.name} is {low!r} and {high!r}, wanted is {wanted!r}'
+            raise UserError(f'a chain of mixed architectures: {found}')
+    if config.n_head // config.n_kv_head > large.n_head // large.n_kv_head:
+        wanted = f'{config.n_head} heads on {config.n_kv_head} key heads'
+        found = f'{large.n_head} on {large.n_kv_head}'
+        raise UserError(f'{wanted} cannot be cut out of {found}')
+
+
+def fits(small, large):
+    """Whether one shape is nowhere larger than another."""
+    return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
+
+
+def neighbours(shapes, config):
+    """
+    The names of the next smaller and larger of {name: GPTConfig} around a shape; where all are
+    larger, twice that of the smallest, of which it is a part. UserError.
+    """
+
+    def weight(name):
+        shape = shapes[name]
+        return shape.n_layer * shape.n_embd * (shape.n_head * shape.head_dim + shape.n_mlp)
+
+    smaller = [name for name, shape in shapes.items() if fits(shape, config)]
+    larger = [name for name, shape in shapes.items() if fits(config, shape)]
+    if len(larger) == len(shapes) and not smaller:
+        smaller = [min(larger, key=weight)]
+    if not smaller or not larger:
+        wanted = f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}'
+        known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
+        raise UserError(f'{wanted} lie outside the chain: {", ".join(known)}')
+    return max(smaller, key=weight), min(larger, key=weight)
+
+
+def shape_between(shapes, to):
+    """
+    The GPTConfig of a named size, or of WIDTHxLAYERS among {name: GPTConfig}: heads, groups and MLP
+    lie as far between the neighbours' as the width. Raises UserError where they are not whole.
+    """
+    match, ordered = re.fullmatch(r'(\d+)x(\d+)', to), sorted(shapes.values(), key=all_params)
+    small_ones = ordered[0].head_dim == 16 and ordered[0].n_kv_head == ordered[0].n_head
+    if not match or small_ones:
+        named = GPTConfig.named(to)
+        return replace(ordered[0], **{f: getattr(named, f) for f in SIZE_FIELDS})
+    width, layers = int(match[1]), int(match[2])
+    for small, large in zip(ordered, ordered[1:]):
+        if not (small.n_embd <= width <= large.n_embd and small.n_layer <= layers <= large.n_layer):
+            continue
+        sizes = dict(n_embd=width, n_layer=layers)
+        way, span = width - small.n_embd, large.n_embd - small.n_embd or 1
+        for field in ('n_head', 'n_kv_head', 'n_mlp'):
+            low, high = getattr(small, field), getattr(large, field)
+            more, rest = divmod(way * (high - low), span)
+            if rest:
+                raise UserError(f'{to}: {field}, from {low} to {high}, is no whole number there')
+            sizes[field] = low + more
+        return replace(small, **sizes)
+    known = ', '.join(f'{shape.n_embd}x{shape.n_layer}' for shape in ordered)
+    raise UserError(f'{to} lies outside the chain: {known}')
+
+
+def shape_of_size(shapes, params):
+    """
+    The GPTConfig among {name: GPTConfig} of about so many parameters, embeddings and head included:
+    of all within 1%, else of the closest, the one as far between its neighbours in width as in
+    depth: for the paper's five numbers the paper's five shapes. Raises UserError outside the chain.
+    """
+    ordered = sorted(shapes.values(), key=all_params)
+    pairs = [p for p in zip(ordered, ordered[1:]) if all_params(p[0]) <= params <= all_params(p[1])]
+    if not pairs:
+        ends = f'{format_count(all_params(ordered[0]))} to {format_count(all_params(ordered[-1]))}'
+        raise UserError(f'{format_count(params)} parameters lie outside the chain: {ends}')
+    small, large = pairs[0]
+    wider, deeper, found = large.n_embd - small.n_embd, large.n_layer - small.n_layer, []
+    step = 64 if small.n_embd % 64 == large.n_embd % 64 == 0 else 1  # what hardware likes
+    for width in range(small.n_embd, large.n_embd + 1, step):
+        with contextlib.suppress(UserError):  # of widths without whole heads
+            low, high = (shape_between(shapes, f'{width}x{s.n_layer}') for s in pairs[0])
+            layer = (all_params(high) - all_params(low)) / max(1, deeper)
+            more = (params - all_params(low)) / layer if layer else 0
+            found.append(replace(low, n_layer=low.n_layer + round(min(max(0, more), deeper))))
+
+    def miss(shape):
+        return abs(all_params(shape) - params) / params
+
+    def leaning(shape):
+        if not (wider and deeper):
+            return miss(shape)
+        ways = (shape.n_embd - small.n_embd) / wider, (shape.n_layer - small.n_layer) / deeper
+        return abs(ways[0] - ways[1])
+
+    return min([s for s in found if miss(s) < 0.01] or [min(found, key=miss)], key=leaning)
+
+
+def between(shapes, wanted):
+    """(the names of a shape's neighbours, the smaller one's GPTConfig at that size). UserError."""
+    small, large = neighbours(shapes, wanted)
+    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
+    least = shapes[small] if fits(shapes[small], config) else config
+    check_between(least, shapes[large], config)
+    return small, large, config
 
 
 # ----------------------------------------------------------------------------------------------
@@ -460,9 +568,9 @@ class ChainOfLearngene:
             stage.more_flops = lambda p, tokens: passes(p, tokens) + answers * p.step * tokens
             if not run.dry_run:
                 examples = Examples(self.sft_data, run.data_dir, 'train')
-                samples = min(self.samples, 2 * run.sequences) if run.toy else self.samples
+                samples = min(self.samples, 2 * run.batch_size) if run.toy else self.samples
                 how = dict(share=self.share, clip=self.clip, length=self.length)
-                settings = MiniLLM(run.sequences, run.seed, samples, self.inner_epochs, **how)
+                settings = MiniLLM(run.batch_size, run.seed, samples, self.inner_epochs, **how)
                 stage.objective = minillm(teacher.folder, examples, settings)
         else:
             stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
@@ -510,8 +618,8 @@ class ChainOfLearngene:
     def check(self, run):
         """Raise UserError for knobs that do not fit together, before anything is trained."""
         methods = {self.distillation, *self.baselines}
-        if 'minillm' in methods and not run.toy and self.samples % run.sequences:
-            step = f'the {run.sequences} sequences of a step'
+        if 'minillm' in methods and not run.toy and self.samples % run.batch_size:
+            step = f'the {run.batch_size} sequences of a step'
             raise UserError(f'samples={self.samples} must be a multiple of {step}')
         if (self.bridge or methods & {'minillm', 'seqkd'}) and not self.sft_data:
             raise UserError('answers need prompts: --sft_data=NAME, a supervised set')

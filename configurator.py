@@ -21,7 +21,7 @@ import re
 import runpy
 import sys
 import textwrap
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -221,7 +221,7 @@ def with_positionals(argv, *names):
 
 
 # ----------------------------------------------------------------------------------------------
-# help, and what differs from the defaults
+# help
 
 
 WIDTH = 100  # columns of the help
@@ -270,14 +270,4 @@ def knob_help(cls):
             if Literal in (get_origin(kind), *map(get_origin, get_args(kind))):
                 comment += f' ({describe_type(kind)})'
             found.append((knob[1], comment))
-    return found
-
-
-def differences(instance):
-    """{knob: value} of a dataclass instance where it differs from the defaults."""
-    found = {}
-    for f in fields(instance):
-        default = f.default if f.default is not MISSING else f.default_factory()
-        if getattr(instance, f.name) != default:
-            found[f.name] = getattr(instance, f.name)
     return found

@@ -28,12 +28,12 @@ from configurator import Count, Natural, NonNegative, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from data.vocabulary import load_tokenizer, tokenizer_of_model
-from engine.device import choose_device, set_threads
 from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.log import has_metrics, read_metrics
 from engine.loss import bits_per_byte, compare, evaluate
+from engine.parallel import choose_device, set_threads
 from engine.progress import progress_bar
 from engine.report import (
     Line,

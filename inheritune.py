@@ -30,14 +30,13 @@ from configurator import (
     configure,
     with_positionals,
 )
-from data.instruct import run_source
 from data.vocabulary import tokenizer_to_carry
-from engine.device import find_hardware, gather, processes
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
 from engine.log import has_metrics
 from engine.loss import evaluate
+from engine.parallel import find_hardware, gather, processes
 from engine.report import Line, Panel, by_label, compare_variants, mean_curve
 from engine.stage import Origin, Result, Stage, teacher_flops
 from engine.weights import weight_files
@@ -450,8 +449,8 @@ def reference_loss(name, run):
     """The validation loss of a model as a stage measures its own, on all processes together."""
     hardware = find_hardware(run)
     model = load(name, hardware.device).float()
-    source = run_source(replace(run, block_size=min(run.block_size, model.config.block_size)))
-    with hardware.forward():
+    source = replace(run, block_size=min(run.block_size, model.config.block_size)).source()
+    with hardware.autocast:
         return evaluate(model, source.validation(8, hardware))
 
 

@@ -31,7 +31,7 @@ from data.translate import check_alignable
 from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.errors import UserError, unknown
 from engine.log import read_metrics
-from engine.loss import Distillation, count_targets
+from engine.loss import Distillation
 from engine.report import (
     Line,
     Panel,
@@ -226,7 +226,7 @@ def let(teacher, alignment, tokenizers=None):
         scalars['similarity'] = cosine_similarity(output.hidden.detach(), theirs, covered)
         scalars['constant_similarity'] = constant_similarity(theirs, covered)
         scalars['alignment_weight'] = torch.full((), weight, device=x.device)
-        return output.loss + weight * l_proj, count_targets(y), scalars
+        return output.loss + weight * l_proj, output.count, scalars
 
     return objective
 
@@ -262,7 +262,7 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
         settings = (alpha, temperature, reverse)
         output = model(x, y, teacher=Distillation(hidden, theirs.head_weight, *settings))
         scalars = dict(data_loss=output.data_loss, distillation_loss=output.divergence)
-        return output.loss, count_targets(y), scalars
+        return output.loss, output.count, scalars
 
     return objective
 
@@ -379,7 +379,7 @@ class LET:
             params = teacher.used_by(alignment)
             teach(stage, teacher.name, alignment, params, teacher.tokenizers)
             if alignment.kind == 'cca':  # of a batch as such: pieces of it correlate by chance
-                stage.knobs = dict(micro_batch_size=min(CCA_SEQUENCES, run.sequences))
+                stage.knobs = dict(micro_batch_size=min(CCA_SEQUENCES, run.batch_size))
         elif variant != 'baseline':
             self.distil(stage, variant, teacher)
         if self.teacher and not run.toy and stage.teaching:
@@ -485,7 +485,7 @@ class LET:
 
 def check_positions(alignments, widest, config, run):
     """Raise UserError, before training, where CCA has too few positions for vectors this wide."""
-    positions = min(CCA_SEQUENCES, run.sequences) * min(run.block_size, config.block_size)
+    positions = min(CCA_SEQUENCES, run.batch_size) * min(run.block_size, config.block_size)
     if any(alignment and alignment.kind == 'cca' for alignment in alignments.values()):
         check_cca(positions, widest)
 

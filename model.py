@@ -8,8 +8,8 @@ of the architecture its configuration equals, so transformers opens what we save
 
 import math
 import re
-from dataclasses import astuple, dataclass, fields
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from engine.hugging_face import (
     tensors_from_hugging_face,
     tensors_to_hugging_face,
 )
-from engine.loss import fused_linear_cross_entropy
+from engine.loss import IGNORED, fused_linear_cross_entropy
 from engine.sizes import FAMILIES, SIZES
 from engine.tokenizer_files import write_tokenizer
 from engine.weights import check_finite, check_numbers, read_tensors, write_tensors
@@ -70,7 +70,18 @@ class GPTConfig:
     channels: int = 0  # inputs are vectors of so many numbers (a time series); 0: tokens
 
     def __post_init__(self):
-        self.check_types()
+        for field in fields(self):  # a configuration may come from a file
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
+            if kind is float:
+                if not 0 <= value <= 1e30:  # neither NaN nor what no tensor holds
+                    raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
+                setattr(self, field.name, float(value))
+        numbers = [x for x in self.rope_scaling if isinstance(x, int | float) and 0 < x < math.inf]
+        if len(numbers) != len(self.rope_scaling) or len(numbers) not in (0, 4):
+            found = str(self.rope_scaling)[:80]
+            raise UserError(f'rope_scaling is four positive numbers or none, not {found}')
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
         self.n_mlp = self.n_mlp or 4 * self.n_embd
@@ -83,32 +94,32 @@ class GPTConfig:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f'rotary_fraction is a share of a head, not {self.rotary_fraction}')
+        if not self.rope_theta:
+            raise UserError('rope_theta must be above 0')
         if self.pos == 'rope' and self.rotary_dim % 2:
             raise UserError(f'RoPE rotates pairs of dimensions, but {self.rotary_dim} are odd')
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
 
-    def check_types(self):
-        """Raise UserError for values of other types: a configuration may come from a file."""
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
-            if kind is float:
-                if not 0 <= value <= 1e30:  # neither NaN nor what no tensor holds
-                    raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
-                setattr(self, field.name, float(value))
-        if not self.rope_theta:
-            raise UserError('rope_theta must be above 0')
-        numbers = [x for x in self.rope_scaling if isinstance(x, int | float) and 0 < x < math.inf]
-        if len(numbers) != len(self.rope_scaling) or len(numbers) not in (0, 4):
-            found = str(self.rope_scaling)[:80]
-            raise UserError(f'rope_scaling is four positive numbers or none, not {found}')
-
-    def num_params(self, **which):
-        """GPT.num_params of a model of this shape, without allocating it."""
-        return _count_params(astuple(self), **which)
+    def num_params(self, embedding=False, head=False):
+        """N: parameters of layers and final norm; embeddings and head on request, tied once."""
+        C, F, biases = self.n_embd, self.n_mlp, int(self.bias)
+        queries, keys = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        attention = (queries + 2 * keys) * (C + int(self.bias or self.qkv_bias))
+        attention += (queries + biases) * C + 2 * self.head_dim * self.qk_norm
+        up = 2 if self.act == 'swiglu' else 1
+        mlp = up * F * (C + biases) + (F + biases) * C
+        norm = C * (1 + (biases if self.norm == 'layer' else 0))
+        total = self.n_layer * (attention + mlp + 2 * norm) + norm
+        tokens = C * (self.channels or self.vocab_size)
+        if embedding:
+            total += tokens + C * self.block_size * (self.pos == 'learned')
+        if head and not self.tied:
+            total += C * self.vocab_size
+        elif head and not embedding:
+            total += tokens
+        return total
 
     @property
     def rotary_dim(self):
@@ -143,11 +154,6 @@ class GPTConfig:
         return cls(**{**shape, **changes})
 
 
-@cache
-def _count_params(values, **which):
-    return GPT.on_meta(GPTConfig(*values)).num_params(**which)
-
-
 def all_params(config):
     """Parameters of a model of this shape with embeddings and head, a tied one once."""
     return config.num_params(embedding=True, head=True)
@@ -162,11 +168,6 @@ def make_norm(config, dim):
     if config.norm == 'rms':
         return nn.RMSNorm(dim, eps=config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
-
-
-def make_embedding(rows, width):
-    """An embedding that is not drawn: nn.Embedding would, for which meta needs torch's compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def stretch(frequency, factor, low, high, original):
@@ -211,23 +212,19 @@ class Attention(nn.Module):
         if config.attn_scale_by_layer:
             self.scale /= layer + 1
 
-    def heads(self, x):
-        """(B, T, heads D) -> (B, heads, T, D)."""
-        return x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
-
-    def queries_and_keys(self, x, rope):
-        """The rotated queries (B, H, T, D) and keys (B, K, T, D) of x (B, T, C)."""
-        q, k = self.heads(self.q(x)), self.heads(self.k(x))
+    def project(self, x, rope):
+        """Of x (B, T, C): rotated queries (B, H, T, D) and keys (B, K, T, D), and the values."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (part(x).view(heads).transpose(1, 2) for part in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k
+        return q, k, v
 
     def forward(self, x, rope, cache):
         B, T, _ = x.shape
-        (q, k), v = self.queries_and_keys(x, rope), self.heads(self.v(x))
-        mask = None
+        (q, k, v), mask = self.project(x, rope), None
         if cache is not None:
             (k, v), mask = cache.extend(self.layer, k, v), cache.mask
         y = F.scaled_dot_product_attention(
@@ -271,15 +268,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm2, self.mlp = make_norm(config, config.n_embd), MLP(config)
         self.parallel = config.parallel
-        self.recompute = None  # set by engine/parallel.py to keep less for the backward pass
 
     def forward(self, x, rope, cache):
-        if self.recompute is not None and torch.is_grad_enabled():
-            return self.recompute(self.compute, x, rope, cache)
-        return self.compute(x, rope, cache)
-
-    def compute(self, x, rope, cache):
-        """What the layer computes."""
         if self.parallel:
             return x + self.attn(self.norm1(x), rope, cache) + self.mlp(self.norm2(x))
         x = x + self.attn(self.norm1(x), rope, cache)
@@ -298,6 +288,7 @@ class Output(NamedTuple):
     hidden: torch.Tensor | None  # (B, T, C), with hidden_at
     data_loss: torch.Tensor | None = None  # the cross entropy within the loss, detached
     divergence: torch.Tensor | None = None  # the divergence from a teacher, detached
+    count: torch.Tensor | None = None  # targets that are not -100: the terms of the mean
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -328,10 +319,12 @@ class GPT(nn.Module):
         self.config, device = config, torch.get_default_device()
         V, C = config.vocab_size, config.n_embd
         with torch.device('meta'):  # nn.Linear's own initialisation would be overwritten
-            self.wte = make_embedding(V, C)
+            embed = partial(nn.Embedding.from_pretrained, freeze=False)  # and nn.Embedding's, too
+            self.wte = embed(torch.empty(V, C))
             if config.channels:
                 self.wte = nn.Linear(config.channels, C, bias=False)
-            self.wpe = make_embedding(config.block_size, C) if config.pos == 'learned' else None
+            learned = config.pos == 'learned'
+            self.wpe = embed(torch.empty(config.block_size, C)) if learned else None
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
             self.norm = make_norm(config, C)
             self.lm_head = None if config.tied else nn.Linear(C, V, bias=False)
@@ -398,7 +391,7 @@ class GPT(nn.Module):
             return Output(F.linear(x, self.head_weight), None, hidden)
         losses = fused_linear_cross_entropy(x, self.head_weight, targets, teacher)
         loss, data_loss, divergence = losses
-        return Output(None, loss, hidden, data_loss, divergence)
+        return Output(None, loss, hidden, data_loss, divergence, (targets != IGNORED).sum())
 
     def residual_stream(self, idx, layers=None, hidden_at=None, cache=None):
         """(the stream (B, T, C) after the first `layers` layers or all; after `hidden_at`)."""
@@ -407,8 +400,10 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f'{end} positions, but block_size is {self.config.block_size}')
         at = slice(0, T) if cache is None else cache.begin(T)
-        x, rope, hidden = self.wte(idx), self.rope(at), None
-        if self.wpe is not None:
+        x, rope, hidden = self.wte(idx), None, None
+        if self.wpe is None:
+            rope = self.cos[at], self.sin[at]
+        else:
             x = x + self.wpe.weight[at]
         for i, block in enumerate(self.blocks[:layers], 1):
             x = block(x, rope, cache)
@@ -418,30 +413,14 @@ class GPT(nn.Module):
             cache.length = end
         return x, hidden
 
-    def rope(self, at):
-        """RoPE's tables for the positions `at`, an index; None for learned positions."""
-        if self.wpe is not None:
-            return None
-        return self.cos[at], self.sin[at]
-
     @property
     def head_weight(self):
         """The (V, C) matrix that turns the last hidden state into logits."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def num_params(self, embedding=False, head=False):
-        """N: parameters of layers and final norm; embeddings and head on request, tied once."""
-        sizes = {name: p.numel() for name, p in self.named_parameters()}
-        embeddings = sum(n for name, n in sizes.items() if name.startswith(('wte.', 'wpe.')))
-        untied_head = sizes.get('lm_head.weight', 0)
-        total = sum(sizes.values()) - embeddings - untied_head
-        if embedding:
-            total += embeddings
-        if head and self.lm_head is not None:
-            total += untied_head
-        elif head and not embedding:
-            total += self.wte.weight.numel()
-        return total
+        """GPTConfig.num_params of the model's shape."""
+        return self.config.num_params(embedding, head)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None):

@@ -34,11 +34,11 @@ from data.vocabulary import (
     tokenizer_of_model,
 )
 from engine.decoding import Decoding
-from engine.device import choose_device, set_threads
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
 from engine.hub import model_folder
 from engine.loss import kl_of_logits
+from engine.parallel import choose_device, set_threads
 from engine.report import table
 from engine.tokenizer_files import special_ids
 from model import GPT, GPTConfig, load, probabilities

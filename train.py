@@ -35,41 +35,42 @@ from configurator import (
     Range,
     SaveDtype,
     configure,
-    differences,
 )
 from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
-from data.instruct import run_source
-from data.loader import batches, parse_mixture
+from data.instruct import supervised_source
+from data.loader import batches, parse_mixture, text_source
 from data.prepare import prepare_offline
 from data.vocabulary import tokenizer_to_carry
-from engine.device import (
-    attention_kernels,
-    barrier,
-    catch_signals,
-    exit_saved,
-    find_hardware,
-    gather,
-    set_threads,
-    should_stop,
-)
 from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
 from engine.log import Log, Meter, check_finite_loss, speed
 from engine.loss import bits_per_byte, evaluate
 from engine.optimizer import learning_rate, make_optimizer, mean_over_terms
-from engine.parallel import choose_batch, full_tensor, gradient_sync, is_sharded, place, wrap
+from engine.parallel import (
+    attention_kernels,
+    barrier,
+    catch_signals,
+    choose_batch,
+    exit_saved,
+    find_hardware,
+    gather,
+    is_sharded,
+    place,
+    set_threads,
+    should_stop,
+    wrap,
+)
 from engine.report import (
     CPU_DAYS,
     cpu_seconds,
-    describe,
     format_si,
     plan_text,
     render,
     report_blocks,
     write_report,
 )
-from engine.stage import Origin, Planned, Progress, Result, Stage, next_token
+from engine.stage import Origin, Planned, Progress, Result, Stage, describe, next_token
 from expand import GrowthComparison, Progressive
 from extras.dpo import PostTraining
 from extras.sweep import Sweep
@@ -133,15 +134,20 @@ class Run:
         """{corpus: weight} of the training mixture."""
         return parse_mixture(self.data)
 
-    @property
-    def sequences(self):
-        """Sequences in a step; a toy's at most 4."""
-        return min(4, self.batch_size) if self.toy else self.batch_size
-
     def open_corpora(self):
         """The corpora of the mixture that are prepared."""
         prepared = [n for n in self.corpora if (Path(self.data_dir) / n / 'meta.json').is_file()]
         return [open_corpus(name, self.data_dir) for name in prepared]
+
+    def source(self):
+        """The data.loader.Source of the corpora, text or instructions. Raises UserError."""
+        corpora = [open_corpus(name, self.data_dir) for name in self.corpora]
+        kinds = {corpus.meta.get('kind', 'text') for corpus in corpora}
+        if 'preferences' in kinds:
+            raise UserError(f'data={self.data}: preferences are for --method=posttrain')
+        if 'supervised' in kinds and len(corpora) > 1:
+            raise UserError(f'data={self.data}: instructions cannot be mixed with other corpora')
+        return supervised_source(self) if 'supervised' in kinds else text_source(self, corpora)
 
     @property
     def vocab_size(self):
@@ -195,24 +201,22 @@ class Pretrain:
 
     def stages(self, run):
         """One stage."""
-        if not self.init_from or run.toy:  # a toy trains a small one
-            config = run.model_config(self.size)
-            params = config.num_params(head=True)
-            tokens = self.tokens or 20 * params
-            if self.epochs:
-                tokens = self.epochs * epoch_tokens(run)
-            yield Stage(self.size, config, tokens, params)
-            return
-        config, source = run.given_config(self.init_from), Path(self.init_from).name
-        if config.block_size < run.block_size:
+        given = self.init_from and not run.toy  # a toy trains a small one
+        config = run.given_config(self.init_from) if given else run.model_config(self.size)
+        if config.block_size < run.block_size and not run.toy:
             raise UserError(
-                f'{self.init_from} reads {config.block_size} tokens at most: '
+                f'{self.init_from or self.size} reads {config.block_size} tokens at most: '
                 f'--block_size={config.block_size}'
             )
-        tokens = self.tokens or (self.epochs or 1.0) * epoch_tokens(run)
-        stage = Stage(f'{source}-continued', config, tokens, config.num_params(head=True))
-        stage.origin, stage.tokenizer = Origin('weights', (self.init_from,)), self.init_from
-        stage.model = partial(load, self.init_from)
+        params = config.num_params(head=True)
+        tokens, epochs = self.tokens or 20 * params, self.epochs
+        if epochs or given and not self.tokens:
+            tokens = (epochs or 1.0) * epoch_tokens(run)
+        stage = Stage(self.size, config, tokens, params)
+        if given:
+            stage.name = f'{Path(self.init_from).name}-continued'
+            stage.origin, stage.tokenizer = Origin('weights', (self.init_from,)), self.init_from
+            stage.model = partial(load, self.init_from)
         yield stage
 
 
@@ -251,8 +255,7 @@ def train_stage(stage, run, hardware, record):
     from engine import state  # a plan need not wait for torch's checkpoints
 
     knobs = stage_knobs(run, stage)
-    steps = count_steps(knobs, stage)
-    step_tokens = knobs.batch_size * knobs.block_size
+    steps, step_tokens = count_steps(knobs, stage), knobs.batch_size * knobs.block_size
     folder = Path(knobs.out_dir) / stage.name
 
     # 1. Finished already? result.json is written last: where it is, everything is.
@@ -262,25 +265,25 @@ def train_stage(stage, run, hardware, record):
     # 2. Model and optimizer, as the stage begins; then as its newest saved state has them.
     torch.manual_seed(knobs.seed)
     strategy, micro_batch_size = choose_batch(knobs, stage, hardware)
-    model, dtype = None, ''
-    if strategy == 'ddp' or hardware.is_main:  # shards are dealt out by process 0
+    sharded, model, dtype = strategy == 'fsdp', None, 'float32'
+    if hardware.is_main or not sharded:  # process 0 deals out shards
         made = stage.model() if stage.model and not state.saved_states(folder) else None
         model = made or GPT(stage.config)
         dtype = str(model.wte.weight.dtype).removeprefix('torch.')
-    raw_model = place(model, stage.config, strategy, hardware)
+    raw_model = place(model, GPT.on_meta(stage.config) if sharded else None, hardware)
     optimizer = make_optimizer(raw_model, knobs)
     objective = stage.objective or next_token
-    progress = dict(step=0, seconds=0.0, best=-math.inf, dtype=gather(dtype)[0])
+    progress = dict(step=0, seconds=0.0, best=-math.inf, dtype=dtype)
     if state.saved_states(folder):
         progress = state.load_state(folder, raw_model, optimizer, objective)
-    elif stage.continues:
+    elif stage.parent and not stage.model:  # its last state, with its optimizer
         progress['dtype'] = state.load_state(stage.parent.folder, raw_model, optimizer)['dtype']
     start = progress['step']
     save_dtype = getattr(torch, knobs.save_dtype, getattr(torch, progress['dtype']))
     model = wrap(raw_model, strategy, knobs, hardware)  # compiled, exchanging gradients
 
     # 3. Data: which sequences come next follows from the position alone, which no state holds.
-    source = (stage.source or run_source)(knobs)
+    source = stage.source(knobs) if stage.source else knobs.source()
     accumulate = knobs.batch_size // hardware.world_size // micro_batch_size
     position = stage.position // knobs.block_size + start * knobs.batch_size
     sizes = knobs.batch_size, micro_batch_size
@@ -288,7 +291,7 @@ def train_stage(stage, run, hardware, record):
     tokenizer = stage.tokenizer and tokenizer_to_carry(stage.tokenizer) or source.tokenizer
 
     def validation_loss():
-        with hardware.forward():
+        with hardware.autocast:
             return evaluate(model, source.validation(micro_batch_size, hardware))
 
     # 4. The loop. A step does not wait for the GPU; a line of metrics does.
@@ -308,7 +311,7 @@ def train_stage(stage, run, hardware, record):
     logged, logged_step = time.time(), start
     started = logged - progress['seconds']  # as if there had been no interruption
     save_at = logged + 60 * knobs.save_minutes
-    stop, pause = False, 1  # steps until processes ask each other again whether to stop or save
+    pause = 1  # steps until processes ask each other again whether to stop or save
     for step in range(start, steps):
         rate = learning_rate(step, steps, knobs)
         for group in optimizer.param_groups:
@@ -316,21 +319,21 @@ def train_stage(stage, run, hardware, record):
         terms = 0
         for micro in range(accumulate):
             x, y = next(data)
-            with gradient_sync(model, last=micro == accumulate - 1):
-                with hardware.forward():
-                    loss, count, scalars = objective(model, x, y, Progress(step, steps))
-                with attention_kernels(hardware.device):  # recomputed attention uses the same one
-                    (loss * (count / full if uneven else 1) / accumulate).backward()
+            if hardware.world_size > 1:  # DDP exchanges gradients once a step; FSDP always
+                model.require_backward_grad_sync = micro == accumulate - 1
+            with hardware.autocast:
+                loss, count, scalars = objective(model, x, y, Progress(step, steps))
+            (loss * (count / full if uneven else 1) / accumulate).backward()
             terms = terms + count
             meter.add(scalars | dict(loss=loss), count)
         if uneven:
             mean_over_terms(raw_model, terms, accumulate * full)
         norm = clip_grad_norm_(raw_model.parameters(), knobs.grad_clip or math.inf)
-        meter.add(dict(grad_norm=full_tensor(norm)))
+        meter.add(dict(grad_norm=norm.full_tensor() if sharded else norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done, last, save = step + 1, step + 1 == steps, False
+        done, last, stop, save = step + 1, step + 1 == steps, False, False
         progress |= dict(step=done, seconds=time.time() - started)
         step_seconds = (time.time() - logged) / (done - logged_step)
         log.bar.update(step_tokens)
@@ -343,7 +346,8 @@ def train_stage(stage, run, hardware, record):
             line = dict(step=done, tokens=done * step_tokens)
             line |= dict(flops=stage.flops(Progress(done, steps), step_tokens), lr=rate)
             line |= meter.read() | speed(stage, step_tokens / step_seconds, hardware)
-            line['param_norm'] = full_tensor(get_total_norm(raw_model.parameters())).item()
+            norm = get_total_norm(raw_model.parameters())
+            line['param_norm'] = (norm.full_tensor() if sharded else norm).item()
             check_finite_loss(line, folder)  # before anything is saved
             if evaluating:
                 line['val_loss'] = validation_loss()
@@ -361,7 +365,7 @@ def train_stage(stage, run, hardware, record):
             logged, logged_step = time.time(), done
 
     # 5. Evaluation and save; result.json last.
-    if progress['best'] > -math.inf or any(gather((folder / 'best').is_dir())):
+    if any(gather((folder / 'best').is_dir())):
         raw_model.load_state_dict(load(folder / 'best', hardware.device).state_dict())
     val_loss = validation_loss()
     log.close(val_loss=val_loss)
@@ -376,14 +380,11 @@ def train_stage(stage, run, hardware, record):
 
 
 def observed(stage, model, hardware, folder, progress):
-    """
-    What a stage observes of its whole model, on process 0; the model with the best score so far is
-    kept, in STAGE/best.
-    """
-    if not stage.observe or is_sharded(model) or not hardware.is_main:
+    """What a stage observes of its model; that of the best score so far is kept, in STAGE/best."""
+    if not stage.observe or is_sharded(model) or not hardware.is_main:  # it needs the whole model
         return {}
     model.eval()
-    with hardware.forward():
+    with hardware.autocast:
         seen = stage.observe(model)
     model.train()
     if seen.get('score', -math.inf) > progress['best']:
@@ -396,10 +397,14 @@ def stage_knobs(run, stage):
     """The general knobs as they hold for a stage."""
     knobs = replace(run, **stage.knobs)
     knobs.block_size = min(knobs.block_size, stage.config.block_size)
-    knobs.batch_size = knobs.sequences
-    if knobs.toy:
-        knobs.eval_tokens, knobs.warmup, knobs.log_interval = 2048, 1, 1
-    return knobs
+    return shrink(knobs) if knobs.toy else knobs
+
+
+def shrink(knobs):
+    """The general knobs of a toy, which takes seconds."""
+    seeds, batch_size = min(2, knobs.seeds), min(4, knobs.batch_size)
+    changes = dict(seeds=seeds, batch_size=batch_size, eval_tokens=2048, warmup=1, log_interval=1)
+    return replace(knobs, **changes)
 
 
 def count_steps(knobs, stage):
@@ -466,15 +471,11 @@ def plan(run, method):
     return planned
 
 
-def check_possible(run, method, hardware):
+def check_possible(run, method):
     """Raise UserError, with the numbers, for a run that takes years on a CPU."""
-    method = copy.deepcopy(method)
-    for knob in ('reference', 'base_model', 'ancestor'):  # shapes are read where they are
-        if getattr(method, knob, '') and not run.toy:
-            setattr(method, knob, str(model_folder(getattr(method, knob))))
     flops = sum(result.flops for *_, result in plan(run, method))
     days = cpu_seconds(flops) / 86400
-    if hardware.device.type == 'cpu' and days > CPU_DAYS:
+    if days > CPU_DAYS:
         long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.3g} years'
         raise UserError(
             f'{format_si(flops)}FLOPs take about {long} on this CPU: --dry_run=True shows the '
@@ -482,34 +483,30 @@ def check_possible(run, method, hardware):
         )
 
 
-def use_toy_corpora(run, method):
-    """Replace corpora that are not prepared: a toy need not wait for a download."""
-
-    def missing(names):
-        return any(name and not (Path(run.data_dir) / name).is_dir() for name in names)
-
-    if missing(run.corpora):
-        run.data, run.val_data = 'pydocs', ''
-    for knob, stand_in in getattr(method, 'toy_corpora', {}).items():
-        names = getattr(method, knob)
-        if missing([names] if isinstance(names, str) else names):
-            setattr(method, knob, stand_in)
-
-
 def corpora_of(run, method):
     """The names of the corpora that a run reads."""
     if not getattr(method, 'reads_corpora', True):
-        return []
-    names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
-    return list(dict.fromkeys(filter(None, names)))
+        return set()
+    return {*run.corpora, run.val_data, *getattr(method, 'corpora', [])} - {''}
 
 
-def find_corpora(run, names):
-    """Make the offline ones of these corpora that are not there. UserError: one is missing."""
+def missing_corpora(run, method):
+    """Those that are not prepared."""
+    return {n for n in corpora_of(run, method) if not (Path(run.data_dir) / n).is_dir()}
+
+
+def use_toy_corpora(run, method, missing):
+    """Replace corpora that are missing: a toy need not wait for a download."""
+    if missing & {*run.corpora, run.val_data}:
+        run.data, run.val_data = 'pydocs', ''
+    if missing & set(getattr(method, 'corpora', [])):
+        vars(method).update(method.toy_corpora)
+
+
+def make_corpora(run, names):
+    """Make the offline ones of these corpora that are not there. UserError: it is another."""
     for name in names:
         folder = Path(run.data_dir) / name
-        if folder.is_dir():
-            continue
         if name not in OFFLINE or run.data_dir != 'data' and not Path(run.data_dir).is_dir():
             raise UserError(
                 f'{folder} is not prepared: run  python data/prepare.py {name}  first; '
@@ -524,35 +521,38 @@ def main(argv):
     files = [Path(arg).stem for arg in argv if arg.endswith('.py')]
     name = files[-1] if files else run.method
     run.out_dir = run.out_dir or (f'out/toy/{name}' if run.toy else f'out/{name}')
-    parse_mixture(run.data)
     if getattr(method, 'init_from', '') and 'learning_rate' not in origins:
-        run.learning_rate = GENTLE
+        run.learning_rate, origins['learning_rate'] = GENTLE, '--init_from'
+    missing = missing_corpora(run, method)
     if run.toy:
-        use_toy_corpora(run, method)
-    names = corpora_of(run, method)
+        given, run = run, shrink(run)
+        origins |= {k: '--toy' for k, v in vars(run).items() if v != getattr(given, k)}
+        if missing:
+            use_toy_corpora(run, method, missing)
+            missing = missing_corpora(run, method)
     if run.dry_run:
-        missing = [name for name in names if not (Path(run.data_dir) / name).is_dir()]
-        epoch = 0 if missing or not names else epoch_tokens(run)
+        epoch = 0 if missing else epoch_tokens(run)
         print(plan_text(run, plan(run, method), epoch, missing))
         return
     from engine.state import record_session
 
-    hardware = find_hardware(run)
-    changed = differences(run) | differences(method)
+    hardware, knobs = find_hardware(run), asdict(run) | asdict(method)
     if hardware.is_main:
-        for knob, value in changed.items():
-            print(f'{knob} = {value!r}  ({origins.get(knob, "derived")})')
-        find_corpora(run, names)
-        check_possible(run, method, hardware)
-        for name in names if run.verify else ():
+        for knob, where in origins.items():
+            print(f'{knob} = {knobs[knob]!r}  ({where})')
+        if missing:
+            make_corpora(run, missing)
+        if hardware.device.type == 'cpu' and not run.toy:
+            check_possible(run, method)
+        for name in corpora_of(run, method) if run.verify else ():
             verify_corpus(name, run.data_dir)
-    session = dict(command=['train.py', *argv], device=hardware.name)
-    session |= dict(processes=hardware.world_size, differences=changed, set_by=origins)
-    record = cache(partial(record_session, run.out_dir, asdict(run) | asdict(method), session))
+    record = cache(partial(record_session, run, hardware, argv, knobs, origins))
     barrier()
     catch_signals()
     train = partial(train_stage, run=run, hardware=hardware, record=record)
-    with locked(run.out_dir) if hardware.is_main else contextlib.nullcontext():
+    on_gpu, nothing = hardware.device.type == 'cuda', contextlib.nullcontext()
+    kernels = attention_kernels(hardware.device) if on_gpu else nothing
+    with kernels, locked(run.out_dir) if hardware.is_main else nothing:
         results = [result for _, result in stages_of(method, run, train)]
     if hardware.is_main:
         summary = method.summary(results) if hasattr(method, 'summary') else []

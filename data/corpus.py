@@ -31,11 +31,7 @@ class Corpus:
     meta: dict
     train: np.ndarray
     val: np.ndarray
-
-    @property
-    def bytes_per_token(self):
-        """Bytes of text per token, on the validation split."""
-        return self.meta['splits']['val']['bytes'] / self.meta['splits']['val']['tokens']
+    bytes_per_token: float  # bytes of text per token, on the validation split
 
 
 def open_corpus(name, data_dir='data'):
@@ -71,17 +67,12 @@ def open_corpus(name, data_dir='data'):
         if found != size:
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
-    return Corpus(name, meta, *arrays)
-
-
-def expect_random_reads(tokens):
-    """
-    Tell the system that a memory-mapped array is read in short pieces from anywhere. It would read
-    around each, 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
-    One that fits into memory is there later than by reading ahead.
-    """
+    # Training reads short pieces from anywhere. Told nothing, the system would read around each,
+    # 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
-        tokens.base.madvise(mmap.MADV_RANDOM)
+        arrays[0].base.madvise(mmap.MADV_RANDOM)
+    counts = meta['splits']['val']
+    return Corpus(name, meta, *arrays, counts['bytes'] / max(1, counts['tokens']))
 
 
 def verify_corpus(name, data_dir='data'):

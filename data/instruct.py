@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.corpus import SPLITS, finish_corpus, open_corpus
-from data.loader import Source, hash_key, permute, text_source, to_device
+from data.loader import Source, hash_key, permute, to_device
 from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
@@ -390,16 +390,3 @@ def supervised_source(knobs, name=''):
 
     validation = answer_batches(val.rows, len(val), knobs)
     return Source(read, validation, val.bytes_per_token, train.tokenizer, masked=True)
-
-
-def run_source(knobs):
-    """The Source of a run's corpora, text or instructions; knobs: train.Run. UserError."""
-    metas = [open_corpus(name, knobs.data_dir).meta for name in knobs.corpora]
-    kinds = {str(meta.get('kind', 'text')) for meta in metas}
-    if 'preferences' in kinds:
-        raise UserError(f'data={knobs.data}: preferences are for --method=posttrain')
-    if 'supervised' not in kinds:
-        return text_source(knobs)
-    if len(knobs.corpora) > 1:
-        raise UserError(f'data={knobs.data}: instructions cannot be mixed with other corpora')
-    return supervised_source(knobs)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.corpus import expect_random_reads, open_corpus
+from data.corpus import open_corpus
 from engine.errors import UserError
 
 
@@ -39,19 +39,15 @@ def parse_mixture(text):
 # order
 
 
-def mix(x):
-    """A well-mixed hash of uint64 numbers (the finaliser of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def hash_key(*numbers):
-    """One uint64 array out of seeds, round numbers and (arrays of) positions."""
+    """One well-mixed uint64 array out of seeds, round numbers and (arrays of) positions."""
     key = np.uint64(0)
     with np.errstate(over='ignore'):
-        for number in numbers:
-            key = mix(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        for number in numbers:  # splitmix64
+            key = key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            key = key ^ (key >> np.uint64(31))
     return key
 
 
@@ -104,16 +100,10 @@ def offsets(positions, n_tokens, order):
     elif order.kind == 'repeat':
         place = np.asarray(positions, dtype=np.int64) % used
     else:
-        place = epoch_order(positions, used, seed)
+        epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), used)
+        for e in np.unique(epoch[epoch > 0]):
+            place[epoch == e] = permute(place[epoch == e], used, hash_key(seed, e))
     return permute(place, windows, hash_key(seed, 0)) * block_size
-
-
-def epoch_order(positions, n, seed):
-    """Which of n things comes at each position: every epoch all of them; epoch 0 in order."""
-    epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), n)
-    for e in np.unique(epoch[epoch > 0]):
-        place[epoch == e] = permute(place[epoch == e], n, hash_key(seed, e))
-    return place
 
 
 def split_by_weight(positions, weights):
@@ -159,7 +149,7 @@ def sequences(corpora, weights, order, positions):
 
 
 class Share(NamedTuple):
-    """A device and a process's share of the work; engine.device.Hardware has the same fields."""
+    """A device and a process's share of the work; engine.parallel.Hardware has the same fields."""
 
     device: Any = 'cpu'
     rank: int = 0
@@ -244,11 +234,8 @@ class Source(NamedTuple):
     masked: bool = False  # whether some targets are -100: micro-batches then count differently
 
 
-def text_source(knobs):
-    """The Source of a run's corpora of text; knobs: train.Run. Raises UserError."""
-    corpora = [open_corpus(name, knobs.data_dir) for name in knobs.corpora]
-    for corpus in corpora:
-        expect_random_reads(corpus.train)
+def text_source(knobs, corpora):
+    """The Source of corpora of text, those of `knobs` (train.Run)."""
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)

@@ -39,8 +39,11 @@ def write_atomically(path, text):
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    temporary.write_bytes(content)
-    commit_file(temporary, path)
+    with open(temporary, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_json(path, content):

@@ -30,7 +30,14 @@ class Family(NamedTuple):
 def read_families():
     """{model type: Family}, from architectures.toml."""
     content = (Path(__file__).parent / 'architectures.toml').read_text(encoding='utf-8')
-    return {name: Family(**fields) for name, fields in tomllib.loads(content).items()}
+    tables = tomllib.loads(content)
+    for name, table in tables.items():
+        like = tables.get(table.pop('like', ''), {})  # an earlier one, which is whole
+        for part in ('names', 'fields', 'switches', 'demands'):
+            entries = {**like.get(part, {}), **table.get(part, {})}
+            table[part] = {key: value for key, value in entries.items() if value != ''}
+        tables[name] = like | table
+    return {name: Family(**table) for name, table in tables.items()}
 
 
 FAMILIES = read_families()

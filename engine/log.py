@@ -25,10 +25,7 @@ PRINT_SECONDS = 30  # between lines in a log file
 
 def truncate_metrics(path, step):
     """Drop what metrics.jsonl logged after `step`: it is trained, and logged, again."""
-    path = Path(path)
-    if not path.is_file():
-        return
-    kept = []
+    path, kept = Path(path), []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             if json.loads(line)['step'] <= step and line.endswith('\n'):  # a crash may cut a line
@@ -60,8 +57,12 @@ class Log:
         self.dashboards, self.file, self.printed = [], None, 0.0
         if is_main:
             self.file = Path(knobs.out_dir) / stage.name / 'metrics.jsonl'
-            truncate_metrics(self.file, start or -1)  # from the beginning: not even step 0's
-            self.dashboards = open_dashboards(knobs, stage.name, start)
+            if start:
+                truncate_metrics(self.file, start)
+            else:
+                self.file.unlink(missing_ok=True)
+            if knobs.tensorboard or knobs.wandb:
+                self.dashboards = open_dashboards(knobs, stage.name, start)
         self.tty = is_main and sys.stderr.isatty()
         self.steps, one = steps, knobs.batch_size * knobs.block_size
         nowhere = SimpleNamespace(write=lambda text: None, flush=lambda: None)
@@ -126,26 +127,26 @@ def open_dashboards(knobs, name, step):
     return dashboards
 
 
-class Meter:
-    """Means of scalars, kept on the device: the host waits only when they are read."""
-
-    def __init__(self):
-        self.sums = {}  # name: tensor (sum of value x count, sum of counts)
+class Meter(dict):
+    """
+    Means of scalars, kept on the device: the host waits only when they are read. {name: tensor
+    (sum of value x count, sum of counts)}.
+    """
 
     def add(self, scalars, count=1.0):
         """Add {name: tensor without dimensions}, means over `count` terms."""
         for name, value in scalars.items():
             count = torch.as_tensor(count, dtype=torch.float32, device=value.device)
             pair = torch.stack((value.detach().float() * count, count))
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+            self[name] = self[name] + pair if name in self else pair
 
     def read(self):
         """{name: mean since the last call, over the terms of all processes}."""
-        sums = torch.stack(list(self.sums.values()))
+        sums = torch.stack(list(self.values()))
         if dist.is_initialized():
             dist.all_reduce(sums)
-        means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
-        self.sums = {}
+        means = dict(zip(self, (sums[:, 0] / sums[:, 1]).tolist()))
+        self.clear()
         return means
 
 

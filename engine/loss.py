@@ -13,15 +13,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from engine.device import gather
 from engine.errors import UserError
+from engine.parallel import LOGITS, gather
 from engine.progress import progress_bar
 
 IGNORED = -100  # the target of positions excluded from the loss
-LOGITS = {'cpu': 2**22, 'cuda': 2**28}  # that exist at once: 16 MB of them, 1 GB
 
 
 class Distillation(NamedTuple):
@@ -57,40 +55,11 @@ def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
     return _FusedLoss.apply(flat, weight, targets, teacher_hidden, teacher_weight, how)
 
 
-def plain_linear_cross_entropy(hidden, weight, targets, teacher=None):
-    """The same with full logits: for reading, and for the tests to compare with."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    logits = F.linear(hidden, weight).flatten(0, -2).to(exact)
-    targets = targets.flatten()
-    data_loss = F.cross_entropy(logits, targets)
-    if teacher is None:
-        return data_loss, data_loss.detach(), torch.zeros_like(data_loss)
-    theirs = F.linear(teacher.hidden, teacher.weight).detach().flatten(0, -2).to(exact)
-    pair = theirs[:, : len(weight)] / teacher.temperature, logits / teacher.temperature
-    divergence = kl_of_logits(*(reversed(pair) if teacher.reverse else pair))
-    divergence = teacher.temperature**2 * divergence[targets != IGNORED].mean()
-    loss = teacher.alpha * data_loss + (1 - teacher.alpha) * divergence
-    return loss, data_loss.detach(), divergence.detach()
-
-
-def count_targets(targets):
-    """How many of the targets are real, as a tensor: the terms of their mean loss."""
-    return (targets != IGNORED).sum()
-
-
-def chunk_positions(vocab_size, device):
-    """Positions whose logits exist at once."""
-    return max(256, LOGITS.get(device.type, LOGITS['cuda']) // vocab_size)
-
-
 def padded_head(weight, dtype):
     """
-    The (V, C) head in `dtype`. Where that makes a copy anyway, rows of zeros are added up to a
-    multiple of 64, since GPUs multiply matrices of odd sizes slower. No model, file or loss
-    knows of this padding.
+    A copy of the (V, C) head in `dtype`, with rows of zeros up to a multiple of 64: GPUs multiply
+    matrices of odd sizes slower. No model, file or loss knows of this padding.
     """
-    if weight.dtype == dtype and (dtype.itemsize > 2 or len(weight) % 64 == 0):
-        return weight
     padded = weight.new_zeros(-(-len(weight) // 64) * 64, weight.shape[1], dtype=dtype)
     padded[: len(weight)] = weight
     return padded
@@ -105,11 +74,8 @@ def softmax_(logits):
 
 
 def less_at(target, p, share):
-    """
-    p (n, V), overwritten, less `share` (n, 1) at the columns `target` (n, 1). A compiler fuses a
-    comparison with the passes before and after it, but not a scatter.
-    """
-    if torch.compiler.is_compiling():
+    """p (n, V), overwritten, less `share` (n, 1) at the columns `target` (n, 1)."""
+    if torch.compiler.is_compiling():  # which fuses a comparison with the passes around it
         columns = torch.arange(p.shape[-1], device=p.device)
         return p - torch.where(columns == target, share, 0)
     return p.scatter_add_(-1, target, -share)
@@ -138,12 +104,13 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, teacher_hidden, teacher_weight, how):
         alpha, temperature, reverse, dtype, learning = how
         taught = teacher_hidden is not None
-        V, step = len(weight), chunk_positions(len(weight), hidden.device)
+        V, most = len(weight), LOGITS.get(hidden.device.type, LOGITS['cuda'])
+        step = max(256, most // V)  # positions whose logits exist at once
         exact = torch.promote_types(dtype, torch.float32)
-        counted = (targets != IGNORED).to(exact)
-        shares = counted / counted.sum().clamp(min=1)  # of each position in the mean
-        data_loss, divergence = counted.new_zeros(()), counted.new_zeros(())
-        head = padded_head(weight, dtype)
+        shares = (targets != IGNORED).to(exact)
+        shares = shares / shares.sum().clamp(min=1)  # of each position in the mean
+        data_loss = divergence = shares.new_zeros(())
+        head = weight if weight.dtype == dtype else padded_head(weight, dtype)
         teacher_head = teacher_weight[:V].to(dtype) if taught else None
         diverge = reverse_divergence if reverse else forward_divergence
         d_hidden = torch.empty_like(hidden)

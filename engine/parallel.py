@@ -1,23 +1,232 @@
 """
-What fits into a GPU, and how one model trains on several: replicas (DDP) while one fits, shards
-(FSDP2) when it does not. What only shards need is imported where it is used: a plan need not wait
-for it.
+Where a run trains: the processes, the device, the signals and clocks that end it early; what fits
+into a GPU, and how one model trains on several: replicas (DDP) while one fits, shards (FSDP2) when
+it does not. What only shards need is imported where it is used: a plan need not wait for it.
 """
 
 import contextlib
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
 import warnings
+from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
-from engine.loss import LOGITS
-from model import GPT
+from engine.errors import UserError, first_line
+
+# ----------------------------------------------------------------------------------------------
+# processes
+
+PATIENCE = timedelta(hours=4)  # one may verify or write a terabyte while the others wait
+
+
+def processes():
+    """(rank, number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(value):
+    """[value of every process]."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ----------------------------------------------------------------------------------------------
+# hardware
+
+# FLOP/s of dense bfloat16 matrix products (before Ampere: float16) by the makers' data sheets;
+# of two names that fit, the first counts
+PEAK_FLOPS = {
+    'B200': 2250e12,
+    'H200': 989e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'A100': 312e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+    'V100': 125e12,
+    'T4': 65e12,
+}
+
+
+class Hardware(NamedTuple):
+    """What this process trains on, and until when."""
+
+    device: torch.device
+    name: str  # with its model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)
+    dtype: torch.dtype  # of the matrix products
+    autocast: torch.autocast  # context of a forward pass, for that dtype
+    compile: bool
+    rank: int
+    world_size: int
+    is_main: bool  # whether this is the process that writes files and prints
+    deadline: float  # seconds since 1970 at which max_minutes are over
+    memory: float  # bytes of a GPU that training may fill; infinite elsewhere
+    peak_flops: float | None  # FLOP/s of the GPU by its data sheet; None where MFU is not defined
+
+
+def attention_kernels(device):
+    """Context of a GPU that tries cuDNN's attention first: faster on Hopper, slower elsewhere."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return contextlib.nullcontext()
+    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def choose_device(name):
+    """The torch.device of a knob; auto: a CUDA GPU, else Apple's, else the CPU. UserError."""
+    if name == 'auto':
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
+    return device
+
+
+def find_hardware(run):
+    """Choose the device and join the processes that torchrun started. Raises UserError."""
+    device, memory, dtype, peak_flops = choose_device(run.device), math.inf, torch.float32, None
+    on_gpu, model = device.type == 'cuda', platform.machine()
+    if on_gpu:
+        torch.cuda.set_device(device)
+    try:
+        rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        if not 0 <= rank < world_size:
+            raise ValueError('0 <= RANK < WORLD_SIZE does not hold')
+        if world_size > 1 and not dist.is_initialized():
+            dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        found = [f'{name}={os.environ.get(name)}' for name in ('RANK', 'WORLD_SIZE')]
+        raise UserError(
+            f'{", ".join(found)} of the environment do not work ({first_line(error)}): start '
+            'several processes with torchrun, or unset them'
+        ) from error
+    if on_gpu:
+        torch.set_float32_matmul_precision('high')
+        memory = min(gather(0.85 * torch.cuda.get_device_properties(device).total_memory))
+        model = torch.cuda.get_device_name(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if run.dtype == 'auto' and fast else dtype
+    dtype = torch.bfloat16 if run.dtype == 'bfloat16' else dtype
+    if dtype == torch.bfloat16:
+        peak_flops = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in model), None)
+    return Hardware(
+        device,
+        f'{device} ({model})',
+        dtype,
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        on_gpu if run.compile == 'auto' else run.compile == 'True',
+        rank,
+        world_size,
+        is_main=rank == 0,
+        deadline=time.time() + 60 * run.max_minutes if run.max_minutes else math.inf,
+        memory=memory,
+        peak_flops=peak_flops,
+    )
+
+
+def set_threads(device, config, tokens):
+    """
+    On a CPU, use one thread for models too small to share: threads that wait for each other gain
+    little on an idle machine and are ten times slower on a busy one. OMP_NUM_THREADS decides
+    where it is set.
+    """
+    if torch.device(device).type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        small = tokens * config.n_embd < 2**18
+        torch.set_num_threads(1 if small else os.cpu_count() or 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# stopping
+
+TRY_AGAIN = 75  # exit code of a run that was saved and stopped: EX_TEMPFAIL of sysexits.h
+SIGNALS = []  # received so far; the loop saves and exits after the current step
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
+
+    def remember(number, frame):
+        SIGNALS.append(number)
+        if len(SIGNALS) > 1:
+            signal.default_int_handler(number, frame)
+        print('\nstopping after this step (again: at once, without saving)', file=sys.stderr)
+
+    SIGNALS.clear()
+    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGTERM, remember)
+
+
+def should_stop(hardware, save_at, step_seconds):
+    """
+    (stop now, save now, steps until the next look), the same on every process: a signal, or the
+    deadline, on any of them counts for all, which look again after about five seconds.
+    save_at: the time, in seconds since 1970, of the next regular save.
+    """
+    stop = bool(SIGNALS) or time.time() > hardware.deadline
+    save = stop or time.time() > save_at
+    if hardware.world_size == 1:
+        return stop, save, 1
+    flags = torch.tensor([float(stop), float(save), step_seconds], device=hardware.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    stop, save, step_seconds = flags.tolist()
+    return stop > 0, save > 0, max(1, int(5 / max(step_seconds, 1e-3)))
+
+
+def exit_saved(message, hardware):
+    """
+    Print what was saved and how to continue, and end the program: exit code 75 (to be tried again)
+    after max_minutes, 128 + signal after a signal.
+    """
+    if hardware.is_main:
+        program = 'python'
+        if hardware.world_size > 1:
+            here = int(os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size))
+            nodes = hardware.world_size // here
+            how = '--standalone' if nodes == 1 else f'--nnodes={nodes} ...'
+            program = f'torchrun {how} --nproc_per_node={here} --'  # -- : its own knobs end
+        command = f'{program} {shlex.join(sys.argv)}'
+        print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
+    if hardware.world_size > 1:
+        dist.destroy_process_group()
+    raise SystemExit(128 + SIGNALS[0] if SIGNALS else TRY_AGAIN)
+
 
 # ----------------------------------------------------------------------------------------------
 # what fits
+
+LOGITS = {'cpu': 2**22, 'cuda': 2**28}  # that a loss has at once: 16 MB of them, 1 GB
 
 
 def estimate_memory(config, knobs, sequences=1, shards=1, teacher_params=0.0):
@@ -46,8 +255,8 @@ def choose_batch(knobs, stage, hardware):
     a knob decides; sequences that a process trains at once, the most that fit. Raises UserError.
     """
     world_size, strategy = hardware.world_size, knobs.parallel
-    estimate = partial(estimate_memory, stage.config, knobs)
-    estimate = partial(estimate, teacher_params=stage.teaching.get('teacher_params', 0.0))
+    teacher_params = stage.teaching.get('teacher_params', 0.0)
+    estimate = partial(estimate_memory, stage.config, knobs, teacher_params=teacher_params)
     if strategy == 'auto':
         fits = world_size == 1 or sum(estimate()) < hardware.memory
         strategy = 'ddp' if fits else 'fsdp'
@@ -64,8 +273,9 @@ def choose_batch(knobs, stage, hardware):
     limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
     shards = world_size if strategy == 'fsdp' else 1
     for size in range(min(share, limit // knobs.block_size), 1, -1):
-        if share % size == 0 and sum(estimate(size, shards)) < hardware.memory:
-            return strategy, size
+        if share % size == 0:
+            if hardware.memory == math.inf or sum(estimate(size, shards)) < hardware.memory:
+                return strategy, size
     return strategy, 1
 
 
@@ -73,13 +283,13 @@ def choose_batch(knobs, stage, hardware):
 # placing and wrapping the model
 
 
-def place(model, config, strategy, hardware):
+def place(model, shards, hardware):
     """
-    A model in float32 on its device: whole, or under fsdp this process's shards. model: the whole
-    one; under fsdp process 0 alone has it, and deals out one tensor after the other.
+    A model in float32 on its device: whole, or the `shards` (a model on meta) of this process.
+    model: the whole one; of shards process 0 alone has it, and deals out tensor after tensor.
     """
     device = hardware.device
-    if strategy != 'fsdp':
+    if shards is None:
         return model.to(device, torch.float32)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -91,7 +301,6 @@ def place(model, config, strategy, hardware):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's tables stay float32
     )
-    shards = GPT.on_meta(config)
     for block in shards.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     shards = fully_shard(shards, mesh=mesh, mp_policy=policy).to_empty(device=device)
@@ -110,7 +319,7 @@ def wrap(model, strategy, knobs, hardware):
     torch.compiler.reset()  # the stages before count towards torch's limit on compilations
     if knobs.recompute:
         for block in model.blocks:
-            block.recompute = partial(checkpoint, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if strategy == 'fsdp':
         if hardware.compile:
             for block in model.blocks:  # one by one: shards are fetched between them
@@ -132,13 +341,6 @@ def unwrap(model):
     return getattr(model, '_orig_mod', model)
 
 
-def gradient_sync(model, last):
-    """Context of a micro-batch: replicas exchange gradients once, in the last one of a step."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()  # shards reduce every time: whole gradients would not fit
-
-
 # ----------------------------------------------------------------------------------------------
 # whole tensors
 
@@ -158,10 +360,3 @@ def full_state(model):
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
-
-
-def full_tensor(tensor):
-    """All of a tensor of which each process may hold a part."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.files import commit_file, write_atomically
 from engine.log import read_metrics
 from engine.parallel import estimate_memory
-from engine.stage import Result
+from engine.stage import Result, describe
 from model import all_params
 
 # ----------------------------------------------------------------------------------------------
@@ -246,24 +246,6 @@ def save_figure(figure, path):
 
 # ----------------------------------------------------------------------------------------------
 # the report of a run
-
-
-def describe(stage):
-    """Where a stage's weights come from and what teaches it, in words."""
-    origin = stage.origin
-    words = 'random initialisation'
-    if origin.kind != 'random':
-        words = f'{origin.kind} of {" and ".join(origin.models)}{in_brackets(origin.settings)}'
-    if stage.teaching:
-        settings = {k: v for k, v in stage.teaching.items() if k != 'objective'}
-        words += f', objective {stage.teaching["objective"]}{in_brackets(settings)}'
-    return words
-
-
-def in_brackets(settings):
-    """' (key value, key value)' of a dict, or ''."""
-    shown = [f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in settings.items()]
-    return f' ({", ".join(shown)})' if shown else ''
 
 
 def finished_stages(folder):

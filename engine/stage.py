@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, Optional
 
 from engine.errors import UserError
 from engine.files import read_json, write_json
-from engine.loss import count_targets
 
 
 @dataclass
 class Origin:
-    """Where a stage's starting weights come from: data. engine/report.py turns it into words."""
+    """Where a stage's starting weights come from: data, which `describe` turns into words."""
 
     kind: str = 'random'  # random, weights, growth, layers, half width, subset, interpolation
     models: tuple[str, ...] = ()  # names of the models the weights are made from
@@ -62,11 +61,6 @@ class Stage:
         """Tokens drawn from the order of the data before this stage."""
         inherited = self.parent.position if self.parent else 0
         return inherited if self.begin is None else self.begin
-
-    @property
-    def continues(self):
-        """Whether the stage goes on from its parent's last state."""
-        return self.parent is not None and self.model is None
 
     @property
     def before(self):
@@ -106,7 +100,24 @@ class Progress(NamedTuple):
 def next_token(model, x, y, progress):
     """The default objective: mean cross entropy of the next token, in nats."""
     output = model(x, y)
-    return output.loss, count_targets(y), {}
+    return output.loss, output.count, {}
+
+
+def describe(stage):
+    """A stage's shape, where its weights come from and what teaches it, in words."""
+    origin, words = stage.origin, 'random initialisation'
+    if origin.kind != 'random':
+        words = f'{origin.kind} of {" and ".join(origin.models)}{in_brackets(origin.settings)}'
+    if stage.teaching:
+        settings = {k: v for k, v in stage.teaching.items() if k != 'objective'}
+        words += f', objective {stage.teaching["objective"]}{in_brackets(settings)}'
+    return f'{stage.config.n_layer} layers of width {stage.config.n_embd}, {words}'
+
+
+def in_brackets(settings):
+    """' (key value, key value)' of a dict, or ''."""
+    shown = [f'{k} {v:g}' if type(v) is float else f'{k} {v}' for k, v in settings.items()]
+    return f' ({", ".join(shown)})' if shown else ''
 
 
 def teacher_flops(params, until=None):

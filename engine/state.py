@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.device import SIGNALS, barrier, gather, processes
 from engine.errors import UserError, first_line
 from engine.files import (
     digest,
@@ -34,7 +33,7 @@ from engine.files import (
     write_json,
     write_manifest,
 )
-from engine.parallel import full_state
+from engine.parallel import SIGNALS, barrier, full_state, gather, processes
 from engine.stage import Result
 from engine.tokenizer_files import tokenizer_files
 
@@ -144,17 +143,19 @@ def save_result(result, keep):
     barrier()
 
 
-def record_session(out_dir, knobs, session):
-    """Add a session to run.json, with the commit and versions that explain its numbers."""
-    path = Path(out_dir) / 'run.json'
+def record_session(run, hardware, argv, knobs, origins):
+    """Add a session to run.json, with the machine, commit and versions behind its numbers."""
+    path = Path(run.out_dir) / 'run.json'
     git = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
     try:
         how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
         commit = subprocess.run(git, **how).stdout.strip()
     except OSError:  # there is no git
         commit = ''
-    session |= dict(started=time.strftime('%Y-%m-%d %H:%M:%S %z'), commit=commit)
-    session |= dict(python=platform.python_version(), torch=torch.__version__)
+    session = dict(command=['train.py', *argv], set_by=origins, device=hardware.name)
+    session |= dict(processes=hardware.world_size, commit=commit, torch=torch.__version__)
+    session |= dict(python=platform.python_version())
+    session |= dict(started=time.strftime('%Y-%m-%d %H:%M:%S %z'))
     try:
         sessions = read_json(path, sessions=list)['sessions']
     except (OSError, UserError):

@@ -24,8 +24,8 @@ import torch
 from configurator import Count, Natural, configure, with_positionals
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Order, sequences, to_device
-from engine.device import choose_device, set_threads
 from engine.errors import UserError, run_as_program
+from engine.parallel import choose_device, set_threads
 from engine.progress import progress_bar
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher, teacher_states

@@ -24,10 +24,10 @@ import torch
 from configurator import Count, Fraction, Natural, Range
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.loader import Share, validation_batches
-from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import write_atomically
 from engine.log import has_metrics, read_metrics
+from engine.parallel import choose_device
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_images, draw_panels, table
 from model import load
@@ -76,12 +76,14 @@ def attention_maps(model, idx, causal=True):
     saw all others, as the paper draws them (Figure 2); the hidden states stay causal.
     """
     config, T = model.config, idx.shape[1]
-    x, rope = model.wte(idx), model.rope(slice(T))
-    if model.wpe is not None:
+    x, rope = model.wte(idx), None
+    if model.wpe is None:
+        rope = model.cos[:T], model.sin[:T]
+    else:
         x = x + model.wpe.weight[:T]
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     for block in model.blocks:
-        q, k = block.attn.queries_and_keys(block.norm1(x), rope)
+        q, k, _ = block.attn.project(block.norm1(x), rope)
         k = k.repeat_interleave(config.n_head // config.n_kv_head, 1)
         logits = q @ k.transpose(-1, -2) * block.attn.scale
         if causal:

@@ -15,9 +15,9 @@ import torch
 from data.instruct import FIELDS, file_records, prompt, write_supervised
 from data.prepare import Preparation
 from data.vocabulary import load_tokenizer, tokenizer_of_model
-from engine.device import choose_device, processes
 from engine.errors import UserError
 from engine.files import read_json
+from engine.parallel import choose_device, processes
 from engine.progress import progress_bar
 from extras.minillm import Answering, answer
 from model import load

@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configurator import Count, NonNegative, Positive, Range, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
-from engine.device import choose_device
 from engine.errors import UserError
 from engine.files import read_json
 from engine.log import has_metrics, read_metrics
+from engine.parallel import choose_device
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, format_count, table
 from engine.stage import Result

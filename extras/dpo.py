@@ -29,10 +29,10 @@ from data.corpus import check_vocabulary, open_corpus
 from data.instruct import answer_batches, shuffled
 from data.loader import Source, to_device
 from data.preferences import Pairs
-from engine.device import barrier, choose_device, find_hardware, gather
 from engine.errors import UserError
 from engine.files import commit_file
 from engine.loss import compare
+from engine.parallel import barrier, choose_device, find_hardware, gather
 from engine.progress import progress_bar
 from engine.stage import Origin, Result, Stage
 from model import load, read_config
@@ -94,7 +94,7 @@ def stored_reference(path, folder, pairs, knobs):
     if not any(gather(path.is_file())):
         model = load(folder, hardware.device).eval()
         mine = np.arange(hardware.rank, len(pairs), hardware.world_size)
-        with hardware.forward():
+        with hardware.autocast:
             shares = gather(reference_of(model, pairs, mine, knobs.block_size))
         reference = torch.empty(len(pairs), 2)
         for rank, share in enumerate(shares):
@@ -182,7 +182,7 @@ class PostTraining:
         stage.model = partial(load, tuned.folder)
         stage.labels = dict(size=given.name, phase='dpo')
         stage.knobs = dict(learning_rate=self.dpo_learning_rate)
-        if 20 * run.sequences * length * config.vocab_size > 4e9:  # bytes of logits, all at once
+        if 20 * run.batch_size * length * config.vocab_size > 4e9:  # bytes of logits, all at once
             stage.knobs['micro_batch_size'] = run.micro_batch_size or 1
         stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
         if not run.dry_run:  # another set under this name is another stage

@@ -21,9 +21,8 @@ import torch
 
 from data.instruct import shuffled
 from engine.decoding import Decoding
-from engine.device import processes
 from engine.errors import UserError
-from engine.parallel import is_sharded, unwrap
+from engine.parallel import is_sharded, processes, unwrap
 from engine.teacher import LazyTeacher
 
 

@@ -22,10 +22,10 @@ import torch
 from configurator import Count, Natural, configure, with_positionals
 from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model
-from engine.device import choose_device
 from engine.errors import UserError, run_as_program
 from engine.files import write_atomically
 from engine.hub import model_folder
+from engine.parallel import choose_device
 from engine.progress import progress_bar
 from engine.tokenizer_files import special_ids
 from sample import Sampling, answer_template, open_model, reply

@@ -92,7 +92,7 @@ class Sweep:
 
     def knobs_of(self, i, run):
         """The general knobs that size i sets for itself."""
-        batch_size = self.batch_sizes[i] if self.batch_sizes else run.sequences
+        batch_size = self.batch_sizes[i] if self.batch_sizes else run.batch_size
         knobs = dict(batch_size=batch_size)
         if self.learning_rates:
             knobs['learning_rate'] = self.learning_rates[i]

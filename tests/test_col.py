@@ -12,10 +12,9 @@ from test_train import metrics
 
 import col
 import train
-from col import default_alpha, earlier_learngene, linit, subset
+from col import between, default_alpha, earlier_learngene, linit, neighbours, shape_of_size, subset
 from data.corpus import open_corpus
 from data.loader import validation_batches
-from engine.between import between, neighbours, shape_of_size
 from engine.errors import UserError
 from engine.loss import evaluate
 from engine.stage import Result

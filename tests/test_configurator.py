@@ -19,7 +19,6 @@ from configurator import (
     Positive,
     check,
     configure,
-    differences,
     knob_help,
     parse,
     with_positionals,
@@ -67,7 +66,6 @@ def test_defaults_then_file_then_command_line(tmp_path):
         False,
         4.0,
     )
-    assert differences(general) == dict(learning_rate=2e-3, n_layer=6)
 
 
 def test_a_config_file_may_build_on_its_sibling(tmp_path):

@@ -12,8 +12,7 @@ from test_model import SHAPES, small, tokens
 import expand
 import train
 from engine.errors import UserError
-from engine.report import describe
-from engine.stage import Result
+from engine.stage import Result, describe
 from expand import (
     GrowthComparison,
     Progressive,

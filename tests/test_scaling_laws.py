@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.minimise import huber, levenberg_marquardt
 from scaling import (
     DELTA,
     LAWS,
     fit,
+    huber,
     leave_one_out,
+    levenberg_marquardt,
     log_loss,
     logarithms,
     predict,

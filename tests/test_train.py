@@ -135,7 +135,7 @@ def test_a_run_learns_and_its_folder_explains_it(whole):
     (session,) = run['sessions']
     assert (
         run['knobs']['block_size'] == 16
-        and session['differences']['block_size'] == 16
+        and session['set_by']['block_size'] == '--block_size=16'
         and session['torch'] == torch.__version__
     )
     assert {p.name for p in (whole / '16x2').iterdir()} == {

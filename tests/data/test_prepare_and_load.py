@@ -25,7 +25,6 @@ from data.loader import (
     permute,
     sequences,
     split_by_weight,
-    text_source,
     validation_batches,
 )
 from data.vocabulary import bytes_encoding, load_tokenizer
@@ -152,7 +151,7 @@ def test_a_sequence_of_a_large_corpus_takes_its_own_pages_into_memory_and_no_oth
         splits[split] = dict(tokens=n, bytes=4 * n, documents=1)
     meta = dict(splits=splits, dtype='uint16', tokenizer='gpt2', vocab_size=50257)
     (folder / 'meta.json').write_text(json.dumps(meta))
-    source = text_source(Run(data='zeros', data_dir=str(tmp_path), block_size=256))
+    source = Run(data='zeros', data_dir=str(tmp_path), block_size=256).source()
     assert source.read(np.arange(200)).shape == (200, 257)
     file = tmp_path / 'zeros' / 'train.bin'
     assert 200 * 500 < resident_bytes(file) <= 200 * 2 * mmap.PAGESIZE

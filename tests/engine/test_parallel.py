@@ -14,15 +14,17 @@ from conftest import ROOT, free_port, run_command, run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from engine.device import (
-    attention_kernels,
-    exit_saved,
-    find_hardware,
-)
 from engine.errors import UserError
 from engine.log import Meter
 from engine.optimizer import make_optimizer
-from engine.parallel import choose_batch, estimate_memory, wrap
+from engine.parallel import (
+    attention_kernels,
+    choose_batch,
+    estimate_memory,
+    exit_saved,
+    find_hardware,
+    wrap,
+)
 from engine.stage import Progress, Result, Stage, next_token
 from model import GPT, GPTConfig, load
 from train import Run
@@ -332,5 +334,5 @@ def test_an_environment_without_torchrun_is_explained(data_dir, environment, tmp
 
 
 def test_the_peak_of_a_gpu_is_its_data_sheets():
-    here = find_hardware(Run(device='cpu'))._replace(dtype=torch.bfloat16)
+    here = find_hardware(Run(device='cpu', dtype='bfloat16'))
     assert here.peak_flops is None

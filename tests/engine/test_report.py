@@ -8,7 +8,6 @@ from test_configurator import result
 from engine.errors import UserError
 from engine.report import (
     compare_variants,
-    describe,
     family_cost,
     format_cell,
     format_count,
@@ -22,7 +21,7 @@ from engine.report import (
     training_curve,
     write_report,
 )
-from engine.stage import Origin, Stage
+from engine.stage import Origin, Stage, describe
 
 
 @pytest.mark.parametrize(

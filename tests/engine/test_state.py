@@ -17,10 +17,10 @@ from conftest import run_command
 from test_train import same
 
 import train
-from engine.device import SIGNALS, catch_signals
 from engine.errors import UserError
 from engine.files import find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
+from engine.parallel import SIGNALS, catch_signals
 from engine.state import IndexUnpickler, finished_before, load_state, save_state, saved_states
 from model import GPT, GPTConfig
 

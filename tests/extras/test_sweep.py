@@ -12,8 +12,7 @@ from test_train import planned
 import train
 from engine.errors import UserError
 from engine.optimizer import learning_rate
-from engine.report import describe
-from engine.stage import Result
+from engine.stage import Result, describe
 from engine.state import stage_identity
 from model import GPTConfig, load
 from scaling import COLUMNS
@@ -206,7 +205,7 @@ def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
         replay['data'] == 'starcoder:0.75,slimpajama:0.25'
         and replay['val_data'] == 'starcoder'
         and replay['warmup'] == 200
-        and not stage.continues
+        and stage.model
     )
     stable, stage = next(v for k, v in knobs.items() if 'cpt+stable' in k)
     assert (
