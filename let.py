@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from configurator import Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.translate import check_alignable
+from data.translate import check_alignable, translate
 from data.vocabulary import same_tokenizer, tokenizer_of_model
 from engine.errors import UserError, unknown
 from engine.log import read_metrics
@@ -43,16 +43,8 @@ from engine.report import (
     steps_to_loss,
 )
 from engine.stage import Stage, next_token, teacher_flops
-from engine.teacher import (
-    LazyTeacher,
-    hidden_states,
-    in_windows,
-    longest_context,
-    open_teacher,
-    planned_config,
-    teacher_states,
-)
-from model import GPTConfig
+from engine.teacher import LazyTeacher, open_teacher, planned_config
+from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------
 # losses
@@ -184,6 +176,49 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
     teacher = at_least_float32(teacher_hidden.detach())
     with torch.autocast(target.device.type, enabled=False):
         return ALIGNMENTS[kind](target, teacher, covered)
+
+
+# ----------------------------------------------------------------------------------------------
+# what a teacher sees
+
+
+def hidden_states(teacher, layer=0):
+    """
+    A function ids (B, T) -> hidden states (B, T, D) of a teacher after `layer` (0: its last) and
+    before the final norm. Other callables than models are used as they are.
+    """
+    if not isinstance(teacher, GPT):
+        return teacher
+    return lambda ids: teacher.residual_stream(ids, layers=layer or None)[0]
+
+
+def teacher_states(x, teacher, layer, tokenizers=None):
+    """
+    (the teacher's hidden state for each position of x (B, T), which positions have one or None:
+    all). tokenizers: the names of (x's, the teacher's) if they differ.
+    """
+    hidden = hidden_states(teacher, layer)
+    longest = longest_context(teacher)
+    if tokenizers is None:
+        return in_windows(hidden, x, longest), None
+    found = translate(x.cpu().numpy(), *tokenizers, longest)
+    ids, place, covered = (torch.from_numpy(array).to(x.device) for array in found)
+    states = hidden(ids)
+    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
+
+
+def longest_context(teacher):
+    """Positions a teacher reads at once."""
+    return teacher.config.block_size if isinstance(teacher, GPT) else 2**30
+
+
+def in_windows(hidden, ids, longest):
+    """hidden(ids) of a teacher that reads `longest` positions, in equal windows of ids (B, T)."""
+    T = ids.shape[1]
+    if T <= longest:
+        return hidden(ids)
+    windows = -(-T // longest)
+    return torch.cat([hidden(part) for part in ids.split(-(-T // windows), dim=1)], 1)
 
 
 # ----------------------------------------------------------------------------------------------

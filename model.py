@@ -28,7 +28,6 @@ from engine.hugging_face import (
     tensors_to_hugging_face,
 )
 from engine.loss import IGNORED, fused_linear_cross_entropy
-from engine.sizes import FAMILIES, SIZES
 from engine.tokenizer_files import write_tokenizer
 from engine.weights import check_finite, check_numbers, read_tensors, write_tensors
 
@@ -144,10 +143,10 @@ class GPTConfig:
                 shape |= FAMILIES['gpt2'] | dict(init_std=0.0)  # by the width: 0.02 at 1,000
             else:
                 shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
-        elif name in SIZES:
-            shape = SIZES[name]
-        elif size in SIZES and re.fullmatch('[1-9][0-9]*', depth):
-            shape = SIZES[size] | dict(n_layer=int(depth))
+        elif name in SIZES or size in SIZES and re.fullmatch('[1-9][0-9]*', depth):
+            family, *numbers = SIZES.get(name) or SIZES[size]
+            shape = FAMILIES[family] | dict(zip(('n_embd', 'n_mlp', 'n_layer', 'n_head'), numbers))
+            shape['n_layer'] = shape['n_layer'] if name in SIZES else int(depth)
         else:
             ways = ('WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS')
             raise unknown('size', name, [*SIZES, *ways])
@@ -429,7 +428,8 @@ class GPT(nn.Module):
         torch's random state; returns (B, T + new). Ends early when every sequence has produced
         the token `stop`. When the context is full, generation continues from its later half.
         """
-        decoding, seen = Decoding(self, len(idx)), 0
+        room = min(self.config.block_size, idx.shape[1] + max_new_tokens)
+        decoding, seen = Decoding(self, len(idx), room), 0
         done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if decoding.cache.length + idx.shape[1] - seen > self.config.block_size:
@@ -510,3 +510,102 @@ def load(name, device='cpu'):
         raise UserError(f'{folder}: {error}') from None
     dtype = state['wte.weight'].dtype
     return GPT.from_state(config, {name: t.to(dtype) for name, t in state.items()}, device)
+
+
+# ----------------------------------------------------------------------------------------------
+# named sizes
+
+FAMILIES = {  # fields of GPTConfig that the sizes of a family share
+    'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True, init_std=0.02),
+    'pythia': dict(
+        norm='layer',
+        act='gelu_exact',
+        rotary_fraction=0.25,
+        parallel=True,
+        bias=True,
+        vocab_size=50304,
+        block_size=2048,
+    ),
+    'qwen2': dict(
+        n_kv_head=2,
+        head_dim=64,
+        qkv_bias=True,
+        tied=True,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        vocab_size=151936,
+        block_size=131072,
+    ),
+    'qwen3': dict(
+        n_kv_head=8,
+        head_dim=128,
+        qk_norm=True,
+        tied=True,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        vocab_size=151936,
+        block_size=4096,
+    ),
+    'reuse': dict(vocab_size=32000),
+    'let': dict(vocab_size=32000, block_size=1280),
+    'llama': {},
+    'smollm2': dict(
+        n_kv_head=3, head_dim=64, tied=True, rope_theta=1e5, vocab_size=49152, block_size=8192
+    ),
+    'openllama': dict(vocab_size=32000, block_size=2048, norm_eps=1e-6),
+    'smollm2-1.7b': dict(
+        n_kv_head=32, head_dim=64, tied=True, rope_theta=1.3e5, vocab_size=49152, block_size=8192
+    ),
+    'llama3.2': dict(n_kv_head=8, tied=True, vocab_size=128256, block_size=8192, rope_theta=5e5),
+    'llama3': dict(n_kv_head=8, vocab_size=128256, block_size=8192, rope_theta=5e5),
+}
+SIZES = {  # name: (family, n_embd, n_mlp, n_layer, n_head); an MLP of 0 is 4 n_embd
+    # Progressive training, Table 6
+    '1b': ('llama', 2048, 7168, 18, 16),
+    '2b': ('llama', 2560, 8960, 22, 20),
+    '4b': ('llama', 3200, 11200, 27, 25),
+    '8b': ('llama', 4096, 14336, 33, 32),
+    # Scaling laws of model reuse, Table 2
+    '15m': ('reuse', 320, 0, 9, 4),
+    '44m': ('reuse', 480, 0, 12, 8),
+    '0.1b': ('reuse', 640, 0, 15, 8),
+    '0.2b': ('reuse', 832, 0, 21, 8),
+    '0.5b': ('reuse', 1120, 0, 26, 16),
+    '1b-reuse': ('reuse', 1504, 0, 30, 16),
+    # Late-to-Early Training, Table 3: target models
+    '1.4b': ('let', 2048, 5461, 24, 32),
+    '7b': ('let', 4096, 11008, 32, 32),
+    # Inheritune: the reference of its low-data recipe
+    'openllama-3b': ('openllama', 3200, 8640, 26, 32),
+    # the teachers of Late-to-Early Training
+    'smollm2-1.7b': ('smollm2-1.7b', 2048, 8192, 24, 32),
+    'llama-3.2-1b': ('llama3.2', 2048, 8192, 16, 32),
+    'smollm2-135m': ('smollm2', 576, 1536, 30, 9),
+    # GPT-2; Inheritune trains them without biases and with attn_scale_by_layer
+    'gpt2': ('gpt2', 768, 0, 12, 12),
+    'gpt2-medium': ('gpt2', 1024, 0, 24, 16),
+    'gpt2-large': ('gpt2', 1280, 0, 36, 20),
+    'gpt2-large-32': ('gpt2', 1280, 0, 32, 20),
+    'gpt2-xl': ('gpt2', 1600, 0, 48, 25),
+    # Chain-of-Learngene, Table 7: descendants, and the chains they lie in
+    '51.47m': ('gpt2', 512, 0, 8, 8),
+    '138m': ('gpt2', 768, 0, 14, 12),
+    '220m': ('gpt2', 896, 0, 18, 14),
+    '277m': ('gpt2', 896, 0, 24, 14),
+    '380m': ('gpt2', 1024, 0, 26, 16),
+    '537m': ('gpt2', 1152, 0, 30, 18),
+    'pythia-70m': ('pythia', 512, 0, 6, 8),
+    '113.63m': ('pythia', 640, 0, 10, 10),
+    'pythia-160m': ('pythia', 768, 0, 12, 12),
+    'pythia-410m': ('pythia', 1024, 0, 24, 16),
+    'pythia-1b': ('pythia', 2048, 0, 16, 8),
+    'pythia-1.4b': ('pythia', 2048, 0, 24, 16),
+    # the ancestors of the bridges of Chain-of-Learngene, beside Qwen3-4B
+    'meta-llama-3-8b': ('llama3', 4096, 14336, 32, 32),
+    # what Late-to-Early Training fine-tunes on time series, and Qwen3
+    'qwen2-0.5b': ('qwen2', 896, 4864, 24, 14),
+    'qwen3-0.6b': ('qwen3', 1024, 3072, 28, 16),
+    '1.09b': ('qwen3', 1536, 4608, 28, 16),
+    'qwen3-1.7b': ('qwen3', 2048, 6144, 28, 16),
+    'qwen3-4b': ('qwen3', 2560, 9728, 36, 32),
+}

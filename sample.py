@@ -109,7 +109,7 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
     *how, stop = sampling
     start, goal = idx.shape[1], idx.shape[1] + max_new_tokens
     check_draft(model, draft, goal)
-    reading, drafting, stats = Decoding(model, 1), Decoding(draft, 1), Speculation()
+    reading, drafting, stats = Decoding(model, 1, goal), Decoding(draft, 1, goal), Speculation()
     while idx.shape[1] < goal:
         known = idx.shape[1]
         drafts = []  # the draft's logits, of fewer tokens than the goal: the model adds one more

@@ -194,7 +194,7 @@ GENTLE = 1e-4  # maximum learning rate for weights that are trained already, whe
 class Pretrain:
     """Train one model, from random initialisation or from the weights of another run."""
 
-    size: str = '64x4'  # one of engine/sizes.toml; 64x4, a small Llama; gpt2-64x4, a GPT-2
+    size: str = '64x4'  # one of model.SIZES; 64x4, a small Llama; gpt2-64x4, a GPT-2
     init_from: str = ''  # model folder to start from; step, schedule and optimizer begin anew
     tokens: NonNegative = 0.0  # training tokens; 0: 20 per parameter, or with init_from an epoch
     epochs: NonNegative = 0.0  # passes over the training data, in place of tokens

@@ -5,34 +5,20 @@ takes many times as long as they run.
 """
 
 import torch
-import torch.nn.functional as F
 
 MOST_RECORDED = 16  # tokens at once; a recording costs three passes, and prompts differ in length
 
 
 class Cache:
-    """
-    Keys and values of the positions seen, in room that grows with them. Setting `length` back
-    forgets the last ones.
-    """
+    """Keys and values of up to `room` positions. Setting `length` back forgets the last ones."""
 
-    def __init__(self, config, batch, device, dtype):
-        room = min(256, config.block_size)  # at first
+    def __init__(self, config, batch, room, device, dtype):
         shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions filled
         self.at = None  # in a recording the positions that are added, (T,)
         self.mask = None  # which positions the added ones (T) see, where not the usual ones
-
-    def reserve(self, count):
-        """Make room for `count` more positions; returns whether keys and values have moved."""
-        end, room = self.length + count, self.k.shape[3]
-        if end <= room:
-            return False
-        more = (0, 0, 0, 2 * end - room)  # twice the room, so that it seldom moves
-        self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
-        return True
 
     def begin(self, count):
         """The positions of the next `count` tokens, which every layer then adds: an index."""
@@ -41,7 +27,6 @@ class Cache:
         if self.at is not None:
             self.mask = torch.arange(self.k.shape[3], device=device) <= self.at[:, None]
             return self.at
-        self.reserve(count)
         if 1 < count and start:  # SDPA's is_causal aligns top left; these need bottom right
             shape = (count, start + count)
             self.mask = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
@@ -61,17 +46,17 @@ class Cache:
 
 class Decoding:
     """
-    A model reading on, with its cache. On a GPU, outside autocast, the pass over a few tokens is
-    recorded once for each number of them and each size of the cache.
+    A model reading on, up to `room` positions, with its cache. On a GPU, outside autocast, the pass
+    over a few tokens is recorded once for each number of them.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, room):
         self.model = model
         weight, dtype = model.wte.weight, model.wte.weight.dtype
         autocast = torch.is_autocast_enabled(weight.device.type)
         if autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
-        self.cache = Cache(model.config, batch, weight.device, dtype)
+        self.cache = Cache(model.config, batch, room, weight.device, dtype)
         self.records = weight.is_cuda and not autocast
         self.recorded = {}  # tokens at once: a recording
 
@@ -79,8 +64,6 @@ class Decoding:
     def read(self, idx):
         """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
         cache, count = self.cache, idx.shape[1]
-        if cache.reserve(count):
-            self.recorded.clear()  # they read and write where keys and values were
         if not self.records or count > MOST_RECORDED:
             return self.model(idx, cache=cache).logits
         if count not in self.recorded:

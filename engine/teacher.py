@@ -4,10 +4,8 @@ from pathlib import Path
 
 import torch
 
-from data.translate import translate
 from engine.hub import model_folder
-from engine.sizes import SIZES
-from model import GPT, GPTConfig, load, read_config
+from model import GPT, SIZES, GPTConfig, load, read_config
 
 
 def planned_config(name):
@@ -64,42 +62,3 @@ class LazyTeacher:
     def forget(self):
         """Free its memory."""
         self.model = None
-
-
-def hidden_states(teacher, layer=0):
-    """
-    A function ids (B, T) -> hidden states (B, T, D) of a teacher after `layer` (0: its last) and
-    before the final norm. Other callables than models are used as they are.
-    """
-    if not isinstance(teacher, GPT):
-        return teacher
-    return lambda ids: teacher.residual_stream(ids, layers=layer or None)[0]
-
-
-def teacher_states(x, teacher, layer, tokenizers=None):
-    """
-    (the teacher's hidden state for each position of x (B, T), which positions have one or None:
-    all). tokenizers: the names of (x's, the teacher's) if they differ.
-    """
-    hidden = hidden_states(teacher, layer)
-    longest = longest_context(teacher)
-    if tokenizers is None:
-        return in_windows(hidden, x, longest), None
-    found = translate(x.cpu().numpy(), *tokenizers, longest)
-    ids, place, covered = (torch.from_numpy(array).to(x.device) for array in found)
-    states = hidden(ids)
-    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
-
-
-def longest_context(teacher):
-    """Positions a teacher reads at once."""
-    return teacher.config.block_size if isinstance(teacher, GPT) else 2**30
-
-
-def in_windows(hidden, ids, longest):
-    """hidden(ids) of a teacher that reads `longest` positions, in equal windows of ids (B, T)."""
-    T = ids.shape[1]
-    if T <= longest:
-        return hidden(ids)
-    windows = -(-T // longest)
-    return torch.cat([hidden(part) for part in ids.split(-(-T // windows), dim=1)], 1)

@@ -28,9 +28,15 @@ from engine.errors import UserError, run_as_program
 from engine.parallel import choose_device, set_threads
 from engine.progress import progress_bar
 from engine.report import table
-from engine.teacher import as_initialised, open_teacher, teacher_states
+from engine.teacher import as_initialised, open_teacher
 from extras.diagnostics import hessian_vector_product, mean_over, norm
-from let import alignment_loss, constant_similarity, cosine_similarity, pair_layers
+from let import (
+    alignment_loss,
+    constant_similarity,
+    cosine_similarity,
+    pair_layers,
+    teacher_states,
+)
 from model import GPTConfig, load
 
 MICRO_BATCH = 8  # sequences of a gradient

@@ -62,7 +62,7 @@ def answer(model, prompts, how, teacher=None, generator=None):
     mask = torch.zeros_like(ids, dtype=torch.bool)
     log_q, log_p, log_mix = torch.zeros(3, *ids.shape, device=device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    decodings, seen = [Decoding(m, len(ids)) for m in models], 0
+    decodings, seen = [Decoding(m, len(ids), limit) for m in models], 0
     for t in range(int(lengths.min()), limit):
         logs = []
         for decoding in decodings:
