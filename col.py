@@ -46,10 +46,10 @@ from engine.loss import evaluate
 from engine.parallel import choose_device, processes
 from engine.progress import progress_bar
 from engine.report import format_count, table
-from engine.stage import Origin, Result, Stage, teacher_flops
+from engine.stage import Origin, Result, Stage
 from engine.teacher import planned_config
 from expand import DEPTH, ROLES, WIDTH_FIELDS, grow
-from let import distil
+from let import distil, teacher_flops
 from model import GPT, SIZE_FIELDS, GPTConfig, all_params, load, read_config
 
 # ----------------------------------------------------------------------------------------------

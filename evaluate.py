@@ -32,7 +32,7 @@ from engine.errors import UserError, first_line, import_extra, run_as_program, u
 from engine.files import write_atomically, write_json
 from engine.hub import model_folder, reach_hub
 from engine.log import has_metrics, read_metrics
-from engine.loss import bits_per_byte, compare, evaluate
+from engine.loss import bits_per_byte, evaluate
 from engine.parallel import choose_device, set_threads
 from engine.progress import progress_bar
 from engine.report import (
@@ -44,6 +44,7 @@ from engine.report import (
     report_blocks,
     table,
 )
+from expand import compare
 from extras.bridge import answers_of, mean_rouge, scored_prompts
 from model import load, read_config
 from sample import Sampling, Speculation, check_tokenizer_of_draft, generate, speculate

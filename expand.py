@@ -44,6 +44,8 @@ from configurator import (
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder
+from engine.loss import kl_of_logits
+from engine.progress import progress_bar
 from engine.report import (
     Line,
     Panel,
@@ -773,6 +775,29 @@ class GrowthComparison:
             panel.lines.append(Line([share * tokens for share in x], list(y), record['variant']))
         blocks = [sorted(records, key=lambda record: record['val loss'])]
         return [*blocks, ('growth.png', [panel])] if len(panel.lines[0].x) > 2 else blocks
+
+
+# ----------------------------------------------------------------------------------------------
+# how alike the members of a family are
+
+
+@torch.no_grad()
+def compare(model_p, model_q, examples, batch_size=4):
+    """
+    (D(P || Q), D(Q || P), share of positions at which both prefer the same token) of two models
+    over examples (n, T), int64: the mean over positions within an example, then over examples
+    (progressive training, Appendix F). Raises UserError for different vocabularies.
+    """
+    sizes = sorted({model_p.config.vocab_size, model_q.config.vocab_size})
+    if len(sizes) > 1:
+        raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
+    sums = torch.zeros(3, dtype=torch.float64)
+    for x in progress_bar(examples.split(batch_size), desc='comparing'):
+        p, q = model_p(x).logits, model_q(x).logits
+        same = p.argmax(-1) == q.argmax(-1)
+        found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
+        sums += found.double().mean(-1).sum(-1).cpu()
+    return tuple((sums / len(examples)).tolist())
 
 
 # ----------------------------------------------------------------------------------------------

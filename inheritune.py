@@ -38,7 +38,7 @@ from engine.log import has_metrics
 from engine.loss import evaluate
 from engine.parallel import find_hardware, gather, processes
 from engine.report import Line, Panel, by_label, compare_variants, mean_curve
-from engine.stage import Origin, Result, Stage, teacher_flops
+from engine.stage import Origin, Result, Stage
 from engine.weights import weight_files
 from extras.attention import (
     Attention,
@@ -47,7 +47,7 @@ from extras.attention import (
     observed_panels,
     run_samples,
 )
-from let import distil
+from let import distil, teacher_flops
 from model import GPT, load, read_config
 
 # ----------------------------------------------------------------------------------------------

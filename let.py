@@ -16,6 +16,7 @@ step S_stop the teacher is gone. Distillation throughout is RKD, for the first S
 a teacher would do is measured before training by extras/alignment.py.
 """
 
+import math
 import re
 import statistics
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ from engine.report import (
     mean_curve,
     steps_to_loss,
 )
-from engine.stage import Stage, next_token, teacher_flops
+from engine.stage import Stage, next_token
 from engine.teacher import LazyTeacher, open_teacher, planned_config
 from model import GPT, GPTConfig
 
@@ -180,6 +181,18 @@ def alignment_loss(target_hidden, teacher_hidden, kind='cosine', covered=None):
 
 # ----------------------------------------------------------------------------------------------
 # what a teacher sees
+
+
+def teacher_flops(params, until=None):
+    """Stage.more_flops of a teacher: 2 FLOPs a parameter and token, to the step `until` or end."""
+
+    def flops(progress, step_tokens):
+        taught = progress.step
+        if until is not None:
+            taught = min(taught, math.ceil(progress.step_of(until)))
+        return 2.0 * params * taught * step_tokens
+
+    return flops
 
 
 def hidden_states(teacher, layer=0):

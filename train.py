@@ -61,15 +61,7 @@ from engine.parallel import (
     should_stop,
     wrap,
 )
-from engine.report import (
-    CPU_DAYS,
-    cpu_seconds,
-    format_si,
-    plan_text,
-    render,
-    report_blocks,
-    write_report,
-)
+from engine.report import duration, plan_text, report
 from engine.stage import Origin, Planned, Progress, Result, Stage, describe, next_token
 from expand import GrowthComparison, Progressive
 from extras.dpo import PostTraining
@@ -471,40 +463,15 @@ def plan(run, method):
     return planned
 
 
-def check_possible(run, method):
-    """Raise UserError, with the numbers, for a run that takes years on a CPU."""
-    flops = sum(result.flops for *_, result in plan(run, method))
-    days = cpu_seconds(flops) / 86400
-    if days > CPU_DAYS:
-        long = f'{days:,.0f} days' if days < 1000 else f'{days / 365:,.3g} years'
-        raise UserError(
-            f'{format_si(flops)}FLOPs take about {long} on this CPU: --dry_run=True shows the '
-            'plan, --toy=True runs it small'
-        )
-
-
 def corpora_of(run, method):
-    """The names of the corpora that a run reads."""
-    if not getattr(method, 'reads_corpora', True):
-        return set()
-    return {*run.corpora, run.val_data, *getattr(method, 'corpora', [])} - {''}
-
-
-def missing_corpora(run, method):
-    """Those that are not prepared."""
-    return {n for n in corpora_of(run, method) if not (Path(run.data_dir) / n).is_dir()}
-
-
-def use_toy_corpora(run, method, missing):
-    """Replace corpora that are missing: a toy need not wait for a download."""
-    if missing & {*run.corpora, run.val_data}:
-        run.data, run.val_data = 'pydocs', ''
-    if missing & set(getattr(method, 'corpora', [])):
-        vars(method).update(method.toy_corpora)
+    """{corpus: whether it is prepared} of all that a run reads."""
+    names = [*run.corpora, run.val_data, *getattr(method, 'corpora', [])]
+    names = filter(None, names) if getattr(method, 'reads_corpora', True) else []
+    return {name: (Path(run.data_dir) / name).is_dir() for name in names}
 
 
 def make_corpora(run, names):
-    """Make the offline ones of these corpora that are not there. UserError: it is another."""
+    """Make these corpora, if they need no network. Raises UserError for others."""
     for name in names:
         folder = Path(run.data_dir) / name
         if name not in OFFLINE or run.data_dir != 'data' and not Path(run.data_dir).is_dir():
@@ -523,13 +490,14 @@ def main(argv):
     run.out_dir = run.out_dir or (f'out/toy/{name}' if run.toy else f'out/{name}')
     if getattr(method, 'init_from', '') and 'learning_rate' not in origins:
         run.learning_rate, origins['learning_rate'] = GENTLE, '--init_from'
-    missing = missing_corpora(run, method)
     if run.toy:
         given, run = run, shrink(run)
+        if not all(corpora_of(run, method).values()):  # it need not wait for a download
+            run.data, run.val_data = 'pydocs', ''
+            vars(method).update(getattr(method, 'toy_corpora', {}))
         origins |= {k: '--toy' for k, v in vars(run).items() if v != getattr(given, k)}
-        if missing:
-            use_toy_corpora(run, method, missing)
-            missing = missing_corpora(run, method)
+    corpora = corpora_of(run, method)
+    missing = [name for name, prepared in corpora.items() if not prepared]
     if run.dry_run:
         epoch = 0 if missing else epoch_tokens(run)
         print(plan_text(run, plan(run, method), epoch, missing))
@@ -542,10 +510,10 @@ def main(argv):
             print(f'{knob} = {knobs[knob]!r}  ({where})')
         if missing:
             make_corpora(run, missing)
-        if hardware.device.type == 'cpu' and not run.toy:
-            check_possible(run, method)
-        for name in corpora_of(run, method) if run.verify else ():
+        for name in corpora if run.verify else ():
             verify_corpus(name, run.data_dir)
+        if hardware.device.type == 'cpu' and not run.toy:
+            duration(sum(planned.result.flops for planned in plan(run, method)), on_cpu=True)
     record = cache(partial(record_session, run, hardware, argv, knobs, origins))
     barrier()
     catch_signals()
@@ -555,11 +523,7 @@ def main(argv):
     with kernels, locked(run.out_dir) if hardware.is_main else nothing:
         results = [result for _, result in stages_of(method, run, train)]
     if hardware.is_main:
-        summary = method.summary(results) if hasattr(method, 'summary') else []
-        blocks = report_blocks(run.out_dir, summary)
-        print(f'\n{render(blocks)}')  # before anything is written, which may fail
-        write_report(run.out_dir, blocks)
-        print(f'\nmodels, metrics, report.md and report.png are in {run.out_dir}/')
+        report(run.out_dir, method.summary(results) if hasattr(method, 'summary') else [])
     if hardware.world_size > 1:
         dist.destroy_process_group()
 

@@ -49,6 +49,7 @@ FROM_ACTIVATIONS = {
     'gelu': 'gelu_exact',
     'relu': 'relu',
 }
+LLAMA3 = 'factor low_freq_factor high_freq_factor original_max_position_embeddings'.split()
 TIED_BY_DEFAULT = {'gpt2', 'opt'}
 READ_AS = {'mistral': 'llama'}  # the same function under another name
 BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # no weights
@@ -133,15 +134,6 @@ def unpack(tensor, packed, config, sizes):
     return list((tensor.T if packed == 'transposed' else tensor).split(sizes))
 
 
-def stored_shape(stored, shapes):
-    """The shape of the tensor that transformers stores for ours; shapes: {our name: shape}."""
-    rows = sum(shapes[name][0] for name in stored.names)
-    if stored.packed == 'offset':
-        rows += 2
-    shape = (rows, *shapes[stored.names[0]][1:])
-    return shape[::-1] if stored.packed == 'transposed' else shape
-
-
 def find_tensors(config, found, template):
     """
     {transformers' name: the name in the folder} for the tensor names `found` in a folder of a
@@ -181,21 +173,19 @@ def tensors_to_hugging_face(config, state):
 
 def tensors_from_hugging_face(config, tensors, template):
     """
-    Our tensors, with the names and shapes of `template`, from a folder's. Raises UserError for
-    what does not fit.
+    Our tensors, with the names and shapes of `template` (on meta), from a folder's. Raises
+    UserError for what does not fit.
     """
-    names = find_tensors(config, tensors, template)
-    shapes = {name: tuple(tensor.shape) for name, tensor in template.items()}
-    state = {}
+    names, state = find_tensors(config, tensors, template), {}
+    expected = tensors_to_hugging_face(config, template)
     for theirs, stored in layout(config, template).items():
         if not stored.names:
             continue
-        tensor = tensors[names[theirs]]
-        expected = stored_shape(stored, shapes)
-        if tuple(tensor.shape) != expected:
+        tensor, shape = tensors[names[theirs]], tuple(expected[theirs].shape)
+        if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
-            raise UserError(f'{theirs} has shape {found}, the configuration says {expected}')
-        sizes = [shapes[name][0] for name in stored.names]
+            raise UserError(f'{theirs} has shape {found}, the configuration says {shape}')
+        sizes = [len(template[name]) for name in stored.names]
         parts = unpack(tensor, stored.packed, config, sizes)
         state |= zip(stored.names, [part.contiguous() for part in parts])
     return state
@@ -240,14 +230,8 @@ def rope_scaling(config):
     """Llama 3's entry in config.json for RoPE stretched to a longer context, or None."""
     if not config.rope_scaling:
         return None
-    factor, low, high, original = config.rope_scaling
-    return dict(
-        rope_type='llama3',
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=int(original),
-    )
+    scaling = dict(zip(LLAMA3, config.rope_scaling), rope_type='llama3')
+    return scaling | {LLAMA3[3]: int(scaling[LLAMA3[3]])}
 
 
 def config_from_hugging_face(content):
@@ -305,12 +289,7 @@ def rope_from_hugging_face(content):
     fields = dict(rope_theta=float(rope.get('rope_theta', theta)), rotary_fraction=float(fraction))
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if kind == 'llama3':
-        fields['rope_scaling'] = (
-            float(rope['factor']),
-            float(rope['low_freq_factor']),
-            float(rope['high_freq_factor']),
-            float(rope['original_max_position_embeddings']),
-        )
+        fields['rope_scaling'] = tuple(float(rope[key]) for key in LLAMA3)
     elif kind != 'default':
         raise UserError(f'RoPE of type {kind!r} cannot be read, only default and llama3')
     return fields

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from engine.errors import UserError
 from engine.parallel import LOGITS, gather
-from engine.progress import progress_bar
 
 IGNORED = -100  # the target of positions excluded from the loss
 
@@ -190,22 +188,3 @@ def kl_of_logits(logits_p, logits_q):
     log_p = logits_p.to(exact).log_softmax(-1)
     log_q = logits_q.to(exact).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-@torch.no_grad()
-def compare(model_p, model_q, examples, batch_size=4):
-    """
-    (D(P || Q), D(Q || P), share of positions at which both prefer the same token) of two models
-    over examples (n, T), int64: the mean over positions within an example, then over examples
-    (progressive training, Appendix F). Raises UserError for different vocabularies.
-    """
-    sizes = sorted({model_p.config.vocab_size, model_q.config.vocab_size})
-    if len(sizes) > 1:
-        raise UserError(f'models with different vocabularies cannot be compared: {sizes} tokens')
-    sums = torch.zeros(3, dtype=torch.float64)
-    for x in progress_bar(examples.split(batch_size), desc='comparing'):
-        p, q = model_p(x).logits, model_q(x).logits
-        same = p.argmax(-1) == q.argmax(-1)
-        found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
-        sums += found.double().mean(-1).sum(-1).cpu()
-    return tuple((sums / len(examples)).tolist())

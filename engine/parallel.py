@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -205,19 +204,9 @@ def should_stop(hardware, save_at, step_seconds):
 
 
 def exit_saved(message, hardware):
-    """
-    Print what was saved and how to continue, and end the program: exit code 75 (to be tried again)
-    after max_minutes, 128 + signal after a signal.
-    """
+    """Say what was saved, and end: exit code 75 after max_minutes, 128 + signal after a signal."""
     if hardware.is_main:
-        program = 'python'
-        if hardware.world_size > 1:
-            here = int(os.environ.get('LOCAL_WORLD_SIZE', hardware.world_size))
-            nodes = hardware.world_size // here
-            how = '--standalone' if nodes == 1 else f'--nnodes={nodes} ...'
-            program = f'torchrun {how} --nproc_per_node={here} --'  # -- : its own knobs end
-        command = f'{program} {shlex.join(sys.argv)}'
-        print(f'\n{message}; the same command continues from there:\n  {command}', flush=True)
+        print(f'\n{message}; the same command continues from there', flush=True)
     if hardware.world_size > 1:
         dist.destroy_process_group()
     raise SystemExit(128 + SIGNALS[0] if SIGNALS else TRY_AGAIN)

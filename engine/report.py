@@ -73,16 +73,13 @@ def format_cell(column, value):
 def table(records):
     """Records, dicts of one or more columns, as a Markdown table with aligned columns."""
     columns = list(dict.fromkeys(column for record in records for column in record))
-    rows = [columns]
-    for record in records:
-        rows.append([format_cell(column, record.get(column)) for column in columns])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    rows = [columns, *([format_cell(c, r.get(c)) for c in columns] for r in records)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append(f'| {" | ".join(cells)} |')
-    rule = ['-' * (widths[0] + 2)] + ['-' * (width + 1) + ':' for width in widths[1:]]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append(f'| {" | ".join([first.ljust(widths[0]), *cells])} |')
+    rule = ['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])]
     lines.insert(1, f'|{"|".join(rule)}|')
     return '\n'.join(lines)
 
@@ -92,16 +89,13 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-# Student's t: 97.5% quantiles at 1, 2, ... degrees of freedom
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-
-
 def interval(values):
     """The 95% confidence interval of the mean of some numbers, None for fewer than two."""
     if len(values) < 2:
         return None
-    t = STUDENT_T[min(len(values) - 2, len(STUDENT_T) - 1)]
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t  # a second, which not every command needs
+
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
@@ -224,18 +218,6 @@ def write_logarithmic_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_images(images, path, xlabel, ylabel):
-    """Draw (title, 2-d array) pairs side by side into a PNG file, atomically."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(images), figsize=(3.6 * len(images), 3.2), squeeze=False)
-    for ax, (title, image) in zip(axes[0], images):
-        shown = ax.imshow(image, cmap='viridis')
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.set_title(title, fontsize=8)
-        figure.colorbar(shown, ax=ax, fraction=0.046)
-    save_figure(figure, path)
-
-
 def save_figure(figure, path):
     """Write a figure to a PNG file, atomically."""
     figure.tight_layout()
@@ -280,21 +262,11 @@ def result_records(results):
 def training_curve(result, points=80):
     """(cumulative FLOPs, smoothed training loss on the data) of a stage: two lists."""
     metrics = [m for m in read_metrics(result.folder) if 'loss' in m]
-    start, flops, losses = family_cost(result) - result.flops, [], []
-    points = min(points, len(metrics))
-    edges = [i * len(metrics) // points for i in range(points + 1)] if metrics else []
-    for first, last in itertools.pairwise(edges):
-        group = metrics[first:last]
-        flops.append(start + group[-1]['flops'])
-        losses.append(statistics.mean(m.get('data_loss', m['loss']) for m in group))
-    return flops, losses
-
-
-def evaluations(result):
-    """(cumulative FLOPs, validation loss) along a stage: two lists."""
-    lines = [m for m in read_metrics(result.folder) if 'val_loss' in m and m['step']]
-    start = family_cost(result) - result.flops
-    return [start + m['flops'] for m in lines], [m['val_loss'] for m in lines]
+    start, n = family_cost(result) - result.flops, len(metrics)
+    edges = sorted({i * n // points for i in range(points + 1)})
+    groups = [metrics[first:last] for first, last in itertools.pairwise(edges)]
+    losses = [statistics.mean(m.get('data_loss', m['loss']) for m in g) for g in groups]
+    return [start + group[-1]['flops'] for group in groups], losses
 
 
 def loss_panel(results):
@@ -307,8 +279,9 @@ def loss_panel(results):
         style = '--' if r.labels.get('independent') else '-'
         panel.lines.append(Line(*training_curve(r), r.name, style, color))
         panel.lines.append(Line([family_cost(r)], [r.val_loss], '', 'o', color))
-        flops, losses = evaluations(r)
-        panel.lines.append(Line(flops, losses, '', '.:', color))
+        seen = [m for m in read_metrics(r.folder) if 'val_loss' in m and m['step']]
+        flops = [family_cost(r) - r.flops + m['flops'] for m in seen]
+        panel.lines.append(Line(flops, [m['val_loss'] for m in seen], '', '.:', color))
     losses = [r.val_loss for r in results]
     panel.ylim = min(losses) * 0.93, max(losses) * 1.4
     return panel
@@ -344,10 +317,13 @@ def report_blocks(folder, summary=()):
     return [result_records(results), *summary, ('report.png', [loss_panel(results)])]
 
 
-def write_report(folder, blocks):
-    """Write report.md and its pictures into a run's folder."""
+def report(folder, summary):
+    """Print the report of a run, then write report.md and its pictures, which may fail."""
+    blocks = report_blocks(folder, summary)
+    print(f'\n{render(blocks)}')
     write_atomically(Path(folder) / 'report.md', render(blocks) + '\n')
     draw_pictures(blocks, folder)
+    print(f'\nmodels, metrics, report.md and report.png are in {folder}/')
 
 
 def steps_to_loss(curve, loss):
@@ -386,17 +362,20 @@ CPU_DAYS = 60  # that a run on a CPU may take
 WIDTH = 110  # columns of a plan
 
 
-def cpu_seconds(flops):
-    """How long so many FLOPs take on this CPU, about."""
-    return flops / (CPU_FLOPS * (os.cpu_count() or 1))
-
-
-def duration(flops):
-    """How long FLOPs take, in words: on this CPU, or what would take months there, on a GPU."""
-    seconds = cpu_seconds(flops)
-    if seconds > CPU_DAYS * 86400:
-        return f'{flops / GPU_FLOPS / 3600:,.0f} GPU-hours at {GPU_FLOPS / 1e12:g} TFLOP/s'
-    return f'about {max(1, seconds / 60):,.0f} minutes on this CPU'
+def duration(flops, on_cpu=False):
+    """
+    How long FLOPs take, in words: on this CPU, or what would take months there, on a GPU. Raises
+    UserError for such a run if it is to be on_cpu.
+    """
+    days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
+    if days <= CPU_DAYS:
+        return f'about {max(1, 1440 * days):,.0f} minutes on this CPU'
+    if on_cpu:
+        raise UserError(
+            f'{format_si(flops)}FLOPs take about {days:,.0f} days on this CPU: --dry_run=True '
+            'shows the plan, --toy=True runs it small'
+        )
+    return f'{flops / GPU_FLOPS / 3600:,.0f} GPU-hours at {GPU_FLOPS / 1e12:g} TFLOP/s'
 
 
 def plan_record(stage, knobs, steps, result):
@@ -425,13 +404,6 @@ def plan_text(run, planned, epoch, missing):
         lines.append(
             f'the family: {format_si(spent)}FLOPs; every size from scratch: {format_si(alone)}'
             f'FLOPs; saved: {1 - spent / alone:.1%}'
-        )
-    parents = [p.stage.parent.name for p in planned if p.stage.parent]
-    apart = sum(p.result.total_flops for p in planned if p.stage.name not in parents)
-    if len(set(parents)) < len(parents) and not last.baseline_flops:
-        lines.append(
-            f'what several stages continue is trained once; apart: {format_si(apart)}FLOPs; '
-            f'saved: {1 - flops / apart:.1%}'
         )
     passes = f', {drawn / epoch:.2g} passes over them' if epoch else ''
     lines.append(f'data: {format_count(drawn)} tokens of {run.data}{passes}')

@@ -120,18 +120,6 @@ def in_brackets(settings):
     return f' ({", ".join(shown)})' if shown else ''
 
 
-def teacher_flops(params, until=None):
-    """Stage.more_flops of a teacher: 2 FLOPs a parameter and token, to the step `until` or end."""
-
-    def flops(progress, step_tokens):
-        taught = progress.step
-        if until is not None:
-            taught = min(taught, math.ceil(progress.step_of(until)))
-        return 2.0 * params * taught * step_tokens
-
-    return flops
-
-
 @dataclass
 class Result:
     """What a finished stage left: `result.json` in its folder, written last and atomically."""

@@ -128,7 +128,8 @@ def write_tokenizer(name, folder):
         settings = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=end, bos_token=end)
         write_json(folder / 'tokenizer_config.json', settings)
         return special_ids(folder) | dict(nanofamily_tokenizer=name)
-    check_available(name)
+    if not tokenizer_files(name):
+        raise UserError(f'{name} is no tokenizer: neither an encoding nor a folder that holds one')
     if Path(name).resolve() != folder.resolve():
         for file in tokenizer_files(name):
             shutil.copyfile(file, folder / file.name)
@@ -136,12 +137,6 @@ def write_tokenizer(name, folder):
         return special_ids(folder)
     found = read_json(Path(name) / 'config.json')  # an older tokenizer, of other files
     return {key: found[key] for key in IDS if isinstance(found.get(key), int)}
-
-
-def check_available(name):
-    """Raise UserError for what is neither an encoding nor a folder with a tokenizer."""
-    if not is_encoding(name) and not tokenizer_files(name):
-        raise UserError(f'{name} is no tokenizer: neither an encoding nor a folder that holds one')
 
 
 def tokenizer_files(folder):

@@ -29,7 +29,7 @@ from engine.files import write_atomically
 from engine.log import has_metrics, read_metrics
 from engine.parallel import choose_device
 from engine.progress import progress_bar
-from engine.report import Line, Panel, draw_images, draw_panels, table
+from engine.report import Line, Panel, draw_panels, pyplot, save_figure, table
 from model import load
 
 # ----------------------------------------------------------------------------------------------
@@ -254,6 +254,18 @@ def depth_panel(values, name):
     layers = list(range(1, len(values) + 1))
     line = Line(layers, largest.mean(1).tolist(), band=largest.std(1).tolist())
     return Panel('layer', f'{name}, maximum over heads', [line], ylim=(0, None))
+
+
+def draw_images(images, path, xlabel, ylabel):
+    """Draw (title, 2-d array) pairs side by side into a PNG file, atomically."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(images), figsize=(3.6 * len(images), 3.2), squeeze=False)
+    for ax, (title, image) in zip(axes[0], images):
+        shown = ax.imshow(image, cmap='viridis')
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set_title(title, fontsize=8)
+        figure.colorbar(shown, ax=ax, fraction=0.046)
+    save_figure(figure, path)
 
 
 def draw_attention(model, rank, mass, samples, options):

@@ -31,10 +31,10 @@ from data.loader import Source, to_device
 from data.preferences import Pairs
 from engine.errors import UserError
 from engine.files import commit_file
-from engine.loss import compare
 from engine.parallel import barrier, choose_device, find_hardware, gather
 from engine.progress import progress_bar
 from engine.stage import Origin, Result, Stage
+from expand import compare
 from model import load, read_config
 
 # ----------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from engine.report import (
     format_si,
     interval,
     render,
+    report,
     report_blocks,
     result_records,
     steps_to_loss,
     table,
     training_curve,
-    write_report,
 )
 from engine.stage import Origin, Stage, describe
 
@@ -75,9 +75,8 @@ def test_report_is_written_from_the_folder_alone(tmp_path):
                 for s in range(1, 11)
             )
         )
-    blocks = report_blocks(tmp_path)
-    text = render(blocks)
-    write_report(tmp_path, blocks)
+    text = render(report_blocks(tmp_path))
+    report(tmp_path, [])
     assert [line.split('|')[1].strip() for line in text.splitlines()[2:5]] == [
         'small',
         'large',
