@@ -172,7 +172,7 @@ def apply_settings(settings, kinds, methods=None):
             raise UserError(f'{where} has no value: write {where}=VALUE')
         try:
             values[knob] = (parse if is_text else check)(value, kinds[knob])
-        except ValueError:
+        except (ValueError, OverflowError):
             expected, close = describe_type(kinds[knob]), ''
             if get_origin(kinds[knob]) is Literal:
                 close = nearest(value, get_args(kinds[knob]))

@@ -296,7 +296,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     top_k: only the k most likely tokens, 0 for all; top_p: the fewest that hold this much.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-6:  # nothing else is likely
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

@@ -36,7 +36,7 @@ from data.vocabulary import (
 from engine.decoding import Decoding
 from engine.errors import UserError, import_extra, run_as_program
 from engine.files import read_json
-from engine.hub import model_folder
+from engine.hub import model_folder, within
 from engine.loss import kl_of_logits
 from engine.parallel import choose_device, set_threads
 from engine.report import table
@@ -196,8 +196,8 @@ def read_prompts(options):
 
 def still_trains(name):
     """Whether a folder is that of a stage that is not finished."""
-    folder = Path(name)
-    return (folder / 'stage.json').is_file() and not (folder / 'config.json').is_file()
+    begun, ended = (Path(name) / file for file in ('stage.json', 'result.json'))
+    return begun.is_file() and not ended.is_file() and not (Path(name) / 'config.json').is_file()
 
 
 def open_model(name, device):
@@ -260,7 +260,13 @@ def converse(model, tokenizer, options, sampling):
             messages.append(dict(role='user', content=input('> ')))
         except EOFError:
             return print()
-        ids = [int(i) for i in tokenizer.encode(template(messages))]
+        text = within(
+            30,
+            partial(template, messages),
+            f'the chat template of {options.model} gives no text',
+            'remove it, for conversations as data/instruct.py writes them',
+        )
+        ids = [int(i) for i in tokenizer.encode(text)]
         if len(ids) + options.max_new_tokens > model.config.block_size:
             sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
             raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')

@@ -9,6 +9,7 @@ A prepared set is one of instructions and answers (data/instruct.py) whose examp
 the answer that is preferred, then the other.
 """
 
+import sys
 from collections import deque
 
 import numpy as np
@@ -78,13 +79,13 @@ def prepare_preferences(options, out):
 
 
 class Pairs:
-    """One split of a prepared set of preferences."""
+    """One split of a prepared set of preferences, or its first `most` pairs."""
 
-    def __init__(self, name, data_dir, split):
-        self.examples = Examples(name, data_dir, split, kind='preferences')
+    def __init__(self, name, data_dir, split, most=sys.maxsize):
+        self.examples, self.most = Examples(name, data_dir, split, kind='preferences'), most
 
     def __len__(self):
-        return len(self.examples) // 2
+        return min(self.most, len(self.examples) // 2)
 
     def rows(self, indices, block_size):
         """

@@ -16,10 +16,10 @@ class UserError(ValueError):
 def run_as_program(main):
     """
     Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
-    code 2, Ctrl-C exits with code 130. Output that a terminal cannot show is escaped, and a reader
+    code 2, Ctrl-C exits with code 130. Text that a terminal cannot show is escaped, and a reader
     that stops reading (| head) ends the program quietly.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
     try:
         code = main(sys.argv[1:])

@@ -75,7 +75,7 @@ def locked(folder, wait=False):
     Hold FOLDER.lock, so that two processes do not write to one folder; the system frees it however
     the process ends. wait: until another has done; otherwise raises UserError.
     """
-    path = Path(f'{Path(folder).resolve()}.lock')
+    path = Path(f'{os.path.realpath(folder)}.lock')  # which a link to itself does not stop
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

@@ -17,13 +17,13 @@ WAY_OUT = (
 
 
 def within(seconds, function, what, way_out=WAY_OUT):
-    """function(); UserError if it raises an OSError or has not returned after `seconds`."""
+    """function(); UserError, `what`, if it raises something or has not returned after `seconds`."""
     outcome = {}
 
     def call():
         try:
             outcome['value'] = function()
-        except OSError as error:
+        except Exception as error:
             outcome['error'] = error
 
     thread = threading.Thread(target=call, daemon=True)  # a call that hangs must not block exit
@@ -34,7 +34,7 @@ def within(seconds, function, what, way_out=WAY_OUT):
     reason = f'no answer within {seconds} s'
     if 'error' in outcome:
         reason = type(outcome['error']).__name__
-    raise UserError(f'{what} cannot be reached ({reason}); {way_out}')
+    raise UserError(f'{what} ({reason}); {way_out}')
 
 
 def reach_hub(what, way_out=WAY_OUT):
@@ -53,7 +53,7 @@ def reach_hub(what, way_out=WAY_OUT):
         return True
 
     if not constants.HF_HUB_OFFLINE:
-        within(10, ask, f'the Hugging Face hub, needed for {what},', way_out)
+        within(10, ask, f'the Hugging Face hub, needed for {what}, cannot be reached', way_out)
 
 
 def hub_source(repository, configuration, split):

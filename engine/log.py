@@ -105,7 +105,7 @@ def open_dashboards(knobs, name, step):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(knobs.out_dir) / 'tensorboard' / name
-        writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10)
+        writer = SummaryWriter(folder, purge_step=step + 1)
 
         def to_tensorboard(line):
             for key, value in numbers(line).items():

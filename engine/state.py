@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -121,7 +120,7 @@ def save_model(model, folder, tokenizer='', dtype=None):
     try:
         if processes()[0] == 0:
             model.save(folder, tokenizer, state, dtype)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f'{folder}: the trained model could not be saved ({error}); its last state is kept: '
             'when there is room on the disk, the same command continues'
@@ -230,10 +229,9 @@ def save_state(folder, model, optimizer, progress, objective=None):
     failure = gather(failure)[0]
     if failure:
         shutil.rmtree(unfinished, ignore_errors=True)
-        before = [f'{path} is intact. ' for path in saved_states(folder)[-1:]]
         raise UserError(
-            f'{target} could not be saved ({failure}). {"".join(before)}When there is room, the '
-            'same command continues'
+            f'{target} could not be saved ({failure}); what was saved before is kept: when there '
+            'is room, the same command continues'
         )
     if rank == 0:
         remove_states(folder, KEPT)

@@ -46,7 +46,7 @@ def find_encoding(name):
     """
     if name == 'bytes':
         return bytes_encoding()
-    what = f'the vocabulary of the tokenizer {name}, downloaded at its first use,'
+    what = f'the vocabulary of {name}, downloaded at its first use, cannot be reached'
     return within(30, lambda: tiktoken.get_encoding(name), what)
 
 

@@ -1,5 +1,6 @@
 """The files with the weights of a model folder: safetensors, one or several with an index."""
 
+import errno
 import tempfile
 import zipfile
 from pathlib import Path
@@ -99,7 +100,10 @@ def write_tensors(folder, tensors):
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for name, tensor in tensors.items()
         }
-        save_torch_state_dict(own, unfinished, max_shard_size=SHARD_BYTES)
+        try:
+            save_torch_state_dict(own, unfinished, max_shard_size=SHARD_BYTES)
+        except SafetensorError as error:  # mostly a full disk
+            raise OSError(errno.EIO, str(error), str(folder)) from error
         written = sorted(Path(unfinished).iterdir())  # the index last
         for path in written:
             commit_file(path, folder / path.name)

@@ -191,7 +191,8 @@ class PostTraining:
         reference = {}
 
         def source(knobs):
-            pairs = Pairs(self.preferences, knobs.data_dir, 'train')
+            few = [64] if knobs.toy else []  # the reference passes over all of them
+            pairs = Pairs(self.preferences, knobs.data_dir, 'train', *few)
             path = Path(knobs.out_dir) / stage.name / 'reference.safetensors'
             reference['train'] = stored_reference(path, tuned.folder, pairs, knobs)
             return preference_source(self.preferences, pairs, knobs)

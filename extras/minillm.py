@@ -22,7 +22,7 @@ import torch
 from data.instruct import shuffled
 from engine.decoding import Decoding
 from engine.errors import UserError
-from engine.parallel import is_sharded, processes, unwrap
+from engine.parallel import gather, is_sharded, processes, unwrap
 from engine.teacher import LazyTeacher
 
 
@@ -114,12 +114,13 @@ def returns(log_ratio, mask, normalised=True):
 
 def policy_loss(logits, teacher_logits, rollout, clip=0.2):
     """
-    (the loss whose gradient is the estimate above, its two parts), means over answer tokens.
-    logits, teacher_logits (n, T - 1, V) on ids[:, :-1]; rollout: ids, answers, log_q (when drawn),
-    weight and advantage = R_{t+1}, each (n, T).
+    (the loss whose gradient is the estimate above, its two parts), sums over answer tokens over
+    `tokens`. logits, teacher_logits (n, T - 1, V) on ids[:, :-1]; rollout: ids, answers, log_q
+    (when drawn), weight and advantage = R_{t+1}, each (n, T); tokens: the answer tokens of n rows,
+    the mean over all rows of the step, so that its gradient is the mean over all its tokens.
     """
     target, mask = rollout['ids'][:, 1:], rollout['answers'][:, 1:]
-    weight = torch.where(mask, rollout['weight'][:, 1:], 0.0) / mask.sum().clamp(min=1)
+    weight = torch.where(mask, rollout['weight'][:, 1:], 0.0) / rollout['tokens'].clamp(min=1)
     log_q = logits.float().log_softmax(-1)
     log_p = teacher_logits.detach().float()[..., : log_q.shape[-1]].log_softmax(-1)
     single_step = (weight * (log_q.exp() * (log_q - log_p)).sum(-1)).sum()
@@ -187,10 +188,12 @@ class Rollouts:
         turn, place = divmod(step - first, settings.batches)
         generator = torch.Generator().manual_seed(hash((settings.seed, first, turn)))
         order = torch.randperm(len(self.current['ids']), generator=generator)
-        start = place * (settings.batch_size // world) + self.used
-        rows = order[start : start + n]
+        size = settings.batch_size // world
+        of_step = order[place * size : (place + 1) * size]
+        rows = of_step[self.used : self.used + n]
         self.used += n
-        return {name: t[rows.to(t.device)].to(device) for name, t in self.current.items()}
+        part = {name: t[rows.to(t.device)].to(device) for name, t in self.current.items()}
+        return part | dict(tokens=self.current['tokens'][of_step].sum() * (n / size / world))
 
     def draw(self, first, student, teacher):
         """Let the student answer: ids, answers (a mask), log_q, weight and advantage."""
@@ -208,7 +211,8 @@ class Rollouts:
         found = answer(student, prompts, how, teacher, generator)
         weight = torch.where(found.mask, (found.log_q - found.log_mix).exp(), 0.0)
         advantage = returns(found.log_p - found.log_q, found.mask)
-        rollout = dict(ids=found.ids, answers=found.mask, log_q=found.log_q)
+        tokens = sum(gather(found.mask.sum(1).cpu()))  # of a row, on all processes
+        rollout = dict(ids=found.ids, answers=found.mask, log_q=found.log_q, tokens=tokens)
         return rollout | dict(weight=weight, advantage=advantage)
 
 

@@ -64,6 +64,7 @@ def test_the_expected_gradient_is_that_of_the_divergence_between_answers():
         rollout = dict(
             ids=ids[one],
             answers=answers[one],
+            tokens=answers[one].sum(),
             log_q=torch.cat((pad, log_q.detach()), 1)[one],
             weight=torch.ones_like(log_ratio[one]),
             advantage=returns(log_ratio, answers, normalised=False)[one],
@@ -90,6 +91,7 @@ def test_clipping_stops_what_has_moved_far_enough():
     rollout = dict(
         ids=torch.tensor([[0, 1]]),
         answers=torch.tensor([[False, True]]),
+        tokens=torch.tensor(1),
         log_q=torch.tensor([[0.0, -3.0]]),
         weight=torch.ones(1, 2),
         advantage=torch.tensor([[0.0, 1.0]]),
@@ -148,10 +150,13 @@ def test_samples_serve_several_steps_and_are_kept_for_a_run_that_goes_on(data_di
         settings = MiniLLM(batch_size=2, seed=3, samples=4, inner_epochs=2, length=24)
         return minillm(tmp_path / 'teacher', examples, settings)
 
-    first = objective()
+    first, pieces = objective(), objective()
     losses = [
         first(student, x, x, Progress(step, 100))[0].item() for step in range(6)
     ]  # 4 steps a batch of samples
+    for step in range(6):  # micro-batches of one: the mean over the step's tokens stays
+        each = [pieces(student, row, row, Progress(step, 100))[0] for row in x.split(1)]
+        assert torch.stack(each).mean().item() == pytest.approx(losses[step], rel=1e-5)
     again = objective()
     again.state.load_state_dict(first.state.state_dict())  # as a saved state has it
     assert again(student, x, x, Progress(5, 100))[0].item() == losses[5]
@@ -169,6 +174,7 @@ def test_single_step_part_is_the_reverse_divergence_on_what_was_said():
     rollout = dict(
         ids=ids,
         answers=answers,
+        tokens=answers.sum(),
         log_q=torch.zeros(1, 4),
         weight=torch.ones(1, 4),
         advantage=torch.zeros(1, 4),
