@@ -413,10 +413,10 @@ def test_stages_of_the_tiny_family():
         'independent-64x4',
     ]
     assert [describe(s) for s, _ in stages][:4] == [
-        'random initialisation',
-        'growth of 32x2 (width aki)',
-        'growth of 48x2 (width aki)',
-        'growth of 64x2 (depth stack)',
+        '2 layers of width 32, random initialisation',
+        '2 layers of width 48, growth of 32x2 (width aki)',
+        '2 layers of width 64, growth of 48x2 (width aki)',
+        '4 layers of width 64, growth of 64x2 (depth stack)',
     ]
     largest, alone = stages[3][1], stages[6][1]
     assert (

@@ -514,7 +514,7 @@ def test_epochs_are_passes_over_the_data(data_dir):
 def test_what_cannot_be_done_is_refused_with_the_numbers(data_dir, tmp_path):
     knobs = [f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run', '--device=cpu']
     for more, words in (
-        (['--tokens=1e15'], 'take about .* years on this CPU'),
+        (['--tokens=1e15'], 'take about .* days on this CPU'),
         (['--tokens=1e308'], 'would never end'),
         (['--data=dolly'], 'prepare.py dolly  first'),
     ):

@@ -22,6 +22,7 @@ from engine.report import (
     training_curve,
 )
 from engine.stage import Origin, Stage, describe
+from model import GPTConfig
 
 
 @pytest.mark.parametrize(
@@ -154,11 +155,11 @@ def test_an_interval_is_students():
 
 
 def test_a_stage_is_described_by_its_fields():
-    stage = Stage('b', None, 10, 1.0)
-    assert describe(stage) == 'random initialisation'
+    stage = Stage('b', GPTConfig.named('16x2'), 10, 1.0)
+    assert describe(stage) == '2 layers of width 16, random initialisation'
     stage.origin = Origin('growth', ('a',), dict(width='aki', noise=0.1))
     stage.teaching = dict(objective='let', teacher='t', lambda0=0.1)
-    expected = 'growth of a (width aki, noise 0.1)'
+    expected = '2 layers of width 16, growth of a (width aki, noise 0.1)'
     assert describe(stage) == f'{expected}, objective let (teacher t, lambda0 0.1)'
 
 

@@ -179,11 +179,6 @@ def test_the_papers_grid_costs_its_longest_runs_and_its_decays():
     )
 
 
-def test_the_dry_run_says_what_is_shared(capsys):
-    train.main(['config/scaling_tiny.py', '--dry_run=True', '--data_dir=nowhere'])
-    assert 'saved: 64.1%' in capsys.readouterr().out
-
-
 def test_training_on_is_not_also_a_run_from_scratch():
     """Without another corpus, runs from scratch of the base's shape are the bases themselves."""
     stages = planned(
@@ -211,7 +206,7 @@ def test_replay_reads_both_corpora_and_the_stable_phase_no_warmup():
     assert (
         stable['data'] == 'starcoder'
         and stable['warmup'] == 0
-        and describe(stage) == 'last state of 0.1b-stable-577M'
+        and describe(stage).endswith('last state of 0.1b-stable-577M')
     )
 
 
