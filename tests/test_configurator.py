@@ -170,6 +170,7 @@ def test_mistakes_are_one_clear_line(argv, words):
         '1/0',
         'import sys; sys.path.nothing',
         'n_layer = lambda: 3',
+        'n_layer = 10**400',
     ],
 )
 def test_mistakes_in_a_config_file_name_it(tmp_path, source):

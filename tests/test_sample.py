@@ -4,10 +4,12 @@ speed.
 """
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run_command, train_tokenizer
+from conftest import ROOT, run_command, train_tokenizer
 from test_model import SHAPES, small, tokens
 
 import train
@@ -24,7 +26,8 @@ def test_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     p = logits.softmax(-1)
     torch.testing.assert_close(probabilities(logits), p)
-    assert probabilities(logits, temperature=0).tolist() == [[1, 0, 0, 0]]
+    for temperature in (0, 1e-300):  # in float32 both are nothing
+        assert probabilities(logits, temperature).tolist() == [[1, 0, 0, 0]]
     torch.testing.assert_close(probabilities(logits, temperature=0.5), (2 * logits).softmax(-1))
     torch.testing.assert_close(
         probabilities(logits, top_k=2), p * torch.tensor([1, 1, 0, 0]) / p[0, :2].sum()
@@ -178,6 +181,11 @@ def test_a_conversation_follows_the_models_template(tmp_path):
     assert process.stdout.count('> ') >= 3
     long = run_command('sample.py', f'--model={tmp_path}', *knobs, input='x' * 300)
     assert long.returncode == 2 and 'do not fit the context of 256' in long.stderr
+    (tmp_path / 'chat_template.jinja').write_text('{{ nobody.here }}')
+    command = [sys.executable, 'sample.py', f'--model={tmp_path}', *knobs]
+    broken = subprocess.run(command, cwd=ROOT, input=b'\xff\n', capture_output=True)  # no UTF-8
+    assert broken.returncode == 2 and broken.stderr.count(b'\n') == 1
+    assert b'gives no text (UndefinedError)' in broken.stderr
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -206,3 +214,6 @@ def test_a_model_that_still_trains_can_be_sampled(data_dir, tmp_path):
     assert weights.keys() == finished.keys() and not torch.equal(
         weights['wte.weight'], finished['wte.weight']
     )
+    (folder / 'config.json').unlink()
+    process = run_command('sample.py', f'--model={folder}')
+    assert process.returncode == 2 and 'it has no config.json' in process.stderr
