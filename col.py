@@ -628,11 +628,12 @@ class ChainOfLearngene:
             raise UserError(f'public has {n}')
 
     def shrink(self):
-        """What a toy does without: downloads, and most descendants."""
+        """What a toy does without: downloads, most descendants, most answers."""
         if self.start == 'public':
             self.start = 'random'
         self.descendants = self.descendants[:1]
         self.score_examples = min(4, self.score_examples)
+        self.answers = min(8, self.answers)
 
     toy_corpora = dict(sft_data='signatures', downstream=('signatures',), bridge_data='signatures')
 
