@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, run_processes
 
 import train
 from data.corpus import open_corpus
@@ -242,13 +242,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
     assert not (tmp_path / 'run' / '16x2' / 'model.safetensors').exists()
 
 
-def test_masked_targets_count_alike_in_any_micro_batch(data_dir, tmp_path):
+def test_masked_targets_count_alike_in_any_micro_batch_on_any_number_of_processes(
+    data_dir, tmp_path
+):
     """Answers are of different lengths: each target weighs the same, however they are batched."""
     found = []
-    for size in (4, 2, 1):
-        out = tmp_path / f'{size}'
+    for size, processes in ((4, 1), (2, 1), (1, 1), (1, 2)):
+        out = tmp_path / f'{size}-on-{processes}'
         more = ['--data=signatures', '--block_size=64', f'--micro_batch_size={size}']
-        train.main(arguments(data_dir, out, *more, '--log_interval=1'))
+        knobs = arguments(data_dir, out, *more, '--log_interval=1')
+        run_processes(processes, 'train.py', *knobs)
         found.append([(m['loss'], m['grad_norm']) for m in metrics(out / '16x2')])
     for other in found[1:]:
         assert other == [pytest.approx(pair, rel=1e-4) for pair in found[0]]
