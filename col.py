@@ -33,7 +33,6 @@ from configurator import (
     Range,
     SaveDtype,
     configure,
-    with_positionals,
 )
 from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import Examples, supervised_source
@@ -773,8 +772,10 @@ def losses_at_step_0(folders, options):
 
 def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
-    argv = with_positionals(argv, 'chain', 'target')
-    options, _, _ = configure(argv, Interpolation, program='col.py CHAIN_FOLDER TARGET')
+    words = ('chain', 'target')
+    options, _, _ = configure(
+        argv, Interpolation, program='col.py CHAIN_FOLDER TARGET', words=words
+    )
     if not (options.chain and options.target and (options.to or options.params)):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
     if options.data:  # before anything is made

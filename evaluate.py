@@ -18,6 +18,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -388,8 +389,9 @@ def curves_over_training(outcome, folders):
 
 def main(argv):
     """Command line: folders, config files and knobs. A run's own report is printed first."""
-    knobs = [arg for arg in argv if arg.startswith('-') or arg.endswith('.py')]
-    folders = [arg for arg in argv if arg not in knobs]
+    words = list(takewhile(lambda arg: arg[:1] != '-', argv))
+    folders = [word for word in words if not word.endswith('.py')]
+    knobs = [word for word in words if word.endswith('.py')] + argv[len(words) :]
     options, _, _ = configure(knobs, Evaluation, program='evaluate.py FOLDER ...')
     for folder in folders:
         if any(Path(folder).glob('*/result.json')):

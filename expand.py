@@ -39,7 +39,6 @@ from configurator import (
     Positive,
     SaveDtype,
     configure,
-    with_positionals,
 )
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
@@ -820,8 +819,8 @@ class FolderGrowth:
 
 def main(argv):
     """Command line: SOURCE TARGET, then knobs."""
-    argv = with_positionals(argv, 'source', 'target')
-    options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET')
+    words = ('source', 'target')
+    options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET', words=words)
     if not (options.source and options.target and options.to):
         raise UserError('missing arguments; usage: expand.py SOURCE TARGET --to=SIZE')
     how = dict(width=options.width, depth=options.depth, noise=options.noise, seed=options.seed)

@@ -28,7 +28,6 @@ from configurator import (
     NonNegative,
     Positive,
     configure,
-    with_positionals,
 )
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
@@ -472,8 +471,8 @@ def write_child(options):
 
 def main(argv):
     """Command line: a model's folder, or that and a child's, then knobs."""
-    argv = with_positionals(argv, 'folder', 'child')
-    options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER [CHILD]')
+    words = ('folder', 'child')
+    options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER [CHILD]', words=words)
     if not options.folder:
         raise UserError('missing argument; usage: inheritune.py FOLDER [CHILD --n=LAYERS]')
     if options.child:

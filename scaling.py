@@ -42,7 +42,6 @@ from configurator import (
     NonNegative,
     Positive,
     configure,
-    with_positionals,
 )
 from engine.errors import UserError, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
@@ -654,8 +653,8 @@ def read_fits(path):
 
 def fit_command(argv):
     """scaling.py fit RESULTS.csv"""
-    argv = with_positionals(argv, 'results')
-    options, _, _ = configure(argv, Fitting, program='scaling.py fit RESULTS.csv')
+    words = ('results',)
+    options, _, _ = configure(argv, Fitting, program='scaling.py fit RESULTS.csv', words=words)
     if not options.results:
         raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
     options.out = options.out or str(Path(options.results).parent)

@@ -1,7 +1,7 @@
 # Chain-of-Learngene, Table 2: the chain Pythia-1.4b -> 1b -> 410m -> 160m -> 70m and a DesNet of
 # 113.63M between the last two. Sets and text are prepared with Pythia's tokenizer:
 # --tokenizer=FOLDER.
-from col_gpt2 import *
+from config.col_gpt2 import *
 
 ancestor = 'EleutherAI/pythia-1.4b'
 ancestor_size = 'pythia-1.4b'

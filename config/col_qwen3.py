@@ -1,6 +1,6 @@
 # Chain-of-Learngene, Table 10: the chain Qwen3-4B -> 1.7B -> 0.6B and a DesNet of 1.09B between
 # the last two. Sets and text are prepared with Qwen3's tokenizer: --tokenizer=FOLDER.
-from col_gpt2 import *
+from config.col_gpt2 import *
 
 ancestor = 'Qwen/Qwen3-4B'
 ancestor_size = 'qwen3-4b'

@@ -1,6 +1,6 @@
 # Inheritune (Sanyal et al.), section 5 and Table 4: a GPT-2 large of 32 layers on FineWeb-Edu,
 # without repetition, a child of 16 layers and the same from nothing.
-from inheritune_gpt2_large import *
+from config.inheritune_gpt2_large import *
 
 size = 'gpt2-large-32'
 n = 16

@@ -1,6 +1,6 @@
 # Inheritune (Sanyal et al.), section 5 and Table 4: GPT-2 medium on FineWeb-Edu without repetition,
 # a child of 16 layers and the same from nothing.
-from inheritune_gpt2_medium import *
+from config.inheritune_gpt2_medium import *
 
 n = 16
 max_rounds = 1

@@ -1,5 +1,5 @@
 # Inheritune (Sanyal et al.), Table 1, GPT-2 large: 36 layers, a child of 18.
-from inheritune_gpt2_medium import *
+from config.inheritune_gpt2_medium import *
 
 size = 'gpt2-large'
 tokens = 100_000 * 16 * 1024  # 100K steps

@@ -1,5 +1,5 @@
 # Inheritune (Sanyal et al.), Table 1, GPT-2 xlarge: 48 layers, a child of 24.
-from inheritune_gpt2_large import *
+from config.inheritune_gpt2_large import *
 
 size = 'gpt2-xl'
 learning_rate = 1.5e-4

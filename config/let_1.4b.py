@@ -18,7 +18,7 @@
 #   AutoTokenizer.from_pretrained('facebook/opt-125m').save_pretrained(FOLDER)
 # Figure 7, a 3B model without a teacher, in OpenLLaMA-3B's shape, as the paper names none:
 # --size=openllama-3b --variants=baseline
-from _let import *
+from config._let import *
 
 teacher = 'HuggingFaceTB/SmolLM2-135M'
 data = 'pile_smollm2'

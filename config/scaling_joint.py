@@ -1,7 +1,7 @@
 # Scaling laws of model reuse (Liew and Kato), section 4.1 and Table 7: the joint law in D1, D2 and
 # N, continual pretraining on code, six sizes and their longest runs (Table 4).
 # Appendix D.3, stacking: --reuse=stk2 --second_data=
-from scaling_cpt_code import *
+from config.scaling_cpt_code import *
 
 sizes = ('15m', '44m', '0.1b', '0.2b', '0.5b', '1b-reuse')
 longest = tuple(

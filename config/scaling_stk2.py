@@ -2,7 +2,7 @@
 # the base's data; and the stacked shape from scratch (section 5.2).
 # The table's other growths: --reuse=stk4 --scratch= (Stk x4); --reuse=exp --scratch= (Exp x2, width
 # times the square root of two, function preserving); --reuse=stk2+stable --scratch= (Stk (sta))
-from scaling_cpt_code import *
+from config.scaling_cpt_code import *
 
 reuse = ('stk2',)
 second_data = ''

@@ -1,6 +1,6 @@
 # Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a base of 15M stacked and
 # trained on up to 2,000 tokens for each parameter of the base, every decay three times.
-from scaling_cpt_code import *
+from config.scaling_cpt_code import *
 
 sizes = ('15m',)
 longest = (17600 * 128 * 1024,)

@@ -23,6 +23,7 @@ import signal
 import sys
 from collections import deque
 from dataclasses import dataclass
+from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -378,8 +379,8 @@ def write_tokens(unfinished, pieces, state, options, save_every=64):
 
 def main(argv):
     """Command line: a corpus name or files first, knobs after it."""
-    names = [arg for arg in argv if not arg.startswith('-')]
-    argv = [f'--corpus={",".join(names)}'] * bool(names) + [arg for arg in argv if arg[:1] == '-']
+    names = list(takewhile(lambda arg: arg[:1] != '-', argv))
+    argv = [f'--corpus={",".join(names)}'] * bool(names) + argv[len(names) :]
     options, _, _ = configure(argv, Preparation, None, 'data/prepare.py')
     prepare(options)
 

@@ -21,7 +21,7 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
-from configurator import Count, Natural, configure, with_positionals
+from configurator import Count, Natural, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Order, sequences, to_device
 from engine.errors import UserError, run_as_program
@@ -140,8 +140,8 @@ def open_target(options, corpus, device):
 
 def main(argv):
     """Command line: TEACHER, then knobs."""
-    argv = with_positionals(argv, 'teacher')
-    options, _, _ = configure(argv, Options, program='extras/alignment.py TEACHER')
+    words = ('teacher',)
+    options, _, _ = configure(argv, Options, program='extras/alignment.py TEACHER', words=words)
     if not options.teacher:
         raise UserError('missing argument; usage: alignment.py TEACHER --size=SIZE')
     device = choose_device(options.device)

@@ -12,6 +12,7 @@ of the loss curve and the largest eigenvalue of the Hessian show no clear trend.
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -246,8 +247,8 @@ def curvature_panel(records):
 
 def diagnose_command(argv):
     """scaling.py diagnose FOLDER [FOLDER ...]"""
-    folders = [arg for arg in argv if not arg.startswith('-')]
-    knobs = [arg for arg in argv if arg.startswith('-')]
+    folders = list(takewhile(lambda arg: arg[:1] != '-', argv))
+    knobs = argv[len(folders) :]
     options, _, _ = configure(knobs, Diagnosis, program='scaling.py diagnose FOLDER ...')
     if not folders:
         raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')

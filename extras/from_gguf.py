@@ -16,7 +16,7 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
-from configurator import configure, with_positionals
+from configurator import configure
 from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import new_folder
 from engine.hugging_face import config_from_hugging_face, tensors_from_hugging_face
@@ -69,8 +69,10 @@ def convert_into(folder, transformers, file, dtype):
 
 def main(argv):
     """Command line: FILE FOLDER, then knobs."""
-    argv = with_positionals(argv, 'source', 'target')
-    options, _, _ = configure(argv, Conversion, program='extras/from_gguf.py FILE FOLDER')
+    words = ('source', 'target')
+    options, _, _ = configure(
+        argv, Conversion, program='extras/from_gguf.py FILE FOLDER', words=words
+    )
     if not (options.source and options.target):
         raise UserError('missing arguments; usage: from_gguf.py FILE FOLDER')
     convert(options.source, options.target, getattr(torch, options.dtype))

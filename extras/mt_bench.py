@@ -19,7 +19,7 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
-from configurator import Count, Natural, configure, with_positionals
+from configurator import Count, Natural, configure
 from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.errors import UserError, run_as_program
@@ -83,8 +83,8 @@ def answers(model, name, questions, max_new_tokens):
 
 def main(argv):
     """Command line: FOLDER, then knobs."""
-    argv = with_positionals(argv, 'model')
-    options, _, _ = configure(argv, Answering, program='extras/mt_bench.py FOLDER')
+    words = ('model',)
+    options, _, _ = configure(argv, Answering, program='extras/mt_bench.py FOLDER', words=words)
     if not (options.model and options.questions):
         raise UserError('missing arguments; usage: mt_bench.py FOLDER --questions=question.jsonl')
     if not Path(options.questions).is_file():

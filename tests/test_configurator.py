@@ -17,11 +17,9 @@ from configurator import (
     Count,
     Fraction,
     Positive,
-    check,
     configure,
+    convert,
     knob_help,
-    parse,
-    with_positionals,
 )
 from engine.errors import UserError
 from engine.files import write_atomically
@@ -68,11 +66,9 @@ def test_defaults_then_file_then_command_line(tmp_path):
     )
 
 
-def test_a_config_file_may_build_on_its_sibling(tmp_path):
-    (tmp_path / 'parent_config.py').write_text('n_layer = 8\nspeed = 3.0\n')
-    (tmp_path / 'child.py').write_text('from parent_config import *\nspeed = 2.0\n')
-    general, walk = configured(str(tmp_path / 'child.py'))
-    assert (general.n_layer, walk.speed) == (8, 2.0)
+def test_a_config_file_may_build_on_another():
+    run, _, _ = configure(['config/let_1.4b.py'], Run, train.METHODS)
+    assert (run.beta2, run.block_size) == (0.999, 1280)  # of config/_let.py
 
 
 @pytest.mark.parametrize(
@@ -83,61 +79,49 @@ def test_a_config_file_may_build_on_its_sibling(tmp_path):
         ('3', float, 3.0),
         ('true', bool, True),
         ('False', bool, False),
+        (True, bool, True),
         ('a=b', str, 'a=b'),
         ('', str, ''),
         ('1b,2b', tuple[str, ...], ('1b', '2b')),
         ("('1b', '2b')", tuple[str, ...], ('1b', '2b')),
         ('1,2.5', tuple[float, ...], (1.0, 2.5)),
-        ('7', tuple[int, ...], (7,)),
+        (7, tuple[int, ...], (7,)),
         ('', tuple[int, ...], ()),
     ],
 )
-def test_parse(text, kind, value):
-    assert parse(text, kind) == value and type(parse(text, kind)) is type(value)
+def test_convert(text, kind, value):
+    assert convert(text, kind) == value and type(convert(text, kind)) is type(value)
 
 
 @pytest.mark.parametrize(
-    'text, kind',
+    'value, kind',
     [
         ('fast', float),
         ('nan', float),
         ('1e999', float),
         ('1.5', int),
         ('True', int),
+        (True, int),
+        (1, bool),
         ('2', bool),
-        ('None', int),
         ('1,x', tuple[float, ...]),
         ('__import__("os")', int),
         ('(' * 500, int),
         ('[1]', float),
         ('\x00', int),
-    ],
-)
-def test_parse_refuses(text, kind):
-    with pytest.raises(ValueError):
-        parse(text, kind)
-
-
-@pytest.mark.parametrize(
-    'value, kind',
-    [
         (0, Count),
+        (10**400, Count),
         (1.5, Fraction),
         (0.0, Positive),
         ('linear', Literal['cosine', 'wsd']),
         ((3, 0), tuple[Count, ...]),
-        (True, int),
-        (1, bool),
-        ('1', float),
-        (float('inf'), float),
         (None, str),
-        ([1, 'a'], tuple[int, ...]),
         (lambda: 1, float),
     ],
 )
-def test_check_refuses(value, kind):
-    with pytest.raises(ValueError):
-        check(value, kind)
+def test_convert_refuses(value, kind):
+    with pytest.raises((ValueError, TypeError, SyntaxError, OverflowError, MemoryError)):
+        convert(value, kind)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +130,7 @@ def test_check_refuses(value, kind):
         (['--learning_rat=1'], ['learning_rat', 'did you mean learning_rate?']),
         (['--learning_rate=fast'], ['learning_rate must be a number', 'fast']),
         (['--n_layer=2.5'], ['n_layer must be a whole number']),
-        (['--sizes'], ['--sizes=VALUE']),
+        (['--sizes'], ['--sizes: sizes must be a list', 'not left out']),
         (['n_layer=3'], ['neither a config file']),
         (['--method=wlak'], ['did you mean walk?']),
         (
@@ -209,10 +193,11 @@ def test_text_that_no_path_can_hold_is_refused(tmp_path):
         train.main([str(file)])
 
 
-def test_words_of_a_command_stand_anywhere():
-    argv = ['--bootstrap=0', 'results.csv', '--out=x', 'more']
-    expected = ['--bootstrap=0', '--results=results.csv', '--out=x', 'more']
-    assert with_positionals(argv, 'results') == expected
+def test_values_may_follow_their_knobs_and_words_stand_anywhere():
+    argv = ['--n_layer', '6', 'fast', '--compile', '--learning_rate=1e-2', '--sizes', 'a,b']
+    run, _, origins = configure(argv, General, words=('method',))
+    found = General('fast', 1e-2, 6, True, ('a', 'b'))
+    assert run == found and origins.keys() == {f.name for f in dataclasses.fields(General)}
 
 
 def test_who_plans_waits_for_torch_alone():
@@ -238,7 +223,7 @@ def test_help_lists_every_knob_with_its_comment(capsys):
         configured('--n_layer=9', '--help')
     text = capsys.readouterr().out
     assert (
-        exit.value.code == 0
+        not exit.value.code
         and '--n_layer=9' in text
         and 'the maximum' in text
         and '--speed=5.0' in text
@@ -274,7 +259,7 @@ def test_command_line_of_train(data_dir):
     process = run_command('train.py', 'config/progressive_tiny.py', '--help')
     assert (
         process.returncode == 0
-        and '--sizes=32x2,48x2,64x2,64x4' in process.stdout
+        and "--sizes=('32x2', '48x2', '64x2', '64x4')" in process.stdout
         and '--warmup=0.01' in process.stdout
     )
 
@@ -337,7 +322,9 @@ def test_what_is_no_file_is_written_to_and_stays(tmp_path):
 def test_bare_flags_and_knobs_of_other_methods():
     run, _, _ = configure(['--toy', '--dry_run'], Run, train.METHODS)
     assert run.toy and run.dry_run
-    with pytest.raises(UserError, match='--seed has no value'):
+    with pytest.raises(
+        UserError, match='--seed: seed must be a whole number, at least 0, not left out'
+    ):
         configure(['--seed'], Run, train.METHODS)
     words = "no knob 'width': it belongs to the method progressive"
     with pytest.raises(UserError, match=words):
