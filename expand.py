@@ -462,7 +462,7 @@ def grown_shape(small, to):
     match = re.fullmatch(r'(\d+)x(\d+)', to)
     if match and (small.head_dim != 16 or small.n_kv_head < small.n_head):  # not named like that
         width, layers = int(match[1]), int(match[2])
-        shape = dict(n_embd=width, n_layer=layers, head_dim=small.head_dim)
+        shape = dict(n_embd=width, n_layer=layers, head_dim=int(small.head_dim))
         for field in ('n_head', 'n_kv_head', 'n_mlp'):
             shape[field], rest = divmod(getattr(small, field) * width, small.n_embd)
             if rest:

@@ -40,6 +40,10 @@ CHOICES = {
 }
 
 
+class Derived(int):
+    """A number that follows from others; dataclasses.replace() computes it again."""
+
+
 @dataclass
 class GPTConfig:
     """The shape of a decoder. Raises UserError when the numbers do not fit together."""
@@ -71,7 +75,9 @@ class GPTConfig:
     def __post_init__(self):
         for field in fields(self):  # a configuration may come from a file
             value, kind = getattr(self, field.name), field.type
-            if type(value) is not kind and not (kind is float and type(value) is int):
+            if type(value) is Derived:
+                setattr(self, field.name, 0)
+            elif type(value) is not kind and not (kind is float and type(value) is int):
                 raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
             if kind is float:
                 if not 0 <= value <= 1e30:  # neither NaN nor what no tensor holds
@@ -81,9 +87,9 @@ class GPTConfig:
         if len(numbers) != len(self.rope_scaling) or len(numbers) not in (0, 4):
             found = str(self.rope_scaling)[:80]
             raise UserError(f'rope_scaling is four positive numbers or none, not {found}')
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.n_embd // max(1, self.n_head)
-        self.n_mlp = self.n_mlp or 4 * self.n_embd
+        self.n_kv_head = self.n_kv_head or Derived(self.n_head)
+        self.head_dim = self.head_dim or Derived(self.n_embd // max(1, self.n_head))
+        self.n_mlp = self.n_mlp or Derived(4 * self.n_embd)
         for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size', 'channels'):
             least, most = int(name != 'channels'), MAX_LAYERS if name == 'n_layer' else 2**31 - 1
             found = getattr(self, name)

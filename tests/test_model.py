@@ -104,6 +104,14 @@ def tokens(batch=2, length=20):
     return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def test_what_is_left_out_follows_what_it_derives_from():
+    config = dataclasses.replace(GPTConfig(n_head=3, n_embd=60), n_head=5)
+    assert (config.n_kv_head, config.head_dim, config.n_mlp) == (5, 12, 240)
+    given = GPTConfig(n_head=4, n_embd=48, n_kv_head=4)
+    with pytest.raises(UserError, match='n_head=6 is not a multiple of n_kv_head=4'):
+        dataclasses.replace(given, n_head=6)
+
+
 @pytest.mark.parametrize('name', SIZES)
 def test_every_named_size_has_the_papers_parameter_count(name):
     with torch.device('meta'):
