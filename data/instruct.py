@@ -127,7 +127,7 @@ def prompt(instruction, context, style='paper'):
 
 def signature_examples(options):
     """A function's signature -> the first line of its documentation."""
-    for name, signature, line in signatures(options.packages):
+    for name, signature, line in signatures():
         example = dict(instruction=signature, input='', output=line)
         yield example, is_held_out(name, options.val_fraction)
 
@@ -155,21 +155,21 @@ def file_records(path):
     Yield (number from 1, record) of a .jsonl file, or of a .json file with a list. Raises UserError
     for what is no JSON.
     """
-    is_list = path.endswith('.json')
+    number = 0
     try:
-        text = Path(path).read_text(encoding='utf-8')
-        records = json.loads(text) if is_list else list(filter(str.strip, text.split('\n')))
+        with open(path, encoding='utf-8') as file:
+            if path.endswith('.json'):
+                records = json.load(file)
+                if not isinstance(records, list):
+                    raise UserError(f'{path} holds no list of records')
+            else:
+                records = map(json.loads, filter(str.strip, file))
+            for number, record in enumerate(records, 1):
+                yield number, record
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read ({first_line(error)})') from None
-    if not isinstance(records, list):
-        raise UserError(f'{path} holds no list of records')
-    for number, record in enumerate(records, 1):
-        try:
-            yield number, record if is_list else json.loads(record)
-        except ValueError:
-            raise UserError(f'{path}, record {number}: no JSON') from None
-        except RecursionError:
-            raise UserError(f'{path}, record {number} is too deep') from None
+        raise UserError(f'{path}, record {number + 1}: {first_line(error)}') from None
 
 
 def file_examples(options):

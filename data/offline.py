@@ -44,18 +44,14 @@ def project_packages():
     return sorted(found)
 
 
-def source_files(packages):
+def source_files():
     """
     [(name that is the same on every machine, path)] of the .py files of Python's library and of
-    the packages ('project', or 'all' that are installed), without tests and vendored copies.
+    the packages, without tests and vendored copies.
     """
     library = Path(sysconfig.get_paths()['stdlib'])
     files = {f'python/{p.relative_to(library).as_posix()}': p for p in library.rglob('*.py')}
-    names = project_packages()
-    if packages == 'all':
-        installed = importlib.metadata.distributions()
-        names = sorted({distribution.metadata['Name'].lower() for distribution in installed})
-    for name in names:
+    for name in project_packages():
         for file in importlib.metadata.files(name) or []:
             if file.suffix == '.py' and '..' not in file.parts:
                 files[f'{name}/{file.as_posix()}'] = Path(file.locate())
@@ -88,9 +84,8 @@ def parse_file(path):
         return None
 
 
-def read_source(job):
-    """(corpus, path) -> the texts of one file: its docstrings (pydocs), its code (pycode)."""
-    corpus, path = job
+def read_source(corpus, path):
+    """The texts of one file: its docstrings (pydocs), or its code (pycode)."""
     parsed = parse_file(path)
     if parsed is None:
         return []
@@ -117,20 +112,15 @@ def is_held_out(text, fraction):
     return zlib.crc32(text.encode('utf-8', 'replace')) < fraction * 2**32  # lone surrogates
 
 
-def offline_documents(corpus, packages, val_fraction, pool):
+def offline_documents(options):
     """Yield (text, is_validation) of pydocs or pycode, validation first; split by file."""
-    files = source_files(packages)
-    jobs = [(corpus, str(path)) for _, path in files]
-    read = pool.imap(read_source, jobs, chunksize=16)
-    texts = list(progress_bar(read, total=len(files), desc=f'reading {corpus}', unit='file'))
-    held_out = [is_held_out(name, val_fraction) for name, _ in files]
+    files = [(is_held_out(name, options.val_fraction), path) for name, path in source_files()]
+    files.sort(key=lambda file: not file[0])
     seen = set()
-    for is_val in (True, False):
-        for texts_of_file, held in zip(texts, held_out):
-            if held == is_val:
-                for text in texts_of_file:
-                    if is_new(text, seen):
-                        yield text, is_val
+    for is_val, path in progress_bar(files, desc=f'reading {options.corpus}', unit='file'):
+        for text in read_source(options.corpus, path):
+            if is_new(text, seen):
+                yield text, is_val
 
 
 def is_new(text, seen):
@@ -147,11 +137,10 @@ def is_new(text, seen):
     return True
 
 
-def signatures(packages):
+def signatures():
     """Yield (source name, signature, first line of its documentation) of functions."""
     seen = set()
-    files = source_files(packages)
-    for name, path in progress_bar(files, desc='reading signatures', unit='file'):
+    for name, path in progress_bar(source_files(), desc='reading signatures', unit='file'):
         parsed = parse_file(path)
         if parsed is None:
             continue

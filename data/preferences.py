@@ -30,7 +30,7 @@ def offline_preferences(options):
     that of the function LAG before it, which mostly is from another file.
     """
     before = {is_val: deque(maxlen=LAG) for is_val in (False, True)}
-    for name, signature, line in signatures(options.packages):
+    for name, signature, line in signatures():
         is_val = is_held_out(name, options.val_fraction)
         if len(before[is_val]) == LAG:
             yield signature, line, before[is_val][0], is_val

@@ -27,6 +27,7 @@ class Tokenizer(NamedTuple):
     decode: Any  # list of ids -> text
     vocab_size: int
     end: int  # the end-of-text token
+    encode_batch: Any  # texts -> encode() of each; where it takes long, in parallel
 
     @property
     def dtype(self):
@@ -50,6 +51,10 @@ def _encode_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def _encode_batch(tokenizer, texts):
+    return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
 @cache
 def load_tokenizer(name):
     """
@@ -57,10 +62,12 @@ def load_tokenizer(name):
     (needs the package tokenizers). Raises UserError.
     """
     if name == 'bytes':
-        return Tokenizer(encode_bytes, bytes_encoding().decode, 257, 256)
+        each = partial(map, encode_bytes)
+        return Tokenizer(encode_bytes, bytes_encoding().decode, 257, 256, each)
     if is_encoding(name):
         found = find_encoding(name)
-        return Tokenizer(found.encode_ordinary, found.decode, found.n_vocab, found.eot_token)
+        ids, each = (found.n_vocab, found.eot_token), found.encode_ordinary_batch
+        return Tokenizer(found.encode_ordinary, found.decode, *ids, each)
     file = Path(name) / 'tokenizer.json'
     if not file.is_file():
         known = ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json']
@@ -74,7 +81,8 @@ def load_tokenizer(name):
     ends = [i for i in ends if i is not None]
     if not ends:
         raise UserError(f'{file} has no known end-of-text token')
-    return Tokenizer(partial(_encode_ids, found), found.decode, found.get_vocab_size(), ends[0])
+    ids, each = (found.get_vocab_size(), ends[0]), partial(_encode_batch, found)
+    return Tokenizer(partial(_encode_ids, found), found.decode, *ids, each)
 
 
 def check_tokenizer(tokenizer, config):

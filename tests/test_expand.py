@@ -51,9 +51,7 @@ def test_doubling_every_unit_keeps_the_function(shape):
     torch.testing.assert_close(wide(tokens()).logits, model(tokens()).logits, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize(
-    'changes', [dict(n_mlp=57), dict(n_head=5), dict(n_head=7, n_mlp=99)]
-)
+@pytest.mark.parametrize('changes', [dict(n_mlp=57), dict(n_head=5), dict(n_head=7, n_mlp=99)])
 def test_any_number_of_neurons_and_heads_keeps_the_function(changes):
     model = small()
     wide = widen(model, grown(model, head_dim=int(model.config.head_dim), **changes), 'fpi')

@@ -42,7 +42,7 @@ def call(log, function, *arguments):
 
 
 def prepare_in_small_pieces(options):
-    prepare.stream_batches.__defaults__, prepare.write_tokens.__defaults__ = (4,), (2,)
+    prepare.ROWS, prepare.write_tokens.__defaults__ = 4, (2,)
     prepare.prepare(prepare.Preparation(**options))
 
 
@@ -130,7 +130,8 @@ def test_training_survives_kills_anywhere(processes, data_dir, tmp_path):
 def test_preparation_survives_kills_anywhere(processes, tmp_path):
     from conftest import write_texts
 
-    options = dict(corpus=write_texts(tmp_path / 'texts', 'jsonl'), tokenizer='bytes', processes=1)
+    options = dict(corpus=write_texts(tmp_path / 'texts', 'parquet'), tokenizer='bytes')
+    options['text_column'] = 'body'
     timed(
         processes,
         tmp_path / 'log',

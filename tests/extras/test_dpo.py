@@ -87,7 +87,7 @@ def test_half_a_character_in_a_prompt_is_replaced(tmp_path):
 
 def test_offline_preferences_are_a_functions_own_documentation(monkeypatch):
     found = [(f'file{i // 10}', f'f{i}(x)', f'line {i}') for i in range(3 * LAG)]
-    monkeypatch.setattr('data.preferences.signatures', lambda packages: iter(found))
+    monkeypatch.setattr('data.preferences.signatures', lambda: iter(found))
     rows = list(offline_preferences(Preparation('preferences', val_fraction=0.2)))
     lines = {signature: line for _, signature, line in found}
     assert rows and all(chosen == lines[prompt] != rejected for prompt, chosen, rejected, _ in rows)
