@@ -5,28 +5,24 @@ Variants take turns in one process, so that their ratios hold on a noisy machine
     python bench.py                                                # tokens/s and memory of a step
     python bench.py --variants=baseline,let,rkd,salt               # a teacher's cost (LET, Table 4)
     python bench.py --variants=baseline,baseline+compile,transformers
-    python bench.py --gpt2=True --variants=baseline,nanogpt --nanogpt=FOLDER
+    python bench.py --size=gpt2 --variants=baseline,nanogpt --nanogpt=FOLDER
     python bench.py --what=generation --batch_size=1               # beside transformers'
 
-Every step is one of train.py's with one micro-batch of random tokens. FLOPs per token: 6 N for the
-weights of layers and head, and 12 L H D T for attention in full, as MFU is mostly quoted.
+Every step is one of train.py's with one micro-batch of random tokens. MFU counts 6 N FLOPs a token
+for the weights of layers and head, and 12 L H D T for attention in full, as it is mostly quoted.
 """
 
-import importlib.util
-import statistics
-import sys
+import runpy
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import median
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-import train
 from configurator import Count, configure
 from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
@@ -37,6 +33,7 @@ from engine.report import table
 from engine.stage import Progress, next_token
 from let import Alignment, distil, let, pair_layers
 from model import GPT, GPTConfig, load
+from train import Run
 
 
 @dataclass
@@ -45,9 +42,7 @@ class Bench:
 
     what: Literal['steps', 'generation'] = 'steps'  # what is timed
     variants: tuple[str, ...] = ('baseline',)  # let, rkd, salt, nanogpt, transformers; +compile
-    size: str = '256x6'  # a named size, or WIDTHxLAYERS
-    head_dim: Count = 64  # of a WIDTHxLAYERS size
-    gpt2: bool = False  # a GPT-2 of that width and depth: LayerNorm, GELU, learned positions, tied
+    size: str = '256x6'  # a named size, or WIDTHxLAYERS or gpt2-WIDTHxLAYERS, here with heads of 64
     vocab_size: Count = 8192
     block_size: Count = 256  # tokens in a sequence; of generation, with a prompt of 16
     batch_size: Count = 8  # sequences at once
@@ -60,66 +55,35 @@ class Bench:
     def config(self, size):
         """The configuration of a size with the benchmark's vocabulary, context and heads."""
         config = GPTConfig.named(size, vocab_size=self.vocab_size, block_size=self.block_size)
-        if 'x' in size and config.n_embd % self.head_dim == 0:
-            heads = config.n_embd // self.head_dim
-            config = replace(config, n_head=heads, n_kv_head=heads, head_dim=self.head_dim)
-        if self.gpt2:
-            switches = dict(norm='layer', act='gelu_exact', pos='learned', tied=True)
-            config = replace(config, n_mlp=4 * config.n_embd, **switches)
+        if config.act == 'gelu':
+            config = replace(config, act='gelu_exact')  # nanoGPT's
+        if config.head_dim == 16:
+            config = replace(config, n_head=max(1, config.n_embd // 64))
         return config
-
-    def knobs(self):
-        """The general knobs of a run like this."""
-        names = ('device', 'dtype', 'block_size', 'batch_size')
-        return train.Run(compile='False', **{name: getattr(self, name) for name in names})
-
-
-def flops_per_token(config):
-    """Forward and backward: 6 per weight of layers and head, and attention in full."""
-    attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
-    return 6 * config.num_params(head=True) + attention
 
 
 # ----------------------------------------------------------------------------------------------
 # variants
 
 
-class Peer(nn.Module):
-    """Another implementation, called as ours is; loss_of: (its model, x, y) -> mean loss."""
-
-    def __init__(self, model, loss_of):
-        super().__init__()
-        self.model, self.loss_of = model, loss_of
-
-    def forward(self, x, y):
-        """What our model returns of the loss."""
-        loss = self.loss_of(self.model, x, y)
-        return SimpleNamespace(loss=loss, count=(y >= 0).sum())
-
-
 def transformers_peer(config, options):
-    """transformers' model of our shape, randomly initialised."""
+    """(transformers' model of our shape, (it, x, y) -> mean loss)."""
     transformers = import_extra('transformers', 'the variant transformers needs')
-    fields = config_to_hugging_face(config)
-    for name in ('nanofamily', 'architectures', 'torch_dtype'):
-        fields.pop(name)
     how = dict(attn_implementation='sdpa', use_cache=False)
-    theirs = transformers.AutoConfig.for_model(**fields, **how)
+    theirs = transformers.AutoConfig.for_model(**config_to_hugging_face(config), **how)
     model = transformers.AutoModelForCausalLM.from_config(theirs)
-    return Peer(model, lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss)
+    return model, lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss
 
 
 def nanogpt_peer(config, options):
-    """nanoGPT's model of our shape, from its own file."""
+    """(nanoGPT's model of our shape, from its own file, (it, x, y) -> mean loss)."""
     path = Path(options.nanogpt) / 'model.py'
     if not options.nanogpt or not path.is_file():
         raise UserError('the variant nanogpt needs --nanogpt=FOLDER, with a copy of nanoGPT')
-    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
-    module = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    theirs = runpy.run_path(str(path))
     names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
-    fields = {name: getattr(config, name) for name in names}
-    return Peer(module.GPT(module.GPTConfig(dropout=0.0, **fields)), lambda m, x, y: m(x, y)[1])
+    shape = theirs['GPTConfig'](dropout=0.0, **{name: getattr(config, name) for name in names})
+    return theirs['GPT'](shape), lambda m, x, y: m(x, y)[1]
 
 
 PEERS = {'transformers': transformers_peer, 'nanogpt': nanogpt_peer}
@@ -127,10 +91,10 @@ KINDS = ('baseline', 'let', 'rkd', 'salt', *PEERS)
 
 
 def objective_of(kind, options, config, hardware):
-    """What a variant minimises; a teacher is random, of teacher_size."""
-    if kind not in ('let', 'rkd', 'salt'):
+    """What a variant of ours minimises; a teacher is random, of teacher_size."""
+    if kind == 'baseline':
         return next_token
-    teacher = GPT(replace(options, gpt2=False).config(options.teacher_size))
+    teacher = GPT(options.config(options.teacher_size))
     teacher = teacher.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
     if kind == 'let':
         return let(teacher, Alignment(*pair_layers('L2E', teacher.config.n_layer, config.n_layer)))
@@ -139,23 +103,28 @@ def objective_of(kind, options, config, hardware):
 
 def make_step(name, options, hardware):
     """A function that makes one training step of a variant. Raises UserError."""
-    kind, _, how = name.partition('+')
-    if kind not in KINDS or how not in ('', 'compile'):
-        raise unknown('variant', name, [*KINDS, *(f'{kind}+compile' for kind in KINDS)])
-    config, knobs = options.config(options.size), options.knobs()
+    known = [*KINDS, *(f'{kind}+compile' for kind in KINDS)]
+    if name not in known:
+        raise unknown('variant', name, known)
+    kind = name.removesuffix('+compile')
+    config = options.config(options.size)
     torch.manual_seed(0)
-    model = PEERS[kind](config, options) if kind in PEERS else GPT(config)
+    if kind in PEERS:
+        model, loss_of = PEERS[kind](config, options)
+    else:
+        model, objective = GPT(config), objective_of(kind, options, config, hardware)
+        loss_of = lambda m, x, y: objective(m, x, y, Progress(0, 1000))[0]
     model = model.to(hardware.device, torch.float32)
     shape = (2, options.batch_size, options.block_size)
     pair = torch.randint(options.vocab_size, shape, device=hardware.device).unbind()
-    called, optimizer = torch.compile(model) if how else model, make_optimizer(model, knobs)
-    objective = objective_of(kind, options, config, hardware)
+    called = model if name == kind else torch.compile(model)
+    optimizer = make_optimizer(model, Run())
 
     def step():
         with hardware.autocast:
-            loss, *_ = objective(called, *pair, Progress(0, 1000))
+            loss = loss_of(called, *pair)
         loss.backward()
-        clip_grad_norm_(model.parameters(), knobs.grad_clip)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -166,52 +135,47 @@ def make_step(name, options, hardware):
 # timing
 
 
-def synchronise(device):
-    """Wait for the GPU."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-
-
 def take_turns(calls, tokens, rounds, device):
     """
     Records of functions {name: call} that take so many tokens each: the median of tokens per second
     and of the ratio to the first, round by round, with the range of that.
     """
     speeds = {name: [] for name in calls}
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     for turn in progress_bar(range(rounds), desc='measuring'):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
-            synchronise(device)
+        for name in list(calls)[:: (-1) ** turn]:
+            wait()
             start = time.perf_counter()
             calls[name]()
-            synchronise(device)
+            wait()
             speeds[name].append(tokens / (time.perf_counter() - start))
     records, first = [], next(iter(speeds.values()))
     for name, found in speeds.items():
         ratios = [a / b for a, b in zip(found, first)]
-        record = {'variant': name, 'tokens/s': statistics.median(found)}
-        record['ratio'] = statistics.median(ratios)
-        records.append(record | {'range': f'{min(ratios):.2f} to {max(ratios):.2f}'})
+        spread = f'{min(ratios):.2f} to {max(ratios):.2f}'
+        record = {'variant': name, 'tokens/s': median(found), 'ratio': median(ratios)}
+        records.append(record | {'range': spread})
     return records
 
 
 def steps(options, hardware):
-    """Records of the training steps of the variants, on a GPU with their memory at the peak."""
+    """Records of the training steps of the variants, on a GPU with memory at the peak and MFU."""
     calls, memory, on_gpu = {}, {}, hardware.device.type == 'cuda'
     for name in options.variants:
         before = torch.cuda.memory_allocated() if on_gpu else 0
         calls[name] = make_step(name, options, hardware)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
         for _ in range(3):  # the first compiles and fills the optimizer's state
             calls[name]()
-        memory[name] = torch.cuda.max_memory_allocated() - before if on_gpu else None
-    tokens = options.batch_size * options.block_size
-    records = take_turns(calls, tokens, options.rounds, hardware.device)
-    flops = flops_per_token(options.config(options.size))
-    for record in records:
-        record['GFLOP/s'] = record['tokens/s'] * flops / 1e9
         if on_gpu:
-            record['memory'] = memory[record['variant']]
+            memory[name] = torch.cuda.max_memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
+    tokens, c = options.batch_size * options.block_size, options.config(options.size)
+    records = take_turns(calls, tokens, options.rounds, hardware.device)
+    flops = 6 * c.num_params(head=True) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+    for record in records if on_gpu else ():
+        record['memory'] = memory[record['variant']]
+        if hardware.peak_flops:
+            record['of peak'] = record['tokens/s'] * flops / hardware.peak_flops
     return records
 
 
@@ -238,15 +202,11 @@ def generation(options, hardware):
 def main(argv):
     """Command line: knobs only."""
     options, _, _ = configure(argv, Bench, program='bench.py')
-    if not options.variants:
-        raise UserError('variants: which? See --help')
-    hardware = find_hardware(options.knobs())
-    measure = dict(steps=steps, generation=generation)[options.what]
+    hardware = find_hardware(Run(device=options.device, dtype=options.dtype))
+    measure = generation if options.what == 'generation' else steps
     print(table(measure(options, hardware)))
-    where = f'{torch.get_num_threads()} CPU threads'
-    if hardware.device.type == 'cuda':
-        where = torch.cuda.get_device_name()
     shape = f'{options.size}, {options.batch_size} x {options.block_size} tokens'
+    where = f'{hardware.name}, {torch.get_num_threads()} CPU threads'
     print(f'\n{shape}; {where}, {hardware.dtype}, torch {torch.__version__}')
 
 
