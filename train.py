@@ -379,7 +379,7 @@ def observed(stage, model, hardware, folder, progress):
     with hardware.autocast:
         seen = stage.observe(model)
     model.train()
-    if seen.get('score', -math.inf) > progress['best']:
+    if progress['step'] and seen.get('score', -math.inf) > progress['best']:  # of a trained model
         model.save(folder / 'best')
         progress['best'] = seen['score']
     return seen

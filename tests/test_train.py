@@ -21,7 +21,8 @@ import train
 from data.corpus import open_corpus
 from engine.errors import UserError
 from engine.optimizer import learning_rate, make_optimizer
-from engine.stage import Result, next_token
+from engine.parallel import find_hardware
+from engine.stage import Result, Stage, next_token
 from expand import data_panel, read_again
 from model import GPT, GPTConfig, load
 from train import METHODS, Run
@@ -255,6 +256,18 @@ def test_masked_targets_count_alike_in_any_micro_batch_on_any_number_of_processe
         found.append([(m['loss'], m['grad_norm']) for m in metrics(out / '16x2')])
     for other in found[1:]:
         assert other == [pytest.approx(pair, rel=1e-4) for pair in found[0]]
+
+
+def test_the_trained_model_of_the_highest_score_is_kept(data_dir, tmp_path):
+    """Not the one that a stage begins with, and not the last."""
+    scores = iter([3.0, 2.0, 1.0])  # at steps 0, 5 and 10
+    config = GPTConfig.named('16x1', vocab_size=257, block_size=16)
+    stage = Stage('s', config, 640, 1.0, observe=lambda model: dict(score=next(scores)))
+    run = Run(out_dir=str(tmp_path), data_dir=str(data_dir), batch_size=4, device='cpu')
+    run.eval_interval = run.keep_every = 5
+    train.train_stage(stage, run, find_hardware(run), lambda: None)
+    kept, fifth = (load(tmp_path / 's' / name).state_dict() for name in ('', 'step-5'))
+    assert all(torch.equal(kept[name], fifth[name]) for name in kept)
 
 
 def test_seeds_are_runs_of_all_that_is_not_shared(data_dir, tmp_path):
