@@ -5,6 +5,7 @@ on any number of processes, after any resume and from stage to stage, and evalua
 disturb it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,10 @@ def parse_mixture(text):
     weights = {}
     for part in text.split(','):
         name, _, weight = part.strip().partition(':')
-        try:
+        with contextlib.suppress(ValueError):
             weights[name] = float(weight or 1)
-        except ValueError:
-            weights[name] = -1.0
-        if not name or not 0 < weights[name] < float('inf'):
-            raise UserError(
-                f'{part!r} in data={text!r} must be NAME or NAME:WEIGHT, weight above 0'
-            )
+        if not name or not 0 < weights.get(name, -1.0) < np.inf:
+            raise UserError(f'{part!r} in data={text!r} is no NAME or NAME:WEIGHT, weight above 0')
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 
@@ -171,9 +168,9 @@ def to_device(examples, device):
     return arrays[0][:, :-1].contiguous(), arrays[0][:, 1:].contiguous()
 
 
-def batches(read, position, batch_size, micro_batch_size, share, steps=None):
+def batches(read, position, batch_size, micro_batch_size, share, steps):
     """
-    Yield (x, y) micro-batches from sequence `position`, of so many steps or, None, without end. The
+    Yield (x, y) micro-batches from sequence `position`, of so many steps. The
     batch_size sequences of a step are dealt to the processes like cards; each trains on its own in
     pieces of micro_batch_size. read: positions -> what to_device takes. The next micro-batch is
     read and copied to the GPU while the current one trains.
@@ -185,16 +182,13 @@ def batches(read, position, batch_size, micro_batch_size, share, steps=None):
         first = position + step * batch_size + share.rank
         return to_device(read(first + share.world_size * rows), share.device)
 
-    pieces = range(0, per_process, micro_batch_size)
-    numbers = itertools.count() if steps is None else range(steps)
-    plan = ((step, piece) for step in numbers for piece in pieces)
+    places = itertools.product(range(steps), range(0, per_process, micro_batch_size))
     with ThreadPoolExecutor(1) as reader:
         ahead = None
-        for place in plan:
-            current = ahead.result() if ahead else None
-            ahead = reader.submit(make, *place)
-            if current is not None:
-                yield current
+        for place in places:
+            current, ahead = ahead, reader.submit(make, *place)
+            if current:
+                yield current.result()
         if ahead:
             yield ahead.result()
 

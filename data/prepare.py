@@ -131,12 +131,12 @@ def stream_batches(options, state):
     Yield (documents, state of the stream behind them) of a corpus of the hub or of parquet files,
     read on from a state. Raises UserError.
     """
-    source, column = dict(path='parquet', data_files=list(options.files), split='train'), ''
+    column, what = options.text_column, 'be reached'
+    source = dict(path='parquet', data_files=list(options.files), split='train')
     if options.corpus in HUB:
         *where, column = HUB[options.corpus]
         source = hub_source(*where)
         reach_hub(options.corpus)
-    column, what = column or options.text_column, 'be reached'
     try:
         import datasets  # takes a second, and the offline corpora do not need it
 
