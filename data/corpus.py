@@ -3,16 +3,14 @@ Prepared corpora on disk: a folder data/NAME/ with train.bin and val.bin, one un
 token, and meta.json, which says what they are. Damage is reported before anything is read.
 """
 
-import importlib.metadata
 import mmap
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.offline import project_packages
+from data.offline import other_versions, versions
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
 from engine.files import checksum, damage_of, read_json, write_json
@@ -130,9 +128,9 @@ def finish_corpus(unfinished, out, counts, options, **more):
     if not is_encoding(options.tokenizer):
         write_tokenizer(options.tokenizer, unfinished)
     tokenizer = load_tokenizer(options.tokenizer)
-    versions = {}
-    if options.corpus in OFFLINE:
-        versions = {name: importlib.metadata.version(name) for name in project_packages()}
+    offline = options.corpus in OFFLINE
+    if offline and (others := other_versions()):
+        print(f'made from {", ".join(others)}: another corpus than that of the docs')
     meta = dict(
         corpus=options.corpus,
         tokenizer=options.tokenizer,
@@ -140,14 +138,12 @@ def finish_corpus(unfinished, out, counts, options, **more):
         end_of_text=tokenizer.end,
         dtype=np.dtype(tokenizer.dtype).name,
         options=vars(options),
-        python=platform.python_version(),
-        packages=versions,
+        versions=versions() if offline else {},
         splits=counts,
     )
     (unfinished / 'progress.json').unlink(missing_ok=True)
     write_json(unfinished / 'meta.json', meta | more)
     os.replace(unfinished, out)
-    shown = [f'{counts[split]["tokens"]:,} {split}' for split in SPLITS]
-    documents = sum(counts[split]['documents'] for split in SPLITS)
-    print(f'{out}: {" and ".join(shown)} tokens ({options.tokenizer}), {documents:,} documents')
+    train, val = (f'{counts[split]["tokens"]:,} {split}' for split in SPLITS)
+    print(f'{out}: {train} and {val} tokens ({options.tokenizer})')
     return out

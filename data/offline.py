@@ -1,57 +1,51 @@
 """
-Corpora that need no network: `pydocs`, the documentation of Python and of the packages this
-project depends on, `pycode`, their source, and the functions they define, for `signatures`.
-They are the same wherever the same packages are installed.
+Corpora that need no network: `pydocs`, the documentation of Python and of the packages below,
+`pycode`, their source, and the functions they define, for `signatures`. With PYTHON and the
+versions in requirements.txt they are the same everywhere, to the bit.
 """
 
 import ast
 import importlib.metadata
-import inspect
+import platform
 import re
 import sysconfig
 import zlib
-from collections import deque
 from pathlib import Path
 
 from engine.progress import progress_bar
 
-ROOT = Path(__file__).resolve().parent.parent
+PYTHON = '3.11.7'  # of the corpora behind the numbers in the docs
+PACKAGES = 'datasets matplotlib numpy pytest safetensors tiktoken torch tqdm'.split()
 SKIPPED_FOLDERS = set(
     'test tests testing idle_test _vendor vendor vendored _vendored third_party externals extern '
     'site-packages __pycache__ lib2to3 encodings'.split()
 )
+SKIPPED_FILES = re.compile(r'test_|.*_test\.py|conftest|_sysconfigdata|.*version\.py')  # generated
 LICENCE = re.compile(r'copyright|licen[cs]ed? |all rights reserved|redistribution', re.IGNORECASE)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def project_packages():
-    """Names of the packages in requirements.txt and of those they require in turn, sorted."""
+def versions():
+    """{package: its version}, and Python's."""
+    found = {name: importlib.metadata.version(name).split('+')[0] for name in PACKAGES}
+    return found | dict(python=platform.python_version())
 
-    def name_of(requirement):
-        return re.match(r'[A-Za-z0-9._-]+', requirement)[0].lower().replace('_', '-')
 
-    lines = (ROOT / 'requirements.txt').read_text().splitlines()
-    lines = [line.split('#')[0].strip() for line in lines]
-    found, queue = set(), deque(name_of(line) for line in lines if line)
-    while queue:
-        name = queue.popleft()
-        try:
-            wanted = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if name not in found:
-            found.add(name)
-            queue.extend(name_of(r) for r in wanted if 'extra ==' not in r)
-    return sorted(found)
+def other_versions():
+    """What is installed in another version than the docs' corpora are made of."""
+    pinned = (Path(__file__).parent.parent / 'requirements.txt').read_text(encoding='utf-8')
+    wanted = dict(re.findall(r'^([\w-]+)==(\S+)', pinned, re.MULTILINE)) | dict(python=PYTHON)
+    return [f'{name} {found}' for name, found in versions().items() if wanted[name] != found]
 
 
 def source_files():
     """
     [(name that is the same on every machine, path)] of the .py files of Python's library and of
-    the packages, without tests and vendored copies.
+    the packages, without tests, vendored copies and what is generated where it is installed.
     """
     library = Path(sysconfig.get_paths()['stdlib'])
     files = {f'python/{p.relative_to(library).as_posix()}': p for p in library.rglob('*.py')}
-    for name in project_packages():
+    for name in PACKAGES:
         for file in importlib.metadata.files(name) or []:
             if file.suffix == '.py' and '..' not in file.parts:
                 files[f'{name}/{file.as_posix()}'] = Path(file.locate())
@@ -59,51 +53,32 @@ def source_files():
 
 
 def is_used(name, path):
-    """Whether a source file is neither a test nor a vendored copy."""
-    folders = set(Path(name).parts[1:-1])
-    return not folders & SKIPPED_FOLDERS and not re.match(r'test_|.*_test\.py|conftest', path.name)
-
-
-def docstrings(tree):
-    """(node, text) of the docstrings of a module and everything defined in it, in order."""
-    body = tree.body
-    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        if isinstance(body[0].value.value, str):
-            yield body[0], body[0].value.value
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from docstrings(node)
+    """Whether a source file is none of those that are left out."""
+    return not SKIPPED_FOLDERS & {*name.split('/')[1:-1]} and not SKIPPED_FILES.match(path.name)
 
 
 def parse_file(path):
-    """(source, syntax tree) of a file, or None: not every installed file is valid Python."""
+    """(source, nodes that have a docstring) of a file: not every installed one is valid Python."""
     try:
         source = Path(path).read_text(encoding='utf-8')
-        return source, ast.parse(source)
+        nodes = ast.walk(ast.parse(source))
     except (OSError, ValueError, SyntaxError, RecursionError):
-        return None
+        return '', []
+    return source, [n for n in nodes if isinstance(n, DOCUMENTED) and ast.get_docstring(n)]
 
 
 def read_source(corpus, path):
-    """The texts of one file: its docstrings (pydocs), or its code (pycode)."""
-    parsed = parse_file(path)
-    if parsed is None:
-        return []
-    source, tree = parsed
+    """The texts of one file: its docstrings (pydocs), or its code without them (pycode)."""
+    source, nodes = parse_file(path)
     if corpus == 'pydocs':
-        texts = [inspect.cleandoc(text) for _, text in docstrings(tree)]
-        if Path(path).parts[-2:] == ('pydoc_data', 'topics.py'):  # help('yield'): prose in a dict
-            constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-            texts += [value for value in constants if isinstance(value, str)]
+        texts = map(ast.get_docstring, nodes)
         return [text for text in texts if len(text) >= 40 and not LICENCE.search(text)]
     lines = source.split('\n')
-    for node, _ in docstrings(tree):
-        lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    for node in nodes:
+        first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+        lines[first:last] = [None] * (last - first)
     code = '\n'.join(line.rstrip() for line in lines if line is not None)
-    header = re.match(r'(?:#[^\n]*\n|\s)*', code)[0]
-    if LICENCE.search(header):
-        code = code[len(header) :]
-    code = code.strip()
+    code = re.sub(r'\A(#.*\n|\s)*', '', code).strip()  # a file's head is mostly its licence
     return [code] if len(code) >= 200 else []
 
 
@@ -141,15 +116,10 @@ def signatures():
     """Yield (source name, signature, first line of its documentation) of functions."""
     seen = set()
     for name, path in progress_bar(source_files(), desc='reading signatures', unit='file'):
-        parsed = parse_file(path)
-        if parsed is None:
-            continue
-        for node in ast.walk(parsed[1]):
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            text = ast.get_docstring(node) if is_function else None
-            if not text:
+        for node in parse_file(path)[1]:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            line = text.strip().split('\n')[0].strip()
+            line = ast.get_docstring(node).strip().split('\n')[0].strip()
             signature = f'{node.name}({ast.unparse(node.args)})'
             if 15 <= len(line) <= 80 and len(signature) <= 80 and line not in seen:
                 seen.add(line)

@@ -36,7 +36,7 @@ from data.instruct import SETS, file_records, is_supervised, prepare_supervised
 from data.offline import is_held_out, offline_documents
 from data.preferences import HUB_NAME, is_preferences, prepare_preferences
 from data.vocabulary import load_tokenizer
-from engine.errors import UserError, first_line, nearest, run_as_program
+from engine.errors import UserError, first_line, run_as_program, unknown
 from engine.files import locked, read_json, write_json
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
@@ -166,10 +166,8 @@ def batches_of(options, state):
     if options.corpus in HUB or suffixes == {'.parquet'}:
         yield from stream_batches(options, state)
         return
-    known = [*OFFLINE, *HUB]
-    if options.corpus not in known and not suffixes:
-        close, corpora = nearest(options.corpus, known), ', '.join(known)
-        raise UserError(f'{options.corpus!r} is no corpus and no file{close}; there are {corpora}')
+    if options.corpus not in OFFLINE and not suffixes:
+        raise unknown('corpus, and no file,', options.corpus, [*OFFLINE, *HUB])
     if not suffixes <= SUFFIXES - {'.parquet'}:
         raise UserError(f'{options.corpus}: all files must be .txt, .jsonl or .json, or .parquet')
     read = offline_documents if options.corpus in OFFLINE else own_documents

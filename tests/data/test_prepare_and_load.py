@@ -5,6 +5,7 @@ not there.
 
 import json
 import mmap
+import platform
 import threading
 from functools import partial
 
@@ -284,7 +285,7 @@ def test_max_tokens_ends_a_preparation_with_a_document(tmp_path, most):
     'arguments, word',
     [
         (dict(corpus='pydoc'), 'did you mean pydocs'),
-        (dict(corpus='nothing/*.txt'), 'no corpus and no file'),
+        (dict(corpus='nothing/*.txt'), 'no corpus, and no file,'),
         (dict(tokenizer='gpt-2'), 'did you mean gpt2'),
         (dict(corpus=str(ROOT / '*.py')), 'all files must be'),
     ],
@@ -402,6 +403,12 @@ def test_offline_sources_leave_out_tests_and_vendored_copies_and_are_named_alike
     )
     assert any(name.startswith('torch/') for name in names) and 'python/textwrap.py' in names
     assert not any('/tests/' in name or '/_vendor/' in name or '/test_' in name for name in names)
+
+
+def test_other_versions_make_another_corpus_which_is_said(monkeypatch):
+    monkeypatch.setattr(offline, 'PYTHON', '3.0.0')
+    assert offline.other_versions()[-1] == f'python {platform.python_version()}'
+    assert offline.versions().keys() == {*offline.PACKAGES, 'python'}
 
 
 def test_offline_corpus_is_deterministic_and_split_by_file(tmp_path, monkeypatch):
