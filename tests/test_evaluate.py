@@ -323,7 +323,7 @@ def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_p
         ('{"instruction": "a", "output": []}', 'record 1'),
         ('{"instruction": "a", "output": [1]}', 'record 1'),
         ('[1]', 'record 1'),
-        ('{', 'no JSON'),
+        ('{', 'record 1: JSONDecodeError'),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path, text, word):
