@@ -12,7 +12,6 @@ Every step is one of train.py's with one micro-batch of random tokens. MFU count
 for the weights of layers and head, and 12 L H D T for attention in full, as it is mostly quoted.
 """
 
-import contextlib
 import runpy
 import tempfile
 import time
@@ -204,8 +203,7 @@ def main(argv):
     options, _, _ = configure(argv, Bench, program='bench.py')
     hardware = find_hardware(Run(device=options.device, dtype=options.dtype))
     measure = generation if options.what == 'generation' else steps
-    on_gpu = hardware.device.type == 'cuda'
-    with attention_kernels(hardware.device) if on_gpu else contextlib.nullcontext():
+    with attention_kernels(hardware.device):
         records = measure(options, hardware)
     print(table(records))
     shape = f'{options.size}, {options.batch_size} x {options.block_size} tokens'

@@ -87,7 +87,7 @@ def convert(value, kind):
 
 
 # ----------------------------------------------------------------------------------------------
-# config files and the command line: settings are (where it is made, knob, value or None)
+# config files and the command line: settings are (where, knob, value); True is a bare name
 
 
 def read_config_file(path):

@@ -41,7 +41,7 @@ CHOICES = {
 
 
 class Derived(int):
-    """A number that follows from others; dataclasses.replace() computes it again."""
+    """A number that follows from others; replace() computes it again, int(it) given to it stays."""
 
 
 @dataclass
@@ -152,7 +152,8 @@ class GPTConfig:
         elif name in SIZES or size in SIZES and re.fullmatch('[1-9][0-9]*', depth):
             family, *numbers = SIZES.get(name) or SIZES[size]
             shape = FAMILIES[family] | dict(zip(('n_embd', 'n_mlp', 'n_layer', 'n_head'), numbers))
-            shape['n_layer'] = shape['n_layer'] if name in SIZES else int(depth)
+            if name not in SIZES:
+                shape['n_layer'] = int(depth)
         else:
             ways = ('WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS')
             raise unknown('size', name, [*SIZES, *ways])
@@ -521,6 +522,7 @@ def load(name, device='cpu'):
 # ----------------------------------------------------------------------------------------------
 # named sizes
 
+QWEN = dict(tied=True, norm_eps=1e-6, rope_theta=1e6, vocab_size=151936)
 FAMILIES = {  # fields of GPTConfig that the sizes of a family share
     'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True, init_std=0.02),
     'pythia': dict(
@@ -532,26 +534,8 @@ FAMILIES = {  # fields of GPTConfig that the sizes of a family share
         vocab_size=50304,
         block_size=2048,
     ),
-    'qwen2': dict(
-        n_kv_head=2,
-        head_dim=64,
-        qkv_bias=True,
-        tied=True,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        vocab_size=151936,
-        block_size=131072,
-    ),
-    'qwen3': dict(
-        n_kv_head=8,
-        head_dim=128,
-        qk_norm=True,
-        tied=True,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        vocab_size=151936,
-        block_size=4096,
-    ),
+    'qwen2': QWEN | dict(n_kv_head=2, head_dim=64, qkv_bias=True, block_size=131072),
+    'qwen3': QWEN | dict(n_kv_head=8, head_dim=128, qk_norm=True, block_size=4096),
     'reuse': dict(vocab_size=32000),
     'let': dict(vocab_size=32000, block_size=1280),
     'llama': {},

@@ -518,9 +518,8 @@ def main(argv):
     barrier()
     catch_signals()
     train = partial(train_stage, run=run, hardware=hardware, record=record)
-    on_gpu, nothing = hardware.device.type == 'cuda', contextlib.nullcontext()
-    kernels = attention_kernels(hardware.device) if on_gpu else nothing
-    with kernels, locked(run.out_dir) if hardware.is_main else nothing:
+    lock = locked(run.out_dir) if hardware.is_main else contextlib.nullcontext()
+    with attention_kernels(hardware.device), lock:
         results = [result for _, result in stages_of(method, run, train)]
     if hardware.is_main:
         report(run.out_dir, method.summary(results) if hasattr(method, 'summary') else [])

@@ -90,8 +90,8 @@ class Hardware(NamedTuple):
 
 
 def attention_kernels(device):
-    """Context of a GPU that tries cuDNN's attention first: faster on Hopper, slower elsewhere."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
         return contextlib.nullcontext()
     flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
     order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
