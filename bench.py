@@ -16,7 +16,6 @@ import runpy
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -24,7 +23,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from configurator import Count, configure
-from engine.errors import UserError, import_extra, run_as_program, unknown
+from engine.errors import import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
 from engine.parallel import attention_kernels, find_hardware
@@ -48,7 +47,7 @@ class Bench:
     batch_size: Count = 8  # sequences at once
     teacher_size: str = '128x2'  # of let, rkd and salt; the default has a twelfth of size's N
     rounds: Count = 9  # turns of every variant
-    nanogpt: str = ''  # folder with nanoGPT's model.py
+    nanogpt: str = 'nanoGPT'  # folder with nanoGPT's model.py
     device: str = 'auto'  # cuda or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # auto: bfloat16 on a GPU
 
@@ -69,20 +68,16 @@ class Bench:
 def transformers_peer(config, options):
     """(transformers' model of our shape, (it, x, y) -> mean loss)."""
     transformers = import_extra('transformers', 'the variant transformers needs')
-    how = dict(attn_implementation='sdpa', use_cache=False)
-    theirs = transformers.AutoConfig.for_model(**config_to_hugging_face(config), **how)
-    model = transformers.AutoModelForCausalLM.from_config(theirs)
-    return model, lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss
+    shape = transformers.AutoConfig.for_model(**config_to_hugging_face(config), use_cache=False)
+    theirs = transformers.AutoModelForCausalLM.from_config(shape)
+    return theirs, lambda m, x, y: m(input_ids=x, labels=y, shift_labels=y).loss
 
 
 def nanogpt_peer(config, options):
     """(nanoGPT's model of our shape, from its own file, (it, x, y) -> mean loss)."""
-    path = Path(options.nanogpt) / 'model.py'
-    if not options.nanogpt or not path.is_file():
-        raise UserError('the variant nanogpt needs --nanogpt=FOLDER, with a copy of nanoGPT')
-    theirs = runpy.run_path(str(path))
-    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
-    shape = theirs['GPTConfig'](dropout=0.0, **{name: getattr(config, name) for name in names})
+    theirs, c = runpy.run_path(f'{options.nanogpt}/model.py'), config
+    sizes = c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
+    shape = theirs['GPTConfig'](*sizes, dropout=0.0, bias=c.bias)
     return theirs['GPT'](shape), lambda m, x, y: m(x, y)[1]
 
 
@@ -107,7 +102,6 @@ def make_step(name, options, hardware):
     if kind not in KINDS:
         raise unknown('variant', name, KINDS)
     config = options.config(options.size)
-    torch.manual_seed(0)
     if kind in PEERS:
         model, loss_of = PEERS[kind](config, options)
     else:
@@ -126,6 +120,7 @@ def make_step(name, options, hardware):
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device
 
     return step
 
@@ -134,26 +129,23 @@ def make_step(name, options, hardware):
 # timing
 
 
-def take_turns(calls, tokens, rounds, device):
+def take_turns(calls, tokens, rounds):
     """
-    Records of functions {name: call} that take so many tokens each: the median of tokens per second
-    and of the ratio to the first, round by round, with the range of that.
+    Records of functions {name: call} that take so many tokens each and wait for the device: the
+    median of tokens per second and of the ratio to the first, round by round, with its range.
     """
     speeds = {name: [] for name in calls}
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     for turn in progress_bar(range(rounds), desc='measuring'):
         for name in list(calls)[:: (-1) ** turn]:
-            wait()
             start = time.perf_counter()
             calls[name]()
-            wait()
             speeds[name].append(tokens / (time.perf_counter() - start))
     records, first = [], next(iter(speeds.values()))
     for name, found in speeds.items():
         ratios = [a / b for a, b in zip(found, first)]
-        spread = f'{min(ratios):.2f} to {max(ratios):.2f}'
         record = {'variant': name, 'tokens/s': median(found), 'ratio': median(ratios)}
-        records.append(record | {'range': spread})
+        record['range'] = f'{min(ratios):.2f} to {max(ratios):.2f}'
+        records.append(record)
     return records
 
 
@@ -161,7 +153,7 @@ def steps(options, hardware):
     """Records of the training steps of the variants, on a GPU with memory at the peak and MFU."""
     calls, memory, on_gpu = {}, {}, hardware.device.type == 'cuda'
     for name in options.variants:
-        before = torch.cuda.memory_allocated() if on_gpu else 0
+        before = torch.cuda.memory_allocated()  # 0 without a GPU
         calls[name] = make_step(name, options, hardware)
         for _ in range(3):  # the first compiles and fills the optimizer's state
             calls[name]()
@@ -169,7 +161,7 @@ def steps(options, hardware):
             memory[name] = torch.cuda.max_memory_allocated() - before
             torch.cuda.reset_peak_memory_stats()
     tokens, c = options.batch_size * options.block_size, options.config(options.size)
-    records = take_turns(calls, tokens, options.rounds, hardware.device)
+    records = take_turns(calls, tokens, options.rounds)
     flops = 6 * c.num_params(head=True) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
     for record in records if on_gpu else ():
         record['memory'] = memory[record['variant']]
@@ -187,15 +179,21 @@ def generation(options, hardware):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=hardware.dtype)
     theirs = theirs.to(hardware.device).eval()
     prompt = torch.randint(options.vocab_size, (options.batch_size, 16), device=hardware.device)
-    new, mask = options.block_size - 16, torch.ones_like(prompt)
-    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    new = options.block_size - 16
+    how = dict(
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
     calls = {
-        'ours': lambda: ours.generate(prompt, new, temperature=0),
-        'transformers': lambda: theirs.generate(prompt, attention_mask=mask, **how),
+        'ours': lambda: ours.generate(prompt, new, temperature=0).cpu(),
+        'transformers': lambda: theirs.generate(prompt, **how).cpu(),
     }
     same = (calls['ours']() == calls['transformers']()).double().mean().item()
     print(f'{same:.1%} of the tokens are the same')
-    return take_turns(calls, options.batch_size * new, options.rounds, hardware.device)
+    return take_turns(calls, options.batch_size * new, options.rounds)
 
 
 def main(argv):
@@ -206,9 +204,8 @@ def main(argv):
     with attention_kernels(hardware.device):
         records = measure(options, hardware)
     print(table(records))
-    shape = f'{options.size}, {options.batch_size} x {options.block_size} tokens'
-    where = f'{hardware.name}, {torch.get_num_threads()} CPU threads'
-    print(f'\n{shape}; {where}, {hardware.dtype}, torch {torch.__version__}')
+    print(f'\n{options.size}, {options.batch_size} x {options.block_size} tokens; {hardware.name},')
+    print(f'{torch.get_num_threads()} CPU threads, {hardware.dtype}, torch {torch.__version__}')
 
 
 if __name__ == '__main__':

@@ -37,18 +37,13 @@ def open_corpus(name, data_dir='data'):
     folder = Path(data_dir) / name
     again = f'delete {folder} and prepare it again'
     try:
-        types = dict(splits=dict, dtype=str, tokenizer=str, vocab_size=int)
-        meta = read_json(folder / 'meta.json', **types)
-        meta['checksums'] = dict(meta.get('checksums', {}))  # of other files in the folder
+        meta = read_json(folder / 'meta.json', checksums=dict, tokenizer=str, vocab_size=int)
         if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
             meta['tokenizer'] = str(folder)
         dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
-        sizes = []
-        for split in SPLITS:
-            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes', 'documents')]
-            if any(type(count) is not int or count < 0 for count in counts):
-                raise ValueError(f'{split} has {counts} tokens, bytes, documents')
-            sizes.append(counts[0] * dtype.itemsize)
+        counts = [meta['splits'][split] for split in SPLITS]
+        sizes = [count['tokens'] * dtype.itemsize for count in counts]
+        bytes_per_token = counts[1]['bytes'] / max(1, counts[1]['tokens'])
     except FileNotFoundError:
         command = f'python data/prepare.py {name}'
         raise UserError(f'{folder} is not prepared: run  {command}') from None
@@ -59,9 +54,7 @@ def open_corpus(name, data_dir='data'):
     arrays = []
     for split, size in zip(SPLITS, sizes):
         path = folder / f'{split}.bin'
-        if not path.is_file():
-            raise UserError(f'{path} is missing: {again}')
-        found = path.stat().st_size
+        found = path.stat().st_size if path.is_file() else 0
         if found != size:
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
@@ -69,8 +62,7 @@ def open_corpus(name, data_dir='data'):
     # 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
         arrays[0].base.madvise(mmap.MADV_RANDOM)
-    counts = meta['splits']['val']
-    return Corpus(name, meta, *arrays, counts['bytes'] / max(1, counts['tokens']))
+    return Corpus(name, meta, *arrays, bytes_per_token)
 
 
 def verify_corpus(name, data_dir='data'):
@@ -79,11 +71,8 @@ def verify_corpus(name, data_dir='data'):
     for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
-    wanted = dict(corpus.meta['checksums'])
-    for split, counts in corpus.meta['splits'].items():
-        if 'sha256' in counts:
-            wanted[f'{split}.bin'] = counts['sha256']
-    for file, expected in progress_bar(wanted.items(), desc=f'verifying {name}', unit='file'):
+    wanted = corpus.meta['checksums'].items()
+    for file, expected in progress_bar(wanted, desc=f'verifying {name}', unit='file'):
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
@@ -115,7 +104,7 @@ def check_same_tokenizer(one, other, data_dir='data'):
         raise UserError(f'{one} was prepared with the tokenizer {used[0]}, {other} with {used[1]}')
 
 
-def finish_corpus(unfinished, out, counts, options, **more):
+def finish_corpus(unfinished, out, counts, options, kind='text'):
     """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
     for split in SPLITS:
         if not counts[split]['tokens']:
@@ -123,8 +112,7 @@ def finish_corpus(unfinished, out, counts, options, **more):
                 f'{options.corpus} gave no {split} documents: there must be several, of which '
                 f'--val_fraction={options.val_fraction} are held out'
             )
-        if 'sha256' not in counts[split]:
-            counts[split]['sha256'] = checksum(unfinished / f'{split}.bin')
+    (unfinished / 'progress.json').unlink(missing_ok=True)
     if not is_encoding(options.tokenizer):
         write_tokenizer(options.tokenizer, unfinished)
     tokenizer = load_tokenizer(options.tokenizer)
@@ -140,9 +128,10 @@ def finish_corpus(unfinished, out, counts, options, **more):
         options=vars(options),
         versions=versions() if offline else {},
         splits=counts,
+        checksums={path.name: checksum(path) for path in sorted(unfinished.iterdir())},
+        kind=kind,
     )
-    (unfinished / 'progress.json').unlink(missing_ok=True)
-    write_json(unfinished / 'meta.json', meta | more)
+    write_json(unfinished / 'meta.json', meta)
     os.replace(unfinished, out)
     train, val = (f'{counts[split]["tokens"]:,} {split}' for split in SPLITS)
     print(f'{out}: {train} and {val} tokens ({options.tokenizer})')

@@ -24,7 +24,6 @@ from data.loader import Source, hash_key, permute, to_device
 from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
-from engine.files import checksum
 from engine.hub import WAY_OUT, hub_source, reach_hub
 from engine.progress import progress_bar
 
@@ -270,13 +269,9 @@ def write_supervised(examples, options, out, kind='supervised'):
             counts[split]['tokens'] += len(ids)
             counts[split]['bytes'] += len(example['output'].encode('utf-8', 'replace'))
             counts[split]['documents'] += 1
-    checksums = {}
     for split in SPLITS:
-        path = unfinished / f'{split}.spans.npy'
-        np.save(path, np.array(spans[split], np.int64))
-        checksums[path.name] = checksum(path)
-    more = dict(kind=kind, checksums=checksums)
-    return finish_corpus(unfinished, out, counts, options, **more)
+        np.save(unfinished / f'{split}.spans.npy', np.array(spans[split], np.int64))
+    return finish_corpus(unfinished, out, counts, options, kind)
 
 
 # ----------------------------------------------------------------------------------------------

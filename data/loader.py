@@ -158,14 +158,11 @@ def to_device(examples, device):
     (inputs x, targets y) on the device; to a GPU asynchronously, from pinned memory. examples:
     sequences (n, T+1) int64, whose targets are the next tokens; or the two arrays.
     """
-    if not isinstance(examples, tuple):
-        examples = (examples,)
-    arrays = [torch.from_numpy(array) for array in examples]
+    both = examples if isinstance(examples, tuple) else (examples[:, :-1], examples[:, 1:])
+    x, y = map(torch.from_numpy, map(np.ascontiguousarray, both))
     if torch.device(device).type == 'cuda':
-        arrays = [array.pin_memory().to(device, non_blocking=True) for array in arrays]
-    if len(arrays) == 2:
-        return tuple(arrays)
-    return arrays[0][:, :-1].contiguous(), arrays[0][:, 1:].contiguous()
+        x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
+    return x, y
 
 
 def batches(read, position, batch_size, micro_batch_size, share, steps):

@@ -18,6 +18,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -90,9 +91,8 @@ def own_files(pattern):
 
 def local_name(pattern):
     """What a corpus of one's own files is called: book.txt -> book, novels/*.txt -> novels."""
-    path = Path(pattern.split(',')[0])
-    names = path.name if path.is_dir() else path.stem, *reversed(path.parts[:-1])
-    return next(filter(None, (name.strip('*?_-./') for name in names)), 'local')
+    words = re.findall(r'[\w .-]*\w', os.path.splitext(pattern.split(',')[0])[0])
+    return words[-1] if words else 'local'
 
 
 # ----------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def own_documents(options):
             except ValueError as error:
                 raise UserError(f'{path} cannot be read ({first_line(error)})') from None
             span = int(len(text) * (1 - fraction)), len(text.rstrip())
-            cut = text.find('\n', *span) + 1 or text.find(' ', *span) + 1 or span[0]
+            cut = text.find('\n', *span) + 1 or span[0]
             parts = (text[:cut], False), (text[cut:], True)
             many = len(options.files) >= FEW
             yield from [(text, is_held_out(text, fraction))] if many else parts

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -27,6 +26,8 @@ os.environ.setdefault(
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from engine.files import checksum  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -48,18 +49,10 @@ def write_corpus(folder, train, val, vocab_size=257):
                 vocab_size=vocab_size,
                 dtype='uint16',
                 splits=splits,
+                checksums={f'{s}.bin': checksum(folder / f'{s}.bin') for s in splits},
             )
         )
     )
-
-
-def resident_bytes(file):
-    """Bytes of a file that this process has mapped and in memory; skips where nobody says."""
-    maps = Path('/proc/self/smaps')
-    if not maps.exists():
-        pytest.skip('reads mappings as Linux shows them')
-    entries = maps.read_text().split(str(file))[1:]
-    return 1024 * sum(int(re.search(r'Rss:\s+(\d+)', entry)[1]) for entry in entries)
 
 
 @pytest.fixture(scope='session')

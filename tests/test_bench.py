@@ -1,7 +1,6 @@
 """The benchmark: every variant trains, FLOPs are the usual ones, mistakes are one line."""
 
 import pytest
-import torch
 
 import bench
 from bench import Bench, take_turns, transformers_peer
@@ -33,7 +32,7 @@ def test_transformers_model_is_of_our_shape():
 def test_functions_take_turns_and_ratios_are_of_the_same_round():
     called = []
     calls = {name: lambda name=name: called.append(name) for name in 'ab'}
-    first, second = take_turns(calls, 10, 3, torch.device('cpu'))
+    first, second = take_turns(calls, 10, 3)
     assert called == ['a', 'b', 'b', 'a', 'a', 'b']
     assert first['ratio'] == 1 and first['range'] == '1.00 to 1.00' and second['tokens/s'] > 0
 
@@ -50,7 +49,6 @@ def test_generation_is_compared_with_transformers_own(capsys):
     [
         ('--variants=fast', "no variant 'fast'"),
         ('--variants=let+fast', "no variant 'let.fast'"),
-        ('--variants=nanogpt', '--nanogpt=FOLDER'),
         ('--rounds=0', 'rounds'),
         ('--what=speed', 'what must be one of steps, generation'),
     ],

@@ -186,13 +186,6 @@ def test_the_help_fits_a_terminal_and_lists_the_methods(capsys):
             assert any(line.split()[:1] == [method] for line in lines), method
 
 
-def test_text_that_no_path_can_hold_is_refused(tmp_path):
-    file = tmp_path / 'null.py'
-    file.write_text("out_dir = 'a\\0b'")
-    with pytest.raises(UserError, match='out_dir must be text'):
-        train.main([str(file)])
-
-
 def test_values_may_follow_their_knobs_and_words_stand_anywhere():
     argv = ['--n_layer', '6', 'fast', '--compile', '--learning_rate=1e-2', '--sizes', 'a,b']
     run, _, origins = configure(argv, General, words=('method',))
@@ -216,52 +209,6 @@ def test_who_plans_waits_for_torch_alone():
             r'\b(torch\.distributed\.(checkpoint|fsdp|tensor)|torch\._dynamo|matplotlib|datasets)$'
         )
         assert not re.search(slow, process.stderr, re.MULTILINE), command
-
-
-def test_help_lists_every_knob_with_its_comment(capsys):
-    with pytest.raises(SystemExit) as exit:
-        configured('--n_layer=9', '--help')
-    text = capsys.readouterr().out
-    assert (
-        not exit.value.code
-        and '--n_layer=9' in text
-        and 'the maximum' in text
-        and '--speed=5.0' in text
-        and 'km/h' in text
-    )
-
-
-def test_command_line_of_train(data_dir):
-    for argument, word in (
-        ('--learning_rat=1', 'learning_rate'),
-        ('config/progressive_tyni.py', 'progressive_tiny.py'),
-        ('--block_size=x', 'whole number'),
-    ):
-        process = run_command('train.py', argument)
-        assert (
-            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
-        ), process.stderr
-    process = run_command(
-        'train.py',
-        '--out_dir=/proc/nowhere',
-        '--size=16x2',
-        '--block_size=16',
-        '--tokens=64',
-        '--eval_tokens=64',
-        '--device=cpu',
-        f'--data_dir={data_dir}',
-    )
-    assert (
-        process.returncode == 2
-        and '/proc/nowhere' in process.stderr
-        and 'Traceback' not in process.stderr
-    )
-    process = run_command('train.py', 'config/progressive_tiny.py', '--help')
-    assert (
-        process.returncode == 0
-        and "--sizes=('32x2', '48x2', '64x2', '64x4')" in process.stdout
-        and '--warmup=0.01' in process.stdout
-    )
 
 
 def result(folder, inherited_flops=30.0, baseline_flops=0.0, labels=None, **changes):

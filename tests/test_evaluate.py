@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_command, train_tokenizer, write_texts
-from test_model import SHAPES, small, tokens
+from test_model import small, tokens
 
 from configurator import configure
 from data.instruct import prompt
@@ -345,14 +345,10 @@ def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_pa
     models = {'let-0/step-20': row, 'let-0/step-9': row | dict(average_accuracy=0.4)}
     models |= {'let-0': row | dict(average_accuracy=0.6), 'other': row}
     folders = {name: str(tmp_path / name) for name in models}
-    loss, perplexity, accuracy = curves_over_training(dict(models=models), folders)
+    loss, _, accuracy = curves_over_training(dict(models=models), folders)
     assert [(line.label, line.x, line.y) for line in loss.lines] == [('let-0', [10, 20], [3, 2])]
-    assert [(line.label, line.x, line.y) for line in accuracy.lines] == [
-        ('let-0', [9, 20, 30], [0.4, 0.5, 0.6])
-    ]
-    assert perplexity.lines[0].y == [2.7] * 3
-    text = evaluation_tables(dict(models=models))
-    assert text.splitlines()[0].split('|')[-2].strip() == 'average accuracy'
+    assert (accuracy.lines[0].x, accuracy.lines[0].y) == ([9, 20, 30], [0.4, 0.5, 0.6])
+    assert evaluation_tables(dict(models=models)).split('\n')[0].endswith('| average accuracy |')
 
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'config').glob('tasks_*.py')), ids=str)
@@ -363,24 +359,6 @@ def test_presets_of_tasks_name_tasks_of_the_harness(preset):
     options, _, _ = configure([str(preset)], Evaluation)
     tasks = {task.partition(':')[0] for task in options.tasks}
     assert tasks and tasks <= set(TaskManager().all_tasks)
-
-
-@pytest.mark.parametrize('shape', SHAPES)
-def test_the_harness_scores_every_architecture_as_our_model_does(tmp_path, shape):
-    """What `lm_eval --model hf` does: transformers opens model and tokenizer from the folder."""
-    pytest.importorskip('lm_eval')
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    model = small(**SHAPES[shape] | dict(vocab_size=257)).float()
-    model.save(tmp_path, 'bytes')
-    lm = HFLM(str(tmp_path), device='cpu')
-    request = Instance('loglikelihood', {}, ('The answer', ' is no'), 0)
-    ((score, greedy),) = lm.loglikelihood([request], disable_tqdm=True)
-    ids = torch.tensor(list(b'The answer is no'))
-    logs = model(ids[None, :-1]).logits[0].log_softmax(-1)
-    mine = logs.gather(-1, ids[1:, None])[-len(' is no') :].sum().item()
-    assert score == pytest.approx(mine, rel=1e-4) and not greedy
 
 
 def test_a_corpus_of_another_tokenizer_is_refused_with_the_command(tmp_path, data_dir):

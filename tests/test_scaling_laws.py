@@ -12,7 +12,6 @@ from scaling import (
     fit,
     huber,
     leave_one_out,
-    levenberg_marquardt,
     log_loss,
     logarithms,
     predict,
@@ -163,28 +162,6 @@ def test_the_optimum_is_the_one_that_scipy_finds_start_by_start():
     theirs = [scipy.minimize(function, start, **how).fun for start in starts[::9].numpy()]
     (found,), decrease = solve(law, data, torch.ones(1, 25, dtype=torch.float64), starts)
     assert value_of(found[0]).item() <= min(theirs) * (1 + 1e-6) and decrease[0, 0] < 1e-6
-
-
-def test_levenberg_marquardt_on_functions_that_are_known():
-    """Rosenbrock's valley from many starts, and a line through points with an outlier."""
-    starts = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def rosenbrock(theta):
-        a, b = theta.expand(-1, 2, -1).unbind(-1)
-        both = (1 - a[:, 0], 10 * (b[:, 1] - a[:, 1] ** 2))
-        return 1e-2 * torch.stack(both, 1)  # within the quadratic part of Huber's
-
-    theta, value, decrease = levenberg_marquardt(
-        rosenbrock, starts, torch.ones(20, 2, dtype=torch.float64)
-    )
-    assert torch.allclose(theta, torch.ones_like(theta), atol=1e-4) and value.max() < 1e-10
-    x = torch.arange(9, dtype=torch.float64)
-    y = 2 * x + 1
-    y[4] = 50  # counts by its size, not by its square
-    line = lambda theta: (theta[..., 0] * x + theta[..., 1] - y) / 1e-3
-    start = torch.zeros(1, 2, dtype=torch.float64)
-    theta, _, _ = levenberg_marquardt(line, start, torch.ones(1, 9, dtype=torch.float64))
-    assert theta[0].tolist() == pytest.approx([2, 1], abs=2e-3)
 
 
 def test_laws_are_tried_on_the_lowest_losses_which_they_have_not_seen():

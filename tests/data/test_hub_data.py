@@ -65,6 +65,8 @@ ANSWERS = {  # name: (file of a split, a row)
             messages=[
                 dict(content='Tell {}', role='user'),
                 dict(content='Told {}', role='assistant'),
+                dict(content='More {}', role='user'),
+                dict(content='Told again {}', role='assistant'),
             ]
         ),
     ),

@@ -13,7 +13,6 @@ import torch
 import train
 from data.corpus import open_corpus
 from data.instruct import (
-    SETS,
     Examples,
     file_examples,
     is_supervised,
@@ -26,36 +25,6 @@ from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Result
 from model import GPT, load
-
-ROWS = {  # a row of each set as its repository has it -> what is answered
-    'dolly': (dict(instruction='Who?', context='', response='Me.', category='open_qa'), 'Me.'),
-    'boolq': (dict(question='is it', passage='It is.', answer=True), 'true'),
-    'hellaswag': (dict(ctx='He', endings=['a', 'b', 'c', 'd'], label='2'), 'C'),
-    'winogrande': (dict(sentence='_ won', option1='He', option2='She', answer='2'), 'B'),
-    'mmlu': (dict(question='1+1', choices=['1', '2', '3', '4'], answer=1), 'B'),
-    'arc_easy': (
-        dict(question='q', choices=dict(text=['x', 'y'], label=['A', 'B']), answerKey='B'),
-        'B',
-    ),
-    'xlsum': (dict(title='T', text='Long.', summary='Short.'), 'Short.'),
-    'ultrachat': (
-        dict(
-            messages=[dict(content=c, role=r) for c, r in (('Hi', 'user'), ('Ho', 'assistant'))] * 2
-        ),
-        'Ho',
-    ),
-}
-
-
-@pytest.mark.parametrize('name', SETS)
-def test_every_set_says_its_rows_in_words(name):
-    row, answer = ROWS[name]
-    found = list(SETS[name].convert(row))
-    if name == 'ultrachat':  # every answer, after all that was said before it
-        assert [instruction for instruction, _, _ in found] == ['Hi', 'Hi\nHo\nHi']
-    assert found
-    for instruction, given, output in found:
-        assert output == answer and instruction and isinstance(given, str)
 
 
 def test_prompts_are_appendix_cs():
@@ -239,11 +208,6 @@ def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
     assert sum(count for *_, count in source.validation(4, Share())) == sum(
         count for rank in (0, 1) for *_, count in source.validation(4, Share('cpu', rank, 2))
     )
-
-
-def test_without_a_network_a_hub_set_is_refused_in_words(tmp_path):
-    with pytest.raises(UserError, match='dolly'):
-        prepare(Preparation(corpus='dolly', out=str(tmp_path / 'dolly'), tokenizer='bytes'))
 
 
 @pytest.mark.parametrize(

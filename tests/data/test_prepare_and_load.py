@@ -4,14 +4,13 @@ not there.
 """
 
 import json
-import mmap
 import platform
 import threading
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import DOCUMENTS, ROOT, resident_bytes, run_command, write_corpus, write_texts
+from conftest import DOCUMENTS, ROOT, run_command, write_corpus, write_texts
 
 import data.offline as offline
 import data.prepare as prepare
@@ -31,7 +30,6 @@ from data.vocabulary import bytes_encoding, load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
 from engine.hub import within
-from train import Run
 
 # ----------------------------------------------------------------------------------------------
 # order
@@ -140,22 +138,6 @@ def test_the_same_sequences_at_any_number_of_processes_micro_batches_and_after_a
     assert [by_rank[i % 2][i // 2] for i in range(24)] == whole
 
 
-def test_a_sequence_of_a_large_corpus_takes_its_own_pages_into_memory_and_no_others(tmp_path):
-    """The system reads 128 KB around what is asked for unless it is told."""
-    splits, folder = {}, tmp_path / 'zeros'
-    folder.mkdir()
-    for split, n in (('train', 10**9), ('val', 10**5)):
-        with open(folder / f'{split}.bin', 'wb') as file:
-            file.truncate(2 * n)  # zeros that take no room
-        splits[split] = dict(tokens=n, bytes=4 * n, documents=1)
-    meta = dict(splits=splits, dtype='uint16', tokenizer='gpt2', vocab_size=50257)
-    (folder / 'meta.json').write_text(json.dumps(meta))
-    source = Run(data='zeros', data_dir=str(tmp_path), block_size=256).source()
-    assert source.read(np.arange(200)).shape == (200, 257)
-    file = tmp_path / 'zeros' / 'train.bin'
-    assert 200 * 500 < resident_bytes(file) <= 200 * 2 * mmap.PAGESIZE
-
-
 def test_validation_windows_are_fixed_and_padded_with_nothing_to_predict(numbers):
     found = list(validation_batches(numbers[0].val, 10, 4, 0))
     assert [count for *_, count in found] == [40, 40, 10] and [x.shape for x, *_ in found] == [
@@ -180,9 +162,9 @@ def change_meta(folder, key, value):
     [
         (lambda f: (f / 'meta.json').unlink(), 'is not prepared'),
         (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
-        (lambda f: change_meta(f, 'documents', None), 'train has .*None'),
+        (lambda f: change_meta(f, 'tokens', None), 'meta.json is damaged'),
         (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'),
-        (lambda f: (f / 'val.bin').unlink(), 'val.bin is missing'),
+        (lambda f: (f / 'val.bin').unlink(), 'val.bin has 0 bytes instead of'),
     ],
 )
 def test_a_damaged_corpus_is_refused(tmp_path, damage, word):
@@ -230,7 +212,7 @@ def test_local_files_become_tokens(tmp_path, kind):
     corpus = open_corpus('c', tmp_path)
     train, val = decoded(corpus)
     assert sorted(train + val) == sorted(DOCUMENTS) and 3 < len(val) < 40
-    assert corpus.meta['splits']['val']['sha256'] == checksum(tmp_path / 'c' / 'val.bin')
+    assert corpus.meta['checksums']['val.bin'] == checksum(tmp_path / 'c' / 'val.bin')
     assert corpus.bytes_per_token == pytest.approx(1, abs=0.05) and not list(
         tmp_path.glob('*.partial')
     )
@@ -457,13 +439,6 @@ def test_files_of_ones_own_become_a_corpus(tmp_path, what, monkeypatch):
     else:
         assert b'199 of the book' in val and b'199 of the play' in val
         assert b'0 of the book' in train and b'0 of the play' in train
-
-
-def test_a_text_of_one_paragraph_gives_its_last_words_to_validation(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'book.txt').write_text('many words ' * 100 + '\n')
-    _, train, val = prepared('book.txt')
-    assert 40 < len(val) < 70 and val.split()[0] in (b'many', b'words')
 
 
 def test_other_files_of_a_folder_are_left_out(tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import expand
 import extras.bridge as bridge
 import scaling
-from configurator import configure
 from data import prepare
 from data.corpus import open_corpus, verify_corpus
 from data.instruct import Examples, file_examples
@@ -30,7 +29,7 @@ from engine.stage import Result
 from engine.state import read_identity
 from extras.diagnostics import training_curves
 from model import GPT, GPTConfig, load
-from train import METHODS, Run, main
+from train import main
 
 ODD = [
     None,
@@ -189,62 +188,6 @@ def test_files_of_any_content_are_read_or_named(run, tmp_path, name):
             assert path.name in str(error) or path.parent.name in str(error), error
             refused += 1
     assert refused > 20 or name == 'stage/metrics.jsonl'  # of which good lines are kept
-
-
-def test_commands_of_any_text_are_understood_or_refused(tmp_path):
-    chance, names = (
-        random.Random(0),
-        [
-            *Run.__dataclass_fields__,
-            *(f for m in METHODS.values() for f in m.__dataclass_fields__),
-            'nonsense',
-        ],
-    )
-    values = [
-        '',
-        '1',
-        '-1',
-        '1e400',
-        'nan',
-        'None',
-        '()',
-        '(1,',
-        '[' * 500,
-        '1' * 5000,
-        '__import__("os")',
-        'True',
-        "'",
-        '\\x00',
-        'ü',
-        '1,2,,',
-        '0x',
-        '1_0',
-        '9' * 400,
-    ]
-    for _ in range(2000):
-        value = (
-            chance.choice(values)
-            if chance.random() < 0.7
-            else chance.randbytes(chance.randrange(20)).decode('latin-1')
-        )
-        argv = [
-            f'--method={chance.choice([*METHODS, "x"])}',
-            f'--{chance.choice(names)}={value}',
-        ] + ['--' + value] * (chance.random() < 0.1)
-        try:
-            configure(argv, Run, METHODS)
-        except UserError as error:
-            assert '\n' not in str(error) or '\n' in value
-
-
-def test_config_files_of_any_content_are_read_or_named(tmp_path):
-    chance, path = random.Random(0), tmp_path / 'c.py'
-    for _ in range(200):
-        path.write_bytes(damaged(b'seed = 3\nlearning_rate = 1e-3\nsizes = (1, 2)\n', chance))
-        try:
-            configure([str(path)], Run, METHODS)
-        except UserError as error:
-            assert 'c.py' in str(error)
 
 
 def test_read_json_says_what_is_wrong(tmp_path):

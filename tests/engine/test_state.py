@@ -4,11 +4,9 @@ is good is offered.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 
 import pytest
@@ -18,10 +16,9 @@ from test_train import same
 
 import train
 from engine.errors import UserError
-from engine.files import find_damage, measure_files, write_manifest
+from engine.files import checksum, find_damage, measure_files, write_manifest
 from engine.optimizer import make_optimizer
-from engine.parallel import SIGNALS, catch_signals
-from engine.state import IndexUnpickler, finished_before, load_state, save_state, saved_states
+from engine.state import IndexUnpickler, finished_before, load_state, saved_states
 from model import GPT, GPTConfig
 
 TINY = [*test_train.TINY, '--tokens=640', '--log_interval=1']  # 10 steps
@@ -124,46 +121,6 @@ def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, hal
     ]
 
 
-@pytest.fixture
-def two_signals():
-    """Ctrl-C twice, at SIGALRM."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    catch_signals()
-
-    def press_twice(number, frame):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGALRM, press_twice)
-    yield
-    signal.signal(signal.SIGINT, before[0])
-    signal.signal(signal.SIGTERM, before[1])
-    SIGNALS.clear()
-
-
-def test_a_second_ctrl_c_anywhere_within_a_save_ends_the_program_and_spoils_nothing(
-    tmp_path, half, two_signals
-):
-    folder = shutil.copytree(half, tmp_path / 'run')
-    model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16))
-    optimizer, interrupted = make_optimizer(model, train.Run()), 0
-    load_state(folder, model, optimizer)
-    while saved_states(folder)[-1].name != 'state-000000004':
-        process = os.fork()  # of its own: what torch left of a file may end it later
-        if process == 0:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-3 * (1 + interrupted))  # later and later
-                save_state(folder, model, optimizer, dict(step=4))
-                os._exit(0)
-            except KeyboardInterrupt:
-                os._exit(130)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        assert code in (0, 130)
-        interrupted += code == 130
-        assert load_state(folder, model, optimizer)['step'] in (3, 4)
-    assert interrupted > 3
-
-
 def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
     identity = {'parent': ['ancestor', float('nan')]}
     for _ in range(2):
@@ -214,7 +171,6 @@ def test_a_state_runs_nothing_that_its_files_say(tmp_path, half):
 
 
 def load_config(folder):
-    from model import GPTConfig
 
     stage = json.loads((folder / 'stage.json').read_text())
     fields = {key[6:]: value for key, value in stage.items() if key.startswith('model.')}
@@ -289,15 +245,13 @@ def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
     from conftest import write_corpus
 
     write_corpus(tmp_path / 'data' / 'mine', range(60), range(40), vocab_size=61)
-    meta = json.loads((tmp_path / 'data' / 'mine' / 'meta.json').read_text())
+    corpus = tmp_path / 'data' / 'mine'
+    meta = json.loads((corpus / 'meta.json').read_text())
 
     def prepare(first):
-        (tmp_path / 'data' / 'mine' / 'train.bin').write_bytes(bytes([first, 0] * 60))
-        for split in ('train', 'val'):
-            meta['splits'][split]['sha256'] = measure_files(
-                [tmp_path / 'data' / 'mine' / f'{split}.bin']
-            )[f'{split}.bin'][1]
-        (tmp_path / 'data' / 'mine' / 'meta.json').write_text(json.dumps(meta))
+        (corpus / 'train.bin').write_bytes(bytes([first, 0] * 60))
+        meta['checksums']['train.bin'] = checksum(corpus / 'train.bin')
+        (corpus / 'meta.json').write_text(json.dumps(meta))
 
     prepare(1)
     stopped(tmp_path / 'data', tmp_path / 'run', 1, '--data=mine')

@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import scaling
 from engine.errors import UserError
@@ -28,48 +27,29 @@ from model import GPT, GPTConfig
 
 def test_largest_eigenvalue_is_that_of_the_exact_hessian():
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(n_layer=1, n_head=1, n_embd=4, n_mlp=4, vocab_size=7, block_size=6, init_std=0.3)
-    ).double()
-    x = torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(0))
-    y, names = x.roll(-1, 1), [name for name, _ in model.named_parameters()]
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    def loss(vector):
-        parts = dict(
-            zip(
-                names,
-                (
-                    part.view_as(p)
-                    for part, p in zip(
-                        vector.split([p.numel() for p in model.parameters()]), model.parameters()
-                    )
-                ),
-            )
+    shape = dict(n_layer=1, n_head=1, n_embd=4, n_mlp=4, vocab_size=7, block_size=6, init_std=0.3)
+    model = GPT(GPTConfig(**shape)).double()
+    x = torch.randint(7, (4, 6))
+    y, parameters = x.roll(-1, 1), list(model.parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradient = torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(
+                    plain_cross_entropy(model, x, y), parameters, create_graph=True
+                )
+            ]
         )
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return F.cross_entropy(
-                torch.func.functional_call(model, parts, (x,)).logits.flatten(0, 1), y.flatten()
-            )
-
-    hessian = torch.autograd.functional.hessian(loss, flat)
-    vector = torch.randn(len(flat), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    split = [
-        part.view_as(p)
-        for part, p in zip(
-            vector.split([p.numel() for p in model.parameters()]), model.parameters()
-        )
-    ]
-    parts = hessian_vector_product(
-        lambda: plain_cross_entropy(model, x, y), list(model.parameters()), split
-    )
-    product = torch.cat([part.flatten() for part in parts])
-    torch.testing.assert_close(product, hessian @ vector, atol=1e-10, rtol=1e-8)
+        rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    vector = [torch.randn_like(p) for p in parameters]
+    parts = hessian_vector_product(lambda: plain_cross_entropy(model, x, y), parameters, vector)
+    product, flat = (torch.cat([part.flatten() for part in side]) for side in (parts, vector))
+    torch.testing.assert_close(product, hessian @ flat, atol=1e-10, rtol=1e-8)
     eigenvalues = torch.linalg.eigvalsh(hessian)
     extreme = eigenvalues[eigenvalues.abs().argmax()].item()
-    assert largest_eigenvalue(
-        model, [(x[:2], y[:2]), (x[2:], y[2:])], iterations=300
-    ) == pytest.approx(extreme, rel=1e-3)
+    halves = [(x[:2], y[:2]), (x[2:], y[2:])]
+    assert largest_eigenvalue(model, halves, iterations=300) == pytest.approx(extreme, rel=1e-3)
 
 
 def test_variance_of_a_curve_is_that_around_its_trend():
@@ -123,14 +103,10 @@ def test_variance_is_drawn_over_the_steps_and_curvature_over_the_tokens_of_the_b
     (line,) = variance.lines
     assert line.x == [20.0 * i for i in range(1, 21)]
     assert max(line.y[:10]) < 1e-9 and np.mean(line.y[10:]) == pytest.approx(0.09, rel=0.2)
-    records = [
-        {'method': method, 'D1': D1, 'D2': D2, 'largest eigenvalue': 1.0 + i}
-        for i, (method, D1, D2) in enumerate(
-            [('stk2', 20, 9), ('stk2', 10, 9), ('cpt', 5, 9), ('stk2', 10, 9), ('stk2', 10, 7)]
-        )
-    ]
-    records.append({'model': 'of no sweep', 'largest eigenvalue': 9.0})
-    panel = curvature_panel(records)
+    points = [('stk2', 20, 9), ('stk2', 10, 9), ('cpt', 5, 9), ('stk2', 10, 9), ('stk2', 10, 7)]
+    keys = ('method', 'D1', 'D2', 'largest eigenvalue')
+    records = [dict(zip(keys, (*point, 1.0 + i))) for i, point in enumerate(points)]
+    panel = curvature_panel([*records, {'model': 'of no sweep', 'largest eigenvalue': 9.0}])
     assert [(line.label, line.x, line.y) for line in panel.lines] == [
         ('stk2, D2 = 9', [10, 20], [3.0, 1.0]),  # of 2 and 4, two seeds
         ('cpt, D2 = 9', [5], [3.0]),
