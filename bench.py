@@ -12,6 +12,7 @@ Every step is one of train.py's with one micro-batch of random tokens. MFU count
 for the weights of layers and head, and 12 L H D T for attention in full, as it is mostly quoted.
 """
 
+import os
 import runpy
 import tempfile
 import time
@@ -23,7 +24,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from configurator import Count, configure
-from engine.errors import import_extra, run_as_program, unknown
+from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
 from engine.optimizer import make_optimizer
 from engine.parallel import attention_kernels, find_hardware
@@ -75,9 +76,12 @@ def transformers_peer(config, options):
 
 def nanogpt_peer(config, options):
     """(nanoGPT's model of our shape, from its own file, (it, x, y) -> mean loss)."""
-    theirs, c = runpy.run_path(f'{options.nanogpt}/model.py'), config
-    sizes = c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd
-    shape = theirs['GPTConfig'](*sizes, dropout=0.0, bias=c.bias)
+    path = f'{options.nanogpt}/model.py'
+    if not os.path.isfile(path):
+        raise UserError('the variant nanogpt needs --nanogpt=FOLDER, with a copy of nanoGPT')
+    theirs = runpy.run_path(path)
+    sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd
+    shape = theirs['GPTConfig'](*sizes, dropout=0.0, bias=config.bias)
     return theirs['GPT'](shape), lambda m, x, y: m(x, y)[1]
 
 
@@ -143,9 +147,14 @@ def take_turns(calls, tokens, rounds):
     records, first = [], next(iter(speeds.values()))
     for name, found in speeds.items():
         ratios = [a / b for a, b in zip(found, first)]
-        record = {'variant': name, 'tokens/s': median(found), 'ratio': median(ratios)}
-        record['range'] = f'{min(ratios):.2f} to {max(ratios):.2f}'
-        records.append(record)
+        records.append(
+            {
+                'variant': name,
+                'tokens/s': median(found),
+                'ratio': median(ratios),
+                'range': f'{min(ratios):.2f} to {max(ratios):.2f}',
+            }
+        )
     return records
 
 
@@ -180,16 +189,16 @@ def generation(options, hardware):
     theirs = theirs.to(hardware.device).eval()
     prompt = torch.randint(options.vocab_size, (options.batch_size, 16), device=hardware.device)
     new = options.block_size - 16
-    how = dict(
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
     calls = {
         'ours': lambda: ours.generate(prompt, new, temperature=0).cpu(),
-        'transformers': lambda: theirs.generate(prompt, **how).cpu(),
+        'transformers': lambda: theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        ).cpu(),
     }
     same = (calls['ours']() == calls['transformers']()).double().mean().item()
     print(f'{same:.1%} of the tokens are the same')
@@ -202,8 +211,7 @@ def main(argv):
     hardware = find_hardware(Run(device=options.device, dtype=options.dtype))
     measure = generation if options.what == 'generation' else steps
     with attention_kernels(hardware.device):
-        records = measure(options, hardware)
-    print(table(records))
+        print(table(measure(options, hardware)))
     print(f'\n{options.size}, {options.batch_size} x {options.block_size} tokens; {hardware.name},')
     print(f'{torch.get_num_threads()} CPU threads, {hardware.dtype}, torch {torch.__version__}')
 

@@ -34,10 +34,10 @@ from configurator import (
     SaveDtype,
     configure,
 )
-from data.corpus import check_same_tokenizer, check_vocabulary, open_corpus, verify_corpus
+from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
-from data.vocabulary import share_tokenizer, tokenizer_to_carry
+from data.vocabulary import same_tokenizer, share_tokenizer, tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
@@ -608,10 +608,14 @@ class ChainOfLearngene:
             if below and ('single' in self.baselines or self.alphas):
                 raise UserError(f'{size} lies below the chain: there is no single, no alpha of it')
         if not run.dry_run:
+            first = open_corpus(next(iter(run.corpora)), run.data_dir)
+            ours = first.meta['tokenizer']
             for name in self.corpora:
-                Examples(name, run.data_dir, 'train')  # it complains if these are none
-                if name != self.bridge_data:
-                    check_same_tokenizer(name, next(iter(run.corpora)), run.data_dir)
+                used = Examples(name, run.data_dir, 'train').tokenizer  # it must be a set
+                if name != self.bridge_data and not same_tokenizer(used, ours):
+                    raise UserError(
+                        f'{name} was prepared with the tokenizer {used}, {first.name} with {ours}'
+                    )
         return configs
 
     def check(self, run):

@@ -30,6 +30,7 @@ class Corpus:
     train: np.ndarray
     val: np.ndarray
     bytes_per_token: float  # bytes of text per token, on the validation split
+    sha256: str  # of the training tokens
 
 
 def open_corpus(name, data_dir='data'):
@@ -40,13 +41,15 @@ def open_corpus(name, data_dir='data'):
         meta = read_json(folder / 'meta.json', checksums=dict, tokenizer=str, vocab_size=int)
         if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
             meta['tokenizer'] = str(folder)
-        dtype = dict(uint16=np.dtype('uint16'), uint32=np.dtype('uint32'))[meta['dtype']]
-        counts = [meta['splits'][split] for split in SPLITS]
-        sizes = [count['tokens'] * dtype.itemsize for count in counts]
-        bytes_per_token = counts[1]['bytes'] / max(1, counts[1]['tokens'])
+        dtype = np.dtype(dict(uint16=np.uint16, uint32=np.uint32)[meta['dtype']])
+        sizes, sha256 = [], str(meta['checksums']['train.bin'])
+        for split in SPLITS:
+            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes', 'documents')]
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError(f'{split} has {counts} tokens, bytes, documents')
+            sizes.append(counts[0] * dtype.itemsize)
     except FileNotFoundError:
-        command = f'python data/prepare.py {name}'
-        raise UserError(f'{folder} is not prepared: run  {command}') from None
+        raise UserError(f'{folder} is not prepared: run  python data/prepare.py {name}') from None
     except UserError as error:
         raise UserError(f'{error}: {again}') from None
     except (KeyError, TypeError, ValueError) as error:
@@ -54,7 +57,9 @@ def open_corpus(name, data_dir='data'):
     arrays = []
     for split, size in zip(SPLITS, sizes):
         path = folder / f'{split}.bin'
-        found = path.stat().st_size if path.is_file() else 0
+        if not path.is_file():
+            raise UserError(f'{path} is missing: {again}')
+        found = path.stat().st_size
         if found != size:
             raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
         arrays.append(np.memmap(path, dtype, mode='r'))
@@ -62,7 +67,7 @@ def open_corpus(name, data_dir='data'):
     # 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
         arrays[0].base.madvise(mmap.MADV_RANDOM)
-    return Corpus(name, meta, *arrays, bytes_per_token)
+    return Corpus(name, meta, *arrays, counts[1] / max(1, counts[0]), sha256)
 
 
 def verify_corpus(name, data_dir='data'):
@@ -71,8 +76,8 @@ def verify_corpus(name, data_dir='data'):
     for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
-    wanted = corpus.meta['checksums'].items()
-    for file, expected in progress_bar(wanted, desc=f'verifying {name}', unit='file'):
+    bar = progress_bar(corpus.meta['checksums'].items(), desc=f'verifying {name}', unit='file')
+    for file, expected in bar:
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
@@ -95,13 +100,6 @@ def check_vocabulary(corpus, config, model):
             f'{model} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
             f'{corpus.meta["vocab_size"]}: choose another --data'
         )
-
-
-def check_same_tokenizer(one, other, data_dir='data'):
-    """Raise UserError if two corpora were made with different tokenizers."""
-    used = [open_corpus(name, data_dir).meta['tokenizer'] for name in (one, other)]
-    if not same_tokenizer(*used):
-        raise UserError(f'{one} was prepared with the tokenizer {used[0]}, {other} with {used[1]}')
 
 
 def finish_corpus(unfinished, out, counts, options, kind='text'):

@@ -133,9 +133,9 @@ def sequences(corpora, weights, order, positions):
     for i, corpus in enumerate(corpora):
         rows = which == i
         if rows.any():
-            cap = order.unique_tokens * weights[i]
-            seed = hash_key(order.seed, i)
-            own = order._replace(seed=seed, unique_tokens=cap)
+            own = order._replace(
+                seed=hash_key(order.seed, i), unique_tokens=order.unique_tokens * weights[i]
+            )
             starts = offsets(count[rows], len(corpus.train), own)
             tokens[rows] = corpus.train[starts[:, None] + np.arange(order.block_size + 1)]
     return tokens
@@ -232,7 +232,6 @@ def text_source(knobs, corpora):
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)
 
     def validation(batch_size, share):
-        size = knobs.block_size
-        return validation_batches(val.val, size, batch_size, knobs.eval_tokens, share)
+        return validation_batches(val.val, knobs.block_size, batch_size, knobs.eval_tokens, share)
 
     return Source(read, validation, val.bytes_per_token, val.meta['tokenizer'])

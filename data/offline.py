@@ -49,12 +49,11 @@ def source_files():
         for file in importlib.metadata.files(name) or []:
             if file.suffix == '.py' and '..' not in file.parts:
                 files[f'{name}/{file.as_posix()}'] = Path(file.locate())
-    return [(name, path) for name, path in sorted(files.items()) if is_used(name, path)]
-
-
-def is_used(name, path):
-    """Whether a source file is none of those that are left out."""
-    return not SKIPPED_FOLDERS & {*name.split('/')[1:-1]} and not SKIPPED_FILES.match(path.name)
+    return [
+        (name, path)
+        for name, path in sorted(files.items())
+        if not SKIPPED_FOLDERS & {*name.split('/')[1:-1]} and not SKIPPED_FILES.match(path.name)
+    ]
 
 
 def parse_file(path):

@@ -18,7 +18,6 @@ import glob
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -70,10 +69,10 @@ class Preparation:
     def folder(self):
         """Fill in what depends on the corpus; returns the folder of the result."""
         own = self.corpus not in (*OFFLINE, *HUB, *SETS, HUB_NAME)
-        name = local_name(self.corpus) if own else self.corpus
         self.files = {path: os.path.getsize(path) for path in own_files(self.corpus) if own}
-        self.tokenizer = self.tokenizer or ('bytes' if own or name in OFFLINE else 'gpt2')
-        self.val_fraction = self.val_fraction or (0.0005 if name in HUB and not own else 0.05)
+        self.tokenizer = self.tokenizer or ('bytes' if own or self.corpus in OFFLINE else 'gpt2')
+        self.val_fraction = self.val_fraction or (0.0005 if self.corpus in HUB else 0.05)
+        name = local_name(self.corpus) if own else self.corpus
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
 
 
@@ -91,8 +90,9 @@ def own_files(pattern):
 
 def local_name(pattern):
     """What a corpus of one's own files is called: book.txt -> book, novels/*.txt -> novels."""
-    words = re.findall(r'[\w .-]*\w', os.path.splitext(pattern.split(',')[0])[0])
-    return words[-1] if words else 'local'
+    path = Path(pattern.split(',')[0])
+    names = path.name if path.is_dir() else path.stem, *reversed(path.parts[:-1])
+    return next(filter(None, (name.strip('*?_-./') for name in names)), 'local')
 
 
 # ----------------------------------------------------------------------------------------------
@@ -115,10 +115,9 @@ def own_documents(options):
             except ValueError as error:
                 raise UserError(f'{path} cannot be read ({first_line(error)})') from None
             span = int(len(text) * (1 - fraction)), len(text.rstrip())
-            cut = text.find('\n', *span) + 1 or span[0]
+            cut = text.find('\n', *span) + 1 or text.find(' ', *span) + 1 or span[0]
             parts = (text[:cut], False), (text[cut:], True)
-            many = len(options.files) >= FEW
-            yield from [(text, is_held_out(text, fraction))] if many else parts
+            yield from [(text, is_held_out(text, fraction))] if len(options.files) >= FEW else parts
             continue
         for number, row in file_records(path):
             if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
@@ -264,8 +263,7 @@ def main(argv):
     """Command line: a corpus name or files first, knobs after it."""
     names = list(takewhile(lambda arg: arg[:1] != '-', argv))
     argv = [f'--corpus={",".join(names)}'] * bool(names) + argv[len(names) :]
-    options, _, _ = configure(argv, Preparation, None, 'data/prepare.py')
-    prepare(options)
+    prepare(configure(argv, Preparation, None, 'data/prepare.py')[0])
 
 
 if __name__ == '__main__':

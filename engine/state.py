@@ -62,7 +62,7 @@ def stage_identity(stage, knobs):
     identity |= {k: v for k, v in stage.knobs.items() if k in MACHINE_KNOBS}  # its own
     identity |= {f'model.{k}': v for k, v in asdict(stage.config).items()}
     for corpus in () if stage.source else knobs.open_corpora():
-        identity[f'text of {corpus.name}'] = corpus.meta['checksums']['train.bin']
+        identity[f'text of {corpus.name}'] = corpus.sha256
     return json.loads(json.dumps(identity))  # as it will be read back
 
 

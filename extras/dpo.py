@@ -186,8 +186,7 @@ class PostTraining:
             stage.knobs['micro_batch_size'] = run.micro_batch_size or 1
         stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
         if not run.dry_run:  # another set under this name is another stage
-            found = open_corpus(self.preferences, run.data_dir).meta['checksums']
-            stage.teaching['sha256'] = found['train.bin'][:16]
+            stage.teaching['sha256'] = open_corpus(self.preferences, run.data_dir).sha256[:16]
         reference = {}
 
         def source(knobs):

@@ -35,24 +35,14 @@ torch.set_num_threads(1)
 def write_corpus(folder, train, val, vocab_size=257):
     """Write token arrays as a prepared corpus into `folder`."""
     folder.mkdir(parents=True)
+    splits, checksums = {}, {}
     for split, tokens in (('train', train), ('val', val)):
-        np.asarray(tokens, np.uint16).tofile(folder / f'{split}.bin')
-    splits = {
-        s: dict(tokens=len(t), bytes=len(t), documents=1)
-        for s, t in (('train', train), ('val', val))
-    }
-    (folder / 'meta.json').write_text(
-        json.dumps(
-            dict(
-                corpus=folder.name,
-                tokenizer='bytes',
-                vocab_size=vocab_size,
-                dtype='uint16',
-                splits=splits,
-                checksums={f'{s}.bin': checksum(folder / f'{s}.bin') for s in splits},
-            )
-        )
-    )
+        file = folder / f'{split}.bin'
+        np.asarray(tokens, np.uint16).tofile(file)
+        splits[split] = dict(tokens=len(tokens), bytes=len(tokens), documents=1)
+        checksums[file.name] = checksum(file)
+    meta = dict(corpus=folder.name, tokenizer='bytes', vocab_size=vocab_size, dtype='uint16')
+    (folder / 'meta.json').write_text(json.dumps(meta | dict(splits=splits, checksums=checksums)))
 
 
 @pytest.fixture(scope='session')

@@ -49,6 +49,7 @@ def test_generation_is_compared_with_transformers_own(capsys):
     [
         ('--variants=fast', "no variant 'fast'"),
         ('--variants=let+fast', "no variant 'let.fast'"),
+        ('--variants=nanogpt', '--nanogpt=FOLDER'),
         ('--rounds=0', 'rounds'),
         ('--what=speed', 'what must be one of steps, generation'),
     ],

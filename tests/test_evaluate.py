@@ -345,10 +345,12 @@ def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_pa
     models = {'let-0/step-20': row, 'let-0/step-9': row | dict(average_accuracy=0.4)}
     models |= {'let-0': row | dict(average_accuracy=0.6), 'other': row}
     folders = {name: str(tmp_path / name) for name in models}
-    loss, _, accuracy = curves_over_training(dict(models=models), folders)
+    outcome = dict(models=models)
+    loss, perplexity, accuracy = curves_over_training(outcome, folders)
     assert [(line.label, line.x, line.y) for line in loss.lines] == [('let-0', [10, 20], [3, 2])]
     assert (accuracy.lines[0].x, accuracy.lines[0].y) == ([9, 20, 30], [0.4, 0.5, 0.6])
-    assert evaluation_tables(dict(models=models)).split('\n')[0].endswith('| average accuracy |')
+    assert perplexity.lines[0].y == [2.7] * 3
+    assert evaluation_tables(outcome).split('\n')[0].endswith('| average accuracy |')
 
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'config').glob('tasks_*.py')), ids=str)

@@ -63,6 +63,9 @@ def test_the_tail_says_what_a_limit_of_the_second_stage_changes():
     short, long = (loss_of(fitted, 1e6, D1, crossing) for D1 in (1e8, 1e10))
     assert short == pytest.approx(long, rel=1e-3) and crossing > math.exp(0.4 / 0.02)
     assert float(record['e^(alpha2/alpha3)']) == pytest.approx(math.exp(25), rel=1e-2)
+    endless = fitted._replace(parameters=truth | dict(logDmax=900.0))  # Eq. 6
+    record = tail_record('stk2', data, plain, endless)
+    assert float(record['curves cross at D2']) == pytest.approx(math.exp(20), rel=1e-2)
     never = dict(logDmax=19.0), dict(alpha3=-0.02), dict(alpha3=0.0)  # below 0.4 / 0.02; no limit
     for change in never:
         other = fitted._replace(parameters=truth | change)

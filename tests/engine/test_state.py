@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import test_train
-from conftest import run_command
+from conftest import run_command, write_corpus
 from test_train import same
 
 import train
@@ -242,8 +242,6 @@ def test_a_model_of_another_run_is_refused(data_dir, tmp_path, whole):
 
 
 def test_another_text_under_the_same_name_is_refused(data_dir, tmp_path):
-    from conftest import write_corpus
-
     write_corpus(tmp_path / 'data' / 'mine', range(60), range(40), vocab_size=61)
     corpus = tmp_path / 'data' / 'mine'
     meta = json.loads((corpus / 'meta.json').read_text())

@@ -31,21 +31,17 @@ def test_largest_eigenvalue_is_that_of_the_exact_hessian():
     model = GPT(GPTConfig(**shape)).double()
     x = torch.randint(7, (4, 6))
     y, parameters = x.roll(-1, 1), list(model.parameters())
+
+    def flat(parts):
+        return torch.cat([part.flatten() for part in parts])
+
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        gradient = torch.cat(
-            [
-                g.flatten()
-                for g in torch.autograd.grad(
-                    plain_cross_entropy(model, x, y), parameters, create_graph=True
-                )
-            ]
-        )
-        rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
-    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    vector = [torch.randn_like(p) for p in parameters]
+        loss = plain_cross_entropy(model, x, y)
+        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True))
+        rows = [flat(torch.autograd.grad(g, parameters, retain_graph=True)) for g in gradient]
+    hessian, vector = torch.stack(rows), [torch.randn_like(p) for p in parameters]
     parts = hessian_vector_product(lambda: plain_cross_entropy(model, x, y), parameters, vector)
-    product, flat = (torch.cat([part.flatten() for part in side]) for side in (parts, vector))
-    torch.testing.assert_close(product, hessian @ flat, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(flat(parts), hessian @ flat(vector), atol=1e-10, rtol=1e-8)
     eigenvalues = torch.linalg.eigvalsh(hessian)
     extreme = eigenvalues[eigenvalues.abs().argmax()].item()
     halves = [(x[:2], y[:2]), (x[2:], y[2:])]
