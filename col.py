@@ -93,7 +93,7 @@ def subset(large, config):
         if stem == 'wpe':
             tensor = tensor[: config.block_size]
         state[name] = tensor.clone()
-    return GPT.from_state(config, state, large.wte.weight.device)
+    return GPT.from_state(config, state)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     for name, tensor in grown.items():
         # (1 - alpha) cut + alpha grown
         state[name] = torch.lerp(cut[name].to(tensor), tensor, alpha)
-    return GPT.from_state(config, state, small.wte.weight.device)
+    return GPT.from_state(config, state)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -241,7 +241,6 @@ def open_for_evaluation(folder, device, dtype):
     model = load(folder, device).eval()
     if dtype == 'bfloat16' or dtype == 'auto' and device.type == 'cuda':
         model = model.to(torch.bfloat16)
-        model.build_rope(device)  # whose tables stay float32
     elif dtype == 'float32':
         model = model.float()
     return model

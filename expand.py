@@ -411,7 +411,7 @@ def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     growth = Growth(model.config, config, Operators(width, depth, noise, seed))
     old = model.state_dict()
     grown = {name: growth.tensor(name, old) for name in GPT.on_meta(config).state_dict()}
-    return GPT.from_state(config, grown, model.wte.weight.device).train(model.training)
+    return GPT.from_state(config, grown).train(model.training)
 
 
 def widen(model, config, method='lossless', noise=0.0, seed=0):

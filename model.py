@@ -8,17 +8,18 @@ of the architecture its configuration equals, so transformers opens what we save
 
 import math
 import re
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from engine.decoding import Decoding
-from engine.errors import UserError, unknown
+from engine.errors import UserError, first_line, unknown
 from engine.files import read_json, write_json
 from engine.hub import model_folder
 from engine.hugging_face import (
@@ -29,15 +30,10 @@ from engine.hugging_face import (
 )
 from engine.loss import IGNORED, fused_linear_cross_entropy
 from engine.tokenizer_files import write_tokenizer
-from engine.weights import check_finite, check_numbers, read_tensors, write_tensors
+from engine.weights import read_tensors, write_tensors
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
-MAX_LAYERS = 1000  # many more than any model has: a damaged file is noticed before it is built
-CHOICES = {
-    'norm': ('rms', 'layer'),
-    'act': ('swiglu', 'gelu', 'gelu_exact', 'relu'),
-    'pos': ('rope', 'learned'),
-}
+ACTIVATIONS = {'gelu': partial(F.gelu, approximate='tanh'), 'gelu_exact': F.gelu, 'relu': F.relu}
 
 
 class Derived(int):
@@ -56,10 +52,10 @@ class GPTConfig:
     n_mlp: int = 0  # 0: 4 n_embd
     vocab_size: int = 50257
     block_size: int = 1024  # longest context: learned positions, or the range of RoPE's tables
-    norm: str = 'rms'  # rms or layer
+    norm: Literal['rms', 'layer'] = 'rms'
     norm_eps: float = 1e-5
-    act: str = 'swiglu'  # swiglu, gelu (tanh approximation), gelu_exact or relu
-    pos: str = 'rope'  # rope or learned
+    act: Literal['swiglu', 'gelu', 'gelu_exact', 'relu'] = 'swiglu'  # gelu: approximated by tanh
+    pos: Literal['rope', 'learned'] = 'rope'
     rope_theta: float = 1e4
     rope_scaling: tuple = ()  # Llama 3: factor, low and high frequency factor, original context
     rotary_fraction: float = 1.0  # share of each head that RoPE rotates (GPT-NeoX: 0.25)
@@ -77,53 +73,40 @@ class GPTConfig:
             value, kind = getattr(self, field.name), field.type
             if type(value) is Derived:
                 setattr(self, field.name, 0)
-            elif type(value) is not kind and not (kind is float and type(value) is int):
-                raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
-            if kind is float:
-                if not 0 <= value <= 1e30:  # neither NaN nor what no tensor holds
-                    raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
-                setattr(self, field.name, float(value))
-        numbers = [x for x in self.rope_scaling if isinstance(x, int | float) and 0 < x < math.inf]
-        if len(numbers) != len(self.rope_scaling) or len(numbers) not in (0, 4):
-            found = str(self.rope_scaling)[:80]
-            raise UserError(f'rope_scaling is four positive numbers or none, not {found}')
+            elif choices := get_args(kind):
+                if value not in choices:
+                    raise unknown(field.name, value, choices)
+            elif not isinstance(value, int | float if kind is float else kind):
+                raise UserError(f'{field.name} is {value!r}, not {kind}')
+            elif kind in (int, float) and not 0 <= value <= 2**31:  # NaN is not, either
+                raise UserError(f'{field.name} must be between 0 and {2**31:,}, not {value!r}')
+        if self.rope_scaling and not (len(self.rope_scaling) == 4 and min(self.rope_scaling) > 0):
+            raise UserError(f'rope_scaling is not four positive numbers: {self.rope_scaling}')
         self.n_kv_head = self.n_kv_head or Derived(self.n_head)
         self.head_dim = self.head_dim or Derived(self.n_embd // max(1, self.n_head))
         self.n_mlp = self.n_mlp or Derived(4 * self.n_embd)
-        for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size', 'channels'):
-            least, most = int(name != 'channels'), MAX_LAYERS if name == 'n_layer' else 2**31 - 1
-            found = getattr(self, name)
-            if not least <= found <= most:
-                raise UserError(f'{name} must be between {least} and {most:,}, not {found}')
+        for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size'):
+            # many more than any model has: a damaged file is noticed before it is built
+            found, most = getattr(self, name), 1000 if name == 'n_layer' else 2**31 - 1
+            if not 1 <= found <= most:
+                raise UserError(f'{name} must be between 1 and {most:,}, not {found}')
         if self.n_head % self.n_kv_head:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
-        if not 0 < self.rotary_fraction <= 1:
-            raise UserError(f'rotary_fraction is a share of a head, not {self.rotary_fraction}')
-        if not self.rope_theta:
-            raise UserError('rope_theta must be above 0')
+        if not 0 < self.rotary_fraction <= 1 or not self.rope_theta:
+            raise UserError('rotary_fraction must be above 0 and at most 1, rope_theta above 0')
         if self.pos == 'rope' and self.rotary_dim % 2:
             raise UserError(f'RoPE rotates pairs of dimensions, but {self.rotary_dim} are odd')
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise unknown(name, getattr(self, name), choices)
 
     def num_params(self, embedding=False, head=False):
         """N: parameters of layers and final norm; embeddings and head on request, tied once."""
-        C, F, biases = self.n_embd, self.n_mlp, int(self.bias)
-        queries, keys = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        attention = (queries + 2 * keys) * (C + int(self.bias or self.qkv_bias))
-        attention += (queries + biases) * C + 2 * self.head_dim * self.qk_norm
-        up = 2 if self.act == 'swiglu' else 1
-        mlp = up * F * (C + biases) + (F + biases) * C
-        norm = C * (1 + (biases if self.norm == 'layer' else 0))
-        total = self.n_layer * (attention + mlp + 2 * norm) + norm
-        tokens = C * (self.channels or self.vocab_size)
+        sizes = Counter()
+        for name, p in GPT.on_meta(replace(self, n_layer=1)).named_parameters():
+            sizes[name.partition('.')[0]] += p.numel()
+        total = self.n_layer * sizes['blocks'] + sizes['norm']
         if embedding:
-            total += tokens + C * self.block_size * (self.pos == 'learned')
-        if head and not self.tied:
-            total += C * self.vocab_size
-        elif head and not embedding:
-            total += tokens
+            total += sizes['wte'] + sizes['wpe']
+        if head and not (embedding and self.tied):
+            total += sizes['lm_head'] or sizes['wte']
         return total
 
     @property
@@ -139,25 +122,28 @@ class GPTConfig:
         or NAMExLAYERS, a named size of another depth (gpt2-mediumx16). Raises UserError for an
         unknown name.
         """
-        size, _, depth = name.rpartition('x')
-        if match := re.fullmatch(r'(gpt2-)?(\d+)x(\d+)', name):
-            width, layers = int(match[2]), int(match[3])
-            if width % 16 or not width:
+        size, layers = re.fullmatch(r'(.*?)(?:x(\d+))?', name).groups()
+        if size in SIZES:
+            family, *numbers = SIZES[size].split()
+            shape = FAMILIES[family] | dict(
+                zip(('n_layer', 'n_head', 'n_embd', 'n_mlp'), map(int, numbers))
+            )
+        elif layers and (match := re.fullmatch(r'(gpt2-)?(\d+)', size)):
+            width = int(match[2])
+            if width % 16:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
-            shape = dict(n_embd=width, n_layer=layers, n_head=width // 16)
+            shape = dict(n_embd=width, n_head=width // 16)
             if match[1]:
                 shape |= FAMILIES['gpt2'] | dict(init_std=0.0)  # by the width: 0.02 at 1,000
             else:
                 shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
-        elif name in SIZES or size in SIZES and re.fullmatch('[1-9][0-9]*', depth):
-            family, *numbers = SIZES.get(name) or SIZES[size]
-            shape = FAMILIES[family] | dict(zip(('n_embd', 'n_mlp', 'n_layer', 'n_head'), numbers))
-            if name not in SIZES:
-                shape['n_layer'] = int(depth)
         else:
-            ways = ('WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS')
-            raise unknown('size', name, [*SIZES, *ways])
-        return cls(**{**shape, **changes})
+            raise unknown(
+                'size', name, [*SIZES, 'WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS']
+            )
+        if layers:
+            shape['n_layer'] = int(layers)
+        return cls(**shape | changes)
 
 
 def all_params(config):
@@ -169,34 +155,36 @@ def all_params(config):
 # the layers
 
 
-def make_norm(config, dim):
-    """RMSNorm or LayerNorm over the last dimension."""
+def make_norm(config):
+    """RMSNorm or LayerNorm over the residual stream."""
     if config.norm == 'rms':
-        return nn.RMSNorm(dim, eps=config.norm_eps)
-    return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def stretch(frequency, factor, low, high, original):
+def rotations(config, position):
     """
-    Llama 3's RoPE frequencies for a context stretched by `factor`: dimensions that rotate less
-    than `low` times over the `original` context are slowed down by the factor, those above
-    `high` are kept, with a smooth transition between.
+    RoPE's cos and sin of positions (T,): (T, rotary_dim / 2) each, float32. With Llama 3's
+    rope_scaling, dimensions that turn less than `low` times over the `original` context are slowed
+    down by `factor`, those that turn more than `high` times are kept, with a transition between.
     """
-    turns = original * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequency + (1 - kept) * frequency / factor
+    pair = torch.arange(0, config.rotary_dim, 2, device=position.device).float()
+    frequency = 1 / config.rope_theta ** (pair / config.rotary_dim)
+    if config.rope_scaling:
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = kept * frequency + (1 - kept) * frequency / factor
+    angle = position.float()[:, None] * frequency
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """
-    Rotate 2n dimensions by position, in pairs (i, i+n): x (B, H, T, D), cos and sin (T, n), or
-    (B, 1, T, n) where sequences are at positions of their own.
-    """
+    """Rotate 2n dimensions of x (B, H, T, D) by position, in pairs (i, i+n): cos, sin (T, n)."""
     n = cos.shape[-1]
-    first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    rotated = torch.cat(rotated, -1).to(x.dtype)
-    return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated
+    first, second, rest = x.split((n, n, x.shape[-1] - 2 * n), -1)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return torch.cat(rotated, -1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -205,31 +193,24 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        C, D = config.n_embd, config.head_dim
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         bias = config.bias or config.qkv_bias
-        self.q = nn.Linear(C, config.n_head * D, bias=bias)
-        self.k = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.v = nn.Linear(C, config.n_kv_head * D, bias=bias)
-        self.o = nn.Linear(config.n_head * D, C, bias=config.bias)
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.scale = D**-0.5
-        if config.attn_scale_by_layer:
-            self.scale /= layer + 1
+        self.q, self.k, self.v = (nn.Linear(C, heads * D, bias=bias) for heads in (H, K, K))
+        self.o = nn.Linear(H * D, C, bias=config.bias)
+        norm = partial(nn.RMSNorm, D, eps=config.norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+        self.scale = D**-0.5 / (layer + 1 if config.attn_scale_by_layer else 1)
 
     def project(self, x, rope):
         """Of x (B, T, C): rotated queries (B, H, T, D) and keys (B, K, T, D), and the values."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (part(x).view(heads).transpose(1, 2) for part in (self.q, self.k, self.v))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        D = self.config.head_dim
+        q, k, v = (p(x).unflatten(-1, (-1, D)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         return q, k, v
 
     def forward(self, x, rope, cache):
-        B, T, _ = x.shape
         (q, k, v), mask = self.project(x, rope), None
         if cache is not None:
             (k, v), mask = cache.extend(self.layer, k, v), cache.mask
@@ -238,11 +219,11 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
+            is_causal=mask is None and q.shape[2] > 1,
             scale=self.scale,
             enable_gqa=self.config.n_kv_head < self.config.n_head,
         )
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -250,19 +231,17 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_mlp, bias=config.bias)
-        if config.act == 'swiglu':
-            self.gate = nn.Linear(config.n_embd, config.n_mlp, bias=config.bias)
-        self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
-        self.act = config.act
+        linear = partial(nn.Linear, bias=config.bias)
+        self.up = linear(config.n_embd, config.n_mlp)
+        self.act = ACTIVATIONS.get(config.act)
+        if self.act is None:
+            self.gate = linear(config.n_embd, config.n_mlp)
+        self.down = linear(config.n_mlp, config.n_embd)
 
     def forward(self, x):
-        if self.act == 'swiglu':
+        if self.act is None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        if self.act == 'relu':
-            return self.down(F.relu(self.up(x)))
-        approximate = 'tanh' if self.act == 'gelu' else 'none'
-        return self.down(F.gelu(self.up(x), approximate=approximate))
+        return self.down(self.act(self.up(x)))
 
 
 class Block(nn.Module):
@@ -270,16 +249,14 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = make_norm(config, config.n_embd)
+        self.norm1 = make_norm(config)
         self.attn = Attention(config, layer)
-        self.norm2, self.mlp = make_norm(config, config.n_embd), MLP(config)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
         self.parallel = config.parallel
 
     def forward(self, x, rope, cache):
-        if self.parallel:
-            return x + self.attn(self.norm1(x), rope, cache) + self.mlp(self.norm2(x))
-        x = x + self.attn(self.norm1(x), rope, cache)
-        return x + self.mlp(self.norm2(x))
+        attended = x + self.attn(self.norm1(x), rope, cache)
+        return attended + self.mlp(self.norm2(x if self.parallel else attended))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -289,12 +266,12 @@ class Block(nn.Module):
 class Output(NamedTuple):
     """What a forward pass returns; fields that were not asked for are None."""
 
-    logits: torch.Tensor | None  # (B, T, V), without targets
-    loss: torch.Tensor | None  # a scalar, with targets
-    hidden: torch.Tensor | None  # (B, T, C), with hidden_at
-    data_loss: torch.Tensor | None = None  # the cross entropy within the loss, detached
-    divergence: torch.Tensor | None = None  # the divergence from a teacher, detached
-    count: torch.Tensor | None = None  # targets that are not -100: the terms of the mean
+    logits: Tensor  # (B, T, V), without targets
+    loss: Tensor  # a scalar, with targets
+    hidden: Tensor  # (B, T, C), with hidden_at
+    data_loss: Tensor = None  # the cross entropy within the loss, detached
+    divergence: Tensor = None  # the divergence from a teacher, detached
+    count: Tensor = None  # targets that are not -100: the terms of the mean
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -302,18 +279,15 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     The distribution to sample from, float32 (..., V). temperature 0: all on the largest logit;
     top_k: only the k most likely tokens, 0 for all; top_p: the fewest that hold this much.
     """
-    logits = logits.float()
     if temperature < 1e-6:  # nothing else is likely
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
+    p = (logits.float() / temperature).softmax(-1)
+    if top_k or top_p < 1:
         ordered, order = p.sort(-1, descending=True)
-        dropped = ordered.cumsum(-1) - ordered >= top_p  # those before it are enough
-        p = p.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0)
+        ordered[..., top_k or p.shape[-1] :] = 0
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0  # those before are enough
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
     return p / p.sum(-1, keepdim=True)
 
 
@@ -323,16 +297,16 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, device = config, torch.get_default_device()
+        self.num_params = config.num_params
         V, C = config.vocab_size, config.n_embd
         with torch.device('meta'):  # nn.Linear's own initialisation would be overwritten
             embed = partial(nn.Embedding.from_pretrained, freeze=False)  # and nn.Embedding's, too
             self.wte = embed(torch.empty(V, C))
             if config.channels:
                 self.wte = nn.Linear(config.channels, C, bias=False)
-            learned = config.pos == 'learned'
-            self.wpe = embed(torch.empty(config.block_size, C)) if learned else None
+            self.wpe = embed(torch.empty(config.block_size, C)) if config.pos == 'learned' else None
             self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-            self.norm = make_norm(config, C)
+            self.norm = make_norm(config)
             self.lm_head = None if config.tied else nn.Linear(C, V, bias=False)
         if device.type != 'meta':
             self.to_empty(device=device)
@@ -340,16 +314,15 @@ class GPT(nn.Module):
 
     @classmethod
     def on_meta(cls, config):
-        """A model without memory, for its names and shapes; without RoPE's tables, too."""
+        """A model without memory, for its names and shapes."""
         with torch.device('meta'):
             return cls(config)
 
     @classmethod
-    def from_state(cls, config, state, device='cpu'):
+    def from_state(cls, config, state):
         """A model that takes over the tensors {name: tensor}."""
         model = cls.on_meta(config)
         model.load_state_dict(state, assign=True)
-        model.build_rope(device)
         return model
 
     @torch.no_grad()
@@ -360,29 +333,11 @@ class GPT(nn.Module):
         """
         std = self.config.init_std or math.sqrt(2 / (5 * self.config.n_embd))
         for name, p in self.named_parameters():
-            if name.endswith(('attn.o.weight', 'mlp.down.weight')):
-                nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.config.n_layer))
-            elif p.ndim == 2:
-                nn.init.normal_(p, 0.0, std)
-            elif name.endswith('.bias'):
-                nn.init.zeros_(p)
+            if p.ndim == 2:
+                writes = name.endswith(('attn.o.weight', 'mlp.down.weight'))
+                nn.init.normal_(p, 0.0, std / math.sqrt(2 * self.config.n_layer) if writes else std)
             else:
-                assert 'norm' in name, f'no initialisation for {name}'
-                nn.init.ones_(p)
-        self.build_rope(self.wte.weight.device)
-
-    def build_rope(self, device):
-        """Tables cos, sin (block_size, rotary_dim / 2), float32, not saved."""
-        if self.config.pos == 'rope':
-            rotary_dim = self.config.rotary_dim
-            pair = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
-            position = torch.arange(self.config.block_size, device=device).float()
-            frequency = 1 / self.config.rope_theta**pair
-            if self.config.rope_scaling:
-                frequency = stretch(frequency, *self.config.rope_scaling)
-            angle = torch.outer(position, frequency)
-            self.register_buffer('cos', angle.cos(), persistent=False)
-            self.register_buffer('sin', angle.sin(), persistent=False)
+                nn.init.constant_(p, name.endswith('weight'))  # gains 1, biases 0
 
     def forward(self, idx, targets=None, hidden_at=None, cache=None, teacher=None):
         """
@@ -395,28 +350,24 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return Output(F.linear(x, self.head_weight), None, hidden)
-        losses = fused_linear_cross_entropy(x, self.head_weight, targets, teacher)
-        loss, data_loss, divergence = losses
-        return Output(None, loss, hidden, data_loss, divergence, (targets != IGNORED).sum())
+        loss, *parts = fused_linear_cross_entropy(x, self.head_weight, targets, teacher)
+        return Output(None, loss, hidden, *parts, (targets != IGNORED).sum())
 
     def residual_stream(self, idx, layers=None, hidden_at=None, cache=None):
         """(the stream (B, T, C) after the first `layers` layers or all; after `hidden_at`)."""
-        T = idx.shape[1]
-        end = T if cache is None else cache.length + T
-        if end > self.config.block_size:
-            raise ValueError(f'{end} positions, but block_size is {self.config.block_size}')
-        at = slice(0, T) if cache is None else cache.begin(T)
+        T, read = idx.shape[1], 0 if cache is None else cache.length
+        if read + T > self.config.block_size:
+            raise ValueError(f'{read + T} positions, but block_size is {self.config.block_size}')
+        at = torch.arange(T, device=idx.device) if cache is None else cache.begin(T)
         x, rope, hidden = self.wte(idx), None, None
         if self.wpe is None:
-            rope = self.cos[at], self.sin[at]
+            rope = rotations(self.config, at)
         else:
-            x = x + self.wpe.weight[at]
+            x = x + self.wpe(at)
         for i, block in enumerate(self.blocks[:layers], 1):
             x = block(x, rope, cache)
             if i == hidden_at:
                 hidden = x
-        if cache is not None:
-            cache.length = end
         return x, hidden
 
     @property
@@ -424,35 +375,22 @@ class GPT(nn.Module):
         """The (V, C) matrix that turns the last hidden state into logits."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def num_params(self, embedding=False, head=False):
-        """GPTConfig.num_params of the model's shape."""
-        return self.config.num_params(embedding, head)
-
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=()):
         """
         Continue idx (B, T) by up to `max_new_tokens` tokens, sampled as in `probabilities` from
         torch's random state; returns (B, T + new). Ends early when every sequence has produced
-        the token `stop`. When the context is full, generation continues from its later half.
+        one of the tokens `stop`. A full context is continued from its later half.
         """
         room = min(self.config.block_size, idx.shape[1] + max_new_tokens)
-        decoding, seen = Decoding(self, len(idx), room), 0
-        done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        decoding, stops = Decoding(self, len(idx), room), torch.tensor(stop, device=idx.device)
+        done = torch.zeros_like(idx[:, 0], dtype=torch.bool)
         for _ in range(max_new_tokens):
-            if decoding.cache.length + idx.shape[1] - seen > self.config.block_size:
-                decoding.cache.length = 0
-                seen = max(0, idx.shape[1] - max(1, self.config.block_size // 2))
-            logits = decoding.read(idx[:, seen:])[:, -1]
-            seen = idx.shape[1]
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1)
-            idx = torch.cat((idx, token), 1)
-            if stop is not None:
-                done |= token[:, 0] == stop
-                if done.all():
-                    break
+            p = probabilities(decoding.following(idx), temperature, top_k, top_p)
+            idx = torch.cat((idx, torch.multinomial(p, 1)), 1)
+            done |= torch.isin(idx[:, -1], stops)
+            if done.all():
+                break
         return idx
 
     def save(self, folder, tokenizer='', state=None, dtype=None):
@@ -464,21 +402,13 @@ class GPT(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict() if state is None else state
         dtype = dtype or self.wte.weight.dtype
-        state = {name: tensor.detach().to(dtype) for name, tensor in state.items()}
-        for name, tensor in state.items():
-            check_finite(name, tensor)  # float16 has a small range
+        state = {name: tensor.to(dtype) for name, tensor in (state or self.state_dict()).items()}
         write_tensors(folder, tensors_to_hugging_face(self.config, state))
-        write_config(folder, self.config, dtype, tokenizer)
-
-
-def write_config(folder, config, dtype, tokenizer=''):
-    """Write a model's config.json, and the tokenizer that it is to be used with."""
-    content = config_to_hugging_face(config, str(dtype).removeprefix('torch.'))
-    if tokenizer:
-        content |= write_tokenizer(tokenizer, folder)
-    write_json(Path(folder) / 'config.json', content)
+        content = config_to_hugging_face(self.config, dtype)
+        if tokenizer:
+            content |= write_tokenizer(tokenizer, folder)
+        write_json(folder / 'config.json', content)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -493,9 +423,8 @@ def read_config(folder):
         raise UserError(f'{folder} is not a model folder (it has no config.json)') from None
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        reason = f'{type(error).__name__} {error} in its config.json'
-        raise UserError(f'{folder} is damaged: {reason}') from None
+    except Exception as error:  # damage takes many forms
+        raise UserError(f'{folder} is damaged: {first_line(error)} in its config.json') from None
 
 
 def load(name, device='cpu'):
@@ -504,25 +433,21 @@ def load(name, device='cpu'):
     Raises UserError for a missing or damaged model.
     """
     folder = model_folder(name)
-    config = read_config(folder)
-    tensors = read_tensors(folder, device)
-    template = GPT.on_meta(config).state_dict()
+    config, tensors = read_config(folder), read_tensors(folder, device)
     try:
-        for stored, tensor in tensors.items():
-            check_numbers(stored, tensor.dtype)
-        state = tensors_from_hugging_face(config, tensors, template)
-        for own, tensor in state.items():
-            check_finite(own, tensor)
+        state = tensors_from_hugging_face(config, tensors, GPT.on_meta(config).state_dict())
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None
     dtype = state['wte.weight'].dtype
-    return GPT.from_state(config, {name: t.to(dtype) for name, t in state.items()}, device)
+    return GPT.from_state(config, {own: tensor.to(dtype) for own, tensor in state.items()})
 
 
 # ----------------------------------------------------------------------------------------------
 # named sizes
 
 QWEN = dict(tied=True, norm_eps=1e-6, rope_theta=1e6, vocab_size=151936)
+LLAMA3 = dict(n_kv_head=8, vocab_size=128256, block_size=8192, rope_theta=5e5)
+SMOLLM2 = dict(tied=True, vocab_size=49152, block_size=8192)
 FAMILIES = {  # fields of GPTConfig that the sizes of a family share
     'gpt2': dict(norm='layer', act='gelu', pos='learned', bias=True, tied=True, init_std=0.02),
     'pythia': dict(
@@ -534,68 +459,63 @@ FAMILIES = {  # fields of GPTConfig that the sizes of a family share
         vocab_size=50304,
         block_size=2048,
     ),
-    'qwen2': QWEN | dict(n_kv_head=2, head_dim=64, qkv_bias=True, block_size=131072),
+    'qwen2': QWEN | dict(n_kv_head=2, qkv_bias=True, block_size=131072),
     'qwen3': QWEN | dict(n_kv_head=8, head_dim=128, qk_norm=True, block_size=4096),
     'reuse': dict(vocab_size=32000),
     'let': dict(vocab_size=32000, block_size=1280),
     'llama': {},
-    'smollm2': dict(
-        n_kv_head=3, head_dim=64, tied=True, rope_theta=1e5, vocab_size=49152, block_size=8192
-    ),
+    'llama3': LLAMA3,
+    'llama3.2': LLAMA3 | dict(tied=True),
     'openllama': dict(vocab_size=32000, block_size=2048, norm_eps=1e-6),
-    'smollm2-1.7b': dict(
-        n_kv_head=32, head_dim=64, tied=True, rope_theta=1.3e5, vocab_size=49152, block_size=8192
-    ),
-    'llama3.2': dict(n_kv_head=8, tied=True, vocab_size=128256, block_size=8192, rope_theta=5e5),
-    'llama3': dict(n_kv_head=8, vocab_size=128256, block_size=8192, rope_theta=5e5),
+    'smollm2-135m': SMOLLM2 | dict(n_kv_head=3, rope_theta=1e5),
+    'smollm2-1.7b': SMOLLM2 | dict(rope_theta=1.3e5),
 }
-SIZES = {  # name: (family, n_embd, n_mlp, n_layer, n_head); an MLP of 0 is 4 n_embd
+SIZES = {  # name: family, n_layer, n_head, n_embd, and n_mlp where it is not 4 n_embd
     # Progressive training, Table 6
-    '1b': ('llama', 2048, 7168, 18, 16),
-    '2b': ('llama', 2560, 8960, 22, 20),
-    '4b': ('llama', 3200, 11200, 27, 25),
-    '8b': ('llama', 4096, 14336, 33, 32),
+    '1b': 'llama 18 16 2048 7168',
+    '2b': 'llama 22 20 2560 8960',
+    '4b': 'llama 27 25 3200 11200',
+    '8b': 'llama 33 32 4096 14336',
     # Scaling laws of model reuse, Table 2
-    '15m': ('reuse', 320, 0, 9, 4),
-    '44m': ('reuse', 480, 0, 12, 8),
-    '0.1b': ('reuse', 640, 0, 15, 8),
-    '0.2b': ('reuse', 832, 0, 21, 8),
-    '0.5b': ('reuse', 1120, 0, 26, 16),
-    '1b-reuse': ('reuse', 1504, 0, 30, 16),
+    '15m': 'reuse 9 4 320',
+    '44m': 'reuse 12 8 480',
+    '0.1b': 'reuse 15 8 640',
+    '0.2b': 'reuse 21 8 832',
+    '0.5b': 'reuse 26 16 1120',
+    '1b-reuse': 'reuse 30 16 1504',
     # Late-to-Early Training, Table 3: target models
-    '1.4b': ('let', 2048, 5461, 24, 32),
-    '7b': ('let', 4096, 11008, 32, 32),
+    '1.4b': 'let 24 32 2048 5461',
+    '7b': 'let 32 32 4096 11008',
     # Inheritune: the reference of its low-data recipe
-    'openllama-3b': ('openllama', 3200, 8640, 26, 32),
+    'openllama-3b': 'openllama 26 32 3200 8640',
     # the teachers of Late-to-Early Training
-    'smollm2-1.7b': ('smollm2-1.7b', 2048, 8192, 24, 32),
-    'llama-3.2-1b': ('llama3.2', 2048, 8192, 16, 32),
-    'smollm2-135m': ('smollm2', 576, 1536, 30, 9),
+    'smollm2-1.7b': 'smollm2-1.7b 24 32 2048',
+    'llama-3.2-1b': 'llama3.2 16 32 2048',
+    'smollm2-135m': 'smollm2-135m 30 9 576 1536',
     # GPT-2; Inheritune trains them without biases and with attn_scale_by_layer
-    'gpt2': ('gpt2', 768, 0, 12, 12),
-    'gpt2-medium': ('gpt2', 1024, 0, 24, 16),
-    'gpt2-large': ('gpt2', 1280, 0, 36, 20),
-    'gpt2-large-32': ('gpt2', 1280, 0, 32, 20),
-    'gpt2-xl': ('gpt2', 1600, 0, 48, 25),
+    'gpt2': 'gpt2 12 12 768',
+    'gpt2-medium': 'gpt2 24 16 1024',
+    'gpt2-large': 'gpt2 36 20 1280',
+    'gpt2-xl': 'gpt2 48 25 1600',
     # Chain-of-Learngene, Table 7: descendants, and the chains they lie in
-    '51.47m': ('gpt2', 512, 0, 8, 8),
-    '138m': ('gpt2', 768, 0, 14, 12),
-    '220m': ('gpt2', 896, 0, 18, 14),
-    '277m': ('gpt2', 896, 0, 24, 14),
-    '380m': ('gpt2', 1024, 0, 26, 16),
-    '537m': ('gpt2', 1152, 0, 30, 18),
-    'pythia-70m': ('pythia', 512, 0, 6, 8),
-    '113.63m': ('pythia', 640, 0, 10, 10),
-    'pythia-160m': ('pythia', 768, 0, 12, 12),
-    'pythia-410m': ('pythia', 1024, 0, 24, 16),
-    'pythia-1b': ('pythia', 2048, 0, 16, 8),
-    'pythia-1.4b': ('pythia', 2048, 0, 24, 16),
+    '51.47m': 'gpt2 8 8 512',
+    '138m': 'gpt2 14 12 768',
+    '220m': 'gpt2 18 14 896',
+    '277m': 'gpt2 24 14 896',
+    '380m': 'gpt2 26 16 1024',
+    '537m': 'gpt2 30 18 1152',
+    'pythia-70m': 'pythia 6 8 512',
+    '113.63m': 'pythia 10 10 640',
+    'pythia-160m': 'pythia 12 12 768',
+    'pythia-410m': 'pythia 24 16 1024',
+    'pythia-1b': 'pythia 16 8 2048',
+    'pythia-1.4b': 'pythia 24 16 2048',
     # the ancestors of the bridges of Chain-of-Learngene, beside Qwen3-4B
-    'meta-llama-3-8b': ('llama3', 4096, 14336, 32, 32),
+    'meta-llama-3-8b': 'llama3 32 32 4096 14336',
     # what Late-to-Early Training fine-tunes on time series, and Qwen3
-    'qwen2-0.5b': ('qwen2', 896, 4864, 24, 14),
-    'qwen3-0.6b': ('qwen3', 1024, 3072, 28, 16),
-    '1.09b': ('qwen3', 1536, 4608, 28, 16),
-    'qwen3-1.7b': ('qwen3', 2048, 6144, 28, 16),
-    'qwen3-4b': ('qwen3', 2560, 9728, 36, 32),
+    'qwen2-0.5b': 'qwen2 24 14 896 4864',
+    'qwen3-0.6b': 'qwen3 28 16 1024 3072',
+    '1.09b': 'qwen3 28 16 1536 4608',
+    'qwen3-1.7b': 'qwen3 28 16 2048 6144',
+    'qwen3-4b': 'qwen3 36 32 2560 9728',
 }

@@ -50,7 +50,7 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    stop: int | None = None
+    stop: tuple = ()
 
 
 AS_IT_IS = Sampling()  # from the model's own distribution
@@ -67,9 +67,13 @@ def generate(model, prompts, max_new_tokens, sampling=AS_IT_IS):
         batch = torch.stack([prompts[i] for i in rows])
         out = model.generate(batch, max_new_tokens, *sampling)
         for i, sequence in zip(rows, out[:, length:]):
-            ends = (sequence == sampling.stop).nonzero() if sampling.stop is not None else []
-            continuations[i] = sequence[: int(ends[0])] if len(ends) else sequence
+            continuations[i] = sequence[: first_of(sampling.stop, sequence)]
     return continuations
+
+
+def first_of(stop, ids):
+    """The place of the first of the tokens `stop` in ids (T,), or None."""
+    return next(iter(torch.isin(ids, torch.tensor(stop, device=ids.device)).nonzero()), None)
 
 
 @dataclass
@@ -127,9 +131,8 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
             decoding.cache.length = min(decoding.cache.length, known + accepted)
         divergences = kl_of_logits(theirs, logits[:-1]).tolist()
         stats.add(Speculation(1, len(drafts), accepted, divergences))
-        if stop is not None and stop in idx[0, known:]:
-            end = known + int((idx[0, known:] == stop).nonzero()[0])
-            return idx[0, start:end], stats
+        if (end := first_of(stop, idx[0, known:])) is not None:
+            return idx[0, start : known + end], stats
     return idx[0, start:], stats
 
 
@@ -270,7 +273,7 @@ def converse(model, tokenizer, options, sampling):
         if len(ids) + options.max_new_tokens > model.config.block_size:
             sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
             raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')
-        how = sampling._replace(stop=end)
+        how = sampling._replace(stop=(end,))
         answer = reply(model, tokenizer, ids, options.max_new_tokens, how)
         print(answer, flush=True)
         messages.append(dict(role='assistant', content=answer))
@@ -284,7 +287,7 @@ def main(argv):
     set_threads(device, model.config, 1)
     tokenizer = choose_tokenizer(options)
     check_tokenizer(tokenizer, model.config)
-    stop = tokenizer.end if options.stop else None
+    stop = (tokenizer.end,) if options.stop else ()
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
     torch.manual_seed(options.seed)
     if options.chat and options.draft:

@@ -2,7 +2,7 @@
 # without repetition, a child of 16 layers and the same from nothing.
 from config.inheritune_gpt2_large import *
 
-size = 'gpt2-large-32'
+size = 'gpt2-largex32'
 n = 16
 baselines = ('random',)
 data = 'fineweb_edu'

@@ -21,7 +21,7 @@ class Cache:
         self.mask = None  # which positions the added ones (T) see, where not the usual ones
 
     def begin(self, count):
-        """The positions of the next `count` tokens, which every layer then adds: an index."""
+        """The positions of the next `count` tokens, (count,), which every layer then adds."""
         device, start = self.k.device, self.length
         self.mask = None
         if self.at is not None:
@@ -30,7 +30,7 @@ class Cache:
         if 1 < count and start:  # SDPA's is_causal aligns top left; these need bottom right
             shape = (count, start + count)
             self.mask = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
-        return slice(start, start + count)
+        return torch.arange(start, start + count, device=device)
 
     def extend(self, layer, k, v):
         """Add (B, K, T, D) to a layer; returns views (B, K, S, D) of all that may be seen."""
@@ -58,6 +58,7 @@ class Decoding:
             dtype = torch.get_autocast_dtype(weight.device.type)
         self.cache = Cache(model.config, batch, room, weight.device, dtype)
         self.records = weight.is_cuda and not autocast
+        self.seen = 0  # tokens, of those that following() is given
         self.recorded = {}  # tokens at once: a recording
 
     @torch.no_grad()
@@ -65,7 +66,9 @@ class Decoding:
         """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
         cache, count = self.cache, idx.shape[1]
         if not self.records or count > MOST_RECORDED:
-            return self.model(idx, cache=cache).logits
+            logits = self.model(idx, cache=cache).logits
+            cache.length += count
+            return logits
         if count not in self.recorded:
             self.recorded[count] = self.record(idx)
         graph, tokens, places, logits = self.recorded[count]
@@ -74,6 +77,18 @@ class Decoding:
         graph.replay()
         cache.length += count
         return logits.clone()
+
+    def following(self, idx):
+        """
+        The logits (B, V) of what follows idx (B, T), of which all but the end was read before. Of
+        more than the context holds, its later half is read anew.
+        """
+        longest = self.model.config.block_size
+        if self.cache.length + idx.shape[1] - self.seen > longest:
+            self.cache.length, self.seen = 0, max(0, idx.shape[1] - max(1, longest // 2))
+        logits = self.read(idx[:, self.seen :])[:, -1]
+        self.seen = idx.shape[1]
+        return logits
 
     def record(self, idx):
         """Record the pass over so many tokens; the first of two loads what it needs."""
@@ -85,9 +100,9 @@ class Decoding:
         with torch.cuda.stream(aside):
             self.model(tokens, cache=cache)
         torch.cuda.current_stream(idx.device).wait_stream(aside)
-        cache.length, graph = start, torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         how = dict(stream=aside, capture_error_mode='thread_local')  # others may load data
         with torch.cuda.graph(graph, **how):
             logits = self.model(tokens, cache=cache).logits
-        cache.length, cache.at = start, None
+        cache.at = None
         return graph, tokens, places, logits

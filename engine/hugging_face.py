@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from engine.errors import UserError, unknown
+from engine.weights import check_finite
 
 
 class Family(NamedTuple):
@@ -182,6 +183,7 @@ def tensors_from_hugging_face(config, tensors, template):
         if not stored.names:
             continue
         tensor, shape = tensors[names[theirs]], tuple(expected[theirs].shape)
+        check_finite(names[theirs], tensor)
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
             raise UserError(f'{theirs} has shape {found}, the configuration says {shape}')
@@ -195,13 +197,13 @@ def tensors_from_hugging_face(config, tensors, template):
 # config.json
 
 
-def config_to_hugging_face(config, dtype='float32'):
+def config_to_hugging_face(config, dtype=torch.float32):
     """The content of config.json. `nanofamily` holds our fields: reading it back is exact."""
     content = dict(
         nanofamily=asdict(config),
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.tied,
-        torch_dtype=dtype,
+        torch_dtype=str(dtype).removeprefix('torch.'),
         bos_token_id=None,
         eos_token_id=None,
     )

@@ -293,7 +293,6 @@ def place(model, shards, hardware):
     for block in shards.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     shards = fully_shard(shards, mesh=mesh, mp_policy=policy).to_empty(device=device)
-    shards.build_rope(device)
     tensors = model.state_dict() if model else {}
     with torch.no_grad():
         for name, parameter in shards.named_parameters():

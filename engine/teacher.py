@@ -31,7 +31,6 @@ def open_teacher(name, device='cpu', untrained=False):
         model = as_initialised(read_config(model_folder(name))).to(device, dtype)
     else:
         model = load(name, device).to(dtype)
-    model.build_rope(device)  # whose tables stay float32
     return model.eval().requires_grad_(False)
 
 

@@ -71,15 +71,11 @@ def read_tensors(folder, device='cpu'):
     return tensors
 
 
-def check_numbers(name, dtype):
-    """Raise UserError for a dtype that is not one of weights: quantised ones cannot be read."""
-    if dtype not in DTYPES:
-        kind = str(dtype).removeprefix('torch.')
-        raise UserError(f'{name} is {kind}, not one of float64, float32, bfloat16 and float16')
-
-
 def check_finite(name, tensor):
-    """Raise UserError for a tensor with numbers that are not finite."""
+    """Raise UserError for numbers that are not finite, or no weights: quantised, say."""
+    if tensor.dtype not in DTYPES:
+        kind = str(tensor.dtype).removeprefix('torch.')
+        raise UserError(f'{name} is {kind}, not one of float64, float32, bfloat16 and float16')
     if tensor.sum().isfinite():  # only if all terms are; fifteen times faster than to ask each
         return
     if not tensor.isfinite().all():  # or the sum alone is too large
@@ -95,6 +91,8 @@ def write_tensors(folder, tensors):
 
     folder = Path(folder)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)  # float16 has a small range
         # a view of a larger storage, as FSDP gathers them, is refused: give it its own
         own = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -30,7 +30,7 @@ from engine.log import has_metrics, read_metrics
 from engine.parallel import choose_device
 from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, pyplot, save_figure, table
-from model import load
+from model import load, rotations
 
 # ----------------------------------------------------------------------------------------------
 # measures of an attention matrix
@@ -78,7 +78,7 @@ def attention_maps(model, idx, causal=True):
     config, T = model.config, idx.shape[1]
     x, rope = model.wte(idx), None
     if model.wpe is None:
-        rope = model.cos[:T], model.sin[:T]
+        rope = rotations(config, torch.arange(T, device=x.device))
     else:
         x = x + model.wpe.weight[:T]
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)

@@ -62,13 +62,13 @@ def answer(model, prompts, how, teacher=None, generator=None):
     mask = torch.zeros_like(ids, dtype=torch.bool)
     log_q, log_p, log_mix = torch.zeros(3, *ids.shape, device=device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    decodings, seen = [Decoding(m, len(ids), limit) for m in models], 0
+    decodings = [Decoding(m, len(ids), limit) for m in models]
     for t in range(int(lengths.min()), limit):
         logs = []
         for decoding in decodings:
-            logits = decoding.read(ids[:, seen:t])[:, -1].float()
+            logits = decoding.following(ids[:, :t]).float()
             logs.append(logits[:, : model.config.vocab_size].log_softmax(-1))
-        seen, mixed = t, mixture(logs, how.share)
+        mixed = mixture(logs, how.share)
         if how.temperature == 0:
             token = mixed.argmax(-1)
         else:

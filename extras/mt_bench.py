@@ -70,7 +70,7 @@ def answers(model, name, questions, max_new_tokens):
     end = special_ids(model_folder(name)).get('eos_token_id', tokenizer.end)
     new = min(max_new_tokens, model.config.block_size // 2)
     for question in progress_bar(questions, desc='questions'):
-        sampling = Sampling(TEMPERATURES.get(str(question.get('category')), 0.7), stop=end)
+        sampling = Sampling(TEMPERATURES.get(str(question.get('category')), 0.7), stop=(end,))
         messages, said = [], []
         for turn in question['turns']:
             messages.append(dict(role='user', content=turn))

@@ -46,7 +46,7 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone():
         assert torch.equal(found, generate(model, [prompt], 6, GREEDY)[0])
     end = together[1][2].item()
     assert (
-        generate(model, prompts, 6, GREEDY._replace(stop=end))[1].tolist()
+        generate(model, prompts, 6, GREEDY._replace(stop=(end,)))[1].tolist()
         == together[1].tolist()[: together[1].tolist().index(end)]
     )
 
@@ -115,7 +115,7 @@ def test_speculation_stops_at_the_end_and_refuses_what_cannot_be():
     model = small()
     prompts = [tokens()[0, :n] for n in (5, 2, 4)]
     end = generate(model, prompts, 3, GREEDY)[1][2].item()  # of the second, its third
-    sampling = GREEDY._replace(stop=end)
+    sampling = GREEDY._replace(stop=(end,))
     plain = generate(model, prompts, 10, sampling)
     found = [speculate(model, model, prompt[None], 10, sampling=sampling)[0] for prompt in prompts]
     assert all(map(torch.equal, found, plain)) and len(found[1]) < 3

@@ -23,7 +23,7 @@ from extras.attention import (
     query_key_gradients,
     validation_samples,
 )
-from model import GPT, GPTConfig, load
+from model import GPT, GPTConfig, load, rotations
 
 # ----------------------------------------------------------------------------------------------
 # measures
@@ -80,7 +80,7 @@ def test_maps_are_those_the_model_uses(shape):
     h = block.norm1(h)
     v = block.attn.v(h).view(2, 16, -1, 8 if shape != 'qwen3' else 12).transpose(1, 2)
     mixed = maps[0].double() @ v.repeat_interleave(4 // v.shape[1], 1)
-    rope = None if model.wpe is not None else (model.cos[:16], model.sin[:16])
+    rope = None if model.wpe is not None else rotations(model.config, torch.arange(16))
     torch.testing.assert_close(
         block.attn.o(mixed.transpose(1, 2).flatten(2)), block.attn(h, rope, None), atol=1e-6, rtol=0
     )
