@@ -274,6 +274,7 @@ def evaluate_folders(folders, options):
     for name, opener in openers.items():
         model = opener()
         row = outcome['models'][name] = losses(model, corpus, block_size, options)
+        print(f'{name}: validation loss {row["val_loss"]:.4f}', flush=True)  # what follows may fail
         if prompts:
             row |= rouge_of_answers(model, tokenizers[name], prompts, options.answer_tokens)
         del model  # before the next is opened

@@ -23,13 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import Fraction, NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.translate import check_alignable, translate
-from data.vocabulary import same_tokenizer, tokenizer_of_model
+from data.vocabulary import encode_spans, same_tokenizer, tokenizer_of_model, translate
 from engine.errors import UserError, unknown
 from engine.log import read_metrics
 from engine.loss import Distillation
@@ -214,10 +215,26 @@ def teacher_states(x, teacher, layer, tokenizers=None):
     longest = longest_context(teacher)
     if tokenizers is None:
         return in_windows(hidden, x, longest), None
-    found = translate(x.cpu().numpy(), *tokenizers, longest)
-    ids, place, covered = (torch.from_numpy(array).to(x.device) for array in found)
-    states = hidden(ids)
-    return states.gather(1, place[..., None].expand(-1, -1, states.shape[-1])), covered
+    rows = [translate(row, *tokenizers) for row in x.cpu().numpy()]
+    theirs = [torch.tensor(ids[:longest], device=x.device) for ids, _ in rows]
+    states = hidden(pad_sequence(theirs, batch_first=True))
+    place = torch.tensor(np.stack([place for _, place in rows]), device=x.device)
+    covered = (place >= 0) & (place < longest)
+    place = (place * covered)[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, place), covered
+
+
+PROBE = 'A naïve café — 数学 and 🙂:\n\tdef f(x): return x  # 1234'
+
+
+def check_alignable(student, teacher):
+    """Raise UserError unless both tokenizers reproduce every byte of a text."""
+    for name in (student, teacher):
+        if encode_spans(PROBE.encode(), name)[1].sum() != len(PROBE.encode()):
+            raise UserError(
+                f'the tokenizers {student} and {teacher} cannot be aligned: {name} does not keep '
+                'every byte of a text'
+            )
 
 
 def longest_context(teacher):

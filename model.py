@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from engine.decoding import Decoding
 from engine.errors import UserError, first_line, unknown
-from engine.files import read_json, write_json
+from engine.files import write_json
 from engine.hub import model_folder
 from engine.hugging_face import (
-    config_from_hugging_face,
     config_to_hugging_face,
+    read_fields,
     tensors_from_hugging_face,
     tensors_to_hugging_face,
 )
@@ -418,7 +418,7 @@ class GPT(nn.Module):
 def read_config(folder):
     """The GPTConfig of the model in a folder. Raises UserError for a missing or damaged one."""
     try:
-        return GPTConfig(**config_from_hugging_face(read_json(Path(folder) / 'config.json')))
+        return GPTConfig(**read_fields(folder))
     except FileNotFoundError:
         raise UserError(f'{folder} is not a model folder (it has no config.json)') from None
     except UserError as error:

@@ -12,7 +12,7 @@ min(1, p / q), and replaces the first that it rejects by a token from the part o
 comes out is distributed exactly as if the model had written it alone; greedy, it is the same text.
 """
 
-import sys
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,28 +20,27 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from configurator import Count, Natural, NonNegative, Range, configure
-from data.corpus import open_corpus
-from data.instruct import prompt as instruction_prompt
-from data.loader import parse_mixture
+from data.instruct import encode_turns
 from data.vocabulary import (
     check_tokenizer,
     load_tokenizer,
+    open_tokenizer,
     same_tokenizer,
     share_tokenizer,
     tokenizer_in,
     tokenizer_of_model,
 )
 from engine.decoding import Decoding
-from engine.errors import UserError, import_extra, run_as_program
-from engine.files import read_json
-from engine.hub import model_folder, within
+from engine.errors import UserError, run_as_program
+from engine.hub import model_folder
 from engine.loss import kl_of_logits
 from engine.parallel import choose_device, set_threads
 from engine.report import table
-from engine.tokenizer_files import special_ids
-from model import GPT, GPTConfig, load, probabilities
+from engine.tokenizer_files import has_chat_template
+from model import load, probabilities
 
 
 class Sampling(NamedTuple):
@@ -107,19 +106,21 @@ class Speculation:
 def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_IS):
     """
     Continue idx (1, T) by the model's own distribution, drafted by a smaller model of the same
-    vocabulary. Returns the continuation (1-d, up to and without `stop`) and a Speculation. Raises
-    UserError if vocabularies differ or the context is too short.
+    tokenizer. Returns the continuation (1-d, up to and without `stop`) and a Speculation. Raises
+    UserError if the context is too short.
     """
     *how, stop = sampling
     start, goal = idx.shape[1], idx.shape[1] + max_new_tokens
     check_draft(model, draft, goal)
+    more = model.config.vocab_size - draft.config.vocab_size  # padding of one tokenizer's heads
     reading, drafting, stats = Decoding(model, 1, goal), Decoding(draft, 1, goal), Speculation()
     while idx.shape[1] < goal:
         known = idx.shape[1]
         drafts = []  # the draft's logits, of fewer tokens than the goal: the model adds one more
         for _ in range(min(draft_tokens, goal - known - 1)):
             # after full acceptance the draft has not read the last two tokens: it reads both
-            drafts.append(drafting.read(idx[:, drafting.cache.length :])[0, -1])
+            unread = idx[:, drafting.cache.length :].clamp(max=draft.config.vocab_size - 1)
+            drafts.append(F.pad(drafting.read(unread)[0, -1], (0, more), value=-math.inf))
             token = torch.multinomial(probabilities(drafts[-1], *how), 1)
             idx = torch.cat((idx, token[None]), 1)
         logits = reading.read(idx[:, reading.cache.length :])[0, -len(drafts) - 1 :]
@@ -129,7 +130,8 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
         idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
         for decoding in (reading, drafting):  # forget what was rejected
             decoding.cache.length = min(decoding.cache.length, known + accepted)
-        divergences = kl_of_logits(theirs, logits[:-1]).tolist()
+        V = draft.config.vocab_size
+        divergences = kl_of_logits(theirs[:, :V], logits[:-1, :V]).tolist()
         stats.add(Speculation(1, len(drafts), accepted, divergences))
         if (end := first_of(stop, idx[0, known:])) is not None:
             return idx[0, start : known + end], stats
@@ -152,11 +154,7 @@ def accept(p, q, proposed):
 
 def check_draft(model, draft, goal):
     """Raise UserError unless a draft can propose texts of `goal` tokens for a model."""
-    ours, theirs = model.config, draft.config
-    if ours.vocab_size != theirs.vocab_size:
-        sizes = f'{ours.vocab_size}, its draft one of {theirs.vocab_size}'
-        raise UserError(f'the model has a vocabulary of {sizes}')
-    longest = min(ours.block_size, theirs.block_size)
+    longest = min(model.config.block_size, draft.config.block_size)
     if goal > longest:
         raise UserError(
             f'{goal} tokens do not fit the context of {longest}: use a smaller --max_new_tokens'
@@ -197,84 +195,53 @@ def read_prompts(options):
     return Path(options.prompts).read_text(encoding='utf-8').splitlines()
 
 
-def still_trains(name):
-    """Whether a folder is that of a stage that is not finished."""
-    begun, ended = (Path(name) / file for file in ('stage.json', 'result.json'))
-    return begun.is_file() and not ended.is_file() and not (Path(name) / 'config.json').is_file()
-
-
-def open_model(name, device):
-    """A model; of a stage that still trains, its newest saved state. Raises UserError."""
-    if not still_trains(name):
-        return load(name, device)
-    from engine.state import newest_weights  # a finished model need not wait for it
-
-    fields, weights, step = newest_weights(name)
-    print(f'{name} is not finished: this is its state after {step:,} steps', file=sys.stderr)
-    return GPT.from_state(GPTConfig(**fields), weights).to(device)
-
-
-def tokenizer_of_run(folder):
-    """The tokenizer of the corpora that a run reads. Raises UserError."""
-    knobs = read_json(Path(folder) / 'run.json', knobs=dict)['knobs']
-    corpus = next(iter(parse_mixture(knobs.get('data', ''))))
-    return open_corpus(corpus, knobs.get('data_dir', 'data')).meta['tokenizer']
-
-
-def choose_tokenizer(options):
-    """The Tokenizer of the model, or the one given. Raises UserError if they are different."""
-    if not options.tokenizer and still_trains(options.model):
-        return load_tokenizer(tokenizer_of_run(Path(options.model).resolve().parent))
+def choose_tokenizer(options, config):
+    """
+    The Tokenizer of the model of this GPTConfig, or the one given. Raises UserError if it has
+    another.
+    """
     name = options.tokenizer or tokenizer_of_model(options.model)
-    tokenizer, own = load_tokenizer(name), tokenizer_in(options.model)
-    if own and not same_tokenizer(own, name):
+    tokenizer = load_tokenizer(name)
+    if not same_tokenizer(tokenizer_in(options.model), name):
         raise UserError(f'{options.model} has another tokenizer than {name}')
+    check_tokenizer(name, config)
     return tokenizer
 
 
-def answer_template(name):
+def conversation_encoder(name):
     """
-    A function messages [{'role': 'user', 'content': ...}, ...] -> the text before the answer: by
-    the template in the model's folder, else as data/instruct.py writes a conversation.
+    A function messages [dict(role='user', content=...), ...] -> the ids before the answer: by the
+    template in the model's folder, else as data/prepare.py lays conversations out without one.
     """
     folder = model_folder(name)
-    settings = folder / 'tokenizer_config.json'
-    described = settings.is_file() and 'chat_template' in read_json(settings)
-    if not described and not (folder / 'chat_template.jinja').is_file():
-        return lambda messages: instruction_prompt('\n'.join(m['content'] for m in messages), '')
-    transformers = import_extra('transformers', 'chat templates need the package transformers')
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    if has_chat_template(folder):
+        from extras.chat import chat_template, encode_prompt  # with transformers
+
+        return partial(encode_prompt, chat_template(folder), open_tokenizer(folder))
+    tokenizer = load_tokenizer(tokenizer_of_model(name))
+    return lambda messages: encode_turns(messages, tokenizer)[0]
 
 
 def reply(model, tokenizer, ids, max_new_tokens, sampling):
     """The text that a model says after a conversation of token ids."""
-    ids = torch.tensor(ids, device=model.wte.weight.device)
-    (found,) = generate(model, [ids], max_new_tokens, sampling)
-    return tokenizer.text(found.tolist()).strip()
+    prompt = torch.tensor(ids, device=model.wte.weight.device)
+    (found,) = generate(model, [prompt], max_new_tokens, sampling)
+    return tokenizer.text(found.tolist(), ids).strip()
 
 
 def converse(model, tokenizer, options, sampling):
     """Answer every line that is typed, with the conversation so far as context, to the end."""
-    template, messages = answer_template(options.model), []
-    end = special_ids(model_folder(options.model)).get('eos_token_id', tokenizer.end)
+    encode, messages = conversation_encoder(options.model), []
     while True:
         try:
             messages.append(dict(role='user', content=input('> ')))
         except EOFError:
             return print()
-        text = within(
-            30,
-            partial(template, messages),
-            f'the chat template of {options.model} gives no text',
-            'remove it, for conversations as data/instruct.py writes them',
-        )
-        ids = [int(i) for i in tokenizer.encode(text)]
+        ids = [int(i) for i in encode(messages)]
         if len(ids) + options.max_new_tokens > model.config.block_size:
             sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
             raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')
-        how = sampling._replace(stop=(end,))
-        answer = reply(model, tokenizer, ids, options.max_new_tokens, how)
+        answer = reply(model, tokenizer, ids, options.max_new_tokens, sampling)
         print(answer, flush=True)
         messages.append(dict(role='assistant', content=answer))
 
@@ -283,11 +250,10 @@ def main(argv):
     """Command line: print the continuations; with a draft model, what it brought."""
     options, _, _ = configure(argv, Options, program='sample.py')
     device = choose_device(options.device)
-    model = open_model(options.model, device).eval()
+    model = load(options.model, device).eval()
     set_threads(device, model.config, 1)
-    tokenizer = choose_tokenizer(options)
-    check_tokenizer(tokenizer, model.config)
-    stop = (tokenizer.end,) if options.stop else ()
+    tokenizer = choose_tokenizer(options, model.config)
+    stop = tokenizer.ends if options.stop else ()
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
     torch.manual_seed(options.seed)
     if options.chat and options.draft:
@@ -305,11 +271,11 @@ def main(argv):
     if options.draft:
         check_tokenizer_of_draft(options.model, options.draft)
         limits = options.max_new_tokens, options.draft_tokens
-        draft = open_model(options.draft, device).eval()
+        draft = load(options.draft, device).eval()
         found, record = draft_for(model, draft, prompts, limits, sampling)
         records.append(record)
-    for i, (text, continuation) in enumerate(zip(texts, found), 1):
-        print(f'--- {i}\n{text}{tokenizer.text(continuation.tolist())}')
+    for i, (text, ids, continuation) in enumerate(zip(texts, prompts, found), 1):
+        print(f'--- {i}\n{text}{tokenizer.text(continuation.tolist(), ids.tolist())}')
     print(f'\n{table(records)}')
 
 

@@ -113,7 +113,6 @@ class Run:
     micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
     recompute: bool = False  # compute activations again in the backward pass: less memory
     log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
-    tensorboard: bool = False  # also write the metrics to out_dir/tensorboard
     wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
@@ -277,10 +276,10 @@ def train_stage(stage, run, hardware, record):
     # 3. Data: which sequences come next follows from the position alone, which no state holds.
     source = stage.source(knobs) if stage.source else knobs.source()
     accumulate = knobs.batch_size // hardware.world_size // micro_batch_size
-    position = stage.position // knobs.block_size + start * knobs.batch_size
-    sizes = knobs.batch_size, micro_batch_size
-    data = batches(source.read, position, *sizes, hardware, steps - start)
-    tokenizer = stage.tokenizer and tokenizer_to_carry(stage.tokenizer) or source.tokenizer
+    first = stage.position // knobs.block_size + start * knobs.batch_size
+    data = batches(source.read, first, knobs.batch_size, micro_batch_size, hardware, steps - start)
+    own = stage.tokenizer and tokenizer_to_carry(stage.tokenizer)
+    tokenizer = own if own and not source.masked else source.tokenizer  # which knows its ends
 
     def validation_loss():
         with hardware.autocast:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from data.offline import other_versions, versions
-from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
+from data.vocabulary import check_tokenizer, load_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
 from engine.files import checksum, damage_of, read_json, write_json
 from engine.progress import progress_bar
-from engine.tokenizer_files import is_encoding, write_tokenizer
+from engine.tokenizer_files import is_encoding, read_settings, write_tokenizer
 
 SPLITS = ('train', 'val')
 OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need no network
@@ -36,38 +36,29 @@ class Corpus:
 def open_corpus(name, data_dir='data'):
     """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
     folder = Path(data_dir) / name
-    again = f'delete {folder} and prepare it again'
     try:
         meta = read_json(folder / 'meta.json', checksums=dict, tokenizer=str, vocab_size=int)
         if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
             meta['tokenizer'] = str(folder)
-        dtype = np.dtype(dict(uint16=np.uint16, uint32=np.uint32)[meta['dtype']])
-        sizes, sha256 = [], str(meta['checksums']['train.bin'])
+        dtype, arrays = np.dtype(dict(uint16=np.uint16, uint32=np.uint32)[meta['dtype']]), []
         for split in SPLITS:
-            counts = [meta['splits'][split][of] for of in ('tokens', 'bytes', 'documents')]
-            if any(type(count) is not int or count < 0 for count in counts):
-                raise ValueError(f'{split} has {counts} tokens, bytes, documents')
-            sizes.append(counts[0] * dtype.itemsize)
-    except FileNotFoundError:
-        raise UserError(f'{folder} is not prepared: run  python data/prepare.py {name}') from None
-    except UserError as error:
-        raise UserError(f'{error}: {again}') from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{folder}/meta.json is damaged ({error!r}): {again}') from None
-    arrays = []
-    for split, size in zip(SPLITS, sizes):
-        path = folder / f'{split}.bin'
-        if not path.is_file():
-            raise UserError(f'{path} is missing: {again}')
-        found = path.stat().st_size
-        if found != size:
-            raise UserError(f'{path} has {found} bytes instead of {size}: {again}')
-        arrays.append(np.memmap(path, dtype, mode='r'))
+            path, counts = folder / f'{split}.bin', meta['splits'][split]
+            if path.stat().st_size != counts['tokens'] * dtype.itemsize:
+                raise ValueError(f'{path} is not of {counts}')
+            arrays.append(np.memmap(path, dtype, mode='r'))
+        rest = counts['bytes'] / max(1, counts['tokens']), str(meta['checksums']['train.bin'])
+    except FileNotFoundError as error:
+        raise UserError(
+            f'{folder} is not prepared: run  python data/prepare.py {name}  ({error.filename} is '
+            'missing; delete what is left)'
+        ) from None
+    except Exception as error:  # damage takes many forms
+        raise UserError(f'{folder} is damaged ({error!r}): delete it, prepare it again') from None
     # Training reads short pieces from anywhere. Told nothing, the system would read around each,
     # 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
         arrays[0].base.madvise(mmap.MADV_RANDOM)
-    return Corpus(name, meta, *arrays, counts[1] / max(1, counts[0]), sha256)
+    return Corpus(name, meta, *arrays, *rest)
 
 
 def verify_corpus(name, data_dir='data'):
@@ -76,8 +67,8 @@ def verify_corpus(name, data_dir='data'):
     for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
-    bar = progress_bar(corpus.meta['checksums'].items(), desc=f'verifying {name}', unit='file')
-    for file, expected in bar:
+    checksums = corpus.meta['checksums']
+    for file, expected in progress_bar(checksums.items(), desc=f'verifying {name}', unit='file'):
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
@@ -95,15 +86,13 @@ def check_vocabulary(corpus, config, model):
             f'python data/prepare.py {corpus.meta.get("corpus", corpus.name)} --tokenizer={theirs} '
             f'--out=data/NAME  and use --data=NAME'
         )
-    if corpus.meta['vocab_size'] > config.vocab_size:
-        raise UserError(
-            f'{model} has a vocabulary of {config.vocab_size}, {corpus.name} one of '
-            f'{corpus.meta["vocab_size"]}: choose another --data'
-        )
+    check_tokenizer(ours, config)
 
 
 def finish_corpus(unfinished, out, counts, options, kind='text'):
     """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
+    if bad := counts.get('bad'):
+        print(f'{bad["rows"]:,} rows cannot be used and are left out; the first: {bad["first"]}')
     for split in SPLITS:
         if not counts[split]['tokens']:
             raise UserError(
@@ -111,9 +100,13 @@ def finish_corpus(unfinished, out, counts, options, kind='text'):
                 f'--val_fraction={options.val_fraction} are held out'
             )
     (unfinished / 'progress.json').unlink(missing_ok=True)
+    tokenizer = load_tokenizer(options.tokenizer)
     if not is_encoding(options.tokenizer):
         write_tokenizer(options.tokenizer, unfinished)
-    tokenizer = load_tokenizer(options.tokenizer)
+        end = int(np.fromfile(unfinished / 'val.bin', tokenizer.dtype)[-1])
+        settings = read_settings(unfinished, 'generation_config.json')
+        if end not in np.ravel(settings.get('eos_token_id')):  # say what a model learns to end with
+            write_json(unfinished / 'generation_config.json', settings | dict(eos_token_id=end))
     offline = options.corpus in OFFLINE
     if offline and (others := other_versions()):
         print(f'made from {", ".join(others)}: another corpus than that of the docs')
@@ -121,7 +114,6 @@ def finish_corpus(unfinished, out, counts, options, kind='text'):
         corpus=options.corpus,
         tokenizer=options.tokenizer,
         vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end,
         dtype=np.dtype(tokenizer.dtype).name,
         options=vars(options),
         versions=versions() if offline else {},

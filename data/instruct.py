@@ -1,387 +1,309 @@
 """
-Instructions and answers: supervised sets for fine-tuning and distillation.
+Instructions and answers, and preferences between answers: sets for fine-tuning and distillation.
 
     python data/prepare.py dolly
-    python data/prepare.py mine.jsonl    # lines of {"instruction", "input", "output"}
+    python data/prepare.py mine.jsonl --tokenizer=FOLDER   # in the folder's chat template, if any
     python data/prepare.py signatures    # offline: a function's signature -> its documentation
+    python data/prepare.py preferences   # offline: a function's documentation before another's
 
-data/NAME/ holds {train,val}.jsonl, the examples as text; {train,val}.bin, their tokens, prompt and
-answer one after the other; {train,val}.spans.npy, int64 (n, 3): where each begins, and the lengths
-of its prompt and of its answer with end-of-text. Only answers are predicted: the positions of the
-prompt have the target -100.
+A line of mine.jsonl is {"instruction", "input", "output"}, {"prompt", "completion"}, {"messages"}
+or {"prompt", "chosen", "rejected"}. data/NAME/ holds {train,val}.bin, the tokens of the examples
+one after the other, and {train,val}.marks, a byte for each: 1 where it is a target, which answers
+and what ends them are, and 2 where an example begins. Of a preference there are two examples: the
+answer that is preferred, then the other.
 """
 
-import contextlib
 import json
-import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.corpus import SPLITS, finish_corpus, open_corpus
-from data.loader import Source, hash_key, permute, to_device
+from data.corpus import open_corpus
+from data.loader import Order, Source, fixed_batches, offsets, some_of
 from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
-from engine.hub import WAY_OUT, hub_source, reach_hub
-from engine.progress import progress_bar
+from engine.tokenizer_files import has_chat_template
 
-FIELDS = ('instruction', 'input', 'output')
-
-
-def choices(options, letters='ABCDEFGH'):
-    """Answers to choose from, one per line."""
-    return '\n'.join(f'{letter}. {option}' for letter, option in zip(letters, options))
-
-
-def from_dolly(row):
-    """Yield (instruction, input, output) of a row."""
-    yield row['instruction'], row['context'], row['response']
-
-
-def from_boolq(row):
-    """Yield (instruction, input, output) of a row."""
-    answer = 'true' if row['answer'] else 'false'
-    yield f'{row["question"]}? Answer true or false.', row['passage'], answer
-
-
-def from_hellaswag(row):
-    """Yield (instruction, input, output) of a row."""
-    question = f'Which ending follows?\n{choices(row["endings"])}'
-    yield question, row['ctx'], 'ABCD'[int(row['label'])]
-
-
-def from_winogrande(row):
-    """Yield (instruction, input, output) of a row."""
-    question = f'What does _ stand for?\n{choices([row["option1"], row["option2"]])}'
-    yield question, row['sentence'], 'AB'[int(row['answer']) - 1]
-
-
-def from_mmlu(row):
-    """Yield (instruction, input, output) of a row."""
-    yield row['question'], choices(row['choices']), 'ABCD'[int(row['answer'])]
-
-
-def from_arc(row):
-    """Yield (instruction, input, output) of a row."""
-    options = row['choices']
-    yield row['question'], choices(options['text'], options['label']), row['answerKey']
-
-
-def from_xlsum(row):
-    """Yield (instruction, input, output) of a row."""
-    title = f'the title of the article is {row["title"]}, please summarize the article.'
-    yield f'Given the following article, and {title}', row['text'], row['summary']
-
-
-def from_ultrachat(row):
-    """Yield (instruction, input, output): each answer, after all that was said before it."""
-    texts = [message['content'] for message in row['messages']]
-    for i in range(1, len(texts), 2):
-        yield '\n'.join(texts[:i]), '', texts[i]
-
-
-class HubSet(NamedTuple):
-    """A supervised set of the hub."""
-
-    repository: str
-    configuration: str | None
-    train: str
-    validation: str | None  # None: held out from train
-    convert: Any  # yields (instruction, input, output) of a row, once or several times
-
-
-SETS = {
-    'dolly': HubSet('databricks/databricks-dolly-15k', None, 'train', None, from_dolly),
-    'boolq': HubSet('google/boolq', None, 'train', 'validation', from_boolq),
-    'hellaswag': HubSet('Rowan/hellaswag', None, 'train', 'validation', from_hellaswag),
-    'winogrande': HubSet(
-        'allenai/winogrande', 'winogrande_xl', 'train', 'validation', from_winogrande
+TARGET, START = 1, 2
+LAG = 64  # functions between a documentation and the one that it is preferred to
+SUMMARISE = (
+    'Given the following article, and the title of the article is {title}, please summarize the '
+    'article.'
+)
+SETS = {  # repository, configuration, splits; templates of instruction and input; answer, choices
+    'dolly': (
+        'databricks/databricks-dolly-15k default train',
+        '{instruction}',
+        '{context}',
+        'response',
+        '',
     ),
-    'mmlu': HubSet('cais/mmlu', 'all', 'auxiliary_train', 'validation', from_mmlu),
-    'arc_easy': HubSet('allenai/ai2_arc', 'ARC-Easy', 'train', 'validation', from_arc),
-    'xlsum': HubSet('csebuetnlp/xlsum', 'english', 'train', 'validation', from_xlsum),
-    'ultrachat': HubSet(
-        'HuggingFaceH4/ultrachat_200k', 'default', 'train_sft', 'test_sft', from_ultrachat
+    'boolq': (
+        'google/boolq default train validation',
+        '{question}? Answer true or false.',
+        '{passage}',
+        'answer',
+        '',
     ),
+    'hellaswag': (
+        'Rowan/hellaswag default train validation',
+        'Which ending follows?\n{options}',
+        '{ctx}',
+        'label',
+        'endings',
+    ),
+    'winogrande': (
+        'allenai/winogrande winogrande_xl train validation',
+        'What does _ stand for?\n{options}',
+        '{sentence}',
+        'answer',
+        'option1 option2',
+    ),
+    'mmlu': (
+        'cais/mmlu all auxiliary_train validation',
+        '{question}',
+        '{options}',
+        'answer',
+        'choices',
+    ),
+    'arc_easy': (
+        'allenai/ai2_arc ARC-Easy train validation',
+        '{question}',
+        '{options}',
+        'answerKey',
+        'choices',
+    ),
+    'xlsum': ('csebuetnlp/xlsum english train validation', SUMMARISE, '{text}', 'summary', ''),
+    'ultrachat': ('HuggingFaceH4/ultrachat_200k default train_sft test_sft',),
+    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized default train_prefs test_prefs',),
 }
 
 
+def filled(row, instruction, context, output, choices):
+    """{instruction, input, output} of a row by the columns of SETS; choices are lettered."""
+    options, letters, answer = [row[name] for name in choices.split()], 'ABCDEFGH', row[output]
+    if len(options) == 1:
+        (options,) = options
+    if isinstance(options, dict):
+        options, letters = options['text'], options['label']
+    if options and str(answer) not in letters:
+        answer = letters[int(answer) - ('option1' in row)]
+    listed = '\n'.join(f'{letter}. {option}' for letter, option in zip(letters, options))
+    row = row | dict(options=listed, output={True: 'true', False: 'false'}.get(answer, answer))
+    return row | dict(instruction=instruction.format(**row), input=context.format(**row))
+
+
 def prompt(instruction, context, style='paper'):
-    """The text before an answer: that of Chain-of-Learngene, Appendix C; plain: the bare words."""
-    if style == 'plain':
-        return ''.join(f'{part}\n' for part in (instruction, context) if part)
+    """The lines before an answer: those of Chain-of-Learngene, Appendix C; else the bare words."""
+    if style != 'paper':
+        return '\n'.join(filter(None, (instruction, context)))
     task = 'Below is an instruction that describes a task'
     wanted = 'Write a response that appropriately completes the request.'
     if not context:
-        return f'{task}. {wanted}\n\nInstruction:\n{instruction}\n\nResponse:\n'
+        return f'{task}. {wanted}\n\nInstruction:\n{instruction}\n\nResponse:'
     paired = f'{task}, paired with an input that provides further context. {wanted}'
-    return f'{paired}\n\nInstruction:\n{instruction}\n\nInput:\n{context}\n\nResponse:\n'
+    return f'{paired}\n\nInstruction:\n{instruction}\n\nInput:\n{context}\n\nResponse:'
 
 
 # ----------------------------------------------------------------------------------------------
-# preparing: iterables of (dict(instruction, input, output), is it for validation)
+# rows: (where it stands, record, is it for validation; None: by a hash)
 
 
-def signature_examples(options):
-    """A function's signature -> the first line of its documentation."""
+def refuse(where, error):
+    """Raise UserError for a record that cannot be used."""
+    raise UserError(f'{where}: {first_line(error)}')
+
+
+def leave_out(options, counts, where, error):
+    """Count a row that cannot be used; raises UserError under --bad_rows=stop."""
+    if options.bad_rows == 'stop':
+        refuse(where, error)
+    first = f'{where}: {first_line(error)}'
+    counts.setdefault('bad', dict(rows=0, first=first))['rows'] += 1
+
+
+def file_records(path, bad=refuse):
+    """
+    Yield (where it stands, record) of a file of JSON lines, or with a list of records. bad: told of
+    what is no JSON, as (where, error).
+    """
+    with open(path, 'rb') as file:
+        whole = file.read(64).decode('utf-8-sig', 'replace').lstrip()[:1] == '['
+        file.seek(0)
+        for number, line in enumerate([file.read()] if whole else file, 1):
+            try:
+                found = json.loads(line.decode('utf-8-sig'))
+            except (ValueError, RecursionError) as error:
+                if line.strip():
+                    bad(f'{path}, line {number}', error)
+                continue
+            if not whole:
+                yield f'{path}, line {number}', found
+                continue
+            for i, record in enumerate(found, 1):
+                yield f'{path}, record {i}', record
+
+
+def kind_of(record):
+    """text, supervised or preferences: what a corpus of such records is."""
+    keys = {*record} if isinstance(record, dict) else set()
+    if 'chosen' in keys:
+        return 'preferences'
+    return 'supervised' if keys & {'messages', 'completion', 'output'} else 'text'
+
+
+def offline_rows(options):
+    """A function's signature -> the first line of its documentation; or this before another's."""
+    before = [], []  # in training and in validation
     for name, signature, line in signatures():
-        example = dict(instruction=signature, input='', output=line)
-        yield example, is_held_out(name, options.val_fraction)
-
-
-RECORDS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"} with texts'
-
-
-def example_of(row):
-    """
-    dict(instruction, input, output) of a record: of a conversation all before the last answer is
-    the instruction. Raises what a record of another kind raises.
-    """
-    if 'messages' in row:
-        *before, last = row['messages']
-        assert last['role'] == 'assistant'
-        instruction = '\n'.join(message['content'] for message in before)
-        return dict(instruction=instruction, input='', output=last['content'])
-    if 'completion' in row:
-        return dict(instruction=row['prompt'], input='', output=row['completion'])
-    return {field: row.get(field, '') for field in FIELDS}
-
-
-def file_records(path):
-    """
-    Yield (number from 1, record) of a .jsonl file, or of a .json file with a list. Raises UserError
-    for what is no JSON.
-    """
-    number = 0
-    try:
-        with open(path, encoding='utf-8') as file:
-            if path.endswith('.json'):
-                records = json.load(file)
-                if not isinstance(records, list):
-                    raise UserError(f'{path} holds no list of records')
-            else:
-                records = map(json.loads, filter(str.strip, file))
-            for number, record in enumerate(records, 1):
-                yield number, record
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}, record {number + 1}: {first_line(error)}') from None
-
-
-def file_examples(options):
-    """The records of a file. Raises UserError, with its number, for a bad one."""
-    for number, record in file_records(options.corpus):
-        try:
-            example = example_of(record)
-            assert all(isinstance(text, str) for text in example.values())
-            assert example['instruction'] and example['output']
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError):
-            raise UserError(f'{options.corpus}, record {number}: not {RECORDS}') from None
-        yield example, is_held_out(example['instruction'] + example['input'], options.val_fraction)
-
-
-def hub_rows(name, repository, configuration, train, validation):
-    """
-    Yield (row, is it for validation) of the splits `train` and `validation` of a set of the hub;
-    without a validation split, (row, None). Raises UserError if it cannot be reached.
-    """
-    reach_hub(f'the data set {name}')
-    import datasets
-
-    for split in filter(None, (train, validation)):
-        try:
-            rows = datasets.load_dataset(**hub_source(repository, configuration, split))
-        except Exception as error:  # its own, or those of whichever HTTP client it uses
-            reason = type(error).__name__
-            where = f'{name} ({repository})'
-            raise UserError(f'{where} cannot be reached ({reason}). {WAY_OUT}') from error
-        for row in progress_bar(rows, desc=name):
-            yield row, split == validation if validation else None
-
-
-def hub_examples(options):
-    """The rows of a set of the hub. Raises UserError if it cannot be reached."""
-    found = SETS[options.corpus]
-    for row, is_val in hub_rows(options.corpus, *found[:4]):
-        for answer in found.convert(row):
-            example = dict(zip(FIELDS, answer))
-            held_out = is_held_out(example['instruction'], options.val_fraction)
-            yield example, held_out if is_val is None else is_val
-
-
-def is_supervised(corpus):
-    """Whether a name given to data/prepare.py is one of instructions and answers."""
-    if corpus == 'signatures' or corpus in SETS:
-        return True
-    first = first_record(corpus)
-    kinds = (('"instruction"', '"output"'), ('"prompt"', '"completion"'), ('"messages"',))
-    return first is not None and (
-        any(all(field in first for field in fields) for fields in kinds) or not first
-    )
-
-
-def first_record(path):
-    """The text of the first record of a .jsonl or .json file; None for anything else."""
-    path = Path(path)
-    if path.suffix not in ('.jsonl', '.json') or not path.is_file():
-        return None
-    with open(path, encoding='utf-8', errors='replace') as file:
-        first = file.read(2**16).strip()
-    return first.split('\n')[0] if path.suffix == '.jsonl' else first
-
-
-def prepare_supervised(options, out):
-    """Write the supervised set that `options` (a Preparation) describe into the folder `out`."""
-    read = hub_examples if options.corpus in SETS else file_examples
-    if options.corpus == 'signatures':
-        read = signature_examples
-    return write_supervised(read(options), options, out)
-
-
-def write_supervised(examples, options, out, kind='supervised'):
-    """Write (example, is it for validation) pairs as a prepared set, completely or not at all."""
-    unfinished = Path(f'{out}.partial')
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tokenizer = load_tokenizer(options.tokenizer)
-    counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
-    spans = {split: [] for split in SPLITS}
-    asks = len(tokenizer.encode(prompt('', '\0', options.prompt).partition('\0')[2]))
-    with contextlib.ExitStack() as stack:
-        tokens, texts = {}, {}
-        for split in SPLITS:
-            tokens[split] = stack.enter_context(open(unfinished / f'{split}.bin', 'wb'))
-            how = dict(encoding='utf-8', errors='replace')  # of lone surrogates, as the tokens
-            texts[split] = stack.enter_context(open(unfinished / f'{split}.jsonl', 'w', **how))
-        for example, is_val in examples:
-            split = SPLITS[is_val]
-            text = prompt(example['instruction'], example['input'], options.prompt)
-            before = np.asarray(tokenizer.encode(text))
-            answer = np.append(np.asarray(tokenizer.encode(example['output'])), tokenizer.end)
-            behind = asks if example['input'] else -1
-            spans[split].append((counts[split]['tokens'], len(before), len(answer), behind))
-            ids = np.concatenate([before, answer]).astype(tokenizer.dtype)
-            tokens[split].write(ids.tobytes())
-            texts[split].write(json.dumps(example, ensure_ascii=False) + '\n')
-            counts[split]['tokens'] += len(ids)
-            counts[split]['bytes'] += len(example['output'].encode('utf-8', 'replace'))
-            counts[split]['documents'] += 1
-    for split in SPLITS:
-        np.save(unfinished / f'{split}.spans.npy', np.array(spans[split], np.int64))
-    return finish_corpus(unfinished, out, counts, options, kind)
+        is_val = is_held_out(name, options.val_fraction)
+        before[is_val].append(line)
+        if options.corpus == 'signatures':
+            yield name, dict(prompt=signature, completion=line), is_val
+        elif len(before[is_val]) > LAG:  # mostly of another file
+            yield (
+                name,
+                dict(prompt=signature, chosen=line, rejected=before[is_val][-LAG - 1]),
+                is_val,
+            )
 
 
 # ----------------------------------------------------------------------------------------------
-# reading
+# rows -> examples, which are tokens with the marks of targets
 
 
-KINDS = dict(text='text', supervised='instructions with answers', preferences='preferences')
+def conversations(row, style):
+    """[[dict(role, content), ...]] of a record; of a preference the preferred one and the other."""
+    if 'messages' in row:
+        return [row['messages']]
+    answers = [row.get('completion', row.get('output'))]
+    if 'chosen' in row:
+        answers = [row['chosen'], row['rejected']]
+    asked = row.get('instruction', row.get('prompt'))
+    if isinstance(answers[0], list):  # of messages, mostly with what they answer
+        return [[*(asked if isinstance(asked, list) else []), *said] for said in answers]
+    user = dict(role='user', content=prompt(asked, row.get('input'), style))
+    return [[user, dict(role='assistant', content=said)] for said in answers]
+
+
+def encode_turns(messages, tokenizer):
+    """(ids, marks) of a conversation: line by line, each answer with the end-of-text behind it."""
+    ids, marks = [], []
+    for message in messages:
+        answer = message['role'] == 'assistant'
+        text = message['content'] + '\n' * (not answer)
+        ids += [*(tokenizer.encode_rest(text) if ids else tokenizer.encode(text))]
+        ids += [tokenizer.end] * answer
+        marks += [TARGET * answer] * (len(ids) - len(marks))
+    return ids, marks
+
+
+def example_encoder(options):
+    """messages -> (ids, marks), in the tokenizer's chat template or as encode_turns says."""
+    if options.prompt == 'auto' and has_chat_template(options.tokenizer):
+        from extras.chat import chat_encoder  # it needs transformers
+
+        return chat_encoder(options.tokenizer)
+    return partial(encode_turns, tokenizer=load_tokenizer(options.tokenizer))
+
+
+def encode_examples(rows, options, bad, encode):
+    """
+    [(ids, marks, bytes of the answers, is it for validation), ...] of rows. encode: as
+    example_encoder gives it for `options`, a Preparation; bad: told of rows that cannot be used.
+    """
+    examples = []
+    for where, row, is_val in rows:
+        found = []
+        try:
+            for messages in conversations(row, options.prompt):
+                answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
+                if not answers or not all(answers):
+                    raise ValueError('no answer')
+                if is_val is None:
+                    asked = row.get('instruction', row.get('prompt', '')), row.get('input') or ''
+                    before = '\n'.join(m['content'] for m in messages[:-1])
+                    is_val = is_held_out(''.join(asked) or before, options.val_fraction)
+                ids, (first, *marks) = encode(messages)
+                size = len(''.join(answers).encode())
+                found.append((ids, bytes([first | START, *marks]), size, is_val))
+        except Exception as error:  # whatever a record of another kind raises
+            bad(where, error)
+            continue
+        examples += found
+    return examples
+
+
+# ----------------------------------------------------------------------------------------------
+# examples -> sequences
 
 
 class Examples:
-    """One split of a prepared supervised set, and how examples are laid into sequences."""
+    """One split of a prepared set of answers, and how examples are laid into sequences."""
 
     def __init__(self, name, data_dir, split, kind='supervised'):
-        corpus, folder = open_corpus(name, data_dir), Path(data_dir) / name
-        self.folder, self.tokens = folder, getattr(corpus, split)
-        if corpus.meta.get('kind', 'text') != kind:
-            found = KINDS.get(str(corpus.meta.get('kind', 'text')), 'of an unknown kind')
-            raise UserError(f'{folder} is {found}, not {KINDS[kind]}')
-        self.sizes = corpus.meta['splits'][split]
-        self.end = corpus.meta.get('end_of_text')
-        self.tokenizer = corpus.meta['tokenizer']
-        try:
-            assert 0 <= self.end < corpus.meta['vocab_size']
-            table = np.load(folder / f'{split}.spans.npy')
-            assert table.shape[1] in (3, 4) and table.dtype == np.int64  # older sets have 3
-            self.spans, self.behind = table[:, :3], table[:, 3:].sum(1) - (table.shape[1] == 3)
-            assert self.spans[:, 1:].sum() == len(self.tokens) and self.behind.min() >= -1
-            assert self.spans.min() >= 0 and self.spans.sum(1).max() <= len(self.tokens)
-        except Exception as error:  # numpy's reader can fail in many ways
-            raise UserError(
-                f'{folder} is damaged ({split}.spans.npy or meta.json): delete it and prepare it '
-                'again'
-            ) from error
+        corpus, self.folder = open_corpus(name, data_dir), Path(data_dir) / name
+        self.tokens, self.tokenizer = getattr(corpus, split), corpus.meta['tokenizer']
+        self.ends, found = load_tokenizer(self.tokenizer).ends, corpus.meta.get('kind')
+        if found != kind:
+            raise UserError(f'{self.folder} is a set of {found}, not {kind}')
+        self.marks = np.fromfile(self.folder / f'{split}.marks', np.uint8)
+        if len(self.marks) != len(self.tokens):
+            raise UserError(f'{self.folder} is damaged: delete it and prepare it again')
+        self.bounds = np.append(np.flatnonzero(self.marks & START), len(self.tokens))
+        self.bytes_per_token = corpus.meta['splits'][split]['bytes'] / (self.marks & TARGET).sum()
 
     def __len__(self):
-        return len(self.spans)
+        return len(self.bounds) - 1
 
-    @property
-    def bytes_per_token(self):
-        """Bytes of the answers per token of them."""
-        return self.sizes['bytes'] / int(self.spans[:, 2].sum())
+    def fit(self, i, longest=2**31, answers=True):
+        """
+        Tokens int64 and which are targets, bool, of example i, at most `longest`: what stands
+        before its first answer loses its middle, as far as that answer needs it, then the whole
+        its end. answers=False: no answer needs anything.
+        """
+        rows = slice(*self.bounds[i : i + 2])
+        ids, asked = self.tokens[rows].astype(np.int64), self.marks[rows] & TARGET > 0
+        first = asked.argmax()
+        answer = min(np.append(asked[first:], False).argmin(), longest - 1) * answers
+        over = max(0, first + answer - longest)
+        middle = slice((first - over) // 2, (first - over) // 2 + over)
+        return np.delete(ids, middle)[:longest], np.delete(asked, middle)[:longest]
 
     def prompt(self, i, longest):
-        """
-        What stands before the answer of example i, in at most `longest` tokens, int64: an input,
-        such as an article, loses its end; where there is none, the prompt loses its beginning.
-        """
-        start, before, _ = self.spans[i]
-        found = self.tokens[start : start + before].astype(np.int64)
-        kept, behind = min(before, longest), self.behind[i]  # tokens behind the input
-        if not 0 <= behind < kept < before:
-            return found[before - kept :]
-        return np.concatenate([found[: kept - behind], found[before - behind :]])
+        """What stands before the first answer of example i, int64, in at most `longest` tokens."""
+        ids, asked = self.fit(i, longest, answers=False)
+        return ids[: np.append(asked, True).argmax()]
 
     def rows(self, indices, block_size):
-        """
-        Inputs and targets (n, block_size) int64 of examples, filled up with end-of-text. A longer
-        example has a shorter prompt, and then loses the end of its answer.
-        """
-        x, y = np.full((2, len(indices), block_size), self.end, np.int64)
+        """Inputs and targets (n, block_size) int64 of examples, filled up with end-of-text."""
+        x, y = np.full((2, len(indices), block_size), self.ends[0], np.int64)
         y[:] = -100
         for row, i in enumerate(indices):
-            start, before, after = self.spans[i]
-            asked = self.prompt(i, block_size + 1 - min(after, block_size))
-            answer = self.tokens[start + before : start + before + min(after, block_size)]
-            ids = np.concatenate([asked, answer])
+            ids, asked = self.fit(i, block_size + 1)
             x[row, : len(ids) - 1] = ids[:-1]
-            first = max(len(asked), 1)  # the first position that can be predicted
-            y[row, first - 1 : len(ids) - 1] = ids[first:]
+            y[row, : len(ids) - 1] = np.where(asked, ids, -100)[1:]
         return x, y
 
 
 def shuffled(positions, n, seed):
     """Which of n examples come at `positions`: every epoch all of them, in a new order."""
-    epochs, places = np.divmod(np.asarray(positions, np.int64), n)
-    indices = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        indices[epochs == epoch] = permute(places[epochs == epoch], n, hash_key(seed, epoch))
-    return indices
-
-
-def answer_batches(rows, n, knobs):
-    """
-    The `validation` of a Source: batches of n examples, or of as many as knobs.eval_tokens are.
-    rows: (numbers of examples, block_size) -> inputs and targets.
-    """
-    size = knobs.block_size
-    wanted = np.arange(n)
-    if knobs.eval_tokens:
-        wanted = wanted[: max(1, knobs.eval_tokens // size)]
-
-    def validation(batch_size, share):
-        mine = wanted[share.rank :: share.world_size]
-        for i in range(0, -(-len(wanted) // share.world_size), batch_size):
-            chunk = mine[i : i + batch_size]
-            x, y = rows(np.resize(chunk, batch_size), size)
-            y[len(chunk) :] = -100  # as many batches on every process
-            yield *to_device((x, y), share.device), int((y != -100).sum())
-
-    return validation
+    return offsets(positions, n + 1, Order(1, seed=seed))
 
 
 def supervised_source(knobs, name=''):
     """The Source of a supervised set: the run's first corpus, or `name`. knobs: train.Run."""
-    name = name or next(iter(knobs.corpora))
+    name, size = name or next(iter(knobs.corpora)), knobs.block_size
     train = Examples(name, knobs.data_dir, 'train')
     val = Examples(knobs.val_data or name, knobs.data_dir, 'val')
+    if longer := (np.diff(train.bounds) > size + 1).sum():
+        print(f'{longer:,} of {len(train):,} examples are cut to {size} tokens')
 
     def read(positions):
-        return train.rows(shuffled(positions, len(train), knobs.seed), knobs.block_size)
+        return train.rows(shuffled(positions, len(train), knobs.seed), size)
 
-    validation = answer_batches(val.rows, len(val), knobs)
+    wanted = some_of(len(val), size, knobs.eval_tokens)
+    validation = partial(fixed_batches, partial(val.rows, block_size=size), wanted)
     return Source(read, validation, val.bytes_per_token, train.tokenizer, masked=True)

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from data.corpus import open_corpus
 from engine.errors import UserError
+from engine.parallel import to_device
 
 
 def parse_mixture(text):
@@ -76,6 +76,13 @@ class Order(NamedTuple):
     unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
 
 
+def count_windows(n_tokens, block_size):
+    """How many aligned windows n_tokens have, each with the token behind it. UserError for none."""
+    if n_tokens <= block_size:
+        raise UserError(f'{n_tokens} tokens are too few for sequences of {block_size}')
+    return (n_tokens - 1) // block_size
+
+
 def offsets(positions, n_tokens, order):
     """
     Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). kind 'epoch':
@@ -84,10 +91,7 @@ def offsets(positions, n_tokens, order):
     sees what an uncapped one sees until the cap is reached.
     """
     block_size, seed = order.block_size, order.seed
-    windows = (n_tokens - 1) // block_size
-    if windows < 1:
-        raise UserError(f'a corpus of {n_tokens} tokens is too short for sequences of {block_size}')
-    used = windows
+    used = windows = count_windows(n_tokens, block_size)
     if order.unique_tokens:
         used = min(windows, max(1, int(order.unique_tokens) // block_size))
     if order.kind == 'random':
@@ -153,18 +157,6 @@ class Share(NamedTuple):
     world_size: int = 1
 
 
-def to_device(examples, device):
-    """
-    (inputs x, targets y) on the device; to a GPU asynchronously, from pinned memory. examples:
-    sequences (n, T+1) int64, whose targets are the next tokens; or the two arrays.
-    """
-    both = examples if isinstance(examples, tuple) else (examples[:, :-1], examples[:, 1:])
-    x, y = map(torch.from_numpy, map(np.ascontiguousarray, both))
-    if torch.device(device).type == 'cuda':
-        x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
-    return x, y
-
-
 def batches(read, position, batch_size, micro_batch_size, share, steps):
     """
     Yield (x, y) micro-batches from sequence `position`, of so many steps. The
@@ -190,25 +182,39 @@ def batches(read, position, batch_size, micro_batch_size, share, steps):
             yield ahead.result()
 
 
+def some_of(n, block_size, max_tokens):
+    """How many of n sequences have at most max_tokens tokens in all; 0: any number."""
+    return min(n, max(1, max_tokens // block_size)) if max_tokens else n
+
+
+def fixed_batches(rows, n, batch_size, share):
+    """
+    Yield (x, y, number of real targets) of n examples; rows: their numbers -> x, y, of which the
+    last batch is filled up with targets of -100: all have the same shape, and every process has as
+    many.
+    """
+    mine = np.arange(n)[share.rank :: share.world_size]
+    for i in range(0, -(-n // share.world_size), batch_size):
+        chunk = mine[i : i + batch_size]
+        x, y = rows(np.resize(chunk, batch_size))
+        y[len(chunk) :] = -100
+        yield *to_device((x, y), share.device), int((y != -100).sum())
+
+
 def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()):  # noqa: B008
     """
-    Yield (x, y, number of real targets) over fixed, evenly spaced windows of a validation split,
-    at most max_tokens in all (0: every window). The last batch is filled up with targets of -100:
-    all have the same shape, and every process has as many.
+    The fixed_batches of evenly spaced windows of a validation split, at most max_tokens in all
+    (0: every window).
     """
-    windows = (len(tokens) - 1) // block_size
-    if windows < 1:
-        raise UserError(
-            f'a validation split of {len(tokens)} tokens is too short for sequences of {block_size}'
-        )
-    wanted = min(windows, max(1, max_tokens // block_size)) if max_tokens else windows
-    starts = (np.arange(wanted) * windows // wanted * block_size)[share.rank :: share.world_size]
-    for i in range(0, -(-wanted // share.world_size), batch_size):
-        chunk = starts[i : i + batch_size]
-        places = np.resize(chunk, batch_size)[:, None] + np.arange(block_size + 1)
-        x, y = to_device(tokens[places].astype(np.int64), share.device)
-        real = torch.arange(batch_size, device=y.device)[:, None] < len(chunk)
-        yield x, torch.where(real, y, -100), len(chunk) * block_size  # x may share y's memory
+    windows = count_windows(len(tokens), block_size)
+    wanted = some_of(windows, block_size, max_tokens)
+
+    def rows(numbers):
+        starts = numbers * windows // wanted * block_size
+        found = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+        return found[:, :-1], found[:, 1:].copy()  # of their own: some become -100
+
+    return fixed_batches(rows, wanted, batch_size, share)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from functools import partial
+from itertools import chain, islice, product, takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,26 +34,35 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import Natural, Range, configure
 from data.corpus import OFFLINE, SPLITS, finish_corpus
-from data.instruct import SETS, file_records, is_supervised, prepare_supervised
-from data.offline import is_held_out, offline_documents
-from data.preferences import HUB_NAME, is_preferences, prepare_preferences
-from data.vocabulary import load_tokenizer
+from data.instruct import (
+    SETS,
+    encode_examples,
+    example_encoder,
+    file_records,
+    filled,
+    kind_of,
+    leave_out,
+    offline_rows,
+)
+from data.offline import offline_documents
+from data.vocabulary import encode_texts, load_tokenizer
 from engine.errors import UserError, first_line, run_as_program, unknown
 from engine.files import locked, read_json, write_json
 from engine.hub import WAY_OUT, hub_source, reach_hub
 
-HUB = {  # name: (repository, configuration, split, column with the text)
-    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'default', 'train', 'text'),
-    'openwebtext': ('Skylion007/openwebtext', 'plain_text', 'train', 'text'),
-    'pile': ('monology/pile-uncopyrighted', None, 'train', 'text'),
-    'slimpajama': ('cerebras/SlimPajama-627B', None, 'train', 'text'),
-    'starcoder': ('bigcode/starcoderdata', 'python', 'train', 'content'),  # of its languages
-    'openwebmath': ('open-web-math/open-web-math', None, 'train', 'text'),
-    'wikitext': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', 'text'),
+HUB = {  # name: ('repository configuration split', column with the text)
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu default train', 'text'),
+    'openwebtext': ('Skylion007/openwebtext plain_text train', 'text'),
+    'pile': ('monology/pile-uncopyrighted default train', 'text'),
+    'slimpajama': ('cerebras/SlimPajama-627B default train', 'text'),
+    'starcoder': ('bigcode/starcoderdata python train', 'content'),  # of its languages
+    'openwebmath': ('open-web-math/open-web-math default train', 'text'),
+    'wikitext': ('Salesforce/wikitext wikitext-103-raw-v1 train', 'text'),
 }
-SUFFIXES = {'.txt', '.jsonl', '.json', '.parquet'}
+SOURCES = HUB | SETS
+SUFFIXES = {'.txt', '.jsonl', '.json', '.parquet', '.csv'}
 FEW = 100  # text files: of fewer each gives its end to validation, instead of some as a whole
-ROWS = 256  # documents that are tokenized at once
+ROWS, SAVE_EVERY = 256, 64  # documents that are tokenized at once; times so many
 
 
 @dataclass
@@ -64,13 +75,17 @@ class Preparation:
     text_column: str = 'text'  # column of .jsonl, .json and .parquet files that holds the text
     max_tokens: Natural = 0  # stop after this many training tokens; 0: the whole corpus
     val_fraction: Annotated[float, Range(0, 0.5)] = 0.0  # held out; 0: 5%, from the hub 0.05%
-    prompt: Literal['paper', 'plain'] = 'paper'  # of instructions: Appendix C of CoL, or bare
+    prompt: Literal['auto', 'plain', 'paper'] = 'auto'  # of instructions: the tokenizer's chat
+    # template, if it has one; bare words; or the prompts of Chain-of-Learngene, Appendix C
+    bad_rows: Literal['skip', 'stop'] = 'skip'  # what cannot be used: leave it out, and say so
 
     def folder(self):
         """Fill in what depends on the corpus; returns the folder of the result."""
-        own = self.corpus not in (*OFFLINE, *HUB, *SETS, HUB_NAME)
+        own = self.corpus not in (*OFFLINE, *SOURCES)
         self.files = {path: os.path.getsize(path) for path in own_files(self.corpus) if own}
         self.tokenizer = self.tokenizer or ('bytes' if own or self.corpus in OFFLINE else 'gpt2')
+        if self.corpus in HUB:
+            *_, self.text_column = HUB[self.corpus]
         self.val_fraction = self.val_fraction or (0.0005 if self.corpus in HUB else 0.05)
         name = local_name(self.corpus) if own else self.corpus
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
@@ -78,100 +93,101 @@ class Preparation:
 
 def own_files(pattern):
     """The files of a path, folder or glob, or of several with commas between, sorted."""
-    found = {}
+    found = set()
     for part in [pattern] if os.path.exists(pattern) else pattern.split(','):
         inside = os.path.isdir(part)  # it may hold other files, too
-        paths = glob.glob(os.path.join(part, '**') if inside else part, recursive=True)
-        for path in sorted(paths, key=len, reverse=True):
-            if os.path.isfile(path) and (not inside or Path(path).suffix in SUFFIXES):
-                found[os.path.realpath(path)] = path  # once, though a link may lead around
-    return sorted(found.values())
+        paths = Path(part).rglob('*') if inside else map(Path, glob.glob(part, recursive=True))
+        found |= {str(p) for p in paths if p.is_file() and (not inside or p.suffix in SUFFIXES)}
+    return sorted(found)
 
 
 def local_name(pattern):
     """What a corpus of one's own files is called: book.txt -> book, novels/*.txt -> novels."""
-    path = Path(pattern.split(',')[0])
-    names = path.name if path.is_dir() else path.stem, *reversed(path.parts[:-1])
-    return next(filter(None, (name.strip('*?_-./') for name in names)), 'local')
+    path = Path(re.split('[*?,]', pattern)[0])
+    return (path.stem if path.suffix in SUFFIXES else path.name) or 'local'
 
 
 # ----------------------------------------------------------------------------------------------
 # reading: documents are (text, is it for validation)
 
 
-def no_text(where, column, row):
-    """The UserError for a row, a dict, or the names in it, without text in a column."""
-    found = ', '.join(row) if isinstance(row, dict | list) else row
-    return UserError(f'{where} has no text in {column!r}; it has {found}: see --text_column')
-
-
-def own_documents(options):
-    """Yield the documents of .txt, .jsonl and .json files. Raises UserError."""
-    fraction, column = options.val_fraction, options.text_column
+def own_rows(options, bad):
+    """The rows of .txt, .jsonl and .json files."""
     for path in options.files:
-        if path.endswith('.txt'):
-            try:
-                text = Path(path).read_text(encoding='utf-8')
-            except ValueError as error:
-                raise UserError(f'{path} cannot be read ({first_line(error)})') from None
-            span = int(len(text) * (1 - fraction)), len(text.rstrip())
-            cut = text.find('\n', *span) + 1 or text.find(' ', *span) + 1 or span[0]
-            parts = (text[:cut], False), (text[cut:], True)
-            yield from [(text, is_held_out(text, fraction))] if len(options.files) >= FEW else parts
+        if not path.endswith('.txt'):
+            yield from ((*found, None) for found in file_records(path, bad))
             continue
-        for number, row in file_records(path):
-            if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-                raise no_text(f'{path}, record {number},', column, row)
-            yield row[column] or '', is_held_out(row[column] or '', fraction)
+        try:
+            text = Path(path).read_text(encoding='utf-8-sig')
+        except ValueError as error:
+            bad(path, error)
+            continue
+        span = int(len(text) * (1 - options.val_fraction)), len(text.rstrip())
+        cut = text.find('\n', *span) + 1 or text.find(' ', *span) + 1 or span[0]
+        parts = [(text[:cut], False), (text[cut:], True)]
+        for part, is_val in parts if len(options.files) < FEW else [(text, None)]:
+            yield path, {options.text_column: part}, is_val
 
 
-def stream_batches(options, state):
+def stream_rows(options, state):
     """
-    Yield (documents, state of the stream behind them) of a corpus of the hub or of parquet files,
+    Yield (rows, state of the stream behind them) of a corpus or set of the hub or of parquet files,
     read on from a state. Raises UserError.
     """
-    column, what = options.text_column, 'be reached'
-    source = dict(path='parquet', data_files=list(options.files), split='train')
-    if options.corpus in HUB:
-        *where, column = HUB[options.corpus]
-        source = hub_source(*where)
-        reach_hub(options.corpus)
+    name, way_out, columns = options.corpus, f': the same command continues; {WAY_OUT}', ()
     try:
         import datasets  # takes a second, and the offline corpora do not need it
+        from pyarrow.parquet import read_metadata
 
-        stream = datasets.load_dataset(**source, streaming=True).with_format('arrow')
-        if state:
-            stream.load_state_dict(state)
-        for rows in stream.iter(ROWS):
-            what = 'be read further'
-            names = rows.column_names
-            texts = rows[column].to_pylist() if column in names else [0]
-            if not all(isinstance(text, str | None) for text in texts):
-                raise no_text(options.corpus, column, names)
-            documents = [(t, is_held_out(t, options.val_fraction)) for t in texts if t]
-            yield documents, stream.state_dict()
+        if options.files:  # datasets cannot read one without rows
+            files, way_out = [f for f in options.files if read_metadata(f).num_rows], ''
+            sources = [dict(path='parquet', data_files=files, split='train')]
+        else:
+            reach_hub(name)
+            source, *columns = SOURCES[name]
+            repository, configuration, *splits = source.split()
+            sources = [hub_source(repository, configuration, split) for split in splits]
+        whole = len(sources) == 1  # no part of it is for validation
+        for source, is_val in zip(sources, (None if whole else False, True)):
+            stream = datasets.load_dataset(**source, streaming=True)
+            if state:
+                stream.load_state_dict(state)
+            for batch in stream.iter(ROWS):
+                rows = (dict(zip(batch, values)) for values in zip(*batch.values()))
+                rows = [
+                    (name, filled(row, *columns) if columns[1:] else row, is_val) for row in rows
+                ]
+                yield rows, stream.state_dict() if whole else None
     except UserError:
         raise
     except Exception as error:  # damage, or a lost network by any HTTP client's name
-        raise UserError(
-            f'{options.corpus} cannot {what} ({first_line(error)}): the same command continues; '
-            f'{WAY_OUT}'
-        ) from error
+        raise UserError(f'{name} cannot be read ({first_line(error)}){way_out}') from error
 
 
-def batches_of(options, state):
-    """Yield (documents, state) of any corpus; only streams have a state. Raises UserError."""
-    suffixes = {Path(file).suffix for file in options.files}
-    if options.corpus in HUB or suffixes == {'.parquet'}:
-        yield from stream_batches(options, state)
+def rows_of(options, state, bad):
+    """
+    Yield (rows, state) of any corpus; only streams have a state. A row is (where it stands, record,
+    is it for validation; None: by a hash). Raises UserError.
+    """
+    corpus, suffixes = options.corpus, {Path(file).suffix for file in options.files}
+    if corpus in SOURCES or suffixes == {'.parquet'}:
+        yield from stream_rows(options, state)
         return
-    if options.corpus not in OFFLINE and not suffixes:
-        raise unknown('corpus, and no file,', options.corpus, [*OFFLINE, *HUB])
-    if not suffixes <= SUFFIXES - {'.parquet'}:
-        raise UserError(f'{options.corpus}: all files must be .txt, .jsonl or .json, or .parquet')
-    read = offline_documents if options.corpus in OFFLINE else own_documents
-    documents = read(options)
-    while batch := list(islice(documents, ROWS)):
+    if corpus in ('pydocs', 'pycode'):
+        rows = (('', {options.text_column: t}, is_val) for t, is_val in offline_documents(options))
+    elif corpus in OFFLINE:
+        rows = offline_rows(options)
+    elif suffixes and suffixes <= {'.txt', '.jsonl', '.json'}:
+        rows = own_rows(options, bad)
+    elif suffixes:
+        raise UserError(
+            f'{corpus}: all files must be .txt, .jsonl or .json, or .parquet. To convert:  '
+            "python -c \"import pandas as p; p.read_csv('A.csv').to_json('A.jsonl', "
+            "orient='records', lines=True)\""
+        )
+    else:
+        raise unknown('corpus, and no file,', corpus, [*OFFLINE, *SOURCES])
+    while batch := list(islice(rows, ROWS)):
         yield batch, None
 
 
@@ -180,83 +196,89 @@ def batches_of(options, state):
 
 
 def prepare(options):
-    """Make the corpus that `options` describe, unless it exists; returns its folder."""
+    """Make the corpus that `options` describe, unless it exists; returns its folder. UserError."""
     out = options.folder()
     with locked(out, wait=True):
-        return same_options(out, options) if out.exists() else make(options, out)
-
-
-def prepare_offline(name, out):
-    """Make pydocs, pycode or signatures with its defaults in the folder `out`."""
-    prompt = 'plain' if name == 'signatures' else 'paper'  # a model on bytes has little room
-    return prepare(Preparation(corpus=name, out=str(out), prompt=prompt))
-
-
-def same_options(out, options):
-    """The folder `out` if it holds the corpus that the options describe. Raises UserError."""
-    try:
+        if not out.exists():
+            return make(options, out)
         found = read_json(out / 'meta.json', options=dict)['options']
-    except (OSError, UserError):
-        raise UserError(
-            f'{out} exists and is not a prepared corpus: remove it, or choose another --out'
-        ) from None
     changed = [k for k, v in vars(options).items() if k != 'out' and found.get(k, v) != v]
     if changed:
-        raise UserError(
-            f'{out} was prepared with other options ({", ".join(changed)}): remove it, or choose '
-            'another --out'
-        )
+        raise UserError(f'{out} was prepared with other {changed}: remove it, or use another --out')
     print(f'{out} is prepared already')
     return out
 
 
+def prepare_offline(name, out):
+    """Make pydocs, pycode or signatures with its defaults in the folder `out`."""
+    how = 'plain' if name == 'signatures' else 'paper'  # a model on bytes has little room
+    return prepare(Preparation(corpus=name, out=str(out), prompt=how))
+
+
 def make(options, out):
     """Make the corpus that `options` describe in the folder `out`; returns it."""
-    tokenizer = load_tokenizer(options.tokenizer)  # complain before reading anything
-    if is_preferences(options.corpus):
-        return prepare_preferences(options, out)
-    if is_supervised(options.corpus):
-        return prepare_supervised(options, out)
+    load_tokenizer(options.tokenizer)  # complain before reading anything
     unfinished, state = Path(f'{out}.partial'), {}
     with contextlib.suppress(OSError, UserError):
         state = read_json(unfinished / 'progress.json')
     if state.get('options') != json.loads(json.dumps(vars(options))):
+        state = dict(options=vars(options), read=None, counts=fresh_counts())
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        counts = {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
-        state = dict(options=vars(options), read=None, counts=counts)
-    batches = batches_of(options, state['read'])
-    write_tokens(unfinished, batches, tokenizer, state, options.max_tokens or math.inf)
-    return finish_corpus(unfinished, out, state['counts'], options)
+    bad = partial(leave_out, options, state['counts'])
+    rows = rows_of(options, state['read'], bad)
+    first = next(rows, ([], None))
+    kind = kind_of(first[0][0][1]) if first[0] else 'text'
+    encode = encode_texts
+    if kind != 'text':
+        encode = partial(encode_examples, encode=example_encoder(options))
+    batches = (
+        (encode(some, options=options, bad=bad), read) for some, read in chain([first], rows)
+    )
+    return write_corpus(batches, kind, options, out, state)
 
 
-def write_tokens(unfinished, batches, tokenizer, state, most, save_every=64):
-    """Append tokens to {train,val}.bin; progress.json says how much of them is good."""
-    counts, dtype, files = state['counts'], np.dtype(tokenizer.dtype), {}
+def fresh_counts():
+    """What a corpus holds, of each split."""
+    return {split: dict(tokens=0, bytes=0, documents=0) for split in SPLITS}
+
+
+def write_corpus(batches, kind, options, out, state):
+    """
+    Append the tokens and marks of batches_of to the files of an unfinished corpus, and finish it;
+    progress.json says how much of them is good. Returns the folder `out`.
+    """
+    counts, unfinished = state['counts'], Path(f'{out}.partial')
+    dtype, most = np.dtype(load_tokenizer(options.tokenizer).dtype), options.max_tokens or math.inf
+    unfinished.mkdir(parents=True, exist_ok=True)
+    names, files = ('bin',) if kind == 'text' else ('bin', 'marks'), {}
     with contextlib.ExitStack() as stack:
-        for split in SPLITS:
-            file = files[split] = stack.enter_context(open(unfinished / f'{split}.bin', 'ab'))
-            file.truncate(counts[split]['tokens'] * dtype.itemsize)  # drop what is unrecorded
+        for split, name in product(SPLITS, names):
+            file = stack.enter_context(open(unfinished / f'{split}.{name}', 'ab'))
+            size = dtype.itemsize if name == 'bin' else 1
+            file.truncate(counts[split]['tokens'] * size)  # drop what is unrecorded
+            files[split, name] = file
         bar = tqdm(desc=f'writing {unfinished.stem}', unit='tok', unit_scale=True, disable=None)
-        for i, (documents, state['read']) in enumerate(batches, 1):
-            documents = [(text, is_val) for text, is_val in documents if text.strip()]
-            encoded = tokenizer.encode_batch([text for text, _ in documents])
-            for ids, (text, is_val) in zip(encoded, documents):
-                count = counts[SPLITS[is_val]]
+        for i, (batch, state['read']) in enumerate(batches, 1):
+            for ids, marks, size, is_val in batch:
+                second = counts['train']['documents'] == 1 and not counts['val']['documents']
+                split = SPLITS[is_val or second and kind == 'text']  # of text some is held out
+                count = counts[split]
                 if count['tokens'] < most:
-                    files[SPLITS[is_val]].write(np.append(ids, tokenizer.end).astype(dtype))
-                    count['tokens'] += len(ids) + 1
-                    count['bytes'] += len(text.encode('utf-8', 'replace'))
+                    for name, content in zip(names, (np.asarray(ids, dtype), marks)):
+                        files[split, name].write(content)
+                    count['tokens'] += len(ids)
+                    count['bytes'] += size
                     count['documents'] += 1
             bar.update(counts['train']['tokens'] - bar.n)
             if counts['train']['tokens'] >= most:
                 break
-            if state['read'] and i % save_every == 0:
+            if state['read'] and i % SAVE_EVERY == 0:
                 for file in files.values():
                     file.flush()
                     os.fsync(file.fileno())
                 write_json(unfinished / 'progress.json', state)
         bar.close()
+    return finish_corpus(unfinished, out, counts, options, kind)
 
 
 def main(argv):

@@ -1,42 +1,65 @@
-"""Tokenizers: bytes (nothing to download), tiktoken's, or a pretrained model's tokenizer.json."""
+"""
+Tokenizers: bytes (nothing to download), tiktoken's, or a pretrained model's own; and one text in
+the tokens of two of them.
+"""
 
+import codecs
+import json
+import re
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
 
+from data.offline import is_held_out
 from engine.errors import UserError, first_line, import_extra, unknown
-from engine.files import read_json
 from engine.hub import model_folder
 from engine.tokenizer_files import (
-    ENDS,
-    bytes_encoding,
+    byte_letters,
+    end_ids,
     find_encoding,
     fingerprint,
     is_encoding,
+    is_tokenizer,
+    read_settings,
     tokenizer_files,
+    tokenizer_json,
+    vocabulary,
 )
 
 
 class Tokenizer(NamedTuple):
-    """Text to ids and back."""
+    """Text to ids and back. Control tokens that are written in a text are ordinary characters."""
 
-    encode: Any  # text -> 1-d array or list of ids
+    encode: Any  # text -> 1-d array or list of ids, as a document or a prompt begins
     decode: Any  # list of ids -> text
     vocab_size: int
-    end: int  # the end-of-text token
+    ends: tuple  # ids that end a text or an answer; the first is the one to write
     encode_batch: Any  # texts -> encode() of each; where it takes long, in parallel
+    begin: tuple = ()  # ids that encode() writes before a text: a BOS, if it is the tokenizer's way
+
+    @property
+    def end(self):
+        """The end-of-text token."""
+        return self.ends[0]
 
     @property
     def dtype(self):
         """The integer type that holds its ids."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
-    def text(self, ids):
-        """The text of ids, without end-of-text and ids that only pad the vocabulary."""
-        return self.decode([i for i in ids if i != self.end and i < self.vocab_size])
+    def encode_rest(self, text):
+        """The ids of a text that follows another: without a BOS."""
+        return self.encode(text)[len(self.begin) :]
+
+    def text(self, ids, prompt=()):
+        """
+        The text of ids that follow those of a prompt, without ends and ids that only pad the
+        vocabulary. Both are decoded together: SentencePiece drops the space before a first word.
+        """
+        known = [i for i in ids if i not in self.ends and i < self.vocab_size]
+        return self.decode([*prompt, *known])[len(self.decode([*prompt])) :]
 
 
 def encode_bytes(text):
@@ -47,63 +70,94 @@ def encode_bytes(text):
     return np.frombuffer(text.encode('utf-8', 'replace'), np.uint8)
 
 
-def _encode_ids(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _encode_batch(tokenizer, texts):
-    return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+def open_tokenizer(folder):
+    """
+    The tokenizers.Tokenizer in a model's folder, which cuts and fills up nothing, whatever its file
+    says. Raises UserError.
+    """
+    tokenizers = import_extra('tokenizers', f'{folder} needs the package tokenizers')
+    try:
+        found = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(folder)))
+    except Exception as error:  # the package raises nothing narrower
+        raise UserError(f'{folder}/tokenizer.json is damaged ({first_line(error)})') from None
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 @cache
 def load_tokenizer(name):
     """
-    The Tokenizer `bytes`, of a tiktoken encoding (`gpt2`), or of a folder with a tokenizer.json
-    (needs the package tokenizers). Raises UserError.
+    The Tokenizer `bytes`, of a tiktoken encoding (`gpt2`), or of a folder with a tokenizer.json, or
+    vocab.json and merges.txt (needs the package tokenizers). Raises UserError.
     """
-    if name == 'bytes':
-        each = partial(map, encode_bytes)
-        return Tokenizer(encode_bytes, bytes_encoding().decode, 257, 256, each)
     if is_encoding(name):
         found = find_encoding(name)
-        ids, each = (found.n_vocab, found.eot_token), found.encode_ordinary_batch
-        return Tokenizer(found.encode_ordinary, found.decode, *ids, each)
-    file = Path(name) / 'tokenizer.json'
-    if not file.is_file():
+        encode, encode_batch = found.encode_ordinary, found.encode_ordinary_batch
+        if name == 'bytes':
+            encode, encode_batch = encode_bytes, partial(map, encode_bytes)
+        return Tokenizer(encode, found.decode, found.n_vocab, (found.eot_token,), encode_batch)
+    if not is_tokenizer(name):
+        if tokenizer_files(name):
+            made = f'AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r})'
+            raise UserError(f'{name} has no tokenizer.json; transformers makes it: {made}')
         known = ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json']
         raise unknown('tokenizer', name, known)
-    tokenizers = import_extra('tokenizers', f'{file} needs the package tokenizers')
-    try:
-        found = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises nothing narrower
-        raise UserError(f'{file} is damaged ({first_line(error)})') from None
-    ends = [found.token_to_id(end) for end in ENDS]
-    ends = [i for i in ends if i is not None]
+    found = open_tokenizer(name)
+    found.encode_special_tokens = True
+    alone, text = found.encode('a').ids, found.encode('a', add_special_tokens=False).ids
+    begin = tuple(alone[: alone.index(text[0])] if text else ())
+
+    def encode(text):
+        return [*begin, *found.encode(text, add_special_tokens=False).ids]
+
+    def encode_batch(texts):
+        return [[*begin, *e.ids] for e in found.encode_batch(texts, add_special_tokens=False)]
+
+    size, ends = max(vocabulary(name).values()) + 1, tuple(end_ids(name))
     if not ends:
-        raise UserError(f'{file} has no known end-of-text token')
-    ids, each = (found.get_vocab_size(), ends[0]), partial(_encode_batch, found)
-    return Tokenizer(partial(_encode_ids, found), found.decode, *ids, each)
+        raise UserError(f'{name} has no known end-of-text token')
+    return Tokenizer(encode, found.decode, size, ends, encode_batch, begin)
 
 
-def check_tokenizer(tokenizer, config):
-    """Raise UserError if a Tokenizer has more tokens than a model of this configuration."""
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f'{tokenizer.vocab_size} tokens, the model {config.vocab_size}'
-        raise UserError(f'the tokenizer has {sizes}: choose with --tokenizer=')
+def encode_texts(rows, options, bad):
+    """
+    [(ids, no marks, bytes, is it for validation), ...] of rows (where, record, is it for
+    validation; None: by a hash) with a text in options.text_column. options: a Preparation; bad:
+    told of rows that cannot be used.
+    """
+    tokenizer, texts = load_tokenizer(options.tokenizer), []
+    for where, row, is_val in rows:
+        try:
+            text = row[options.text_column]
+            size = len(text.encode())  # not so a lone surrogate
+            is_val = is_held_out(text, options.val_fraction) if is_val is None else is_val
+            texts += [(text, size, is_val)] * bool(text.strip())
+        except Exception:
+            bad(where, ValueError(f'no text in --text_column={options.text_column}: {row!s:.80}'))
+    encoded = tokenizer.encode_batch([text for text, *_ in texts])
+    return [(np.append(ids, tokenizer.end), b'', *rest) for ids, (_, *rest) in zip(encoded, texts)]
+
+
+def check_tokenizer(name, config):
+    """Raise UserError, with the way out, if a tokenizer has ids that a model has no rows for."""
+    rows = config.vocab_size
+    if load_tokenizer(name).vocab_size > rows:
+        beyond = [token for token, i in vocabulary(name).items() if i >= rows]
+        raise UserError(
+            f'the tokenizer {name} has {len(beyond)} tokens beyond the {rows} that the model knows '
+            f'({beyond[0]}): if they were added to it, delete them from "added_tokens" in its '
+            'tokenizer.json, and prepare again what was made with it; or choose with --tokenizer='
+        )
 
 
 def tokenizer_in(name):
     """The tokenizer that a model's folder names or holds, for load_tokenizer, or ''."""
     folder = model_folder(name)
-    try:
-        named = read_json(folder / 'config.json').get('nanofamily_tokenizer')
-    except (OSError, UserError):
-        named = None
+    named = read_settings(folder, 'config.json').get('nanofamily_tokenizer')
     if isinstance(named, str) and is_encoding(named):
         return named
-    if (folder / 'tokenizer.json').is_file():
-        return str(folder)
-    return ''
+    return str(folder) if is_tokenizer(folder) else ''
 
 
 def tokenizer_to_carry(name):
@@ -114,18 +168,79 @@ def tokenizer_to_carry(name):
 
 def tokenizer_of_model(name):
     """The tokenizer of a model. Raises UserError where there is none."""
-    found = tokenizer_in(name)
+    found = tokenizer_to_carry(name)
     if not found:
         raise UserError(f'{name} does not name its tokenizer: choose with --tokenizer=')
     return found
 
 
 def same_tokenizer(one, other):
-    """Whether two tokenizers, names or folders, have the same vocabulary and merges."""
-    return one == other or fingerprint(one) == fingerprint(other)
+    """Whether two tokenizers, names or folders, are one, by vocabulary and merges; '': unknown."""
+    return not (one and other) or one == other or fingerprint(one) == fingerprint(other)
 
 
 def share_tokenizer(one, other):
     """Whether two models, folders or hub names, have one tokenizer, as far as both name theirs."""
-    found = [tokenizer_in(one), tokenizer_in(other)]
-    return not all(found) or same_tokenizer(*found)
+    return same_tokenizer(tokenizer_in(one), tokenizer_in(other))
+
+
+# ----------------------------------------------------------------------------------------------
+# the same text in another tokenizer's tokens, for a teacher whose vocabulary is not its student's
+# (Late-to-Early Training with mismatched tokenizers, Table 5)
+
+codecs.register_error('one ? a byte', lambda error: ('?' * (error.end - error.start), error.end))
+
+
+@cache
+def token_bytes(name):
+    """The bytes of each token of a tokenizer, a list by id; empty for control and unused ids."""
+    content, table = tokenizer_json(name), [b''] * load_tokenizer(name).vocab_size
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    byte_level = 'ByteLevel' in json.dumps(content.get('decoder'))
+    added = {token['content']: token['special'] for token in content['added_tokens']}
+    for token, i in vocabulary(name).items():
+        if token in added:  # runs of spaces and the like, written as they are
+            table[i] = b'' if added[token] else token.encode()
+        elif byte_level:
+            table[i] = bytes(letters[letter] for letter in token)
+        elif match := re.fullmatch('<0x([0-9A-Fa-f]{2})>', token):  # of SentencePiece
+            table[i] = bytes.fromhex(match[1])
+        else:
+            table[i] = token.replace('▁', ' ').encode()
+    return table
+
+
+def encode_spans(text, name):
+    """(ids of some bytes, int64; how many of the bytes each covers, or 0 if they are changed)."""
+    shown = text.decode('utf-8', 'one ? a byte')
+    ids = np.array(load_tokenizer(name).encode(shown), np.int64)
+    tokens = [token_bytes(name)[i] for i in ids]
+    spans, found = np.array([len(token) for token in tokens], np.int64), b''.join(tokens)
+    if spaced := found == b' ' + shown.encode():  # SentencePiece begins with a space
+        spans[np.flatnonzero(spans)[0]] -= 1
+    return ids, spans * (spaced or found == shown.encode())
+
+
+def translate(ids, student, teacher):
+    """
+    ids (T,) of the tokenizer `student` -> (ids of the tokenizer `teacher`, a list; the place in it
+    of each position's partner, or -1, (T,)).
+
+    Both cut the same bytes. A token of the student covers the bytes [a, b), one of the teacher's
+    ends at some d. A position of the student is paired with the last token of the teacher that ends
+    inside it, a < d <= b: there the teacher has read nothing that the student has not. Positions in
+    which no token of the teacher ends have no partner.
+    """
+    table, end = token_bytes(student), load_tokenizer(student).end
+    theirs, ends, start = [], [], 0  # the teacher's ids, and the bytes before each one's end
+    for document in np.split(ids, np.flatnonzero(ids == end) + 1):
+        text = b''.join(table[i] for i in document)
+        found, spans = encode_spans(text, teacher)
+        theirs += [*found, load_tokenizer(teacher).end]  # which counts as one byte
+        ends += [*np.where(spans > 0, start + spans.cumsum(), -1), start + len(text) + 1]
+        start = ends[-1]
+    after = np.cumsum([len(table[i]) + (i == end) for i in ids])
+    places = np.flatnonzero(np.array(ends) >= 0)  # of those that may be partners
+    ends, places = np.append(0, np.array(ends)[places]), np.append(-1, places)
+    last = np.searchsorted(ends, after, side='right') - 1
+    return theirs[:-1] or theirs, np.where(ends[last] > np.append(0, after[:-1]), places[last], -1)

@@ -20,7 +20,13 @@ from engine.errors import UserError
 
 
 def commit_file(temporary, path):
-    """Flush a finished file to the disk, then rename it: a power cut leaves the old or the new."""
+    """
+    Flush a finished file to the disk, then rename it: a power cut leaves the old or the new. Others
+    may read it as the umask says, though safetensors writes for its owner alone.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
     with open(temporary, 'rb') as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from engine.errors import UserError, unknown
-from engine.weights import check_finite
+from engine.files import read_json
+from engine.weights import check_finite, has_other_head
 
 
 class Family(NamedTuple):
@@ -29,7 +30,10 @@ class Family(NamedTuple):
 
 
 def read_families():
-    """{model type: Family}, from architectures.toml."""
+    """
+    {model type: Family}, from architectures.toml. One that is `like` another has what that has, but
+    for what it says itself; "" takes an entry away.
+    """
     content = (Path(__file__).parent / 'architectures.toml').read_text(encoding='utf-8')
     tables = tomllib.loads(content)
     for name, table in tables.items():
@@ -145,7 +149,7 @@ def find_tensors(config, found, template):
         prefixed = {f'transformer.{name}': name for name in known if name != 'lm_head.weight'}
         known = prefixed | {name: name for name in known if name == 'lm_head.weight'}
     if config.tied:  # some save the head too
-        known = {n: o for n, o in known.items() if not n.startswith(('lm_head.', 'embed_out.'))}
+        known = {n: o for n, o in known.items() if n not in ('lm_head.weight', 'embed_out.weight')}
     stored = layout(config, template)
     missing = [theirs for theirs in stored if stored[theirs].names and theirs not in known]
     surplus = [theirs for theirs in known if theirs not in stored]
@@ -234,6 +238,18 @@ def rope_scaling(config):
         return None
     scaling = dict(zip(LLAMA3, config.rope_scaling), rope_type='llama3')
     return scaling | {LLAMA3[3]: int(scaling[LLAMA3[3]])}
+
+
+def read_fields(folder):
+    """
+    The fields of GPTConfig for the model in a folder; a head in its files counts, whatever
+    config.json says. Raises UserError and what a damaged file raises.
+    """
+    content = read_json(Path(folder) / 'config.json')
+    fields = config_from_hugging_face(content)
+    if fields['tied'] and 'nanofamily' not in content:
+        fields['tied'] = not has_other_head(folder)
+    return fields
 
 
 def config_from_hugging_face(content):

@@ -1,6 +1,6 @@
 """
 What a stage logs: metrics.jsonl, one JSON object every few steps; a progress bar, or in a log file
-a plain line every half minute; TensorBoard and Weights & Biases.
+a plain line every half minute; Weights & Biases.
 """
 
 import contextlib
@@ -54,15 +54,15 @@ class Log:
 
     def __init__(self, stage, knobs, steps, start, is_main):
         """start: the step from which it is trained now; what was logged after it goes."""
-        self.dashboards, self.file, self.printed = [], None, 0.0
+        self.wandb, self.file, self.printed = None, None, 0.0
         if is_main:
             self.file = Path(knobs.out_dir) / stage.name / 'metrics.jsonl'
             if start:
                 truncate_metrics(self.file, start)
             else:
                 self.file.unlink(missing_ok=True)
-            if knobs.tensorboard or knobs.wandb:
-                self.dashboards = open_dashboards(knobs, stage.name, start)
+            if knobs.wandb:
+                self.wandb = open_wandb(knobs, stage.name)
         self.tty = is_main and sys.stderr.isatty()
         self.steps, one = steps, knobs.batch_size * knobs.block_size
         nowhere = SimpleNamespace(write=lambda text: None, flush=lambda: None)
@@ -78,53 +78,31 @@ class Log:
             return
         with open(self.file, 'a', encoding='utf-8') as file:
             file.write(json.dumps(line) + '\n')
-        for show, _ in self.dashboards:
-            show(line)
+        if self.wandb:
+            self.wandb.log(line, step=line['step'])
         due = time.time() - self.printed > PRINT_SECONDS or line['step'] == self.steps
         if due and not self.tty:
             print(self.bar, file=sys.stderr, flush=True)
             self.printed = time.time()
 
     def close(self, **last):
-        """End, with what dashboards show last."""
+        """End, with what Weights & Biases shows last."""
         self.bar.close()
-        for show, close in self.dashboards:
-            show(dict(step=self.steps, **last))
-            close()
+        if self.wandb:
+            self.wandb.log(last, step=self.steps)
+            self.wandb.finish()
 
 
-def open_dashboards(knobs, name, step):
-    """
-    [(show(line of metrics), close())] of the dashboards that `knobs` (train.Run) ask for, of the
-    stage `name` at a step. Raises UserError where one is not installed or not reached.
-    """
-    dashboards = []
-    numbers = lambda line: {k: v for k, v in line.items() if isinstance(v, int | float)}
-    if knobs.tensorboard:
-        import_extra('tensorboard', '--tensorboard needs tensorboard')
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = Path(knobs.out_dir) / 'tensorboard' / name
-        writer = SummaryWriter(folder, purge_step=step + 1)
-
-        def to_tensorboard(line):
-            for key, value in numbers(line).items():
-                writer.add_scalar(key, value, line['step'])
-            writer.flush()
-
-        dashboards.append((to_tensorboard, writer.close))
-    if knobs.wandb:
-        wandb = import_extra('wandb', '--wandb needs wandb')
-        run = f'{Path(knobs.out_dir).name}-{name}'  # a stage that continues is the same run
-        how = dict(project=knobs.wandb, name=run, id=run, resume='allow')
-        try:
-            found = wandb.init(dir=knobs.out_dir, config=asdict(knobs), **how)
-        except (wandb.Error, ValueError, OSError) as error:
-            way_out = 'WANDB_MODE=offline needs no account and no network'
-            raise UserError(f'--wandb={knobs.wandb}: {first_line(error)}; {way_out}') from error
-        show = lambda line: found.log(numbers(line), step=line['step'])
-        dashboards.append((show, found.finish))
-    return dashboards
+def open_wandb(knobs, name):
+    """The run of Weights & Biases for the stage `name`. Raises UserError if it cannot be."""
+    wandb = import_extra('wandb', '--wandb needs wandb')
+    run = f'{Path(knobs.out_dir).name}-{name}'  # a stage that continues is the same run
+    how = dict(project=knobs.wandb, name=run, id=run, resume='allow')
+    try:
+        return wandb.init(dir=knobs.out_dir, config=asdict(knobs), **how)
+    except (wandb.Error, ValueError, OSError) as error:
+        way_out = 'WANDB_MODE=offline needs no account and no network'
+        raise UserError(f'--wandb={knobs.wandb}: {first_line(error)}; {way_out}') from error
 
 
 class Meter(dict):

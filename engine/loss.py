@@ -24,7 +24,7 @@ class Distillation(NamedTuple):
     """A teacher's part in the loss."""
 
     hidden: torch.Tensor  # (..., C'), after its final norm
-    weight: torch.Tensor  # its head (V', C'); rows beyond the student's V are ignored
+    weight: torch.Tensor  # its head (V', C'); rows beyond the smaller of V and V' are ignored
     alpha: float = 0.5  # weight of the data; 1 - alpha is the teacher's
     temperature: float = 1.0  # T
     reverse: bool = False  # KL(student || teacher) instead of KL(teacher || student)
@@ -109,7 +109,8 @@ class _FusedLoss(torch.autograd.Function):
         shares = shares / shares.sum().clamp(min=1)  # of each position in the mean
         data_loss = divergence = shares.new_zeros(())
         head = weight if weight.dtype == dtype else padded_head(weight, dtype)
-        teacher_head = teacher_weight[:V].to(dtype) if taught else None
+        teacher_head = teacher_weight[:V].to(dtype) if taught else head
+        common = len(teacher_head)  # one tokenizer, heads padded differently
         diverge = reverse_divergence if reverse else forward_divergence
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros_like(weight, dtype=exact)
@@ -122,7 +123,7 @@ class _FusedLoss(torch.autograd.Function):
             at_target = logits.gather(-1, target)
             if taught:
                 theirs = (teacher_hidden[rows].to(dtype) @ teacher_head.T).to(exact)
-                ours = logits[:, :V] / temperature
+                ours = logits[:, :common] / temperature
                 apart, value = diverge(ours, theirs.div_(temperature))
                 divergence = divergence + temperature**2 * (value * share).sum()
             # in place from here: this is the largest tensor of the step, and memory is the limit
@@ -135,7 +136,7 @@ class _FusedLoss(torch.autograd.Function):
             # the slope of the cross entropy in each logit: its probability, less 1 at the target
             slope = less_at(target, p.mul_(alpha * share / total), alpha * share)
             if taught:
-                slope[:, :V] += apart.mul_((1 - alpha) * temperature * share)
+                slope[:, :common] += apart.mul_((1 - alpha) * temperature * share)
             slope = slope.to(dtype)
             d_hidden[rows] = slope @ head
             if exact == dtype:
@@ -183,8 +184,11 @@ def bits_per_byte(loss, bytes_per_token):
 
 
 def kl_of_logits(logits_p, logits_q):
-    """D(P || Q) in nats at each position: logits (..., V) of both -> (...)."""
+    """
+    D(P || Q) in nats at each position: logits (..., V) of both -> (...). Of vocabularies that are
+    padded differently, the tokens of the smaller are compared.
+    """
     exact = torch.promote_types(logits_p.dtype, torch.float32)
-    log_p = logits_p.to(exact).log_softmax(-1)
-    log_q = logits_q.to(exact).log_softmax(-1)
+    V = min(logits_p.shape[-1], logits_q.shape[-1])
+    log_p, log_q = (each[..., :V].to(exact).log_softmax(-1) for each in (logits_p, logits_q))
     return (log_p.exp() * (log_p - log_q)).sum(-1)

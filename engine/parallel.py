@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -348,3 +349,15 @@ def full_state(model):
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
+
+
+def to_device(examples, device):
+    """
+    (inputs x, targets y) on the device; to a GPU asynchronously, from pinned memory. examples:
+    sequences (n, T+1) int64, whose targets are the next tokens; or the two arrays.
+    """
+    both = examples if isinstance(examples, tuple) else (examples[:, :-1], examples[:, 1:])
+    x, y = map(torch.from_numpy, map(np.ascontiguousarray, both))
+    if torch.device(device).type == 'cuda':
+        x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
+    return x, y

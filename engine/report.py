@@ -198,24 +198,10 @@ def draw_panels(panels, path):
         ax.grid(alpha=0.25)
         for which in panel.log:
             ax.set(**{f'{which}scale': 'log'})
-            write_logarithmic_ticks(ax.xaxis if which == 'x' else ax.yaxis)
         labels = sum(bool(line.label) for line in panel.lines)
         if 0 < labels <= 24:
             ax.legend(frameon=False, fontsize=8 if labels <= 12 else 5)
     save_figure(figure, path)
-
-
-def write_logarithmic_ticks(axis):
-    """Ticks at 1, 2, 5 and their like with SI letters; matplotlib's overlap on short axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    locator = MaxNLocator(5)
-    if high > 5 * low:
-        locator = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
-    axis.set_major_locator(locator)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure, path):
@@ -279,9 +265,6 @@ def loss_panel(results):
         style = '--' if r.labels.get('independent') else '-'
         panel.lines.append(Line(*training_curve(r), r.name, style, color))
         panel.lines.append(Line([family_cost(r)], [r.val_loss], '', 'o', color))
-        seen = [m for m in read_metrics(r.folder) if 'val_loss' in m and m['step']]
-        flops = [family_cost(r) - r.flops + m['flops'] for m in seen]
-        panel.lines.append(Line(flops, [m['val_loss'] for m in seen], '', '.:', color))
     losses = [r.val_loss for r in results]
     panel.ylim = min(losses) * 0.93, max(losses) * 1.4
     return panel

@@ -7,10 +7,8 @@ with checksums, and is saved and loaded by all processes together.
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
-import subprocess
 import time
 import warnings
 from dataclasses import asdict
@@ -45,7 +43,7 @@ KEPT = 2  # states: the one before the newest, in case that is damaged
 # knobs that may change when a stage continues: where and how fast it is trained, not what
 MACHINE_KNOBS = set(
     'out_dir data_dir eval_interval micro_batch_size device dtype compile parallel recompute '
-    'log_interval save_minutes max_minutes keep_every tensorboard wandb verify dry_run '
+    'log_interval save_minutes max_minutes keep_every wandb verify dry_run '
     'seeds'.split()
 )
 
@@ -143,18 +141,10 @@ def save_result(result, keep):
 
 
 def record_session(run, hardware, argv, knobs, origins):
-    """Add a session to run.json, with the machine, commit and versions behind its numbers."""
+    """Add a session to run.json, with the machine and versions behind its numbers."""
     path = Path(run.out_dir) / 'run.json'
-    git = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
-    try:
-        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = subprocess.run(git, **how).stdout.strip()
-    except OSError:  # there is no git
-        commit = ''
     session = dict(command=['train.py', *argv], set_by=origins, device=hardware.name)
-    session |= dict(processes=hardware.world_size, commit=commit, torch=torch.__version__)
-    session |= dict(python=platform.python_version())
-    session |= dict(started=time.strftime('%Y-%m-%d %H:%M:%S %z'))
+    session |= dict(torch=torch.__version__, started=time.strftime('%Y-%m-%d %H:%M:%S %z'))
     try:
         sessions = read_json(path, sessions=list)['sessions']
     except (OSError, UserError):
@@ -281,25 +271,7 @@ def load_state(folder, model, optimizer, objective=None):
     return read_manifest(newest)['progress']
 
 
-def newest_weights(folder):
-    """
-    (fields of model.GPTConfig, {name: tensor}, steps done) of a stage that is not finished, from
-    its newest saved state. Raises UserError for a damaged one, or none.
-    """
-    states = saved_states(folder)
-    if not states:
-        raise UserError(f'{folder} is not finished and has no saved state yet (--save_minutes)')
-    if damage := find_damage(states[-1], owner_of(folder)):
-        raise UserError(damage)
-    weights = {}
-    read_state(states[-1], dict(model=weights), no_dist=True)
-    identity = read_identity(folder)
-    fields = {k.removeprefix('model.'): v for k, v in identity.items() if k[:6] == 'model.'}
-    fields['rope_scaling'] = tuple(fields['rope_scaling'])
-    return fields, weights, read_manifest(states[-1])['progress']['step']
-
-
-def read_state(path, state, **how):
+def read_state(path, state):
     """
     Fill `state`, nested dicts of tensors, from a saved one that is intact; a part that is empty
     gets all there is. Raises UserError for one that cannot be read.
@@ -313,7 +285,7 @@ def read_state(path, state, **how):
                     state[part][key.removeprefix(f'{part}.')] = tensor
         if 'random.cuda' not in saved:  # saved where there was no GPU
             state.get('random', {}).pop('cuda', None)
-        dcp.load(state, storage_reader=StateReader(path), **how)
+        dcp.load(state, storage_reader=StateReader(path))
     except (Exception, CheckpointException) as error:
         raise UserError(
             f'{path} is intact but cannot be read ({root_cause(error)}): was it saved by other '

@@ -4,6 +4,7 @@ weights, is written for models trained on bytes or tiktoken's encodings, so that
 AutoTokenizer opens them, and is compared by content: two vocabularies of one size are not the same.
 """
 
+import json
 import re
 import shutil
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line, import_extra
 from engine.files import digest, read_json, write_json
 from engine.hub import within
 
@@ -26,8 +27,7 @@ FILES = (
     'chat_template.jinja',
     'generation_config.json',
 )
-IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>')  # end of a text, by any name
+ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')  # of a text, by any name
 
 
 def bytes_encoding():
@@ -78,8 +78,14 @@ def halves(token, ranks):
 
 
 @cache
-def as_tokenizer_json(name):
-    """The content of tokenizer.json that gives the ids of the encoding `name`."""
+def tokenizer_json(name):
+    """
+    The content of the tokenizer.json of a folder, or that which gives the ids of an encoding; of a
+    folder with vocab.json and merges.txt alone, such as OPT's, that which means the same.
+    """
+    if not is_encoding(name):
+        file = Path(name) / 'tokenizer.json'
+        return read_json(file, added_tokens=list) if file.is_file() else from_merges(Path(name))
     encoding, letters = find_encoding(name), byte_letters()
     ranks = encoding._mergeable_ranks
 
@@ -108,8 +114,40 @@ def as_tokenizer_json(name):
     )
 
 
+def from_merges(folder):
+    """The content of tokenizer.json for vocab.json and merges.txt; UserError if it cannot be."""
+    transformers = import_extra('transformers', f'{folder} has no tokenizer.json: made')
+    found = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    return json.loads(found.backend_tokenizer.to_str())
+
+
 # ----------------------------------------------------------------------------------------------
 # folders
+
+
+def is_tokenizer(folder):
+    """Whether a folder has a tokenizer that load_tokenizer opens."""
+    ways = (('tokenizer.json',), ('vocab.json', 'merges.txt'))
+    return any(all((Path(folder) / name).is_file() for name in names) for names in ways)
+
+
+def has_chat_template(name):
+    """Whether a tokenizer is a folder with a chat template."""
+    described = read_settings(name, 'tokenizer_config.json').get('chat_template')
+    return bool(described) or (Path(name) / 'chat_template.jinja').is_file()
+
+
+def read_settings(folder, *names):
+    """The objects in those of these JSON files that exist, as one; the first of a key counts."""
+    files = [Path(folder) / name for name in reversed(names)]
+    return {key: v for file in files if file.is_file() for key, v in read_json(file).items()}
+
+
+def named_tokens(folder):
+    """{'eos_token': its text, ...} of tokenizer_config.json, or of special_tokens_map.json."""
+    settings = read_settings(folder, 'tokenizer_config.json', 'special_tokens_map.json')
+    texts = {k: v.get('content') if isinstance(v, dict) else v for k, v in settings.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def write_tokenizer(name, folder):
@@ -120,7 +158,7 @@ def write_tokenizer(name, folder):
     folder = Path(folder)
     if is_encoding(name):
         try:
-            write_json(folder / 'tokenizer.json', as_tokenizer_json(name))
+            write_json(folder / 'tokenizer.json', tokenizer_json(name))
         except UserError as error:  # the model is worth more: the name alone is kept
             print(f'{folder} has no tokenizer.json: {error}')
             return dict(nanofamily_tokenizer=name)
@@ -133,10 +171,9 @@ def write_tokenizer(name, folder):
     if Path(name).resolve() != folder.resolve():
         for file in tokenizer_files(name):
             shutil.copyfile(file, folder / file.name)
-    if (folder / 'tokenizer.json').is_file() or not (Path(name) / 'config.json').is_file():
-        return special_ids(folder)
-    found = read_json(Path(name) / 'config.json')  # an older tokenizer, of other files
-    return {key: found[key] for key in IDS if isinstance(found.get(key), int)}
+    if is_tokenizer(folder) and not (folder / 'tokenizer.json').is_file():  # as others read it
+        write_json(folder / 'tokenizer.json', tokenizer_json(name))
+    return special_ids(folder)
 
 
 def tokenizer_files(folder):
@@ -144,48 +181,38 @@ def tokenizer_files(folder):
     return [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
 
 
-def read_tokenizer(folder):
-    """({token: id} with those added later, [merges as 'a b']) of a tokenizer.json. UserError."""
-    path = Path(folder) / 'tokenizer.json'
-    content = read_json(path)
+def vocabulary(name):
+    """{token: id} of a tokenizer, with those added later. Raises UserError for a damaged one."""
+    content = tokenizer_json(name)
     try:
-        return vocabulary_and_merges(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'{path} is damaged ({type(error).__name__}: {error})') from None
+        vocab = content['model']['vocab']
+        if not isinstance(vocab, dict):  # a unigram model lists [token, score]
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        return vocab | {token['content']: int(token['id']) for token in content['added_tokens']}
+    except Exception as error:
+        raise UserError(f'{name}/tokenizer.json is damaged ({first_line(error)})') from None
 
 
-def vocabulary_and_merges(content):
-    """What `read_tokenizer` returns, of the content of a tokenizer.json."""
-    vocab, merges = content['model']['vocab'], content['model'].get('merges', [])
-    if not isinstance(vocab, dict):  # a unigram model lists [token, score]
-        vocab = {token: i for i, (token, _) in enumerate(vocab)}
-    vocab = vocab | {token['content']: token['id'] for token in content['added_tokens']}
-    if not all(type(i) is int for i in vocab.values()):
-        raise ValueError('ids that are no whole numbers')
-    return vocab, [m if isinstance(m, str) else ' '.join(m) for m in merges]
+def end_ids(folder):
+    """
+    The ids that end a text or an answer: the eos_token that a folder names, which is what is
+    written, then those of generation_config.json; else that of a usual name.
+    """
+    vocab, named = vocabulary(folder), named_tokens(folder).get('eos_token')
+    more = read_settings(folder, 'generation_config.json').get('eos_token_id')
+    ends = [vocab.get(named), *(more if isinstance(more, list) else [more])]
+    ends = [i for i in dict.fromkeys(ends) if i in vocab.values()]
+    return ends or [vocab[end] for end in ENDS if end in vocab][:1]
 
 
 def special_ids(folder):
-    """{'eos_token_id': ...}, and bos and pad, of the tokens that tokenizer_config.json names."""
-    folder, settings = Path(folder), {}
-    if not (folder / 'tokenizer.json').is_file():
-        return {}
-    if (folder / 'tokenizer_config.json').is_file():
-        settings = read_json(folder / 'tokenizer_config.json')
-    vocab, _ = read_tokenizer(folder)
-    ids = {}
-    for kind in ('bos', 'eos', 'pad'):
-        token = settings.get(f'{kind}_token')
-        token = token.get('content') if isinstance(token, dict) else token
-        if isinstance(token, str) and token in vocab:
-            ids[f'{kind}_token_id'] = vocab[token]
-    ends = [vocab[end] for end in ENDS if end in vocab]
-    return dict(eos_token_id=ends[0]) | ids if ends else ids
+    """{'eos_token_id': one or several} of a folder's tokenizer, as config.json has it."""
+    ends = end_ids(folder) if is_tokenizer(folder) else []
+    return dict(eos_token_id=ends if len(ends) > 1 else ends[0]) if ends else {}
 
 
 @cache
 def fingerprint(name):
-    """A hash of a tokenizer's vocabulary and merges: an encoding's, or that in a folder."""
-    if is_encoding(name):
-        return digest(list(vocabulary_and_merges(as_tokenizer_json(name))))
-    return digest(list(read_tokenizer(name)))
+    """A hash of a tokenizer's vocabulary and merges."""
+    merges = tokenizer_json(name)['model'].get('merges', [])
+    return digest([vocabulary(name), [m if isinstance(m, str) else ' '.join(m) for m in merges]])

@@ -1,18 +1,20 @@
 """The files with the weights of a model folder: safetensors, one or several with an index."""
 
 import errno
+import re
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.errors import UserError, first_line
 from engine.files import commit_file, find_damage, read_json
 
 SHARD_BYTES = 5 * 10**9  # weights in one file, as on the hub
+HEADS = re.compile(r'(^|\.)(lm_head|embed_out|wte|embed_in|embed_tokens)\.weight$')
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,6 +71,16 @@ def read_tensors(folder, device='cpu'):
         except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
             raise UserError(f'{file} is damaged: {first_line(error)}') from error
     return tensors
+
+
+def has_other_head(folder):
+    """Whether the files of a folder hold a head that is not the token embedding."""
+    found, folder = {}, Path(folder)
+    for file in [*folder.glob('model*.safetensors')] or [*folder.glob('pytorch_model*.bin')]:
+        tensors = load_pickle(file) if file.suffix == '.bin' else safe_open(file, 'pt')
+        for name in filter(HEADS.search, tensors.keys()):
+            found[name] = tensors[name] if file.suffix == '.bin' else tensors.get_tensor(name)
+    return len(found) == 2 and not torch.equal(*found.values())
 
 
 def check_finite(name, tensor):

@@ -23,9 +23,9 @@ import torch
 
 from configurator import Count, Natural, configure
 from data.corpus import check_vocabulary, verify_corpus
-from data.loader import Order, sequences, to_device
+from data.loader import Order, sequences
 from engine.errors import UserError, run_as_program
-from engine.parallel import choose_device, set_threads
+from engine.parallel import choose_device, set_threads, to_device
 from engine.progress import progress_bar
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data.instruct import FIELDS, file_records, prompt, write_supervised
-from data.prepare import Preparation
+from data.instruct import START, TARGET, Examples, file_records, prompt
+from data.prepare import Preparation, fresh_counts, write_corpus
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.errors import UserError
 from engine.files import read_json
@@ -34,54 +34,39 @@ def answers_of(model, tokenizer, max_new_tokens):
 
     def answers(prompts):
         ids = [[int(i) for i in tokenizer.encode(text)] or [tokenizer.end] for text in prompts]
-        found = greedy_answers(model, ids, max_new_tokens, tokenizer.end)
-        return [tokenizer.text(row).strip() for row in found]
+        found = greedy_answers(model, ids, max_new_tokens, tokenizer.ends)
+        return [tokenizer.text(row, asked).strip() for row, asked in zip(found, ids)]
 
     return answers
 
 
-def greedy_answers(model, ids, max_new_tokens, end):
+def greedy_answers(model, ids, max_new_tokens, ends):
     """A GPT's greedy answers to prompts, both lists of ids, in half of its context at most."""
     device = model.wte.weight.device
     most = min(max_new_tokens, model.config.block_size // 2)
     room = max(1, model.config.block_size - most)
     prompts = [torch.tensor(row[-room:], device=device) for row in ids]
-    found = answer(model, prompts, Answering(most, end, temperature=0))
+    found = answer(model, prompts, Answering(most, ends, temperature=0))
     return [row[mask].tolist() for row, mask in zip(found.ids, found.mask)]
 
 
-def write_answers(generate, examples, path, style='paper', batch_size=16):
+def write_answers(generate, prompts, path, batch_size=16):
     """
-    Let `generate` (prompts -> answers) answer examples, [dict(instruction, input)], and append
-    them to the .jsonl file `path` batch by batch: an interrupted run continues. Returns the path.
+    The answers of `generate` (prompts -> answers) to a list of prompts, kept batch by batch in the
+    .jsonl file `path`: an interrupted run continues. Raises UserError for a damaged file.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     if path.is_file():
         lines = path.read_text(encoding='utf-8').split('\n')[:-1]  # the last may be cut short
     path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
-    starts = range(len(lines), len(examples), batch_size)
     with open(path, 'a', encoding='utf-8') as file:
+        starts = range(len(lines), len(prompts), batch_size)
         for i in progress_bar(starts, desc=f'answers for {path.parent.name}'):
-            chunk = examples[i : i + batch_size]
-            prompts = [prompt(e['instruction'], e['input'], style) for e in chunk]
-            for example, output in zip(chunk, generate(prompts)):
-                line = json.dumps(dict(example, output=output), ensure_ascii=False)
-                file.write(f'{line}\n')
+            for answer in generate(prompts[i : i + batch_size]):
+                file.write(json.dumps(answer, ensure_ascii=False) + '\n')
             file.flush()
-    return path
-
-
-def read_examples(path):
-    """The examples of a .jsonl file, a list of dicts. Raises UserError for a damaged one."""
-    try:
-        lines = Path(path).read_text(encoding='utf-8').split('\n')
-        examples = [json.loads(line) for line in lines if line]
-        assert all(isinstance(example[key], str) for example in examples for key in FIELDS)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise UserError(f'{path} is damaged ({type(error).__name__})') from None
-    return examples
+    return [answer for _, answer in file_records(str(path))]
 
 
 def pseudo_answers(ancestor, name, run, out, limit=0):
@@ -100,20 +85,23 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
             again = f'remove it and {out}.answers, or choose another --out_dir'
             raise UserError(f'{out} holds {found}, not {what}: {again}')
         return out
-    source = Path(run.data_dir) / name
-    meta = read_json(source / 'meta.json', options=dict, tokenizer=str)
-    style = meta['options']['prompt']
-    length = min(256, run.block_size // 2)
-    generate = text_generator(ancestor, choose_device(run.device), length)
-    examples = []
+    generate = text_generator(ancestor, choose_device(run.device), min(256, run.block_size // 2))
+    batches = []
     for split, most in (('train', limit), ('val', max(1, limit // 8))):
-        wanted = read_examples(source / f'{split}.jsonl')
-        if limit:
-            wanted = wanted[:most]
-        path = write_answers(generate, wanted, Path(f'{out}.answers') / f'{split}.jsonl', style)
-        examples += [(e, split == 'val') for e in read_examples(path) if e['output']]
-    options = Preparation(what, str(out), tokenizer=meta['tokenizer'], prompt=style)
-    return write_supervised(examples, options, Path(out))
+        examples = Examples(name, run.data_dir, split)
+        tokenizer = load_tokenizer(examples.tokenizer)
+        wanted = range(min(len(examples), most) if limit else len(examples))
+        asked = [examples.prompt(i, 2**31).tolist() for i in wanted]
+        path = Path(f'{out}.answers') / f'{split}.jsonl'
+        answers = write_answers(generate, [tokenizer.decode(ids) for ids in asked], path)
+        for ids, text in zip(asked, answers):
+            said = [*tokenizer.encode_rest(text), examples.ends[0]]
+            marks = bytes([START, *[0] * (len(ids) - 1), *[TARGET] * len(said)])
+            size, is_val = len(text.encode()), split == 'val'
+            batches += [([([*ids, *said], marks, size, is_val)], None)] * bool(text)
+    options = Preparation(what, str(out), tokenizer=examples.tokenizer)
+    state = dict(counts=fresh_counts(), read=None)
+    return write_corpus(batches, 'supervised', options, Path(out), state)
 
 
 def scored_prompts(path):
@@ -125,7 +113,7 @@ def scored_prompts(path):
     if not Path(path).is_file():
         raise UserError(f'no file {path}')
     found = []
-    for number, row in file_records(path):
+    for where, row in file_records(path):
         try:
             references = row['output'] if isinstance(row['output'], list) else [row['output']]
             asked = [row['instruction'], row.get('input') or ''] if 'instruction' in row else None
@@ -133,8 +121,8 @@ def scored_prompts(path):
             assert references and all(isinstance(text, str) for text in (*asked, *references))
         except (TypeError, KeyError, AttributeError, AssertionError):
             fields = 'instruction (and input) or prompt, and output, as texts'
-            raise UserError(f'{path}, record {number}: not {fields}') from None
-        found.append((prompt(*asked) if len(asked) == 2 else asked[0], references))
+            raise UserError(f'{where}: not {fields}') from None
+        found.append((f'{prompt(*asked)}\n' if len(asked) == 2 else asked[0], references))
     if not found:
         raise UserError(f'{path} holds no records')
     return found
@@ -174,9 +162,8 @@ def answer_scores(model, examples, which, max_new_tokens=48):
     prompts = [examples.prompt(i, room).tolist() for i in which]
     said = []
     for start in progress_bar(range(0, len(prompts), 32), desc='answers'):
-        rows = greedy_answers(model, prompts[start : start + 32], length, examples.end)
-        said += [tokenizer.text(row) for row in rows]
-    answers = read_examples(examples.folder / 'val.jsonl')
-    right = [answers[i]['output'] for i in which]
+        rows = greedy_answers(model, prompts[start : start + 32], length, examples.ends)
+        said += map(tokenizer.text, rows, prompts[start : start + 32])
+    right = [tokenizer.text(ids[asked].tolist()) for ids, asked in map(examples.fit, which)]
     exact = [a.strip() == b.strip() for a, b in zip(said, right)]
     return statistics.mean(map(rouge_l, said, right)), statistics.mean(exact)

@@ -14,6 +14,7 @@ log pi(y|x) is the sum over the answer's tokens. pi_ref does not change: its log
 computed once and kept in the stage's folder, and training holds one model.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,16 +27,44 @@ from torch.nn import functional as F
 
 from configurator import NonNegative, Positive
 from data.corpus import check_vocabulary, open_corpus
-from data.instruct import answer_batches, shuffled
-from data.loader import Source, to_device
-from data.preferences import Pairs
+from data.instruct import Examples, shuffled
+from data.loader import Source, fixed_batches, some_of
 from engine.errors import UserError
 from engine.files import commit_file
-from engine.parallel import barrier, choose_device, find_hardware, gather
+from engine.parallel import barrier, choose_device, find_hardware, gather, to_device
 from engine.progress import progress_bar
 from engine.stage import Origin, Result, Stage
 from expand import compare
 from model import load, read_config
+
+# ----------------------------------------------------------------------------------------------
+# pairs of examples
+
+
+class Pairs:
+    """One split of a prepared set of preferences (data/instruct.py), or its first `most` pairs."""
+
+    def __init__(self, name, data_dir, split, most=sys.maxsize):
+        self.examples = Examples(name, data_dir, split, kind='preferences')
+        self.n = min(most, len(self.examples) // 2)
+
+    def __len__(self):
+        return self.n
+
+    def rows(self, indices, block_size):
+        """
+        Inputs (n, 2, block_size) and targets (n, 2, block_size + 1) int64 of pairs, the preferred
+        answer first. The targets' last column is the number of the pair.
+        """
+        indices = np.asarray(indices)
+        x, y = self.examples.rows(np.stack([2 * indices, 2 * indices + 1], 1).ravel(), block_size)
+        y = np.concatenate([y, indices.repeat(2)[:, None]], 1)
+        return x.reshape(-1, 2, block_size), y.reshape(-1, 2, block_size + 1)
+
+    def preferred(self, indices, block_size):
+        """Inputs and targets (n, block_size) int64 of the preferred answers alone."""
+        return self.examples.rows(2 * np.asarray(indices), block_size)
+
 
 # ----------------------------------------------------------------------------------------------
 # the objective
@@ -52,7 +81,7 @@ def log_probability(model, x, y):
 def log_ratios(model, x, y, reference):
     """
     (log pi / pi_ref of both answers, (n, 2); loss of the preferred ones in nats per token).
-    x (n, 2, T), y (n, 2, T + 1) as data/preferences.py lays them out, reference (all pairs, 2).
+    x (n, 2, T), y (n, 2, T + 1) as `Pairs` lays them out, reference (all pairs, 2).
     """
     pairs, y = y[:, 0, -1], y[..., :-1]
     ours = log_probability(model, x.flatten(0, 1), y.flatten(0, 1)).view(-1, 2)
@@ -205,7 +234,7 @@ class PostTraining:
         device = choose_device(run.device)
         val = Pairs(self.preferences, run.data_dir, 'val')
         block = min(run.block_size, *(read_config(r.folder).block_size for r in results))
-        n = min(len(val), max(1, run.eval_tokens // block) if run.eval_tokens else len(val))
+        n = some_of(len(val), block, run.eval_tokens)
         for result in results:
             model = load(result.folder, device).eval()
             logs[result.name] = reference_of(model, val, np.arange(n), block)
@@ -249,5 +278,7 @@ def preference_source(name, pairs, knobs):
     def read(positions):
         return pairs.rows(shuffled(positions, len(pairs), knobs.seed), knobs.block_size)
 
-    validation = answer_batches(val.preferred, len(val), knobs)
+    rows = partial(val.preferred, block_size=knobs.block_size)
+    n = some_of(len(val), knobs.block_size, knobs.eval_tokens)
+    validation = partial(fixed_batches, rows, n)
     return Source(read, validation, val.examples.bytes_per_token, pairs.examples.tokenizer)

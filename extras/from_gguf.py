@@ -8,7 +8,7 @@ transformers' own reader does the work, with the package gguf: both are in requi
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,9 @@ import torch
 
 from configurator import configure
 from engine.errors import UserError, first_line, import_extra, run_as_program
-from engine.files import new_folder
+from engine.files import new_folder, read_json, write_json
 from engine.hugging_face import config_from_hugging_face, tensors_from_hugging_face
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rotations
 
 
 @dataclass
@@ -51,6 +51,7 @@ def convert(source, target, dtype=torch.float32):
 
 def convert_into(folder, transformers, file, dtype):
     """Write what transformers' reader finds in a GGUF file into a folder. Raises UserError."""
+    source = Path(file['pretrained_model_name_or_path'], file['gguf_file'])
     try:
         described = transformers.AutoConfig.from_pretrained(**file).to_dict()
         for name, value in described.items():
@@ -60,11 +61,42 @@ def convert_into(folder, transformers, file, dtype):
         found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
         template = GPT.on_meta(config).state_dict()
         state = tensors_from_hugging_face(config, found.state_dict(), template)
+        config = with_rope_scaling(config, source)
         transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+        tidy_tokenizer(folder, config.vocab_size)
         GPT.from_state(config, state).save(folder, folder)
     except Exception as error:  # its reader fails in as many ways as there are damaged files
-        source = file['pretrained_model_name_or_path'] / file['gguf_file']
         raise UserError(f'{source} cannot be converted: {first_line(error)}') from error
+
+
+def with_rope_scaling(config, source):
+    """
+    The GPTConfig with the rope_scaling of Llama 3.1 and later, which a GGUF file holds as a tensor
+    of divisors of RoPE's frequencies. Raises UserError for divisors that no such scaling gives.
+    """
+    import gguf
+
+    found = [t.data for t in gguf.GGUFReader(source).tensors if t.name == 'rope_freqs.weight']
+    if not found:
+        return config
+    divisors, one = torch.tensor(found[0]), torch.ones(1)
+    scaled = replace(config, rope_scaling=(divisors.max().item(), 1.0, 4.0, 8192.0))
+    plain, ours = (torch.atan2(*reversed(rotations(c, one)))[0] for c in (config, scaled))
+    if not torch.allclose(ours, plain / divisors, rtol=1e-3):
+        raise UserError('its rope_freqs.weight is no RoPE scaling of Llama 3')
+    return scaled
+
+
+def tidy_tokenizer(folder, vocab_size):
+    """
+    Leave out tokens that transformers' converter adds beyond a model's vocabulary, and name the
+    class of the tokenizer as transformers 4 knows it, too.
+    """
+    path, settings = folder / 'tokenizer.json', folder / 'tokenizer_config.json'
+    content = read_json(path)
+    known = [token for token in content['added_tokens'] if token['id'] < vocab_size]
+    write_json(path, content | dict(added_tokens=known))
+    write_json(settings, read_json(settings) | dict(tokenizer_class='PreTrainedTokenizerFast'))
 
 
 def main(argv):

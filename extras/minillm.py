@@ -30,7 +30,7 @@ class Answering(NamedTuple):
     """How prompts are answered."""
 
     max_new_tokens: int
-    end: int  # the end-of-text token
+    ends: tuple  # tokens that end an answer; the first fills up
     temperature: float = 1.0  # 0: greedy
     share: float = 0.0  # of the teacher in the distribution that is drawn from
 
@@ -55,19 +55,21 @@ def answer(model, prompts, how, teacher=None, generator=None):
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     models = [model] if teacher is None else [model, teacher]
     longest = min(m.config.block_size for m in models)
+    vocab_size = min(m.config.vocab_size for m in models)  # of one tokenizer, padded differently
     limit = min(int(lengths.max()) + how.max_new_tokens, longest)
-    ids = torch.full((len(prompts), limit), how.end, device=device)
+    ids = torch.full((len(prompts), limit), how.ends[0], device=device)
     for row, p in zip(ids, prompts):
         row[: len(p)] = p
     mask = torch.zeros_like(ids, dtype=torch.bool)
     log_q, log_p, log_mix = torch.zeros(3, *ids.shape, device=device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    ends = torch.tensor(how.ends, device=device)
     decodings = [Decoding(m, len(ids), limit) for m in models]
     for t in range(int(lengths.min()), limit):
         logs = []
         for decoding in decodings:
             logits = decoding.following(ids[:, :t]).float()
-            logs.append(logits[:, : model.config.vocab_size].log_softmax(-1))
+            logs.append(logits[:, :vocab_size].log_softmax(-1))
         mixed = mixture(logs, how.share)
         if how.temperature == 0:
             token = mixed.argmax(-1)
@@ -84,7 +86,7 @@ def answer(model, prompts, how, teacher=None, generator=None):
         for log, values in drawn:
             chosen = values.gather(-1, token[:, None])[:, 0]
             log[:, t] = torch.where(speaking, chosen, 0.0)
-        done |= speaking & (token == how.end)
+        done |= speaking & torch.isin(token, ends)
         if (done | (t + 1 >= last)).all():
             break
     return Answers(ids, mask, log_q, log_p, log_mix)
@@ -121,8 +123,9 @@ def policy_loss(logits, teacher_logits, rollout, clip=0.2):
     """
     target, mask = rollout['ids'][:, 1:], rollout['answers'][:, 1:]
     weight = torch.where(mask, rollout['weight'][:, 1:], 0.0) / rollout['tokens'].clamp(min=1)
-    log_q = logits.float().log_softmax(-1)
-    log_p = teacher_logits.detach().float()[..., : log_q.shape[-1]].log_softmax(-1)
+    V = min(logits.shape[-1], teacher_logits.shape[-1])
+    log_q = logits.float()[..., :V].log_softmax(-1)
+    log_p = teacher_logits.detach().float()[..., :V].log_softmax(-1)
     single_step = (weight * (log_q.exp() * (log_q - log_p)).sum(-1)).sum()
     now = log_q.gather(-1, target[..., None])[..., 0]
     ratio = (now - rollout['log_q'][:, 1:]).exp()
@@ -207,7 +210,7 @@ class Rollouts:
             prompts.append(torch.from_numpy(self.examples.prompt(i, room)).to(device))
         generator = torch.Generator(device)
         generator.manual_seed(hash((settings.seed, first, rank)) % 2**63)
-        how = Answering(room, self.examples.end, share=settings.share)
+        how = Answering(room, self.examples.ends, share=settings.share)
         found = answer(student, prompts, how, teacher, generator)
         weight = torch.where(found.mask, (found.log_q - found.log_mix).exp(), 0.0)
         advantage = returns(found.log_p - found.log_q, found.mask)

@@ -24,11 +24,10 @@ from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.errors import UserError, run_as_program
 from engine.files import write_atomically
-from engine.hub import model_folder
 from engine.parallel import choose_device
 from engine.progress import progress_bar
-from engine.tokenizer_files import special_ids
-from sample import Sampling, answer_template, open_model, reply
+from model import load
+from sample import Sampling, conversation_encoder, reply
 
 # by the kind of question, as the benchmark prescribes; 0.7 for any other
 TEMPERATURES = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
@@ -50,13 +49,13 @@ class Answering:
 def read_questions(path):
     """The questions of a file, dicts. Raises UserError, with its number, for a bad one."""
     found = []
-    for number, question in file_records(path):
+    for where, question in file_records(path):
         try:
             turns = question['turns']
             assert isinstance(question['question_id'], int | str) and turns
             assert isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
         except (TypeError, KeyError, AssertionError):
-            raise UserError(f'{path}, record {number}: no question_id and turns') from None
+            raise UserError(f'{where}: no question_id and turns') from None
         found.append(question)
     return found
 
@@ -66,15 +65,15 @@ def answers(model, name, questions, max_new_tokens):
     Yield the answer record of every question. name: the model's folder. A conversation that does
     not fit the context loses its beginning.
     """
-    tokenizer, template = load_tokenizer(tokenizer_of_model(name)), answer_template(name)
-    end = special_ids(model_folder(name)).get('eos_token_id', tokenizer.end)
+    tokenizer, encode = load_tokenizer(tokenizer_of_model(name)), conversation_encoder(name)
     new = min(max_new_tokens, model.config.block_size // 2)
     for question in progress_bar(questions, desc='questions'):
-        sampling = Sampling(TEMPERATURES.get(str(question.get('category')), 0.7), stop=(end,))
+        temperature = TEMPERATURES.get(str(question.get('category')), 0.7)
+        sampling = Sampling(temperature, stop=tokenizer.ends)
         messages, said = [], []
         for turn in question['turns']:
             messages.append(dict(role='user', content=turn))
-            ids = [int(i) for i in tokenizer.encode(template(messages))]
+            ids = [int(i) for i in encode(messages)]
             ids = ids[-(model.config.block_size - new) :]
             said.append(reply(model, tokenizer, ids, new, sampling))
             messages.append(dict(role='assistant', content=said[-1]))
@@ -90,7 +89,7 @@ def main(argv):
     if not Path(options.questions).is_file():
         raise UserError(f'no file {options.questions}')
     questions = read_questions(options.questions)
-    model = open_model(options.model, choose_device(options.device)).eval()
+    model = load(options.model, choose_device(options.device)).eval()
     name = options.name or Path(options.model).name
     torch.manual_seed(options.seed)
     lines = []

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from configurator import NonNegative, Positive
-from data.loader import Source, to_device
+from data.loader import Source
 from engine.errors import UserError, first_line, import_extra
 from engine.hub import model_folder
+from engine.parallel import to_device
 from engine.report import spread
 from engine.stage import Origin, Stage
 from let import Alignment, pair_layers, teach

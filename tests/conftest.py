@@ -45,6 +45,16 @@ def write_corpus(folder, train, val, vocab_size=257):
     (folder / 'meta.json').write_text(json.dumps(meta | dict(splits=splits, checksums=checksums)))
 
 
+def write_examples(folder, rows, kind='supervised'):
+    """A prepared set of bytes, of rows (where, record, is it for validation)."""
+    from data.instruct import encode_examples, example_encoder, refuse
+    from data.prepare import Preparation, fresh_counts, write_corpus
+
+    options = Preparation(corpus=folder.name, tokenizer='bytes', prompt='plain')
+    examples = encode_examples(rows, options, refuse, example_encoder(options))
+    write_corpus([(examples, None)], kind, options, folder, dict(counts=fresh_counts(), read=None))
+
+
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """
@@ -59,37 +69,21 @@ def data_dir(tmp_path_factory):
             b'\n'.join(Path(module.__file__).read_bytes() for module in modules), np.uint8
         )
         write_corpus(folder / name, text[4000:], text[:4000])
-    from data.instruct import (
-        write_supervised,
-    )  # and of instructions: names of Python's own functions -> their documentation
-    from data.prepare import Preparation
-
-    pairs = [
+    pairs = [  # and of instructions: names of Python's own functions -> their documentation
         (name, inspect.getdoc(function).split('\n')[0])
         for module in (argparse, inspect, typing, json, subprocess)
         for name, function in inspect.getmembers(module, callable)
         if inspect.getdoc(function)
     ]
-    examples = [
-        (dict(instruction=name, input='', output=line), i % 8 == 0)
-        for i, (name, line) in enumerate(pairs)
+    rows = [
+        ('', dict(prompt=name, completion=line), i % 8 == 0) for i, (name, line) in enumerate(pairs)
     ]
-    write_supervised(
-        examples,
-        Preparation(corpus='signatures', tokenizer='bytes', prompt='plain'),
-        folder / 'signatures',
-    )
-    preferences = []
-    for (name, line), (_, other) in itertools.pairwise(pairs):
-        for answer in (line, other):  # its own documentation, then another function's
-            example = dict(instruction=name, input='', output=answer)
-            preferences.append((example, len(name) % 8 == 0))
-    write_supervised(
-        preferences,
-        Preparation(corpus='preferences', tokenizer='bytes', prompt='plain'),
-        folder / 'preferences',
-        kind='preferences',
-    )
+    write_examples(folder / 'signatures', rows)
+    rows = [
+        ('', dict(prompt=name, chosen=line, rejected=other), len(name) % 8 == 0)
+        for (name, line), (_, other) in itertools.pairwise(pairs)
+    ]
+    write_examples(folder / 'preferences', rows, 'preferences')
     return folder
 
 

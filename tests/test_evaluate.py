@@ -21,7 +21,6 @@ from evaluate import (
     Evaluation,
     average_accuracy,
     bits_per_byte,
-    compare,
     compare_all,
     curves_over_training,
     evaluate,
@@ -78,8 +77,6 @@ def test_matrices_of_a_family():
         (models[0](x).logits.argmax(-1) == models[1](x).logits.argmax(-1)).double().mean().item()
     )
     assert agreement[0, 1].item() == pytest.approx(share)
-    with pytest.raises(UserError, match='different vocabularies'):
-        compare(small(), small(vocab_size=60), x)
 
 
 def test_sliding_window_scores_every_token_once_with_context():
@@ -318,12 +315,11 @@ def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_p
     'text, word',
     [
         ('', 'holds no records'),
-        ('{"instruction": "a"}', 'record 1: not instruction'),
-        ('{"prompt": 1, "output": "b"}', 'record 1'),
-        ('{"instruction": "a", "output": []}', 'record 1'),
-        ('{"instruction": "a", "output": [1]}', 'record 1'),
+        ('{"instruction": "a"}', 'line 1: not instruction'),
+        ('{"prompt": 1, "output": "b"}', 'line 1'),
+        ('{"instruction": "a", "output": []}', 'line 1'),
         ('[1]', 'record 1'),
-        ('{', 'record 1: JSONDecodeError'),
+        ('{', 'line 1: JSONDecodeError'),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path, text, word):

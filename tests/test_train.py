@@ -480,24 +480,13 @@ def test_the_method_in_the_readme_runs_as_it_is_printed(data_dir, tmp_path):
     assert load(out / 'second').config.n_layer == 2 * load(out / 'first').config.n_layer
 
 
-def test_metrics_reach_the_dashboards(data_dir, tmp_path, monkeypatch):
-    """In step with metrics.jsonl, the loss at the end too."""
-    pytest.importorskip('tensorboard')
+def test_metrics_reach_the_dashboard(data_dir, tmp_path, monkeypatch):
     pytest.importorskip('wandb')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     knobs = ['--size=16x1', '--tokens=640', '--block_size=16', '--batch_size=2', '--eval_tokens=64']
     knobs += [f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run', '--eval_interval=10']
-    train.main([*knobs, '--tensorboard=True', '--wandb=nanofamily', '--device=cpu'])
-    found = EventAccumulator(str(tmp_path / 'run' / 'tensorboard' / '16x1'))
-    found.Reload()
-    assert [event.step for event in found.Scalars('loss')] == [10, 20]
-    losses = found.Scalars('val_loss')
-    assert [event.step for event in losses] == [0, 10, 20]
-    result = Result.of(tmp_path / 'run' / '16x1')
-    assert losses[-1].value == pytest.approx(result.val_loss)
+    train.main([*knobs, '--wandb=nanofamily', '--device=cpu'])
     assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
 
 

@@ -1,10 +1,9 @@
 """
-Instructions and answers: the papers' prompts, masked in the loss; every set's rows in words;
-files that are none.
+Instructions and answers: the papers' prompts, chat templates, targets that are answers and nothing
+else; what is longer than a sequence; every convention of records.
 """
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 import train
 from data.instruct import (
     Examples,
-    file_examples,
-    is_supervised,
+    conversations,
+    file_records,
+    kind_of,
     prompt,
     shuffled,
     supervised_source,
@@ -28,80 +28,83 @@ from model import GPT, load
 
 
 def test_prompts_are_appendix_cs():
-    assert prompt('Do.', '').endswith(
-        'Instruction:\nDo.\n\nResponse:\n'
-    ) and 'Input:' not in prompt('Do.', '')
-    assert (
-        prompt('Do.', 'This.').endswith('Instruction:\nDo.\n\nInput:\nThis.\n\nResponse:\n')
-        and prompt('f(x)', '', 'plain') == 'f(x)\n'
-    )
+    assert prompt('Do.', '').endswith('Instruction:\nDo.\n\nResponse:')
+    assert prompt('Do.', 'This.').endswith('Instruction:\nDo.\n\nInput:\nThis.\n\nResponse:')
+    assert prompt('f(x)', '', 'plain') == 'f(x)' and prompt('a', 'b', 'plain') == 'a\nb'
+
+
+def made(folder, rows, **how):
+    """The set of rows that are written to a file, on bytes: (train, val) Examples."""
+    folder.mkdir(exist_ok=True)
+    (folder / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    how = dict(val_fraction=0.2, tokenizer='bytes') | how
+    prepare(Preparation(str(folder / 'mine.jsonl'), str(folder / 'mine'), **how))
+    return [Examples('mine', folder, split) for split in ('train', 'val')]
 
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sets')
-    rows = [
-        dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'It is {i}.') for i in range(60)
-    ]
-    (folder / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    prepare(
-        Preparation(
-            corpus=str(folder / 'mine.jsonl'),
-            out=str(folder / 'mine'),
-            tokenizer='bytes',
-            prompt='plain',
-            val_fraction=0.2,
-        )
+    made(
+        folder,
+        [
+            dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'It is {i}.')
+            for i in range(60)
+        ],
     )
     return folder
 
 
+def words(ids):
+    return bytes(i for i in ids.tolist() if 0 <= i < 256).decode()
+
+
 def test_only_answers_are_asked_for(prepared):
+    seen = []
     for split in ('train', 'val'):
-        examples, texts = (
-            Examples('mine', prepared, split),
-            [
-                json.loads(line)
-                for line in (prepared / 'mine' / f'{split}.jsonl').read_text().splitlines()
-            ],
-        )
+        examples = Examples('mine', prepared, split)
         x, y = examples.rows(np.arange(len(examples)), 64)
-        for inputs, targets, example in zip(x, y, texts, strict=True):
-            asked = targets != -100
-            assert (
-                bytes(targets[asked][:-1].tolist()).decode() == example['output']
-                and targets[asked][-1] == 256
-            )
-            before = prompt(example['instruction'], example['input'], 'plain')
-            assert (
-                bytes(inputs[: len(before)].tolist()).decode() == before
-                and asked.argmax() == len(before) - 1
-            )
-    assert len(Examples('mine', prepared, 'train')) + len(Examples('mine', prepared, 'val')) == 60
+        for inputs, targets in zip(x, y):
+            answer = words(targets[targets != -100])
+            n = int(answer.removeprefix('It is ').removesuffix('.'))
+            before = prompt(f'Say {n}', 'x' * (n % 5), 'plain') + '\n'
+            assert words(inputs).startswith(before + answer)
+            assert (targets != -100).argmax() == len(before) - 1
+            assert targets[targets != -100][-1] == 256
+            seen.append(n)
+    assert sorted(seen) == list(range(60))
 
 
-def test_a_long_article_loses_its_end_and_keeps_the_instruction(tmp_path):
-    rows = []
-    for i in range(10, 20):
-        article, talk = f'The lead {i}. ' + 'And so on. ' * 100, f'{i}. ' + 'A talk. ' * 100
-        rows.append(dict(instruction='Summarise.', input=article, output='Short.'))
-        rows.append(dict(instruction=talk + 'What now?', input='', output='Now.'))
-    (tmp_path / 'long.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    out = str(tmp_path / 'long')
-    prepare(Preparation(str(tmp_path / 'long.jsonl'), out, tokenizer='bytes', val_fraction=0.5))
-    shown = set()
-    for split in ('train', 'val'):
-        examples = Examples('long', tmp_path, split)
-        for ids in examples.rows(range(len(examples)), 300)[0]:
-            text = bytes(i for i in ids.tolist() if i < 256).decode()
-            assert text.endswith(('Response:\nShort.', 'Response:\nNow.'))
-            assert len(ids) == 300 and ids[-1] < 256
-            if text.endswith('Short.'):
-                assert re.search('Summarise.\n\nInput:\nThe lead \\d\\d. And so on.', text)
-            else:
-                assert 'A talk. What now?\n\nResponse' in text and 'Instruction' not in text
-            shown.add(text[-6:])
-    assert len(shown) == 2
+def test_every_answer_of_a_conversation_is_a_target(tmp_path):
+    talk = [('user', 'q'), ('assistant', 'one'), ('user', 'more'), ('assistant', 'two')]
+    rows = [
+        dict(messages=[dict(role=role, content=f'{text} {i}') for role, text in talk])
+        for i in range(20)
+    ]
+    examples, _ = made(tmp_path, rows)
+    x, y = examples.rows([0], 64)
+    ids = x[0][: (y[0] != -100).nonzero()[0][-1] + 1]
+    assert words(ids) == words(ids).split('\n')[0] + '\n' + words(ids).split('\n', 1)[1]
+    targets = y[0][y[0] != -100]
+    one, two = (words(part) for part in np.split(targets, [targets.tolist().index(256) + 1]))
+    assert one.startswith('one ') and two.startswith('two ') and (targets == 256).sum() == 2
+    short_x, short_y = examples.rows([0], 12)  # loses its end, not what its first answer needs
+    assert words(short_x[0]) == words(x[0])[:11] and 256 in short_y[0]
+
+
+def test_what_is_asked_at_length_loses_its_middle_and_cuts_are_said(tmp_path, capsys):
+    rows = [
+        dict(instruction='Summarise.', input=f'Lead {i}. ' + 'And so on. ' * 100, output='Short.')
+        for i in range(10, 30)
+    ]
+    examples, _ = made(tmp_path, rows, prompt='paper')
+    for ids in examples.rows(range(len(examples)), 600)[0]:
+        assert words(ids).startswith('Below is an instruction') and ids[-1] < 256
+        assert 'Summarise.\n\nInput:\nLead' in words(ids)
+        assert words(ids).endswith('so on. \n\nResponse:\nShort.')
+    assert len(examples.prompt(0, 40)) == 40
+    supervised_source(train.Run(data='mine', data_dir=str(tmp_path), block_size=600))
+    assert f'{len(examples)} of {len(examples)} examples are cut to 600' in capsys.readouterr().out
 
 
 def test_prompts_do_not_teach(prepared):
@@ -121,64 +124,24 @@ def test_every_epoch_has_every_example_once():
     assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
 
 
-def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path, capsys):
-    common = [
-        f'--data_dir={prepared}',
-        '--data=mine',
-        '--block_size=48',
-        '--batch_size=4',
-        '--device=cpu',
-        '--learning_rate=0.01',
-    ]
+def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path):
+    common = [f'--data_dir={prepared}', '--data=mine', '--block_size=48', '--batch_size=4']
+    common += ['--device=cpu', '--learning_rate=0.01']
     train.main([*common, '--size=16x1', '--tokens=4000', f'--out_dir={tmp_path / "a"}'])
-    train.main(
-        [
-            *common,
-            f'--init_from={tmp_path / "a" / "16x1"}',
-            '--tokens=2000',
-            f'--out_dir={tmp_path / "b"}',
-        ]
-    )
-    assert (
-        Result.of(tmp_path / 'b' / '16x1-continued').val_loss
-        < Result.of(tmp_path / 'a' / '16x1').val_loss
-        < 4
-    )
-    assert load(tmp_path / 'b' / '16x1-continued').config.vocab_size == 257
+    more = [f'--init_from={tmp_path / "a" / "16x1"}', '--tokens=2000', f'--out_dir={tmp_path}/b']
+    train.main([*common, *more])
+    first, second = (tmp_path / name for name in ('a/16x1', 'b/16x1-continued'))
+    assert Result.of(second).val_loss < Result.of(first).val_loss < 4
+    assert load(second).config.vocab_size == 257
     shutil.copytree(prepared / 'mine', prepared / 'other')
     two = ['--data=mine,other', '--size=16x1', '--tokens=100', f'--out_dir={tmp_path / "c"}']
     with pytest.raises(UserError, match='cannot be mixed'):
         train.main([*common, *two])
 
 
-@pytest.mark.parametrize(
-    'text, word',
-    [
-        ('', 'no examples|gave no'),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n', 'record 2: not'),
-        ('{"instruction": "a", "output": 3}', 'record 1: not'),
-    ],
-)
-def test_files_that_are_no_examples(tmp_path, text, word):
-    (tmp_path / 'bad.jsonl').write_text(text)
-    with pytest.raises(UserError, match=word):
-        prepare(
-            Preparation(
-                corpus=str(tmp_path / 'bad.jsonl'), out=str(tmp_path / 'bad'), tokenizer='bytes'
-            )
-        )
-    assert not (tmp_path / 'bad').exists()
-
-
-def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
-    (tmp_path / 'text.jsonl').write_text('{"text": "a"}\n')
-    assert (
-        is_supervised('dolly')
-        and is_supervised(str(prepared / 'mine.jsonl'))
-        and not is_supervised(str(tmp_path / 'text.jsonl'))
-        and not is_supervised('pydocs')
-    )
-    with pytest.raises(UserError, match='is text, not instructions'):
+def test_text_and_instructions_are_told_apart(prepared, data_dir):
+    assert kind_of(dict(text='a')) == kind_of([1]) == 'text'
+    with pytest.raises(UserError, match='is a set of None, not supervised'):
         Examples('pydocs', data_dir, 'train')
     source = supervised_source(train.Run(data='mine', data_dir=str(prepared), block_size=32))
     assert sum(count for *_, count in source.validation(4, Share())) == sum(
@@ -186,40 +149,24 @@ def test_text_and_instructions_are_told_apart(prepared, data_dir, tmp_path):
     )
 
 
+def said(*texts):
+    return [dict(role=role, content=text) for role, text in zip(('user', 'assistant'), texts)]
+
+
 @pytest.mark.parametrize(
     'record, expected',
     [
-        (dict(prompt='2 + 2 =', completion='4'), ('2 + 2 =', '4')),
-        (
-            dict(
-                messages=[
-                    dict(role='system', content='Be brief.'),
-                    dict(role='user', content='Hello'),
-                    dict(role='assistant', content='Hi'),
-                ]
-            ),
-            ('Be brief.\nHello', 'Hi'),
-        ),
-        (dict(instruction='a', output='b'), ('a', 'b')),
+        (dict(prompt='2 + 2 =', completion='4'), said('2 + 2 =', '4')),
+        (dict(messages=said('Hello', 'Hi')), said('Hello', 'Hi')),
+        (dict(instruction='a', input=None, output='b'), said('a', 'b')),
+        (dict(prompt=said('a'), completion=said('a', 'b')[1:]), said('a', 'b')),
+        (dict(prompt='a', chosen=said('a', 'b'), rejected=said('a', 'c')), said('a', 'b')),
     ],
 )
 @pytest.mark.parametrize('suffix', ['jsonl', 'json'])
 def test_records_of_other_conventions(tmp_path, record, expected, suffix):
-    records = [record] * 20
-    text = (
-        '\n'.join(map(json.dumps, records)) if suffix == 'jsonl' else json.dumps(records, indent=1)
-    )
-    path = tmp_path / f'own.{suffix}'
-    path.write_text(text)
-    assert is_supervised(str(path))
-    found = list(file_examples(Preparation(str(path), val_fraction=0.2)))
-    assert len(found) == 20
-    example = found[0][0]
-    assert (example['instruction'], example['output'], example['input']) == (*expected, '')
-
-
-def test_a_conversation_without_an_answer_is_refused(tmp_path):
-    path = tmp_path / 'own.jsonl'
-    path.write_text(json.dumps(dict(messages=[dict(role='user', content='Hello')])))
-    with pytest.raises(UserError, match='record 1: not'):
-        list(file_examples(Preparation(str(path))))
+    path, records = tmp_path / f'own.{suffix}', [record] * 3
+    lines = '\n'.join(map(json.dumps, records))
+    path.write_text(lines if suffix == 'jsonl' else json.dumps(records, indent=1))
+    for _, row in file_records(str(path)):
+        assert kind_of(row) != 'text' and conversations(row, 'auto')[0] == expected

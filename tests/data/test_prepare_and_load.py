@@ -26,10 +26,11 @@ from data.loader import (
     split_by_weight,
     validation_batches,
 )
-from data.vocabulary import bytes_encoding, load_tokenizer
+from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.files import checksum
 from engine.hub import within
+from engine.tokenizer_files import bytes_encoding
 
 # ----------------------------------------------------------------------------------------------
 # order
@@ -162,8 +163,8 @@ def change_meta(folder, key, value):
     [
         (lambda f: (f / 'meta.json').unlink(), 'is not prepared'),
         (lambda f: (f / 'meta.json').write_text('{"splits": 3}'), 'meta.json is damaged'),
-        (lambda f: change_meta(f, 'documents', None), 'train has .*None'),
-        (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin has 5 bytes instead of'),
+        (lambda f: change_meta(f, 'tokens', None), 'is damaged .*TypeError'),
+        (lambda f: (f / 'train.bin').write_bytes(b'12345'), 'train.bin is not of'),
         (lambda f: (f / 'val.bin').unlink(), 'val.bin is missing'),
     ],
 )
@@ -179,7 +180,7 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(numbers):
         lambda: offsets(np.arange(2), 10, Order(10)),
         lambda: next(validation_batches(numbers[0].val, 100, 1, 0)),
     ):
-        with pytest.raises(UserError, match='too short'):
+        with pytest.raises(UserError, match='too few'):
             use()
 
 
@@ -226,7 +227,7 @@ def test_interrupted_preparation_goes_on_and_gives_the_same_corpus(tmp_path, mon
         return prepare.prepare(prepare.Preparation(**how, out=out, tokenizer='bytes'))
 
     monkeypatch.setattr(prepare, 'ROWS', 16)
-    monkeypatch.setattr(prepare.write_tokens, '__defaults__', (2,))
+    monkeypatch.setattr(prepare, 'SAVE_EVERY', 2)
     run('whole')
     tokenized = []
 
@@ -279,14 +280,6 @@ def test_what_cannot_be_prepared_is_refused(tmp_path, arguments, word):
         )
 
 
-@pytest.mark.parametrize('name, text', [('a.jsonl', '{"text": "b"}\nnull\n'), ('a.json', '[7]')])
-def test_a_record_without_text_is_named(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    how = dict(corpus=str(tmp_path / name), out=str(tmp_path / 'c'), tokenizer='bytes')
-    with pytest.raises(UserError, match=f'{name}, record {text.count("{") + 1}, has no text in'):
-        prepare.prepare(prepare.Preparation(**how))
-
-
 def test_without_a_network_the_error_names_the_way_out():
     process = run_command('data/prepare.py', 'fineweb_edu', '--tokenizer=bytes', '--out=data/never')
     assert (
@@ -301,7 +294,7 @@ def test_within_gives_up_on_a_call_that_hangs():
 
 
 def test_bytes_tokenizer_is_the_tiktoken_encoding_it_says_it_is():
-    encode, decode, vocab_size, end = load_tokenizer('bytes')[:4]
+    encode, decode, vocab_size, (end,), *_ = load_tokenizer('bytes')
     text = 'naïve 漢字 🙂\n'
     assert (
         list(encode(text)) == bytes_encoding().encode_ordinary(text)
@@ -447,7 +440,7 @@ def test_files_that_were_added_are_not_ignored(tmp_path, monkeypatch):
     prepared('*.txt')
     prepared('*.txt')  # it is prepared already
     (tmp_path / '3.txt').write_text('More text.')
-    with pytest.raises(UserError, match='other options .files.'):
+    with pytest.raises(UserError, match='with other .*files'):
         prepared('*.txt')
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import TEXT, train_tokenizer
 
-from data.translate import PROBE, check_alignable, token_bytes, translate
-from data.vocabulary import load_tokenizer, same_tokenizer
+from data.vocabulary import load_tokenizer, same_tokenizer, token_bytes, translate
 from engine.errors import UserError
+from let import PROBE, check_alignable
 
 tokenizers = pytest.importorskip('tokenizers')
 
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
 
 
 def encode(name, text):
-    return np.array([int(i) for i in load_tokenizer(name)[0](text)])
+    return np.array([int(i) for i in load_tokenizer(name).encode(text)])
 
 
 @pytest.mark.parametrize(
@@ -40,59 +40,41 @@ def test_partners_have_read_the_same_text_and_nothing_more(folders, student, tea
     ours = encode(student, TEXT)[:240]
     for cut in range(6):  # wherever the sequence begins, within a letter too
         row = ours[cut : cut + 200]
-        theirs, place, partnered = translate(row[None], student, teacher, 1000)
+        theirs, place = translate(row, student, teacher)
+        partnered = place >= 0
         text = b''.join(token_bytes(student)[i] for i in row)
         assert partnered.any()
         a = b = 0
         for position, i in enumerate(row):
             a, b = b, b + len(token_bytes(student)[i])
-            read = sum(len(token_bytes(teacher)[j]) for j in theirs[0, : place[0, position] + 1])
-            assert a < read <= b if partnered[0, position] else True
+            read = sum(len(token_bytes(teacher)[j]) for j in theirs[: place[position] + 1])
+            assert a < read <= b if partnered[position] else True
         assert len(text) == b
 
 
 def test_every_position_has_itself_as_partner_in_the_same_tokenizer(folders):
-    row = encode(folders['byte-level'], 'The cat sat on the mat; 12 + 34 = 46. ' * 5)[None, :50]
-    theirs, place, partnered = translate(row, folders['byte-level'], folders['byte-level'], 100)
-    assert partnered.all() and (place == np.arange(50)).all() and (theirs[:, :50] == row).all()
+    row = encode(folders['byte-level'], 'The cat sat on the mat; 12 + 34 = 46. ' * 5)[:50]
+    theirs, place = translate(row, folders['byte-level'], folders['byte-level'])
+    assert (place == np.arange(50)).all() and theirs[:50] == row.tolist()
 
 
 def test_bytes_of_a_letter_wait_for_its_last(folders):
-    row = np.frombuffer('a数b'.encode(), np.uint8).astype(np.int64)[None]
-    theirs, place, partnered = translate(row, 'bytes', folders['byte-level'], 100)
-    spans = [len(token_bytes(folders['byte-level'])[i]) for i in theirs[0]]
-    ends = np.cumsum(spans) - 1
-    assert partnered[0].nonzero()[0].tolist() == ends.tolist()
+    row = np.frombuffer('a数b'.encode(), np.uint8).astype(np.int64)
+    theirs, place = translate(row, 'bytes', folders['byte-level'])
+    spans = [len(token_bytes(folders['byte-level'])[i]) for i in theirs]
+    assert (place >= 0).nonzero()[0].tolist() == (np.cumsum(spans) - 1).tolist()
 
 
 def test_documents_meet_at_their_end(folders):
-    end, their_end = 256, load_tokenizer(folders['byte-level'])[3]
-    row = np.concatenate([encode('bytes', 'The cat'), [end], encode('bytes', 'sat')])[None]
-    theirs, place, partnered = translate(row, 'bytes', folders['byte-level'], 100)
-    assert (
-        partnered[0, 7]
-        and theirs[0, place[0, 7]] == their_end
-        and partnered[0, 10]
-        and place[0, 10] == theirs.shape[1] - 1
-    )
-
-
-def test_what_the_teacher_cannot_read_any_more_has_no_partner(folders):
-    row = encode('bytes', TEXT)[None, :100]
-    theirs, place, partnered = translate(row, 'bytes', folders['byte-level'], 10)
-    assert (
-        theirs.shape == (1, 10)
-        and partnered.sum() == 10
-        and place[partnered].tolist() == list(range(10))
-    )
+    end, their_end = 256, load_tokenizer(folders['byte-level']).end
+    row = np.concatenate([encode('bytes', 'The cat'), [end], encode('bytes', 'sat')])
+    theirs, place = translate(row, 'bytes', folders['byte-level'])
+    assert theirs[place[7]] == their_end and place[10] == len(theirs) - 1
 
 
 def test_a_text_that_the_tokenizer_changes_has_no_partners(folders):
-    rows = np.stack([encode('bytes', 'A Cat sat'), encode('bytes', 'a cat sat')])
-    _, _, partnered = translate(rows, 'bytes', folders['lowercase'], 100)
-    assert partnered[
-        1
-    ].any()  # lower case has as many bytes, so only the check before training can tell
+    # lower case has as many bytes, so only the check before training can tell
+    assert (translate(encode('bytes', 'a cat sat'), 'bytes', folders['lowercase'])[1] >= 0).any()
     with pytest.raises(UserError, match='cannot be aligned: .*lowercase does not keep every byte'):
         check_alignable('bytes', folders['lowercase'])
     check_alignable('bytes', folders['byte-level'])
@@ -133,13 +115,9 @@ def test_sentencepiece_spaces_and_byte_fallback(tmp_path):
     ids = encode(str(tmp_path), PROBE)
     assert b''.join(token_bytes(str(tmp_path))[i] for i in ids) == b' ' + PROBE.encode()
     check_alignable('bytes', str(tmp_path))
-    theirs, place, partnered = translate(
-        encode('bytes', 'the cat')[None], 'bytes', str(tmp_path), 100
-    )
-    assert [pieces[i] for i in theirs[0]] == ['▁', 'th', 'e', '▁cat']
-    assert partnered[0].tolist() == [False, True, True, False, False, False, True] and place[0][
-        partnered[0]
-    ].tolist() == [1, 2, 3]
+    theirs, place = translate(encode('bytes', 'the cat'), 'bytes', str(tmp_path))
+    assert [pieces[i] for i in theirs] == ['▁', 'th', 'e', '▁cat']
+    assert place.tolist() == [-1, 1, 2, -1, -1, -1, 3]
 
 
 def test_the_same_tokenizer_under_two_names(folders, tmp_path):
@@ -176,17 +154,9 @@ def test_a_document_that_the_tokenizer_changes_lends_no_future_to_the_one_before
             [256],
             encode('bytes', 'xyz'),
         ]
-    )[None]
-    theirs, place, partnered = translate(row, 'bytes', str(tmp_path), 100)
-    end = load_tokenizer(str(tmp_path))[3]
-    assert (
-        partnered[0, 3]
-        and theirs[0, place[0, 3]] == end
-        and place[0, 3] == theirs[0].tolist().index(end)
     )
-    assert (
-        not partnered[0, 4:11].any()
-        and partnered[0, 11]
-        and partnered[0, -1]
-        and token_bytes(str(tmp_path))[-1] == b'  '
-    )
+    theirs, place = translate(row, 'bytes', str(tmp_path))
+    end = load_tokenizer(str(tmp_path)).end
+    assert theirs[place[3]] == end and place[3] == theirs.index(end)
+    assert (place[4:11] < 0).all() and place[11] >= 0 and place[-1] >= 0
+    assert token_bytes(str(tmp_path))[-1] == b'  '

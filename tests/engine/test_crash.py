@@ -42,7 +42,7 @@ def call(log, function, *arguments):
 
 
 def prepare_in_small_pieces(options):
-    prepare.ROWS, prepare.write_tokens.__defaults__ = 4, (2,)
+    prepare.ROWS, prepare.SAVE_EVERY = 4, 2
     prepare.prepare(prepare.Preparation(**options))
 
 

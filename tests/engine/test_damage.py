@@ -17,11 +17,9 @@ from conftest import ROOT, run_command, write_texts
 from safetensors.torch import load_file, save_file
 
 import expand
-import extras.bridge as bridge
 import scaling
-from data import prepare
 from data.corpus import open_corpus, verify_corpus
-from data.instruct import Examples, file_examples
+from data.instruct import Examples
 from engine.errors import UserError
 from engine.files import find_damage, locked, read_json
 from engine.log import read_metrics, truncate_metrics
@@ -150,13 +148,7 @@ READERS = {
         verify_corpus('signatures', f),
         read_set(f),
     ),
-    'signatures/train.spans.npy': read_set,
-    'signatures/train.jsonl': lambda f: bridge.read_examples(f / 'signatures' / 'train.jsonl'),
-    'signatures/val.jsonl': lambda f: list(
-        file_examples(
-            prepare.Preparation(corpus=str(f / 'signatures' / 'val.jsonl'), val_fraction=0.1)
-        )
-    ),
+    'signatures/train.marks': read_set,
     'results.csv': lambda f: scaling.read_results(f / 'results.csv'),
     'fit.json': lambda f: scaling.read_fits(f / 'fit.json'),
 }
@@ -185,7 +177,8 @@ def test_files_of_any_content_are_read_or_named(run, tmp_path, name):
         try:
             read(tmp_path / 'f')
         except UserError as error:
-            assert path.name in str(error) or path.parent.name in str(error), error
+            named = (path.name, path.parent.name, 'no tokenizer')  # which meta.json names
+            assert any(name in str(error) for name in named), error
             refused += 1
     assert refused > 20 or name == 'stage/metrics.jsonl'  # of which good lines are kept
 

@@ -12,7 +12,7 @@ from conftest import TEXT, run_command, train_tokenizer
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine import tokenizer_files
 from engine.errors import UserError
-from engine.tokenizer_files import as_tokenizer_json, fingerprint, special_ids, write_tokenizer
+from engine.tokenizer_files import fingerprint, special_ids, tokenizer_json, write_tokenizer
 from model import GPT, GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
@@ -23,7 +23,7 @@ def test_an_end_token_that_is_no_text_is_passed_over(tmp_path):
     for odd in ([1.0, 2.0], {'content': ['<|endoftext|>']}, 7):
         settings = dict(bos_token=odd, eos_token='<|endoftext|>')
         (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
-        assert set(special_ids(folder)) == {'eos_token_id'}
+        assert special_ids(folder) == dict(eos_token_id=0)
 
 
 GPT2_PATTERN = (
@@ -44,10 +44,10 @@ def encoding(monkeypatch):
         'r50k_base', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: made)
-    for function in (load_tokenizer, as_tokenizer_json, fingerprint):
+    for function in (load_tokenizer, tokenizer_json, fingerprint):
         function.cache_clear()
     yield made
-    for function in (load_tokenizer, as_tokenizer_json, fingerprint):
+    for function in (load_tokenizer, tokenizer_json, fingerprint):
         function.cache_clear()
 
 
@@ -74,13 +74,13 @@ def test_an_encoding_of_tiktoken_opens_in_transformers(tmp_path, encoding):
 def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path):
     source = train_tokenizer('byte-level', tmp_path / 'source')
     (tmp_path / 'source' / 'chat_template.jinja').write_text('{{ messages }}')
-    settings = dict(eos_token='<|endoftext|>', pad_token=dict(content='!'))
+    settings = dict(eos_token=dict(content='<|endoftext|>'))
     (tmp_path / 'source' / 'tokenizer_config.json').write_text(json.dumps(settings))
     size = load_tokenizer(source).vocab_size
     GPT(GPTConfig.named('16x1', vocab_size=size)).save(tmp_path / 'model', source)
     shutil.rmtree(source)
     config = json.loads((tmp_path / 'model' / 'config.json').read_text())
-    assert config['eos_token_id'] == 0 and config['pad_token_id'] > 0
+    assert config['eos_token_id'] == 0
     assert str(tmp_path) not in (tmp_path / 'model' / 'config.json').read_text()
     assert (tmp_path / 'model' / 'chat_template.jinja').read_text() == '{{ messages }}'
     assert tokenizer_in(tmp_path / 'model') == str(tmp_path / 'model')
@@ -93,12 +93,14 @@ def test_two_vocabularies_of_one_size_are_not_the_same(tmp_path):
     content = json.loads(path.read_text())
     content['model']['merges'].reverse()
     path.write_text(json.dumps(content))
-    fingerprint.cache_clear()
+    for function in (fingerprint, tokenizer_json):
+        function.cache_clear()
     assert not same_tokenizer(one, other)
     content['added_tokens'][0]['id'] = 'seven'
     for damaged in ({'model': 3}, content):
         path.write_text(json.dumps(damaged))
-        fingerprint.cache_clear()
+        for function in (fingerprint, tokenizer_json):
+            function.cache_clear()
         with pytest.raises(UserError, match='b/tokenizer.json is damaged'):
             same_tokenizer(one, other)
 
@@ -150,7 +152,8 @@ def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_files, 'find_encoding', lambda name: made)
-        content = as_tokenizer_json.__wrapped__('digits')
+        patch.setattr(tokenizer_files, 'is_encoding', lambda name: True)
+        content = tokenizer_json.__wrapped__('digits')
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
     for text in ('1234567', '12 345', '45123412'):
         assert theirs.encode(text).ids == made.encode_ordinary(text), text
@@ -161,19 +164,7 @@ def test_an_encoding_that_cannot_be_downloaded_costs_no_model(tmp_path, monkeypa
         raise ConnectionError('no network')
 
     monkeypatch.setattr(tiktoken, 'get_encoding', offline)
-    as_tokenizer_json.cache_clear()
+    tokenizer_json.cache_clear()
     GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path, 'cl100k_base')
     assert 'has no tokenizer.json' in capsys.readouterr().out
     assert tokenizer_in(tmp_path) == 'cl100k_base' and load(tmp_path)
-
-
-def test_an_older_tokenizer_goes_along_with_its_ids(tmp_path):
-    """OPT's files: nothing here reads them, and they are kept for what can."""
-    GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path / 'opt')
-    (tmp_path / 'opt' / 'vocab.json').write_text('{}')
-    config = json.loads((tmp_path / 'opt' / 'config.json').read_text())
-    (tmp_path / 'opt' / 'config.json').write_text(json.dumps(config | dict(eos_token_id=2)))
-    process = run_command('expand.py', tmp_path / 'opt', tmp_path / 'grown', '--to=stk2')
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / 'grown' / 'vocab.json').is_file()
-    assert json.loads((tmp_path / 'grown' / 'config.json').read_text())['eos_token_id'] == 2

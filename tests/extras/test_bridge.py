@@ -50,8 +50,9 @@ def test_a_bridge_between_two_vocabularies(data_dir, tmp_path):
     )
     assert meta['tokenizer'] == 'bytes' and 0 < len(examples) <= 24
     said = text_generator(str(tmp_path / 'ancestor'), max_new_tokens=32)
-    first = json.loads((tmp_path / 'bridge-data' / 'train.jsonl').read_text().splitlines()[0])
-    assert said([first['instruction'] + '\n']) == [first['output']]
+    ids, asked = examples.fit(0)
+    question, answer = (bytes(part.tolist()).decode() for part in (ids[~asked], ids[asked][:-1]))
+    assert said([question]) == [answer]
     assert (
         bridge.pseudo_answers(str(tmp_path / 'ancestor'), 'signatures', run, folder, limit=24)
         == folder
@@ -96,26 +97,18 @@ def test_a_bridges_ancestor_is_tuned_in_its_own_vocabulary_and_paid_for(data_dir
 
 
 def test_answers_go_on_where_they_were_interrupted(tmp_path):
-    examples, asked = [dict(instruction=f'q{i}', input='', output='') for i in range(10)], []
+    prompts, asked = [f'q{i}' for i in range(10)], []
 
-    def generate(prompts):
-        asked.extend(prompts)
+    def generate(some):
+        asked.extend(some)
         if len(asked) > 6:
             raise KeyboardInterrupt
-        return ['a'] * len(prompts)
+        return ['a'] * len(some)
 
+    path = tmp_path / 'x' / 'a.jsonl'
     with pytest.raises(KeyboardInterrupt):
-        write_answers(generate, examples, tmp_path / 'x' / 'a.jsonl', 'plain', batch_size=4)
-    with open(tmp_path / 'x' / 'a.jsonl', 'a') as file:
-        file.write('{"instruction": "q4", "in')  # cut short
-    write_answers(
-        lambda prompts: ['b'] * len(prompts),
-        examples,
-        tmp_path / 'x' / 'a.jsonl',
-        'plain',
-        batch_size=4,
-    )
-    lines = bridge.read_examples(tmp_path / 'x' / 'a.jsonl')
-    assert [e['instruction'] for e in lines] == [f'q{i}' for i in range(10)] and [
-        e['output'] for e in lines
-    ] == ['a'] * 4 + ['b'] * 6
+        write_answers(generate, prompts, path, batch_size=4)
+    with open(path, 'a') as file:
+        file.write('"cut sho')
+    found = write_answers(lambda some: [f'b of {p}' for p in some], prompts, path, batch_size=4)
+    assert found == ['a'] * 4 + [f'b of q{i}' for i in range(4, 10)]

@@ -10,11 +10,11 @@ from conftest import run_command
 from test_model import small, tokens
 
 import train
-from data.preferences import LAG, Pairs, file_preferences, is_preferences, offline_preferences
+from data.instruct import LAG, kind_of, offline_rows
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Progress, Result
-from extras.dpo import dpo, log_probability, log_ratios, reference_of
+from extras.dpo import Pairs, dpo, log_probability, log_ratios, reference_of
 from model import GPT, GPTConfig
 
 AT_START = Progress(0, 10)
@@ -23,7 +23,11 @@ AT_START = Progress(0, 10)
 def write_pairs(folder, n=40, name='mine.jsonl'):
     """A file of preferences: letters are preferred to digits."""
     rows = [
-        dict(prompt=f'say {i % 7} of {i}', chosen='abcdefgh'[i % 8 :] + 'xy', rejected=str(i) * 3)
+        dict(
+            prompt=f'say {i % 7} of {i}',
+            chosen='abcdefgh'[i % 8 :] + chr(65 + i) + 'xy',
+            rejected=str(i) * 3,
+        )
         for i in range(n)
     ]
     path = folder / name
@@ -51,50 +55,33 @@ def model_of(layers=1, seed=0, block_size=32):
 @pytest.mark.parametrize('name', ['mine.jsonl', 'mine.json'])
 def test_files_of_preferences_become_pairs_of_answers_to_one_prompt(tmp_path, name):
     path = write_pairs(tmp_path, name=name)
-    assert is_preferences(str(path))
     process = run_command(
         'data/prepare.py', path, f'--out={tmp_path}/set', '--tokenizer=bytes', '--prompt=plain'
     )
     assert process.returncode == 0, process.stderr
     pairs = Pairs('set', tmp_path, 'train')
-    rows = [json.loads(line) for line in open(tmp_path / 'set' / 'train.jsonl')]
-    assert len(pairs) == len(rows) // 2
+    found = json.loads(path.read_text()) if name == 'mine.json' else None
+    known = {r['chosen']: r for r in found or map(json.loads, path.read_text().splitlines())}
     x, y = pairs.rows([3, 1], 32)
     assert x.shape == (2, 2, 32) and y.shape == (2, 2, 33) and y[:, 0, -1].tolist() == [3, 1]
-    for pair, inputs, targets in zip((3, 1), x, y):
-        for row, ids, wanted in zip(rows[2 * pair : 2 * pair + 2], inputs, targets):
-            answer = bytes(wanted[:-1][wanted[:-1] >= 0][:-1].tolist()).decode()
-            assert answer == row['output'] and row['instruction'] == rows[2 * pair]['instruction']
-            assert bytes(ids[: len(row['instruction'])].tolist()).decode() == row['instruction']
-
-
-def test_a_bad_record_is_named(tmp_path):
-    path = tmp_path / 'bad.jsonl'
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1, "chosen": "b"}')
-    with pytest.raises(UserError, match='bad.jsonl, record 2: not {"prompt", "chosen"'):
-        prepare(Preparation(str(path), str(tmp_path / 'set'), tokenizer='bytes'))
-
-
-def test_half_a_character_in_a_prompt_is_replaced(tmp_path):
-    """JSON may hold half of a surrogate pair, which is no text."""
-    path = tmp_path / 'odd.jsonl'
-    records = [dict(prompt=f'\udcff{i}', chosen='yes', rejected='no') for i in range(9)]
-    path.write_text('\n'.join(map(json.dumps, records)))
-    found = list(file_preferences(Preparation(str(path), val_fraction=0.5)))
-    assert [prompt for prompt, *_ in found] == [record['prompt'] for record in records]
-    assert {is_val for *_, is_val in found} == {True, False}
+    for inputs, targets in zip(x, y):
+        texts = [bytes(t[:-1][t[:-1] >= 0][:-1].tolist()).decode() for t in targets]
+        row = known[texts[0]]
+        asked = [bytes(ids[: len(row['prompt'])].tolist()).decode() for ids in inputs]
+        assert kind_of(row) == 'preferences' and texts[1] == row['rejected']
+        assert asked == 2 * [row['prompt']]
 
 
 def test_offline_preferences_are_a_functions_own_documentation(monkeypatch):
     found = [(f'file{i // 10}', f'f{i}(x)', f'line {i}') for i in range(3 * LAG)]
-    monkeypatch.setattr('data.preferences.signatures', lambda: iter(found))
-    rows = list(offline_preferences(Preparation('preferences', val_fraction=0.2)))
+    monkeypatch.setattr('data.instruct.signatures', lambda: iter(found))
+    rows = [row for _, row, _ in offline_rows(Preparation('preferences', val_fraction=0.2))]
     lines = {signature: line for _, signature, line in found}
-    assert rows and all(chosen == lines[prompt] != rejected for prompt, chosen, rejected, _ in rows)
+    assert rows and all(r['chosen'] == lines[r['prompt']] != r['rejected'] for r in rows)
 
 
 def test_other_sets_are_refused_and_training_on_preferences_is_explained(pairs, tmp_path):
-    with pytest.raises(UserError, match='preferences, not instructions with answers'):
+    with pytest.raises(UserError, match='a set of preferences, not supervised'):
         from data.instruct import Examples
 
         Examples('mine', tmp_path, 'train')

@@ -110,7 +110,7 @@ def test_answers_to_prompts_of_any_lengths(share):
     student, teacher = tiny(0, 5, block_size=16).float(), tiny(1, 5, block_size=16).float()
     prompts = [torch.tensor(p) for p in ([1], [2, 3, 1], [0, 1, 2, 3, 2])]
     generator = torch.Generator().manual_seed(0)
-    how = Answering(6, end=4, share=share)
+    how = Answering(6, ends=(4,), share=share)
     ids, answers, log_q, log_p, log_mix = answer(student, prompts, how, teacher, generator)
     for row, said, p in zip(ids, answers, prompts):
         assert (
@@ -133,7 +133,7 @@ def test_answers_to_prompts_of_any_lengths(share):
 def test_greedy_answers_are_those_of_generate():
     model = tiny(0, 7, block_size=24).float()
     prompts = [torch.tensor(p) for p in ([1, 2], [3, 1, 2, 5])]
-    ids, answers, *_ = answer(model, prompts, Answering(5, end=6, temperature=0))
+    ids, answers, *_ = answer(model, prompts, Answering(5, ends=(6,), temperature=0))
     for row, said, p in zip(ids, answers, prompts):
         assert (
             row[said].tolist()

@@ -52,8 +52,8 @@ def test_the_second_turn_sees_the_first_answer(folder, monkeypatch):
 
     monkeypatch.setattr('extras.mt_bench.reply', reply)
     monkeypatch.setattr(
-        'extras.mt_bench.answer_template',
-        lambda name: lambda messages: '|'.join(message['content'] for message in messages),
+        'extras.mt_bench.conversation_encoder',
+        lambda name: lambda messages: '|'.join(m['content'] for m in messages).encode(),
     )
     model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=256))
     found = list(answers(model, str(folder / 'small'), QUESTIONS, 100))
@@ -64,7 +64,7 @@ def test_the_second_turn_sees_the_first_answer(folder, monkeypatch):
 
 def test_what_is_no_question_is_named(tmp_path):
     (tmp_path / 'q.jsonl').write_text('{"question_id": 1, "turns": ["a"]}\n{"turns": ["b"]}')
-    with pytest.raises(UserError, match='q.jsonl, record 2: no question_id and turns'):
+    with pytest.raises(UserError, match='q.jsonl, line 2: no question_id and turns'):
         read_questions(str(tmp_path / 'q.jsonl'))
     process = run_command('extras/mt_bench.py', 'nowhere', '--questions=nowhere.jsonl')
     assert process.returncode == 2 and 'no file nowhere.jsonl' in process.stderr

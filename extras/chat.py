@@ -1,0 +1,88 @@
+"""
+Conversations as the chat template in a model's folder writes them; transformers renders it.
+
+A model is used as it was trained: a set prepared with such a folder has every conversation in its
+template, and each answer with the token that the template writes behind it is a target.
+"""
+
+import re
+from functools import partial
+
+import numpy as np
+
+from data.vocabulary import load_tokenizer, open_tokenizer
+from engine.errors import import_extra
+from engine.hub import within
+
+HIDDEN = '\ufdd0'  # stands for an answer, and in no text
+WAY_OUT = 'remove it for plain conversations'
+
+
+def chat_template(folder):
+    """
+    (messages, add_generation_prompt=False) -> text, by the chat template in a folder. Raises
+    UserError without transformers; the function does for a template that gives no text.
+    """
+    transformers = import_extra('transformers', 'chat templates need the package transformers')
+    apply = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template
+
+    def render(messages, **how):
+        call = partial(apply, messages, tokenize=False, **how)
+        return within(30, call, f'the chat template of {folder} gives no text', WAY_OUT)
+
+    return render
+
+
+def control_tokens(tokenizer):
+    """A pattern of the control tokens of a tokenizers.Tokenizer."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return '|'.join(re.escape(token.content) for token in added if token.special)
+
+
+def chat_encoder(folder):
+    """messages -> (ids, which of them are targets: 0 or 1), in a folder's chat template."""
+    return partial(
+        encode_chat, chat_template(folder), open_tokenizer(folder), load_tokenizer(folder).end
+    )
+
+
+def encode_chat(template, tokenizer, end, messages):
+    """
+    (ids, marks) of a conversation, up to its last target. An answer ends with the control token
+    that follows it; where none does, `end` ends the whole. Raises ValueError for a conversation
+    that cannot be told from the template around it.
+    """
+    control = control_tokens(tokenizer)
+    check_messages(messages, control)
+    answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
+    hidden = [m | dict(content=HIDDEN) if m['role'] == 'assistant' else m for m in messages]
+    text, *parts = template(hidden).split(HIDDEN)
+    if len(parts) != len(answers):
+        raise ValueError('the chat template leaves an answer out')
+    spans = []
+    for answer, part in zip(answers, parts):
+        ended = re.match(rf'\s*({control})', part)
+        spans.append((len(text), len(text) + len(answer) + (ended.end() if ended else 0)))
+        text += answer + part
+    encoded = tokenizer.encode(text[: spans[-1][1]], add_special_tokens=False)
+    first, last = np.array(encoded.offsets).T
+    marks = np.zeros(len(first), int)
+    for start, stop in spans:
+        marks |= (first < stop) & (last > start)
+    if ended:
+        return encoded.ids, marks.tolist()
+    return [*encoded.ids, end], [*marks.tolist(), 1]
+
+
+def check_messages(messages, control):
+    """Raise ValueError for a message with a control token: they come from the template alone."""
+    for message in messages:
+        if found := re.search(control, message['content']):
+            raise ValueError(f'a message holds the control token {found[0]}')
+
+
+def encode_prompt(template, tokenizer, messages):
+    """The ids of a conversation, to the point where an answer begins. ValueError as encode_chat."""
+    check_messages(messages, control_tokens(tokenizer))
+    text = template(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False).ids
