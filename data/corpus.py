@@ -67,8 +67,8 @@ def verify_corpus(name, data_dir='data'):
     for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
-    checksums = corpus.meta['checksums']
-    for file, expected in progress_bar(checksums.items(), desc=f'verifying {name}', unit='file'):
+    found = corpus.meta['checksums'].items()
+    for file, expected in progress_bar(found, desc=f'verifying {name}', unit='file'):
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus

@@ -134,13 +134,14 @@ def stream_rows(options, state):
     Yield (rows, state of the stream behind them) of a corpus or set of the hub or of parquet files,
     read on from a state. Raises UserError.
     """
-    name, way_out, columns = options.corpus, f': the same command continues; {WAY_OUT}', ()
+    name, columns = options.corpus, ()
+    way_out = '' if options.files else f': the same command continues; {WAY_OUT}'
     try:
         import datasets  # takes a second, and the offline corpora do not need it
         from pyarrow.parquet import read_metadata
 
         if options.files:  # datasets cannot read one without rows
-            files, way_out = [f for f in options.files if read_metadata(f).num_rows], ''
+            files = [file for file in options.files if read_metadata(file).num_rows]
             sources = [dict(path='parquet', data_files=files, split='train')]
         else:
             reach_hub(name)
@@ -248,13 +249,13 @@ def write_corpus(batches, kind, options, out, state):
     progress.json says how much of them is good. Returns the folder `out`.
     """
     counts, unfinished = state['counts'], Path(f'{out}.partial')
-    dtype, most = np.dtype(load_tokenizer(options.tokenizer).dtype), options.max_tokens or math.inf
+    dtype, most = load_tokenizer(options.tokenizer).dtype, options.max_tokens or math.inf
     unfinished.mkdir(parents=True, exist_ok=True)
     names, files = ('bin',) if kind == 'text' else ('bin', 'marks'), {}
     with contextlib.ExitStack() as stack:
         for split, name in product(SPLITS, names):
             file = stack.enter_context(open(unfinished / f'{split}.{name}', 'ab'))
-            size = dtype.itemsize if name == 'bin' else 1
+            size = dtype().itemsize if name == 'bin' else 1
             file.truncate(counts[split]['tokens'] * size)  # drop what is unrecorded
             files[split, name] = file
         bar = tqdm(desc=f'writing {unfinished.stem}', unit='tok', unit_scale=True, disable=None)

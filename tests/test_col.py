@@ -1,7 +1,6 @@
 """Chain-of-Learngene: LInit at its ends and in between, the method, and mistakes in words."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 
@@ -13,10 +12,7 @@ from test_train import metrics
 import col
 import train
 from col import between, default_alpha, earlier_learngene, linit, neighbours, shape_of_size, subset
-from data.corpus import open_corpus
-from data.loader import validation_batches
 from engine.errors import UserError
-from engine.loss import evaluate
 from engine.stage import Result
 from expand import grow
 from extras.chain_report import speed_up
@@ -424,26 +420,6 @@ def test_a_size_is_made_by_its_number_of_parameters(tmp_path):
     assert load(tmp_path / 'made').config == wanted
     with pytest.raises(UserError, match='--to=SIZE,... or --params=NUMBER,...'):
         col.main([str(tmp_path / 'chain'), str(tmp_path / 'other')])
-
-
-def test_several_sizes_at_once_with_their_losses_beside_their_neighbours(
-    chain, data_dir, tmp_path, capsys
-):
-    params = load(chain / '32x3').num_params(embedding=True, head=True) * 0.97
-    how = ['--to=32x2,16x3', f'--params={params}', '--data=pydocs', f'--data_dir={data_dir}']
-    col.main([str(chain), str(tmp_path / 'made'), *how, '--eval_tokens=512', '--device=cpu'])
-    out = capsys.readouterr().out
-    made = sorted(path.name for path in (tmp_path / 'made').iterdir())
-    assert len(made) == 3 and {'32x2', '16x3'} < set(made)
-    rows = dict(re.findall(r'\n\| (\S+) .*\| +([\d.]+) \|', out))
-    assert set(rows) == {*made, '16x2', '32x3'}
-    with pytest.raises(UserError, match='is not prepared'):  # before anything is made
-        col.main([str(chain), str(tmp_path / 'more'), '--to=32x2', '--data=typo'])
-    assert not (tmp_path / 'more').exists()
-    corpus = open_corpus('pydocs', data_dir)
-    found = list(validation_batches(corpus.val, load(chain / '16x2').config.block_size, 8, 512))
-    for name, folder in (('16x3', tmp_path / 'made' / '16x3'), ('16x2', chain / '16x2')):
-        assert evaluate(load(folder), found) == pytest.approx(float(rows[name]), abs=1e-4)
 
 
 def test_a_width_between_two_of_a_chain_has_whole_heads(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import weakref
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from configurator import configure
 from data.instruct import prompt
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
-from engine.stage import Result
 from evaluate import (
     Evaluation,
     average_accuracy,
@@ -26,7 +24,6 @@ from evaluate import (
     evaluate,
     evaluation_tables,
     kl_divergence,
-    members,
     open_for_evaluation,
     run_tasks,
     sliding_window_loss,
@@ -155,27 +152,6 @@ def test_evaluating_folders(data_dir, tmp_path):
         ), process.stderr
 
 
-def test_runs_with_the_same_names_keep_all_their_members_in_the_order_of_training(tmp_path):
-    for i, run in enumerate(('b', 'a')):
-        for j, size in enumerate(('48x2', '32x2')):
-            result = Result(size, str(tmp_path / run / size))
-            result.finished = 10.0 * i + j + 1
-            Path(result.folder).mkdir(parents=True)
-            result.write()
-    copied = shutil.copytree(tmp_path / 'b' / '48x2', tmp_path / 'copy' / '48x2')  # a newer file
-    shutil.rmtree(tmp_path / 'b' / '48x2')
-    copied.rename(tmp_path / 'b' / '48x2')
-    found = members([tmp_path / 'b', tmp_path / 'a'])
-    assert list(found) == ['b/48x2', 'b/32x2', 'a/48x2', 'a/32x2']
-    assert list(members([tmp_path / 'b'])) == ['48x2', '32x2']
-    assert list(members([tmp_path / 'b', tmp_path / 'a' / '32x2'])) == [
-        'b/48x2',
-        'b/32x2',
-        'a/32x2',
-    ]
-    assert list(members(['gpt2', 'gpt2-medium'])) == ['gpt2', 'gpt2-medium']
-
-
 def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path):
     x, alive = tokens(2, 12), weakref.WeakSet()
 
@@ -190,20 +166,6 @@ def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path
     half = open_for_evaluation(tmp_path, torch.device('cpu'), 'bfloat16')
     assert half.wte.weight.dtype == torch.bfloat16
     assert kl_divergence(half, open_for_evaluation(tmp_path, torch.device('cpu'), 'auto'), x) < 1e-3
-
-
-def test_the_report_of_a_run_is_shown_whole_but_for_its_pictures(data_dir, tmp_path):
-    stage = tmp_path / 'run' / 'small'
-    GPT(GPTConfig.named('16x1', vocab_size=257, block_size=32)).save(stage, 'bytes')
-    Result('small', str(stage)).write()
-    text = 'before\n\n![similarity](similarity.png)\n\nbehind\n'
-    (tmp_path / 'run' / 'report.md').write_text(text)
-    process = run_command(
-        'evaluate.py', tmp_path / 'run', f'--data_dir={data_dir}', '--eval_tokens=64'
-    )
-    assert process.returncode == 0, process.stderr
-    shown = process.stdout.splitlines()
-    assert 'before' in shown and 'behind' in shown and 'png' not in process.stdout
 
 
 TASK = """

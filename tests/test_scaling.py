@@ -23,7 +23,6 @@ from extras.decisions import (
     sunk_cost_limits,
     sunk_cost_over_sizes,
     sunk_cost_records,
-    tail_record,
 )
 from scaling import LAWS, Fit, fit, fit_results, predict, published, read_fits, read_results
 
@@ -44,32 +43,6 @@ def test_sunk_cost_limit_is_the_papers():
         limits = sunk_cost_limits(scratch, grown, N)
         assert limits[0].item() == pytest.approx(published_sunk_cost_limit(N), rel=0.1)
     assert published_sunk_cost_limit(1e11) == 13e12
-
-
-def test_the_tail_says_what_a_limit_of_the_second_stage_changes():
-    """Where the curves of two bases cross, the laws give them the same loss."""
-    truth = dict(logA=3.0, alpha1=0.4, alpha2=0.5, alpha3=0.02, logE=0.0, logDmax=math.log(1e10))
-    fitted = Fit('saturated_D2', truth, {}, [list(truth.values())], 0.0, 0.0, {})
-    plain = Fit(
-        'multiplicative', {k: v for k, v in truth.items() if k != 'logDmax'}, {}, [], 0, 0, {}
-    )
-    D2s = [1e7, 1e8, 1e9, 1e10, 2e10]
-    data = dict(N=[1e6] * 5, D1=[1e9] * 5, D2=D2s)
-    data['loss'] = fitted.losses(1e6, 1e9, torch.tensor(D2s))[0].tolist()
-    record = tail_record('stk2', data, plain, fitted)
-    assert record['points'] == 1 and float(record['MSE of Eq. 14']) < 1e-20
-    assert float(record['MSE of Eq. 6']) > 1e-9
-    crossing = float(record['curves cross at D2'])
-    short, long = (loss_of(fitted, 1e6, D1, crossing) for D1 in (1e8, 1e10))
-    assert short == pytest.approx(long, rel=1e-3) and crossing > math.exp(0.4 / 0.02)
-    assert float(record['e^(alpha2/alpha3)']) == pytest.approx(math.exp(25), rel=1e-2)
-    endless = fitted._replace(parameters=truth | dict(logDmax=900.0))  # Eq. 6
-    record = tail_record('stk2', data, plain, endless)
-    assert float(record['curves cross at D2']) == pytest.approx(math.exp(20), rel=1e-2)
-    never = dict(logDmax=19.0), dict(alpha3=-0.02), dict(alpha3=0.0)  # below 0.4 / 0.02; no limit
-    for change in never:
-        other = fitted._replace(parameters=truth | change)
-        assert tail_record('stk2', data, plain, other)['curves cross at D2'] == 'none'
 
 
 def test_crossings():
@@ -195,38 +168,6 @@ def test_advice_by_the_published_laws():
     assert 'continue (cpt), 1B' in code and 'stk2' not in code
     with pytest.raises(UserError, match='no domain'):
         of_domain(PAPER, 'medicine')
-
-
-def test_a_far_overtrained_base_is_better_not_grown():
-    """Section 5.2: with a law whose curves cross, the budget decides."""
-    base = dict(logA=math.log(33.394), alpha1=0.087, alpha2=0.2, alpha3=0.005, logE=math.log(1.0))
-    grown = Fit(
-        'multiplicative',
-        base,
-        {},
-        [list(base.values())],
-        0,
-        0,
-        dict(N=(1e8, 1e8), D1=(1e9, 1e12), D2=(1e9, 1e13)),
-    )
-    base = dict(logA=math.log(45.0), alpha=0.17, logE=math.log(1.0))
-    scratch = Fit(
-        'continuous',
-        base,
-        {},
-        [list(base.values())],
-        0,
-        0,
-        dict(N=(2e8, 2e8), D1=(0, 0), D2=(1e9, 1e13)),
-    )
-    fits = dict(scratch=scratch, stk2=grown)
-    best = [
-        advise(fits, 1e8, 1e11, budget).split('\n\n')[1].split(' is best')[0]
-        for budget in (1.2e19, 1.2e22)
-    ]
-    assert best == ['grow by stk2, 200M', 'start over, 200M']
-    with pytest.raises(UserError, match='not for 5,000,000'):
-        advise(dict(stk2=grown), 5e6, 1e11, 1e20)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,16 +7,10 @@ import torch
 
 from engine.errors import UserError
 from scaling import (
-    DELTA,
     LAWS,
     fit,
-    huber,
     leave_one_out,
-    log_loss,
-    logarithms,
     predict,
-    solve,
-    starts_of,
 )
 
 
@@ -142,40 +136,6 @@ def test_table_7s_joint_law_gives_its_coefficients_back():
 def test_the_interaction_is_told_from_its_absence():
     data = grid('multiplicative', TABLE_6['Stack'], n=4, noise=3e-4)
     assert leave_one_out('multiplicative', data) < 0.7 * leave_one_out('no_interaction', data)
-
-
-def test_the_optimum_is_the_one_that_scipy_finds_start_by_start():
-    scipy = pytest.importorskip('scipy.optimize')
-    law, data = LAWS['multiplicative'], grid('multiplicative', TABLE_6['Stack'], noise=2e-3)
-    x, target = logarithms(data), torch.tensor(data['loss'], dtype=torch.float64).log()
-    starts = starts_of(law, x, target)
-
-    def value_of(theta):
-        return huber((log_loss(law, theta, x) - target) / DELTA).mean()
-
-    def function(theta):
-        theta = torch.tensor(theta, requires_grad=True)
-        value = value_of(theta)
-        return value.item(), torch.autograd.grad(value, theta)[0].numpy()
-
-    how = dict(jac=True, method='BFGS', options=dict(gtol=1e-8, maxiter=2000))
-    theirs = [scipy.minimize(function, start, **how).fun for start in starts[::9].numpy()]
-    (found,), decrease = solve(law, data, torch.ones(1, 25, dtype=torch.float64), starts)
-    assert value_of(found[0]).item() <= min(theirs) * (1 + 1e-6) and decrease[0, 0] < 1e-6
-
-
-def test_laws_are_tried_on_the_lowest_losses_which_they_have_not_seen():
-    """The tenth of the cells with the lowest losses, as in the middle of Figure 3."""
-    data = grid('multiplicative', TABLE_6['Stack'], noise=1e-3)
-    right, wrong = (fit(law, data, bootstrap=0) for law in ('multiplicative', 'no_interaction'))
-    assert right.extrapolation < 3e-3 < 5e-3 < wrong.extrapolation
-    order = sorted(range(25), key=data['loss'].__getitem__)
-    rest = {name: [values[i] for i in sorted(order[2:])] for name, values in data.items()}
-    lowest = {name: [values[i] for i in order[:2]] for name, values in data.items()}
-    without = fit('multiplicative', rest, bootstrap=0)
-    found = predict('multiplicative', [list(without.parameters.values())], lowest)[0].log()
-    by_hand = (found - torch.tensor(lowest['loss'], dtype=torch.float64).log()).square().mean()
-    assert right.extrapolation == pytest.approx(by_hand.sqrt().item(), rel=0.02)
 
 
 def test_twins_are_not_points_that_determine_a_law():

@@ -78,18 +78,15 @@ def test_only_answers_are_asked_for(prepared):
 def test_every_answer_of_a_conversation_is_a_target(tmp_path):
     talk = [('user', 'q'), ('assistant', 'one'), ('user', 'more'), ('assistant', 'two')]
     rows = [
-        dict(messages=[dict(role=role, content=f'{text} {i}') for role, text in talk])
+        dict(messages=[dict(role=role, content=f'{text} {i:2}') for role, text in talk])
         for i in range(20)
     ]
     examples, _ = made(tmp_path, rows)
-    x, y = examples.rows([0], 64)
-    ids = x[0][: (y[0] != -100).nonzero()[0][-1] + 1]
-    assert words(ids) == words(ids).split('\n')[0] + '\n' + words(ids).split('\n', 1)[1]
-    targets = y[0][y[0] != -100]
-    one, two = (words(part) for part in np.split(targets, [targets.tolist().index(256) + 1]))
-    assert one.startswith('one ') and two.startswith('two ') and (targets == 256).sum() == 2
-    short_x, short_y = examples.rows([0], 12)  # loses its end, not what its first answer needs
-    assert words(short_x[0]) == words(x[0])[:11] and 256 in short_y[0]
+    (x,), (y,) = examples.rows([0], 64)
+    assert [words(part)[:3] for part in np.split(y[y != -100], [7])] == ['one', 'two']
+    assert (y == 256).sum() == 2 and words(x).startswith('q ')
+    (short,), (wanted,) = examples.rows([0], 12)  # loses its end, not what its first answer needs
+    assert words(short) == words(x)[: len(words(short))] and 256 in wanted
 
 
 def test_what_is_asked_at_length_loses_its_middle_and_cuts_are_said(tmp_path, capsys):

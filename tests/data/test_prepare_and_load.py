@@ -433,17 +433,6 @@ def test_other_files_of_a_folder_are_left_out(tmp_path, monkeypatch):
     assert prepare.local_name('v1.5/') == 'v1.5'
 
 
-def test_files_that_were_added_are_not_ignored(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for i in range(3):
-        (tmp_path / f'{i}.txt').write_text('Some lines\nof some text.\n' * 20)
-    prepared('*.txt')
-    prepared('*.txt')  # it is prepared already
-    (tmp_path / '3.txt').write_text('More text.')
-    with pytest.raises(UserError, match='with other .*files'):
-        prepared('*.txt')
-
-
 def test_corpora_are_called_after_their_files():
     names = {'texts/book.txt': 'book', 'novels/*.txt': 'novels', 'novels/**/*.txt': 'novels'}
     names |= {'*.jsonl': 'local', 'a.txt,b.txt': 'a', 'folder/': 'folder'}

@@ -5,7 +5,6 @@ read and written.
 
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from test_model import small, tokens
 from engine import weights
 from engine.errors import UserError
 from engine.hugging_face import config_to_hugging_face, family_of, tensors_to_hugging_face
-from expand import grow
 from model import GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
@@ -231,22 +229,6 @@ def test_sharded_and_half_precision_folders(tmp_path, name):
     next((tmp_path / 'many').glob('*.safetensors')).unlink()
     with pytest.raises(UserError, match='files of weights are missing'):
         load(tmp_path / 'many')
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_public_models_grow_on_disk_without_changing_what_they_say(tmp_path, name):
-    model = theirs(name)
-    model.save_pretrained(tmp_path / 'small')
-    config = load(tmp_path / 'small').config
-    doubled = {f: 2 * getattr(config, f) for f in ('n_embd', 'n_head', 'n_kv_head')}
-    shape = replace(config, n_layer=config.n_layer + 2, n_mlp=config.n_mlp + 7, **doubled)
-    grow(load(tmp_path / 'small'), shape, 'lossless', 'identity').save(tmp_path / 'large')
-    large = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / 'large', dtype=torch.float64
-    )
-    x = tokens(2, 24)
-    assert large.config.num_hidden_layers == config.n_layer + 2
-    assert (large(x).logits - model(x).logits).abs().max() < 1e-8
 
 
 def test_openai_layout_of_gpt2_is_read(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import tiktoken
@@ -12,18 +11,10 @@ from conftest import TEXT, run_command, train_tokenizer
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
 from engine import tokenizer_files
 from engine.errors import UserError
-from engine.tokenizer_files import fingerprint, special_ids, tokenizer_json, write_tokenizer
+from engine.tokenizer_files import fingerprint, tokenizer_json
 from model import GPT, GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
-
-
-def test_an_end_token_that_is_no_text_is_passed_over(tmp_path):
-    folder = Path(train_tokenizer('byte-level', tmp_path / 'odd'))
-    for odd in ([1.0, 2.0], {'content': ['<|endoftext|>']}, 7):
-        settings = dict(bos_token=odd, eos_token='<|endoftext|>')
-        (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
-        assert special_ids(folder) == dict(eos_token_id=0)
 
 
 GPT2_PATTERN = (
@@ -123,19 +114,6 @@ def test_trained_and_grown_models_are_whole_for_transformers(tmp_path, data_dir)
         assert torch.equal(ids, x)
         difference = theirs.float()(ids).logits - load(folder).float()(x).logits
         assert difference.abs().max() < 1e-4
-
-
-def test_every_byte_has_a_letter():
-    letters = tokenizer_files.byte_letters()
-    assert len(set(letters.values())) == 256 and letters[ord('A')] == 'A'
-    assert all(letter.isprintable() and letter != ' ' for letter in letters.values())
-
-
-def test_writing_over_itself_keeps_a_tokenizer(tmp_path):
-    folder = train_tokenizer('byte-level', tmp_path / 'a')
-    before = (tmp_path / 'a' / 'tokenizer.json').read_text()
-    assert write_tokenizer(folder, folder) == dict(eos_token_id=0)
-    assert (tmp_path / 'a' / 'tokenizer.json').read_text() == before
 
 
 def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them():

@@ -9,7 +9,7 @@ from test_model import small
 
 from engine.errors import UserError
 from extras import alignment
-from extras.alignment import MICRO_BATCH, curvature, projection_loss, reached
+from extras.alignment import MICRO_BATCH
 from let import pair_layers
 from model import GPT, GPTConfig
 
@@ -42,24 +42,6 @@ def test_a_gradient_agrees_with_itself():
         data = torch.autograd.grad(model(x, y).loss, list(model.parameters()))
         record = alignment.measure(model, batches, 1, data, alignment.Options())
         assert sign * record['agreement'] > 0.3
-
-
-def test_curvature_is_the_frobenius_norm_of_the_hessian():
-    torch.manual_seed(0)
-    shape = dict(n_layer=2, n_head=1, n_embd=4, n_mlp=4, vocab_size=7, block_size=6)
-    model = GPT(GPTConfig(**shape, init_std=0.3)).double()
-    (batch,) = drawn_batches(model, 1, width=4, length=6)
-    for layer in (1, 2):
-        everything = list(model.parameters())
-        parameters = [everything[i] for i in reached(model, batch, layer)]
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            loss = projection_loss(model, batch, layer)
-            gradient = torch.autograd.grad(loss, parameters, create_graph=True)
-            flat = torch.cat([g.flatten() for g in gradient])
-            rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in flat]
-        hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-        estimate = curvature(model, batch, layer, probes=400)
-        assert estimate == pytest.approx(hessian.norm().item(), rel=0.15)
 
 
 def test_command_line(data_dir, tmp_path):

@@ -13,11 +13,9 @@ import scaling
 from engine.errors import UserError
 from extras.diagnostics import (
     Toy,
-    curvature_panel,
     hessian_vector_product,
     largest_eigenvalue,
     loss_variance,
-    norm_panels,
     plain_cross_entropy,
     toy_exponents,
     training_curves,
@@ -85,29 +83,6 @@ def test_a_run_in_pieces_is_one_curve(tmp_path):
     assert training_curves(tmp_path / 'b')['step'].tolist() == [1, 2, 3, 4, 5] and training_curves(
         tmp_path / 'c'
     )['step'].tolist() == [1, 2]
-
-
-def test_variance_is_drawn_over_the_steps_and_curvature_over_the_tokens_of_the_base(tmp_path):
-    noise = np.concatenate([np.zeros(200), np.random.default_rng(0).normal(0, 0.3, 200)])
-    lines = [
-        json.dumps(dict(step=i, loss=3.0 + noise[i - 1], grad_norm=1.0, param_norm=2.0))
-        for i in range(1, 401)
-    ]
-    (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
-    (tmp_path / 'stage.json').write_text(json.dumps(dict(parent=None)))
-    *_, variance = norm_panels([tmp_path])
-    (line,) = variance.lines
-    assert line.x == [20.0 * i for i in range(1, 21)]
-    assert max(line.y[:10]) < 1e-9 and np.mean(line.y[10:]) == pytest.approx(0.09, rel=0.2)
-    points = [('stk2', 20, 9), ('stk2', 10, 9), ('cpt', 5, 9), ('stk2', 10, 9), ('stk2', 10, 7)]
-    keys = ('method', 'D1', 'D2', 'largest eigenvalue')
-    records = [dict(zip(keys, (*point, 1.0 + i))) for i, point in enumerate(points)]
-    panel = curvature_panel([*records, {'model': 'of no sweep', 'largest eigenvalue': 9.0}])
-    assert [(line.label, line.x, line.y) for line in panel.lines] == [
-        ('stk2, D2 = 9', [10, 20], [3.0, 1.0]),  # of 2 and 4, two seeds
-        ('cpt, D2 = 9', [5], [3.0]),
-        ('stk2, D2 = 7', [10], [5.0]),
-    ]
 
 
 def test_commands(tmp_path, data_dir, capsys):

@@ -1,7 +1,9 @@
 """GGUF files become model folders: a small one written here, and SmolLM2 where it is installed."""
 
 import importlib.util
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ from conftest import run_command
 from engine.errors import UserError
 from engine.hugging_face import tensors_to_hugging_face
 from engine.tokenizer_files import byte_letters
-from extras.from_gguf import convert
-from model import GPT, GPTConfig, load
+from extras.from_gguf import convert, tidy_tokenizer
+from model import GPT, GPTConfig, load, rotations
 
 gguf = pytest.importorskip('gguf')
 pytest.importorskip('accelerate')
@@ -41,7 +43,7 @@ def interleave_halves(weight, heads):
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, model, architecture='llama'):
+def write_gguf(path, model, architecture='llama', divisors=None):
     """A model as an unquantised GGUF file, with a tokenizer of bytes."""
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -74,6 +76,8 @@ def write_gguf(path, model, architecture='llama'):
         else:
             stem = GGUF_NAMES[stem]
         writer.add_tensor(f'{stem}.weight', tensor.detach().numpy().astype(np.float32))
+    if divisors is not None:
+        writer.add_tensor('rope_freqs.weight', divisors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,6 +101,33 @@ def test_a_gguf_file_becomes_a_model_folder(tmp_path, small):
     chat = [dict(role='user', content='Hello')]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == 'Hello'
     assert tokenizer('<|endoftext|>ab').input_ids == [257, 256]
+
+
+def test_the_rope_scaling_of_llama_3_is_read_from_its_divisors(tmp_path, small):
+    scaled = replace(small.config, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 8192.0))
+    scaled = GPT.from_state(scaled, small.state_dict())
+    plain = replace(scaled.config, rope_scaling=())
+    angles = [torch.atan2(*rotations(c, torch.ones(1))[::-1])[0] for c in (plain, scaled.config)]
+    divisors = (angles[0] / angles[1]).numpy()
+    write_gguf(tmp_path / 'a.gguf', scaled, divisors=divisors)
+    convert(tmp_path / 'a.gguf', tmp_path / 'a')
+    x = torch.randint(256, (2, 60))
+    assert load(tmp_path / 'a').config.rope_scaling == (8.0, 1.0, 4.0, 8192.0)
+    assert torch.allclose(load(tmp_path / 'a')(x).logits, scaled(x).logits, atol=1e-4)
+    settings = json.loads((tmp_path / 'a' / 'tokenizer_config.json').read_text())
+    assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    write_gguf(tmp_path / 'b.gguf', scaled, divisors=np.float32([1, 3, 9, 2]))
+    with pytest.raises(UserError, match='rope_freqs.weight is no RoPE scaling of Llama 3'):
+        convert(tmp_path / 'b.gguf', tmp_path / 'b')
+
+
+def test_a_token_beyond_the_vocabulary_is_left_out(tmp_path):
+    """transformers' converter adds some that the model has no row for."""
+    token = dict(id=3, content='<unk>')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(added_tokens=[token])))
+    (tmp_path / 'tokenizer_config.json').write_text('{}')
+    tidy_tokenizer(tmp_path, 3)
+    assert json.loads((tmp_path / 'tokenizer.json').read_text())['added_tokens'] == []
 
 
 def test_what_cannot_be_converted_is_one_line(tmp_path, small):
