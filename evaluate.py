@@ -209,6 +209,7 @@ class Evaluation:
     tokenizer: str = ''  # folder of another one for tasks and answers; empty: the models'
     answers: tuple[str, ...] = ()  # .jsonl files of instructions; Rouge-L of the greedy answers
     answer_tokens: Count = 256  # of an answer, at most
+    prompt: Literal['paper', 'plain'] = 'paper'  # of instructions: as data/prepare.py --prompt
     out: str = ''  # for evaluation.json and .md; empty: the first folder, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of models; auto: bfloat16 on a GPU
@@ -255,7 +256,7 @@ def evaluate_folders(folders, options):
     *_, last = found
     for draft in options.drafts:
         longest = min(longest, read_draft(draft, found[last], corpus).block_size)
-    prompts = {path: scored_prompts(path) for path in options.answers}
+    prompts = {path: scored_prompts(path, options.prompt) for path in options.answers}
     tokenizers = {}
     if prompts:  # before anything is evaluated
         tokenizers = {n: options.tokenizer or tokenizer_of_model(found[n]) for n in found}

@@ -94,8 +94,8 @@ class GPTConfig:
             raise UserError(f'n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}')
         if not 0 < self.rotary_fraction <= 1 or not self.rope_theta:
             raise UserError('rotary_fraction must be above 0 and at most 1, rope_theta above 0')
-        if self.pos == 'rope' and self.rotary_dim % 2:
-            raise UserError(f'RoPE rotates pairs of dimensions, but {self.rotary_dim} are odd')
+        if self.pos == 'rope' and (rotated := int(self.head_dim * self.rotary_fraction)) % 2:
+            raise UserError(f'RoPE rotates pairs of dimensions, but {rotated} are odd')
 
     def num_params(self, embedding=False, head=False):
         """N: parameters of layers and final norm; embeddings and head on request, tied once."""
@@ -108,11 +108,6 @@ class GPTConfig:
         if head and not (embedding and self.tied):
             total += sizes['lm_head'] or sizes['wte']
         return total
-
-    @property
-    def rotary_dim(self):
-        """Dimensions of each head that RoPE rotates."""
-        return int(self.head_dim * self.rotary_fraction)
 
     @classmethod
     def named(cls, name, **changes):
@@ -164,12 +159,13 @@ def make_norm(config):
 
 def rotations(config, position):
     """
-    RoPE's cos and sin of positions (T,): (T, rotary_dim / 2) each, float32. With Llama 3's
+    RoPE's cos and sin of positions (T,): (T, dimensions / 2) each, float32. With Llama 3's
     rope_scaling, dimensions that turn less than `low` times over the `original` context are slowed
     down by `factor`, those that turn more than `high` times are kept, with a transition between.
     """
-    pair = torch.arange(0, config.rotary_dim, 2, device=position.device).float()
-    frequency = 1 / config.rope_theta ** (pair / config.rotary_dim)
+    dim = int(config.head_dim * config.rotary_fraction)
+    pair = torch.arange(0, dim, 2, device=position.device).float() / dim
+    frequency = 1 / config.rope_theta**pair
     if config.rope_scaling:
         factor, low, high, original = config.rope_scaling
         turns = original * frequency / (2 * math.pi)

@@ -1,6 +1,7 @@
 # Chain-of-Learngene, Table 1, AnsNet GPT2-XL: the chain XL -> L -> M -> B and the five DesNets of
 # Table 7.
-#   for name in dolly mmlu xlsum hellaswag winogrande boolq; do python data/prepare.py $name; done
+#   for name in dolly mmlu xlsum hellaswag winogrande boolq
+#   do python data/prepare.py $name --prompt=paper; done
 #   python data/prepare.py openwebtext --max_tokens=1e8
 # --baselines=random,single,auto-learngene,van-learngene,kd,seqkd,minillm,hypercloning: Tables 4,
 # 9 and 11, Figure 5; --alphas=0.1,0.3,0.5,0.7,0.9: Figure 6; --direct=True: Table 3;
@@ -10,7 +11,7 @@
 # --baselines=random --downstream=boolq,mmlu,winogrande,xlsum,hellaswag,arc_easy
 # Table 1's other AnsNets answer Dolly's questions, GPT2-XL learns from the answers and begins the
 # chain; each is fine-tuned on Dolly first, in its own vocabulary:
-#   python data/prepare.py dolly --tokenizer=FOLDER --out=data/dolly_llama3
+#   python data/prepare.py dolly --prompt=paper --tokenizer=FOLDER --out=data/dolly_llama3
 # --bridge=meta-llama/Meta-Llama-3-8B --bridge_data=dolly_llama3, or
 # --bridge=Qwen/Qwen3-4B --bridge_data=dolly_qwen3
 #

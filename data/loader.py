@@ -76,13 +76,6 @@ class Order(NamedTuple):
     unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
 
 
-def count_windows(n_tokens, block_size):
-    """How many aligned windows n_tokens have, each with the token behind it. UserError for none."""
-    if n_tokens <= block_size:
-        raise UserError(f'{n_tokens} tokens are too few for sequences of {block_size}')
-    return (n_tokens - 1) // block_size
-
-
 def offsets(positions, n_tokens, order):
     """
     Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). kind 'epoch':
@@ -91,7 +84,9 @@ def offsets(positions, n_tokens, order):
     sees what an uncapped one sees until the cap is reached.
     """
     block_size, seed = order.block_size, order.seed
-    used = windows = count_windows(n_tokens, block_size)
+    used = windows = (n_tokens - 1) // block_size
+    if not windows:
+        raise UserError(f'{n_tokens} tokens are too few for sequences of {block_size}')
     if order.unique_tokens:
         used = min(windows, max(1, int(order.unique_tokens) // block_size))
     if order.kind == 'random':
@@ -206,7 +201,9 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()
     The fixed_batches of evenly spaced windows of a validation split, at most max_tokens in all
     (0: every window).
     """
-    windows = count_windows(len(tokens), block_size)
+    windows = (len(tokens) - 1) // block_size
+    if not windows:
+        raise UserError(f'{len(tokens)} tokens are too few for sequences of {block_size}')
     wanted = some_of(windows, block_size, max_tokens)
 
     def rows(numbers):

@@ -104,7 +104,7 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
     return write_corpus(batches, 'supervised', options, Path(out), state)
 
 
-def scored_prompts(path):
+def scored_prompts(path, style='paper'):
     """
     [(prompt, references)] of a .jsonl or .json file of records with `instruction` and maybe
     `input`, or a whole `prompt`; and `output`, a text or a list of texts that are all right. Raises
@@ -122,7 +122,7 @@ def scored_prompts(path):
         except (TypeError, KeyError, AttributeError, AssertionError):
             fields = 'instruction (and input) or prompt, and output, as texts'
             raise UserError(f'{where}: not {fields}') from None
-        found.append((f'{prompt(*asked)}\n' if len(asked) == 2 else asked[0], references))
+        found.append((f'{prompt(*asked, style)}\n' if len(asked) == 2 else asked[0], references))
     if not found:
         raise UserError(f'{path} holds no records')
     return found

@@ -270,7 +270,7 @@ def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_p
     ]
     (tmp_path / 'q.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     found = scored_prompts(str(tmp_path / 'q.jsonl'))
-    assert found == [('Say a.', ['a']), (prompt('Say', 'b'), ['b', 'c'])]
+    assert found == [('Say a.', ['a']), (prompt('Say', 'b') + '\n', ['b', 'c'])]
 
 
 @pytest.mark.parametrize(
