@@ -37,7 +37,7 @@ from configurator import (
 from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.instruct import Examples, supervised_source
 from data.loader import Share, validation_batches
-from data.vocabulary import same_tokenizer, share_tokenizer, tokenizer_to_carry
+from data.vocabulary import same_tokenizer, tokenizer_in, tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
@@ -747,7 +747,7 @@ def place_between(folders, size):
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     find = shape_between if isinstance(size, str) else shape_of_size
     small, large, config = between(shapes, find(shapes, size))
-    if not share_tokenizer(folders[small], folders[large]):
+    if not same_tokenizer(tokenizer_in(folders[small]), tokenizer_in(folders[large])):
         raise UserError(f'{small} and {large} have different tokenizers')
     return small, large, config
 

@@ -29,7 +29,6 @@ from data.vocabulary import (
     load_tokenizer,
     open_tokenizer,
     same_tokenizer,
-    share_tokenizer,
     tokenizer_in,
     tokenizer_of_model,
 )
@@ -281,7 +280,7 @@ def main(argv):
 
 def check_tokenizer_of_draft(name, draft):
     """Raise UserError if a model, a folder or hub name, has another tokenizer than its draft."""
-    if not share_tokenizer(name, draft):
+    if not same_tokenizer(tokenizer_in(name), tokenizer_in(draft)):
         raise UserError(f'{name} has another tokenizer than its draft {draft}')
 
 

@@ -67,8 +67,9 @@ def verify_corpus(name, data_dir='data'):
     for that.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
-    found = corpus.meta['checksums'].items()
-    for file, expected in progress_bar(found, desc=f'verifying {name}', unit='file'):
+    for file, expected in progress_bar(
+        corpus.meta['checksums'].items(), desc=f'verifying {name}', unit='file'
+    ):
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
@@ -89,7 +90,7 @@ def check_vocabulary(corpus, config, model):
     check_tokenizer(ours, config)
 
 
-def finish_corpus(unfinished, out, counts, options, kind='text'):
+def finish_corpus(unfinished, out, counts, options, kind):
     """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
     if bad := counts.get('bad'):
         print(f'{bad["rows"]:,} rows cannot be used and are left out; the first: {bad["first"]}')

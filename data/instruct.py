@@ -24,6 +24,7 @@ from data.loader import Order, Source, fixed_batches, offsets, some_of
 from data.offline import is_held_out, signatures
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
+from engine.parallel import processes
 from engine.tokenizer_files import has_chat_template
 
 TARGET, START = 1, 2
@@ -120,8 +121,7 @@ def leave_out(options, counts, where, error):
     """Count a row that cannot be used; raises UserError under --bad_rows=stop."""
     if options.bad_rows == 'stop':
         refuse(where, error)
-    first = f'{where}: {first_line(error)}'
-    counts.setdefault('bad', dict(rows=0, first=first))['rows'] += 1
+    counts.setdefault('bad', dict(rows=0, first=f'{where}: {first_line(error)}'))['rows'] += 1
 
 
 def file_records(path, bad=refuse):
@@ -130,7 +130,7 @@ def file_records(path, bad=refuse):
     what is no JSON, as (where, error).
     """
     with open(path, 'rb') as file:
-        whole = file.read(64).decode('utf-8-sig', 'replace').lstrip()[:1] == '['
+        whole = path.endswith('.json') and b'[' in file.read(64).lstrip(b'\xef\xbb\xbf \n')[:1]
         file.seek(0)
         for number, line in enumerate([file.read()] if whole else file, 1):
             try:
@@ -176,16 +176,17 @@ def offline_rows(options):
 
 def conversations(row, style):
     """[[dict(role, content), ...]] of a record; of a preference the preferred one and the other."""
-    if 'messages' in row:
-        return [row['messages']]
     answers = [row.get('completion', row.get('output'))]
-    if 'chosen' in row:
+    if 'chosen' in row:  # UltraFeedback's have messages as well
         answers = [row['chosen'], row['rejected']]
+    elif 'messages' in row:
+        return [row['messages']]
     asked = row.get('instruction', row.get('prompt'))
-    if isinstance(answers[0], list):  # of messages, mostly with what they answer
-        return [[*(asked if isinstance(asked, list) else []), *said] for said in answers]
-    user = dict(role='user', content=prompt(asked, row.get('input'), style))
-    return [[user, dict(role='assistant', content=said)] for said in answers]
+    if not isinstance(asked, list):
+        asked = [dict(role='user', content=prompt(asked, row.get('input'), style))]
+    if not isinstance(answers[0], list):
+        answers = [[dict(role='assistant', content=said)] for said in answers]
+    return [said if said[0]['role'] != 'assistant' else [*asked, *said] for said in answers]
 
 
 def encode_turns(messages, tokenizer):
@@ -222,13 +223,16 @@ def encode_examples(rows, options, bad, encode):
                 answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
                 if not answers or not all(answers):
                     raise ValueError('no answer')
+                before = '\n'.join(m['content'] for m in messages[:-1])
+                before.encode()  # not so a lone surrogate
                 if is_val is None:
-                    asked = row.get('instruction', row.get('prompt', '')), row.get('input') or ''
-                    before = '\n'.join(m['content'] for m in messages[:-1])
-                    is_val = is_held_out(''.join(asked) or before, options.val_fraction)
-                ids, (first, *marks) = encode(messages)
+                    asked = row.get('instruction', row.get('prompt')) or before
+                    is_val = is_held_out(f'{asked}{row.get("input") or ""}', options.val_fraction)
+                ids, marks = encode(messages)
+                last = len(marks) - marks[::-1].index(TARGET)
+                marks[0] |= START
                 size = len(''.join(answers).encode())
-                found.append((ids, bytes([first | START, *marks]), size, is_val))
+                found.append((ids[:last], bytes(marks[:last]), size, is_val))
         except Exception as error:  # whatever a record of another kind raises
             bad(where, error)
             continue
@@ -298,7 +302,8 @@ def supervised_source(knobs, name=''):
     name, size = name or next(iter(knobs.corpora)), knobs.block_size
     train = Examples(name, knobs.data_dir, 'train')
     val = Examples(knobs.val_data or name, knobs.data_dir, 'val')
-    if longer := (np.diff(train.bounds) > size + 1).sum():
+    longer = (np.diff(train.bounds) > size + 1).sum()
+    if longer and not processes()[0]:
         print(f'{longer:,} of {len(train):,} examples are cut to {size} tokens')
 
     def read(positions):

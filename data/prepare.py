@@ -212,8 +212,8 @@ def prepare(options):
 
 def prepare_offline(name, out):
     """Make pydocs, pycode or signatures with its defaults in the folder `out`."""
-    how = 'plain' if name == 'signatures' else 'paper'  # a model on bytes has little room
-    return prepare(Preparation(corpus=name, out=str(out), prompt=how))
+    style = 'plain' if name == 'signatures' else 'paper'  # a model on bytes has little room
+    return prepare(Preparation(name, str(out), prompt=style))
 
 
 def make(options, out):
@@ -228,7 +228,8 @@ def make(options, out):
     bad = partial(leave_out, options, state['counts'])
     rows = rows_of(options, state['read'], bad)
     first = next(rows, ([], None))
-    kind = kind_of(first[0][0][1]) if first[0] else 'text'
+    kinds = {kind_of(row) for _, row, _ in first[0]} - {'text'}  # a bad row is one of text
+    kind = state.setdefault('kind', min(kinds, default='text'))
     encode = encode_texts
     if kind != 'text':
         encode = partial(encode_examples, encode=example_encoder(options))

@@ -101,8 +101,9 @@ def load_tokenizer(name):
         if tokenizer_files(name):
             made = f'AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r})'
             raise UserError(f'{name} has no tokenizer.json; transformers makes it: {made}')
-        known = ['bytes', *tiktoken.list_encoding_names(), 'folders with a tokenizer.json']
-        raise unknown('tokenizer', name, known)
+        raise unknown(
+            'tokenizer', name, ['bytes', *tiktoken.list_encoding_names(), 'folders that hold one']
+        )
     found = open_tokenizer(name)
     found.encode_special_tokens = True
     alone, text = found.encode('a').ids, found.encode('a', add_special_tokens=False).ids
@@ -177,11 +178,6 @@ def tokenizer_of_model(name):
 def same_tokenizer(one, other):
     """Whether two tokenizers, names or folders, are one, by vocabulary and merges; '': unknown."""
     return not (one and other) or one == other or fingerprint(one) == fingerprint(other)
-
-
-def share_tokenizer(one, other):
-    """Whether two models, folders or hub names, have one tokenizer, as far as both name theirs."""
-    return same_tokenizer(tokenizer_in(one), tokenizer_in(other))
 
 
 # ----------------------------------------------------------------------------------------------

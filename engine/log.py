@@ -44,7 +44,7 @@ def read_metrics(folder):
     try:
         lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         assert lines and all(isinstance(line['step'], int) for line in lines)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+    except Exception as error:
         raise UserError(f'{path} is damaged ({type(error).__name__})') from None
     return lines
 

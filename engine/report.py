@@ -43,10 +43,9 @@ def format_bytes(number):
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
 FLOPS += ('FLOPs alone', 'FLOPs to it')
-BYTES = ('GPU memory', '+ one sequence', 'disk', 'memory', 'estimate')
-PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak', 'of peak, causal')
-PERCENT += ('of the time', 'of the bandwidth', 'share of D1')
-WHOLE = ('tokens/s', 'GPU-hours', 'GFLOP/s')
+BYTES = ('GPU memory', 'memory')
+PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak')
+WHOLE = ('tokens/s',)
 
 
 def format_cell(column, value):

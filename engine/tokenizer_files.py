@@ -118,7 +118,10 @@ def from_merges(folder):
     """The content of tokenizer.json for vocab.json and merges.txt; UserError if it cannot be."""
     transformers = import_extra('transformers', f'{folder} has no tokenizer.json: made')
     found = transformers.GPT2TokenizerFast.from_pretrained(folder)
-    return json.loads(found.backend_tokenizer.to_str())
+    content = json.loads(found.backend_tokenizer.to_str())
+    known = read_settings(folder, 'vocab.json', 'added_tokens.json')  # not what the class adds
+    kept = [token for token in content['added_tokens'] if token['content'] in known]
+    return content | dict(added_tokens=kept)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.instruct import START, TARGET, Examples, file_records, prompt
@@ -95,10 +96,11 @@ def pseudo_answers(ancestor, name, run, out, limit=0):
         path = Path(f'{out}.answers') / f'{split}.jsonl'
         answers = write_answers(generate, [tokenizer.decode(ids) for ids in asked], path)
         for ids, text in zip(asked, answers):
-            said = [*tokenizer.encode_rest(text), examples.ends[0]]
-            marks = bytes([START, *[0] * (len(ids) - 1), *[TARGET] * len(said)])
+            said = [*tokenizer.encode_rest(text), int(examples.tokens[-1])]  # ends as theirs
+            marks = np.array([0] * len(ids) + [TARGET] * len(said), np.uint8)
+            marks[0] |= START
             size, is_val = len(text.encode()), split == 'val'
-            batches += [([([*ids, *said], marks, size, is_val)], None)] * bool(text)
+            batches += [([([*ids, *said], marks.tobytes(), size, is_val)], None)] * bool(text)
     options = Preparation(what, str(out), tokenizer=examples.tokenizer)
     state = dict(counts=fresh_counts(), read=None)
     return write_corpus(batches, 'supervised', options, Path(out), state)

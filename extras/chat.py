@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from data.vocabulary import load_tokenizer, open_tokenizer
-from engine.errors import import_extra
+from engine.errors import UserError, first_line, import_extra
 from engine.hub import within
 
 HIDDEN = '\ufdd0'  # stands for an answer, and in no text
@@ -24,7 +24,11 @@ def chat_template(folder):
     UserError without transformers; the function does for a template that gives no text.
     """
     transformers = import_extra('transformers', 'chat templates need the package transformers')
-    apply = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as many as there are classes of tokenizers
+        raise UserError(f'transformers cannot open {folder} ({first_line(error)})') from None
+    apply = found.apply_chat_template
 
     def render(messages, **how):
         call = partial(apply, messages, tokenize=False, **how)
@@ -36,7 +40,8 @@ def chat_template(folder):
 def control_tokens(tokenizer):
     """A pattern of the control tokens of a tokenizers.Tokenizer."""
     added = tokenizer.get_added_tokens_decoder().values()
-    return '|'.join(re.escape(token.content) for token in added if token.special)
+    texts = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return '|'.join(map(re.escape, texts)) or '(?!)'  # which matches nothing
 
 
 def chat_encoder(folder):
@@ -48,14 +53,15 @@ def chat_encoder(folder):
 
 def encode_chat(template, tokenizer, end, messages):
     """
-    (ids, marks) of a conversation, up to its last target. An answer ends with the control token
-    that follows it; where none does, `end` ends the whole. Raises ValueError for a conversation
-    that cannot be told from the template around it.
+    (ids, marks) of a conversation. An answer ends with the control token that follows it; where none
+    does, `end` ends the whole. Raises ValueError for a conversation that the template changes.
     """
     control = control_tokens(tokenizer)
     check_messages(messages, control)
-    answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
-    hidden = [m | dict(content=HIDDEN) if m['role'] == 'assistant' else m for m in messages]
+    said = [m['role'] == 'assistant' for m in messages]
+    messages = [m | dict(content=m['content'].strip()) if a else m for m, a in zip(messages, said)]
+    answers = [m['content'] for m, a in zip(messages, said) if a]
+    hidden = [m | dict(content=HIDDEN) if a else m for m, a in zip(messages, said)]
     text, *parts = template(hidden).split(HIDDEN)
     if len(parts) != len(answers):
         raise ValueError('the chat template leaves an answer out')
@@ -64,7 +70,10 @@ def encode_chat(template, tokenizer, end, messages):
         ended = re.match(rf'\s*({control})', part)
         spans.append((len(text), len(text) + len(answer) + (ended.end() if ended else 0)))
         text += answer + part
-    encoded = tokenizer.encode(text[: spans[-1][1]], add_special_tokens=False)
+    if text != template(messages):
+        raise ValueError('the chat template changes an answer')
+    text = text if ended else text[: spans[-1][1]]
+    encoded = tokenizer.encode(text, add_special_tokens=False)
     first, last = np.array(encoded.offsets).T
     marks = np.zeros(len(first), int)
     for start, stop in spans:

@@ -31,7 +31,7 @@ from data.instruct import Examples, shuffled
 from data.loader import Source, fixed_batches, some_of
 from engine.errors import UserError
 from engine.files import commit_file
-from engine.parallel import barrier, choose_device, find_hardware, gather, to_device
+from engine.parallel import barrier, choose_device, find_hardware, gather, processes, to_device
 from engine.progress import progress_bar
 from engine.stage import Origin, Result, Stage
 from expand import compare
@@ -274,6 +274,9 @@ def share(of):
 def preference_source(name, pairs, knobs):
     """The Source of a set of preferences; its validation loss is that of the preferred answers."""
     val = Pairs(name, knobs.data_dir, 'val')
+    longer = (np.diff(pairs.examples.bounds) > knobs.block_size + 1).sum()
+    if longer and not processes()[0]:
+        print(f'{longer:,} answers are cut to {knobs.block_size} tokens')
 
     def read(positions):
         return pairs.rows(shuffled(positions, len(pairs), knobs.seed), knobs.block_size)

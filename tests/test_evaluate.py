@@ -18,7 +18,6 @@ from engine.errors import UserError
 from evaluate import (
     Evaluation,
     average_accuracy,
-    bits_per_byte,
     compare_all,
     curves_over_training,
     evaluate,
@@ -39,12 +38,6 @@ def test_the_mean_is_over_targets_not_over_batches():
     found = evaluate(model, [(x[:3], y[:3], 60), (x_padded, y_padded, 20)])
     assert found == pytest.approx(model(x, y).loss.item(), abs=1e-6)
     assert model.training
-
-
-def test_bits_per_byte():
-    assert bits_per_byte(math.log(2), 1.0) == pytest.approx(1.0) and bits_per_byte(
-        4 * math.log(2), 4.0
-    ) == pytest.approx(1.0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -246,7 +239,9 @@ def test_answers_are_scored_by_the_closest_of_their_references(data_dir, tmp_pat
     config = GPTConfig.named('32x2', vocab_size=257, block_size=64)
     GPT(config).save(tmp_path / 'm', 'bytes')
     asked = ['Name a letter.', 'Name another one.', 'And one more.']
-    said = text_generator(str(tmp_path / 'm'), max_new_tokens=32)([prompt(a, '') for a in asked])
+    said = text_generator(str(tmp_path / 'm'), max_new_tokens=32)(
+        [prompt(a, '') + '\n' for a in asked]
+    )
     right = [dict(instruction=a, output=['xyzzy', s + ' word']) for a, s in zip(asked, said)]
     wrong = [dict(instruction=a, input='', output='xyzzy') for a in asked]
     for name, rows in (('right', right), ('wrong', wrong)):

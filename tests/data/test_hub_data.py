@@ -58,6 +58,14 @@ ANSWERS = {  # name: (file of a split, a row)
         'english/{}/0000.parquet',
         dict(id='1', url='u', title='On {}', summary='In short {}', text='At length {}'),
     ),
+    'ultrafeedback': (
+        'data/{}-00000-of-00001.parquet',
+        dict(prompt='p {}', prompt_id='i', messages=[dict(content='no', role='user')])
+        | dict(
+            chosen=[dict(content='Tell {}', role='user'), dict(content='Good', role='assistant')],
+            rejected=[dict(content='Tell {}', role='user'), dict(content='Bad', role='assistant')],
+        ),
+    ),
     'ultrachat': (
         'data/{}-00000-of-00001.parquet',
         dict(prompt='p {}', prompt_id='i')
@@ -122,7 +130,7 @@ def hub(tmp_path_factory):
                 'databricks-dolly-15k.jsonl' if name == 'dolly' else file.format(split)
             )
             write_rows(folder / patterns[split], [numbered(row, f'{split} {i}') for i in range(20)])
-        if configuration != 'default' and name != 'xlsum' or name == 'ultrachat':
+        if configuration != 'default' and name != 'xlsum' or name.startswith('ultra'):
             write_card(folder, configuration, patterns)
     with StandInHub(root) as server:
         yield server
@@ -146,9 +154,10 @@ def test_every_corpus_and_set_of_the_hub_is_prepared(hub, tmp_path):
         found = bytes(np.concatenate(tokens)[np.concatenate(tokens) < 256].astype(np.uint8))
         assert sorted(found.decode().split('.')) == sorted(''.join(TEXTS).split('.')), name
     answers = dict(dolly='Yes', boolq='true', hellaswag='C', winogrande='B', mmlu='B')
-    answers |= dict(arc_easy='B', xlsum='In short', ultrachat='Told')
+    answers |= dict(arc_easy='B', xlsum='In short', ultrachat='Told', ultrafeedback='Good')
     for name in ANSWERS:
-        examples, split = Examples(name, tmp_path, 'train'), SETS[name][0].split()[2]
+        kind = 'preferences' if name == 'ultrafeedback' else 'supervised'
+        examples, split = Examples(name, tmp_path, 'train', kind), SETS[name][0].split()[2]
         ids, asked = examples.fit(0)
         assert len(examples) > 5 and f'{split} ' in bytes(ids[~asked].tolist()).decode(), name
         assert bytes(i for i in ids[asked] if i < 256).decode().startswith(answers[name]), name
