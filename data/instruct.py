@@ -250,7 +250,7 @@ class Examples:
     def __init__(self, name, data_dir, split, kind='supervised'):
         corpus, self.folder = open_corpus(name, data_dir), Path(data_dir) / name
         self.tokens, self.tokenizer = getattr(corpus, split), corpus.meta['tokenizer']
-        self.ends, found = load_tokenizer(self.tokenizer).ends, corpus.meta.get('kind')
+        self.ends, found = load_tokenizer(self.tokenizer).ends, corpus.meta.get('kind', 'text')
         if found != kind:
             raise UserError(f'{self.folder} is a set of {found}, not {kind}')
         self.marks = np.fromfile(self.folder / f'{split}.marks', np.uint8)

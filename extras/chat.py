@@ -53,8 +53,8 @@ def chat_encoder(folder):
 
 def encode_chat(template, tokenizer, end, messages):
     """
-    (ids, marks) of a conversation. An answer ends with the control token that follows it; where none
-    does, `end` ends the whole. Raises ValueError for a conversation that the template changes.
+    (ids, marks) of a conversation. An answer ends with the control token behind it; where none is,
+    `end` ends the whole. Raises ValueError for a conversation that the template changes.
     """
     control = control_tokens(tokenizer)
     check_messages(messages, control)

@@ -455,7 +455,7 @@ def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_p
         (['--baselines=rand'], "baselines must be .*random.* not 'rand'"),
         (['--start=public', '--public=a'], 'public has 1 checkpoints for a chain of 2'),
         (['--alpha=2'], 'alpha'),
-        (['--sft_data=pydocs'], 'is text'),
+        (['--sft_data=pydocs'], 'is a set of text'),
     ],
 )
 def test_mistakes_are_found_before_training(data_dir, tmp_path, more, word):

@@ -1,7 +1,6 @@
 """Knobs: what is merged, what is refused, and with which words."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -284,10 +283,3 @@ def test_output_survives_any_locale_and_a_reader_that_stops(data_dir):
     shell = f'{sys.executable} train.py --help | head -1; exit ${{PIPESTATUS[0]}}'
     process = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.count('\n') == 1 and process.stderr == ''
-
-
-def test_a_machine_without_git_trains(data_dir, tmp_path):
-    knobs = ['--size=16x1', '--tokens=64', '--block_size=16', f'--data_dir={data_dir}']
-    process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run', PATH='/nowhere')
-    assert process.returncode == 0, process.stderr
-    assert json.loads((tmp_path / 'run' / 'run.json').read_text())['sessions'][0]['commit'] == ''

@@ -138,7 +138,7 @@ def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path):
 
 def test_text_and_instructions_are_told_apart(prepared, data_dir):
     assert kind_of(dict(text='a')) == kind_of([1]) == 'text'
-    with pytest.raises(UserError, match='is a set of None, not supervised'):
+    with pytest.raises(UserError, match='is a set of text, not supervised'):
         Examples('pydocs', data_dir, 'train')
     source = supervised_source(train.Run(data='mine', data_dir=str(prepared), block_size=32))
     assert sum(count for *_, count in source.validation(4, Share())) == sum(
