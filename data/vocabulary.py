@@ -146,10 +146,10 @@ def check_tokenizer(name, config):
     if load_tokenizer(name).vocab_size > rows:
         beyond = [token for token, i in vocabulary(name).items() if i >= rows]
         raise UserError(
-            f'the tokenizer {name} has {len(beyond)} tokens for which the model, of {rows}, has no row '
-            f'({beyond[0]}): choose another --tokenizer or --data; or, if they were added to it later, '
-            'delete them from "added_tokens" in its tokenizer.json, and prepare again what was made '
-            'with it'
+            f'the tokenizer {name} has {len(beyond)} tokens for which the model, of {rows}, has no '
+            f'row ({beyond[0]}): choose another --tokenizer or --data; or, if they were added to it '
+            'later, delete them from "added_tokens" in its tokenizer.json, and prepare again what '
+            'was made with it'
         )
 
 
