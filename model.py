@@ -77,10 +77,12 @@ class GPTConfig:
                 if value not in choices:
                     raise unknown(field.name, value, choices)
             elif not isinstance(value, int | float if kind is float else kind):
-                raise UserError(f'{field.name} is {value!r}, not {kind}')
-            elif kind in (int, float) and not 0 <= value <= 2**31:  # NaN is not, either
-                raise UserError(f'{field.name} must be between 0 and {2**31:,}, not {value!r}')
-        if self.rope_scaling and not (len(self.rope_scaling) == 4 and min(self.rope_scaling) > 0):
+                raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
+            elif kind in (int, float) and not 0 <= value <= 1e30:  # NaN is not, either
+                raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
+        if self.rope_scaling and not (
+            len(self.rope_scaling) == 4 and all(0 < x < math.inf for x in self.rope_scaling)
+        ):
             raise UserError(f'rope_scaling is not four positive numbers: {self.rope_scaling}')
         self.n_kv_head = self.n_kv_head or Derived(self.n_head)
         self.head_dim = self.head_dim or Derived(self.n_embd // max(1, self.n_head))
@@ -165,7 +167,7 @@ def rotations(config, position):
     """
     dim = int(config.head_dim * config.rotary_fraction)
     pair = torch.arange(0, dim, 2, device=position.device).float() / dim
-    frequency = 1 / config.rope_theta**pair
+    frequency = 1 / float(config.rope_theta) ** pair
     if config.rope_scaling:
         factor, low, high, original = config.rope_scaling
         turns = original * frequency / (2 * math.pi)

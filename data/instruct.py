@@ -233,10 +233,9 @@ def encode_examples(rows, options, bad, encode):
                 marks[0] |= START
                 size = len(''.join(answers).encode())
                 found.append((ids[:last], bytes(marks[:last]), size, is_val))
+            examples += found  # all of a record or nothing
         except Exception as error:  # whatever a record of another kind raises
             bad(where, error)
-            continue
-        examples += found
     return examples
 
 

@@ -147,7 +147,7 @@ def check_tokenizer(name, config):
         beyond = [token for token, i in vocabulary(name).items() if i >= rows]
         raise UserError(
             f'the tokenizer {name} has {len(beyond)} tokens for which the model, of {rows}, has no '
-            f'row ({beyond[0]}): choose another --tokenizer or --data; or, if they were added to it '
+            f'row ({beyond[0]}): use another --tokenizer or --data; or, if they were added to it '
             'later, delete them from "added_tokens" in its tokenizer.json, and prepare again what '
             'was made with it'
         )

@@ -45,7 +45,6 @@ FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ance
 FLOPS += ('FLOPs alone', 'FLOPs to it')
 BYTES = ('GPU memory', 'memory')
 PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak')
-WHOLE = ('tokens/s',)
 
 
 def format_cell(column, value):
@@ -62,7 +61,7 @@ def format_cell(column, value):
         return format_bytes(value)
     if column in PERCENT:
         return f'{value:.1%}'
-    if isinstance(value, int) or column in WHOLE:
+    if isinstance(value, int) or column == 'tokens/s':
         return f'{value:,.0f}'
     if column.startswith('against '):
         return f'{value:+.4f}'

@@ -1,5 +1,6 @@
 """The files with the weights of a model folder: safetensors, one or several with an index."""
 
+import contextlib
 import errno
 import re
 import tempfile
@@ -77,9 +78,11 @@ def has_other_head(folder):
     """Whether the files of a folder hold a head that is not the token embedding."""
     found, folder = {}, Path(folder)
     for file in [*folder.glob('model*.safetensors')] or [*folder.glob('pytorch_model*.bin')]:
-        tensors = load_pickle(file) if file.suffix == '.bin' else safe_open(file, 'pt')
-        for name in filter(HEADS.search, tensors.keys()):
-            found[name] = tensors[name] if file.suffix == '.bin' else tensors.get_tensor(name)
+        with contextlib.suppress(SafetensorError):  # damage, which read_tensors names
+            tensors = load_pickle(file) if file.suffix == '.bin' else safe_open(file, 'pt')
+            for name in filter(HEADS.search, tensors.keys()):
+                tensor = tensors[name] if file.suffix == '.bin' else tensors.get_tensor(name)
+                found[name] = tensor.bfloat16()  # of one matrix, one may be rounded
     return len(found) == 2 and not torch.equal(*found.values())
 
 

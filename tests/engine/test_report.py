@@ -117,7 +117,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
         ('steps', 40700, '40,700'),
         ('val loss', 1.44894, '1.4489'),
         ('against baseline', -0.0271, '-0.0271'),
-        ('disk', 33e9, '33GB'),
+        ('memory', 33e9, '33GB'),
         ('val loss', float('nan'), ''),
         ('sd', None, ''),
         ('from', 'a text', 'a text'),
