@@ -3,14 +3,15 @@ Text -> tokens on disk:  python data/prepare.py NAME [--key=value ...]
 
 NAME is one of
   - pydocs, pycode, signatures: made from what is installed (data/offline.py), without a network;
-  - a corpus of the Hugging Face hub (HUB below), streamed with `datasets`, or a supervised set
-    (data/instruct.py);
-  - a file or glob of your own, .txt, .jsonl or .parquet: python data/prepare.py 'books/*.txt'
+  - a corpus of the Hugging Face hub (HUB below), or a set of answers or preferences there (SETS in
+    data/instruct.py), streamed with `datasets`;
+  - a file or glob of your own, .txt, .jsonl, .json or .parquet, of texts, answers or preferences:
+    python data/prepare.py 'books/*.txt'
 
 The result is a folder data/NAME/ with train.bin and val.bin (one unsigned integer per token,
 documents separated by the end-of-text token) and meta.json (tokenizer, dtype, counts, source,
 checksums). It is built in data/NAME.partial/ and renamed when it is complete; an interrupted
-preparation of the hub's continues where it stopped, others start again.
+preparation of the hub's or of parquet files continues where it stopped, others start again.
 """
 
 import contextlib
@@ -246,8 +247,9 @@ def fresh_counts():
 
 def write_corpus(batches, kind, options, out, state):
     """
-    Append the tokens and marks of batches_of to the files of an unfinished corpus, and finish it;
-    progress.json says how much of them is good. Returns the folder `out`.
+    Append `batches`, ([(ids, marks, bytes, is it for validation), ...], position behind them), to
+    the files of an unfinished corpus, and finish it; progress.json says how much of them is good.
+    Returns the folder `out`.
     """
     counts, unfinished = state['counts'], Path(f'{out}.partial')
     dtype, most = load_tokenizer(options.tokenizer).dtype, options.max_tokens or math.inf

@@ -151,7 +151,7 @@ class PostTraining:
 
     models: tuple[str, ...] = ()  # folders of the members, ascending
     sizes: tuple[str, ...] = ()  # their sizes, for a plan without them and for toys
-    preferences: str = 'preferences'  # prepared set, data/preferences.py
+    preferences: str = 'preferences'  # prepared set, data/instruct.py
     sft_epochs: Positive = 1.0  # passes over the instructions
     sft_learning_rate: NonNegative = 3e-5  # the maximum
     dpo_epochs: Positive = 1.0  # passes over the preferences
