@@ -275,6 +275,7 @@ def let(teacher, alignment, tokenizers=None):
     it is exactly next-token prediction, and the teacher is freed. tokenizers: the names of (the
     student's, the teacher's) if they differ; then every batch's ids visit the host.
     """
+    assert not (alignment.untrained and callable(teacher)), 'it says no shape to initialise'
     lazy = LazyTeacher(teacher, alignment.untrained)
 
     def objective(model, x, y, progress):

@@ -275,7 +275,7 @@ def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_p
         ('{"instruction": "a"}', 'line 1: not instruction'),
         ('{"prompt": 1, "output": "b"}', 'line 1'),
         ('{"instruction": "a", "output": []}', 'line 1'),
-        ('[1]', 'record 1'),
+        ('[1]', 'line 1'),
         ('{', 'line 1: JSONDecodeError'),
     ],
 )

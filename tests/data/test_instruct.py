@@ -167,3 +167,10 @@ def test_records_of_other_conventions(tmp_path, record, expected, suffix):
     path.write_text(lines if suffix == 'jsonl' else json.dumps(records, indent=1))
     for _, row in file_records(str(path)):
         assert kind_of(row) != 'text' and conversations(row, 'auto')[0] == expected
+
+
+def test_what_follows_the_last_answer_is_left_out(tmp_path):
+    answer = [*said('', 'a')[1:], *said('thanks')]
+    rows = [dict(prompt=said(f'q {i}'), completion=answer) for i in range(20)]
+    ids, asked = made(tmp_path, rows)[0].fit(0)
+    assert words(ids).endswith('\na') and ids[-1] == 256 and words(ids[asked]) == 'a'
