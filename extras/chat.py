@@ -84,14 +84,14 @@ def encode_chat(template, tokenizer, end, messages):
 
 
 def check_messages(messages, control):
-    """Raise ValueError for a message with a control token: they come from the template alone."""
+    """Raise UserError for a message with a control token: they come from the template alone."""
     for message in messages:
         if found := re.search(control, message['content']):
-            raise ValueError(f'a message holds the control token {found[0]}')
+            raise UserError(f'a message holds the control token {found[0]}')
 
 
 def encode_prompt(template, tokenizer, messages):
-    """The ids of a conversation, to the point where an answer begins. ValueError as encode_chat."""
+    """The ids of a conversation, to the point where an answer begins. Raises UserError."""
     check_messages(messages, control_tokens(tokenizer))
     text = template(messages, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -294,7 +294,7 @@ def test_a_chat_is_trained_in_the_format_in_which_it_is_used(tmp_path):
     path = write_lines(tmp_path / 'talk.jsonl', rows)
     process = run_command('data/prepare.py', path, f'--tokenizer={name}', f'--out={tmp_path}/talk')
     assert '1 rows cannot be used and are left out; the first: ' in process.stdout, process.stderr
-    assert 'line 41: ValueError: a message holds the control token <|im_end|>' in process.stdout
+    assert 'line 41: UserError: a message holds the control token <|im_end|>' in process.stdout
     theirs = transformers.AutoTokenizer.from_pretrained(name)
     ids = tokens_of(tmp_path / 'talk')
     marks = np.fromfile(tmp_path / 'talk' / 'train.marks', np.uint8)
