@@ -15,7 +15,6 @@ comes out is distributed exactly as if the model had written it alone; greedy, i
 import math
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -27,7 +26,6 @@ from data.instruct import encode_turns
 from data.vocabulary import (
     check_tokenizer,
     load_tokenizer,
-    open_tokenizer,
     same_tokenizer,
     tokenizer_in,
     tokenizer_of_model,
@@ -129,8 +127,8 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
         idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
         for decoding in (reading, drafting):  # forget what was rejected
             decoding.cache.length = min(decoding.cache.length, known + accepted)
-        V = draft.config.vocab_size
-        divergences = kl_of_logits(theirs[:, :V], logits[:-1, :V]).tolist()
+        theirs = theirs[:, : draft.config.vocab_size]  # without what it was filled up with
+        divergences = kl_of_logits(theirs, logits[:-1]).tolist()
         stats.add(Speculation(1, len(drafts), accepted, divergences))
         if (end := first_of(stop, idx[0, known:])) is not None:
             return idx[0, start : known + end], stats
@@ -214,11 +212,11 @@ def conversation_encoder(name):
     """
     folder = model_folder(name)
     if has_chat_template(folder):
-        from extras.chat import chat_template, encode_prompt  # with transformers
+        from extras.chat import prompt_encoder  # with transformers
 
-        return partial(encode_prompt, chat_template(folder), open_tokenizer(folder))
+        return prompt_encoder(folder)
     tokenizer = load_tokenizer(tokenizer_of_model(name))
-    return lambda messages: encode_turns(messages, tokenizer)[0]
+    return lambda messages: [int(i) for i in encode_turns(messages, tokenizer)[0]]
 
 
 def reply(model, tokenizer, ids, max_new_tokens, sampling):
@@ -236,7 +234,7 @@ def converse(model, tokenizer, options, sampling):
             messages.append(dict(role='user', content=input('> ')))
         except EOFError:
             return print()
-        ids = [int(i) for i in encode(messages)]
+        ids = encode(messages)
         if len(ids) + options.max_new_tokens > model.config.block_size:
             sizes = f'{len(ids)} tokens so far and --max_new_tokens={options.max_new_tokens}'
             raise UserError(f'{sizes} do not fit the context of {model.config.block_size}')

@@ -104,7 +104,7 @@ def finish_corpus(unfinished, out, counts, options, kind):
     tokenizer = load_tokenizer(options.tokenizer)
     if not is_encoding(options.tokenizer):
         write_tokenizer(options.tokenizer, unfinished)
-        end = int(np.fromfile(unfinished / 'val.bin', tokenizer.dtype)[-1])
+        end = int(np.memmap(unfinished / 'val.bin', tokenizer.dtype)[-1])
         settings = read_settings(unfinished, 'generation_config.json')
         if end not in np.ravel(settings.get('eos_token_id')):  # say what a model learns to end with
             write_json(unfinished / 'generation_config.json', settings | dict(eos_token_id=end))

@@ -237,7 +237,8 @@ def translate(ids, student, teacher):
         ends += [*np.where(spans > 0, start + spans.cumsum(), -1), start + len(text) + 1]
         start = ends[-1]
     after = np.cumsum([len(table[i]) + (i == end) for i in ids])
-    places = np.flatnonzero(np.array(ends) >= 0)  # of those that may be partners
-    ends, places = np.append(0, np.array(ends)[places]), np.append(-1, places)
+    ends = np.array(ends)
+    places = np.flatnonzero(ends >= 0)  # of those that may be partners
+    ends, places = np.append(0, ends[places]), np.append(-1, places)
     last = np.searchsorted(ends, after, side='right') - 1
     return theirs[:-1] or theirs, np.where(ends[last] > np.append(0, after[:-1]), places[last], -1)

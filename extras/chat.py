@@ -46,17 +46,16 @@ def control_tokens(tokenizer):
 
 def chat_encoder(folder):
     """messages -> (ids, which of them are targets: 0 or 1), in a folder's chat template."""
-    return partial(
-        encode_chat, chat_template(folder), open_tokenizer(folder), load_tokenizer(folder).end
-    )
+    tokenizer = open_tokenizer(folder)
+    control, end = control_tokens(tokenizer), load_tokenizer(folder).end
+    return partial(encode_chat, chat_template(folder), tokenizer, control, end)
 
 
-def encode_chat(template, tokenizer, end, messages):
+def encode_chat(template, tokenizer, control, end, messages):
     """
     (ids, marks) of a conversation. An answer ends with the control token behind it; where none is,
     `end` ends the whole. Raises ValueError for a conversation that the template changes.
     """
-    control = control_tokens(tokenizer)
     check_messages(messages, control)
     said = [m['role'] == 'assistant' for m in messages]
     messages = [m | dict(content=m['content'].strip()) if a else m for m, a in zip(messages, said)]
@@ -90,8 +89,14 @@ def check_messages(messages, control):
             raise UserError(f'a message holds the control token {found[0]}')
 
 
-def encode_prompt(template, tokenizer, messages):
-    """The ids of a conversation, to the point where an answer begins. Raises UserError."""
-    check_messages(messages, control_tokens(tokenizer))
-    text = template(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False).ids
+def prompt_encoder(folder):
+    """messages -> ids to the point where an answer begins, which raises UserError as above."""
+    template, tokenizer = chat_template(folder), open_tokenizer(folder)
+    control = control_tokens(tokenizer)
+
+    def encode(messages):
+        check_messages(messages, control)
+        text = template(messages, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return encode

@@ -73,8 +73,7 @@ def answers(model, name, questions, max_new_tokens):
         messages, said = [], []
         for turn in question['turns']:
             messages.append(dict(role='user', content=turn))
-            ids = [int(i) for i in encode(messages)]
-            ids = ids[-(model.config.block_size - new) :]
+            ids = encode(messages)[-(model.config.block_size - new) :]
             said.append(reply(model, tokenizer, ids, new, sampling))
             messages.append(dict(role='assistant', content=said[-1]))
         yield dict(question_id=question['question_id'], choices=[dict(index=0, turns=said)])
