@@ -8,25 +8,36 @@ Model Expansion.
     python train.py config/progressive_tiny.py         # minutes on a CPU
     python train.py config/progressive_8b.py           # the paper's family
     python expand.py out/family/4b grown/8b --to=8b --width=lossless --depth=identity
+    python expand.py llama-8b grown/upscaled --layers=1-24,9-32    # any slices of its layers
 
-Train the smallest model, expand it, train on, expand again. Each size gets the tokens that make
-the whole family cost what its largest member costs from scratch (Eq. 4):
+Train the smallest model, expand it, train on, expand again. Each size trains on its from-scratch
+budget minus what the smaller sizes cost, so that the family costs what its largest member would
+cost alone (Eq. 4):
 
     FLOPs(X_i, T_i) = FLOPs(X_i, T_scratch_i) - sum_{j<i} FLOPs(X_j, T_j),   FLOPs(X, T) = 6 X T
 
-Growing in width. An axis of the model (residual stream, heads, MLP neurons) grows by copying its
-units. What writes a unit's c copies is multiplied by w, what reads them by r; the function is
-kept if over the copies of each unit  sum w r = 1. The residual stream is read through norms,
-whose gains are multiplied by 1 / w. Copies of a unit that are read alike get the same gradient
-and stay copies for ever; `noise` that sums to zero over them tells them apart and changes no
-output. Growing in depth repeats layers, or adds layers that compute nothing yet.
+Growing in width, by example: copy a neuron u of an MLP, so that there are two of it. Both compute
+what u computed. Halve the weights by which the next layer reads them, and their sum is what it was:
+the model is twice as wide there and computes the same function. With c copies, divide by c.
+
+The residual stream is more: it is written by every layer, and read through norms. Let each of the c
+copies of a unit be written with a factor w. A norm that is not to notice needs the right w
+(`lossless` below); its gain divides by w, and then the stream is read like any other copies.
+
+Copies that are read alike get the same gradient and stay copies for ever. Noise on the weights that
+read them tells them apart; it sums to zero over the copies of a unit and changes no output.
+
+Growing in depth repeats layers, or adds layers that compute nothing yet.
 """
 
 import math
 import re
+import statistics
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,7 +48,6 @@ from configurator import (
     Natural,
     NonNegative,
     Positive,
-    SaveDtype,
     configure,
 )
 from data.vocabulary import tokenizer_to_carry
@@ -50,6 +60,7 @@ from engine.report import (
     Panel,
     by_label,
     compare_variants,
+    difference,
     family_cost,
     mean_curve,
     steps_to_loss,
@@ -61,255 +72,116 @@ from model import GPT, SIZE_FIELDS, GPTConfig, load
 WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
 
 # ----------------------------------------------------------------------------------------------
-# how a tensor grows: units of its axes are copied, each with a factor
+# growing in width: a tensor at a time
 
 
 class Axis(NamedTuple):
-    """How one dimension of a tensor grows from `old` units."""
+    """How one dimension of a tensor grows, from d units to D."""
 
-    old: int
-    source: torch.Tensor  # (new,) int64: the old unit that each new one copies
-    copies: torch.Tensor  # (new,) float64: how many copies of that unit there are
-    factor: torch.Tensor  # (new,) float64: what each copy is multiplied by
-    covered: int  # units from here on copy none ...
-    fill: str = 'zero'  # ... they are zero, one, the mean of the old ones, or random
-    reads: bool = False  # columns that read copied units, which zero-sum noise may tell apart
-
-    def scaled(self, factor, **changes):
-        """The same map with another factor for each unit."""
-        return self._replace(factor=torch.ones_like(self.copies) * factor, **changes)
+    source: torch.Tensor  # (D,) int64: the old unit that each new one copies; -1: none
+    factor: torch.Tensor  # (D,) float64: what each is multiplied by
+    fill: float = 0.0  # what a unit that copies none is: this times the mean of the old ones
 
 
-def copy_of(old, source, covered=None):
-    """The Axis of new units that copy the old ones in `source`, all factors 1."""
-    copies = torch.bincount(source[:covered], minlength=old)[source].double()
-    return Axis(old, source, copies, torch.ones_like(copies), covered or len(source))
+def copies(source):
+    """How many copies of its unit there are, for each new unit: (D,) float64."""
+    _, unit, count = source.unique(return_inverse=True, return_counts=True)
+    return count[unit].double()
 
 
-def round_robin(old, new, covered=None):
-    """Whole copies of the old units, then again from the first one, until `new`."""
-    return copy_of(old, torch.arange(new) % old, covered)
+def unscaled(source, fill=0.0):
+    """The Axis with all factors 1."""
+    return Axis(source, torch.ones(len(source), dtype=torch.float64), fill)
 
 
-def by_head(heads, head_dim):
-    """An axis of heads as the axis of their dimensions: RoPE and softmax scale stay right."""
-    source = (heads.source[:, None] * head_dim + torch.arange(head_dim)).flatten()
-    return copy_of(heads.old * head_dim, source)
-
-
-def grow_tensor(old, donor, axes, noise, generator):
-    """
-    The new tensor, of the old one's dtype. donor: the tensor that rows of new units are copied
-    from, None: the old one; axes: an Axis or None for each dimension; noise: zero-sum, relative to
-    the rows, on columns that read copied units.
-    """
-    new = old.to(torch.promote_types(old.dtype, torch.float32))  # rounded once, at the end
-    for dim, axis in enumerate(axes):
-        if axis:
-            new = copy_along(new, axis, dim, None if dim else donor)
-            if axis.fill == 'random':  # columns that read what is always zero
-                drawn = torch.randn(len(new), len(axis.source) - axis.covered, generator=generator)
-                new[:, axis.covered :] = 0.02 * drawn.to(new)
-            if axis.reads and noise:
-                add_noise(new, axis, noise, generator)
-    return new.to(old.dtype)
-
-
-def copy_along(tensor, axis, dim, donor=None):
-    """Copy the units of one dimension, each times its factor; those that copy none are filled."""
+def copy_units(tensor, axis, dim):
+    """Copy the units of one dimension, each times its factor. axis None: the tensor as it is."""
+    if axis is None:
+        return tensor
     source = axis.source.to(tensor.device)
-    new = tensor.index_select(dim, source)
-    if donor is not None:
-        new[axis.old :] = donor[source[axis.old :]].to(new)
-    factor = axis.factor.to(new)
-    if axis.covered < len(source):
-        free = new.movedim(dim, 0)[axis.covered :]
-        if axis.fill == 'mean':
-            free.copy_(tensor.mean(dim))
-        elif axis.fill == 'one':
-            free.fill_(1)
-            factor[axis.covered :] = 1
-        else:
-            free.zero_()
-    return new.mul_(factor.view(-1, *[1] * (tensor.ndim - 1 - dim)))
+    new = tensor.index_select(dim, source.clamp(min=0))
+    shape = [-1] + [1] * (tensor.ndim - 1 - dim)
+    fill = axis.fill * tensor.mean(dim, keepdim=True)
+    new = torch.where((source < 0).view(shape), fill, new)
+    return new * axis.factor.to(new).view(shape)
 
 
-def add_noise(rows, axis, noise, generator):
+def copied(old, rows, columns, above=None):
+    """The new tensor, with both dimensions copied along their axes."""
+    return copy_units(copy_units(old, rows, 0), columns, 1)
+
+
+def rows_from_above(old, rows, columns, above=None):
+    """The same, but the rows of new units are those of the layer above, where there is one."""
+    own = copied(old, rows, columns)
+    if above is None or rows is None:
+        return own
+    return torch.cat([own[: len(old)], copied(above, rows, columns)[len(old) :]])
+
+
+def in_turn(d, D, norm):
+    """The residual stream with its units copied in turn: 0, 1, ..., d - 1, 0, 1, ..."""
+    return unscaled(torch.arange(D) % d)
+
+
+def equal_norm(d, D, norm):
     """
-    Tell copies apart, in place: columns that read the c > 1 copies of a unit get normal noise
-    whose sum over the copies is zero, `noise` times the root mean square of its row.
+    The residual stream as its norms see no difference. RMSNorm divides by the root mean square:
+    c copies of x that are written with w = sqrt(D / (d c)) have c (w x)^2 = (D / d) x^2 together,
+    so the mean over D units is what it was over d. LayerNorm subtracts the mean first: it gets
+    k = floor(D / d) copies of each unit, w = sqrt(D / (k d)), and the units that are left stand at
+    the mean, which the norm turns to zero.
     """
-    copied = torch.nonzero(axis.copies[: axis.covered] > 1).flatten()
-    amplitude = noise * rows.square().mean(1, keepdim=True).sqrt()
-    drawn = torch.randn(len(rows), len(copied), generator=generator, dtype=torch.float64)
-    drawn = amplitude * drawn.to(rows)
-    units = axis.source[copied].to(rows.device)
-    copies = axis.copies[copied].to(rows)
-    sums = rows.new_zeros(len(rows), axis.old).index_add_(1, units, drawn)
-    rows[:, copied] += drawn - sums[:, units] / copies
+    source, whole = torch.arange(D) % d, D // d * d
+    if norm == 'rms':
+        return Axis(source, (D / (d * copies(source))).sqrt())
+    source[whole:] = -1
+    return Axis(source, torch.full((D,), (D / whole) ** 0.5, dtype=torch.float64), 1.0)
 
 
-# ----------------------------------------------------------------------------------------------
-# growing in width: how the residual stream is copied
+class Width(NamedTuple):
+    """A width operator: two small functions."""
+
+    residual: Callable  # (d, D, norm: rms or layer) -> the residual stream's Axis
+    tensor: Callable  # (old, rows: Axis or None, columns, the layer above's or None) -> new tensor
+    whole: bool = False  # refuses what is not a whole multiple
 
 
-class Widening(NamedTuple):
-    """A width operator for two shapes: the residual stream's Axis, with the factors w."""
-
-    residual: Axis
-    from_above: bool = False  # new rows are copied from the layer above
-
-
-def fpi(small, large):
-    """
-    Function-preserving initialisation (bert2BERT): w = 1, r = 1 / c. Exact where every unit has
-    the same number of copies; elsewhere the norms weigh units by their copies.
-    """
-    return Widening(round_robin(small.n_embd, large.n_embd))
-
-
-def clone(small, large):
-    """HyperCloning: fpi for whole multiples, where it is exact; UserError for anything else."""
-    for field in WIDTH_FIELDS:
-        before, after = getattr(small, field), getattr(large, field)
-        if after % before:
-            raise UserError(f'clone needs whole multiples, not {field} {before} -> {after}')
-    return fpi(small, large)
-
-
-def aki(small, large):
-    """
-    Advanced knowledge initialisation (bert2BERT; progressive training's operator): fpi, but the
-    rows of new units come from the layer above. Not exact.
-    """
-    return fpi(small, large)._replace(from_above=True)
-
-
-def lossless(small, large):
-    """
-    Exact for any D > d. RMSNorm sees the mean square: with w = sqrt(D / (d c)) it is the same over
-    D units as over d, eps and all. LayerNorm also subtracts the mean: whole copies are multiplied
-    by w = sqrt(D / (k d)), k = floor(D / d), and the rest stands at the mean, which the norm turns
-    to zero.
-    """
-    d, D = small.n_embd, large.n_embd
-    if small.norm == 'rms':
-        axis = round_robin(d, D)
-        return Widening(axis.scaled((D / (d * axis.copies)).sqrt()))
-    whole = D // d * d
-    return Widening(round_robin(d, D, covered=whole).scaled((D / whole) ** 0.5, fill='mean'))
-
+# Function-preserving initialisation (bert2BERT): exact where every unit has equally many copies;
+# elsewhere the norms weigh units by their copies. The paper draws the units that are copied once
+# more, here they come in turn: a stack of growths then loses none.
+fpi = Width(in_turn, copied)
+# Advanced knowledge initialisation (bert2BERT; progressive training's operator): not exact.
+aki = Width(in_turn, rows_from_above)
+# Exact for any width, tied or not, under both norms.
+lossless = Width(equal_norm, copied)
+# HyperCloning: fpi where it is exact.
+clone = Width(in_turn, copied, whole=True)
 
 WIDTH = {'fpi': fpi, 'aki': aki, 'lossless': lossless, 'clone': clone}
 
 
-# ----------------------------------------------------------------------------------------------
-# growing in depth: where each new layer comes from
-
-
-class Layer(NamedTuple):
-    """A new layer: the old one it copies, and whether its outputs are zero at first."""
-
-    source: int
-    adds_nothing: bool = False
-
-
-def stack(old, new):
-    """The whole stack again and again: layer l copies l mod L."""
-    return [Layer(layer % old) for layer in range(new)]
-
-
-def bert2bert(old, new):
-    """Whole stacks, then the remainder from the top layers (bert2BERT)."""
-    rest = new % old
-    return stack(old, new - rest) + [Layer(layer) for layer in range(old - rest, old)]
-
-
-def interleave(old, new):
-    """Each layer beside its copies: layer l copies floor((l + 1/2) L / L')."""
-    return [Layer((2 * layer + 1) * old // (2 * new)) for layer in range(new)]
-
-
-def identity(old, new):
+def add_noise(weight, source, noise, generator):
     """
-    New layers spread evenly, each a copy of the one below it whose attn.o and mlp.down are zero
-    (LLaMA-Pro): they add nothing at first, and the function is kept bit for bit.
+    Tell copies apart, in place: columns (D,) that read the c > 1 copies of a unit get normal noise
+    that sums to zero over the copies, `noise` times the root mean square of its row.
     """
-    layers = []
-    for layer in range(old):
-        extra = (layer + 1) * (new - old) // old - layer * (new - old) // old
-        layers += [Layer(layer)] + [Layer(layer, adds_nothing=True)] * extra
-    return layers
+    _, unit, count = source.unique(return_inverse=True, return_counts=True)
+    copied = torch.nonzero(count[unit] > 1).flatten()
+    size = noise * weight.square().mean(1, keepdim=True).sqrt()
+    drawn = torch.randn(len(weight), len(copied), generator=generator, dtype=torch.float64)
+    drawn = size * drawn.to(weight)
+    unit, count = unit[copied].to(weight.device), count.to(weight)
+    sums = weight.new_zeros(len(weight), len(count)).index_add_(1, unit, drawn)
+    weight[:, copied] += drawn - sums[:, unit] / count[unit]
 
 
-DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'identity': identity}
-
-
-# ----------------------------------------------------------------------------------------------
-# from operators to tensors
-
-
-@dataclass
-class Operators:
-    """How a model grows."""
-
-    width: str = 'lossless'
-    depth: str = 'identity'
-    noise: float = 0.0  # zero-sum noise on readers of copies, relative to their rows; 0: none
-    seed: int = 0  # of the noise
-
-
-def query_heads(small, large, kv):
-    """
-    The axis of query heads. A new key/value group copies the old group kv.source of it, and its
-    queries take that group's queries in turn, continuing where an earlier copy of the group
-    stopped. Raises UserError if an old query would be lost.
-    """
-    per_old = small.n_head // small.n_kv_head
-    per_new = large.n_head // large.n_kv_head
-    earlier = torch.arange(large.n_kv_head) // small.n_kv_head  # copies of this group before it
-    within = (earlier[:, None] * per_new + torch.arange(per_new)) % per_old
-    source = (kv.source[:, None] * per_old + within).flatten()
-    if len(source.unique()) < small.n_head:
-        raise UserError(
-            f'cannot grow: n_head {small.n_head} -> {large.n_head} with n_kv_head '
-            f'{small.n_kv_head} -> {large.n_kv_head} would lose query heads'
-        )
-    return copy_of(small.n_head, source)
-
-
-def axes_between(small, large, residual):
-    """{role of a tensor's dimension: Axis} for two shapes; residual: a width operator's Axis."""
-    kv_heads = round_robin(small.n_kv_head, large.n_kv_head)
-    query = by_head(query_heads(small, large, kv_heads), small.head_dim)
-    mlp = round_robin(small.n_mlp, large.n_mlp)
-    vocab = round_robin(small.vocab_size, large.vocab_size, covered=small.vocab_size)
-    w, c = residual.factor, residual.copies
-    axes = {
-        # rows of linear layers, and the columns that read them
-        'vocab': vocab._replace(fill='mean').scaled(1),
-        'query': query,
-        'kv': by_head(kv_heads, small.head_dim),
-        'mlp': mlp,
-        'from query': query.scaled(1 / query.copies, reads=True),
-        'from mlp': mlp.scaled(1 / mlp.copies, reads=True),
-        # the residual stream: its writers, its readers behind a norm, and the norms
-        'write': residual,
-        'read': residual.scaled(1 / c, fill='random', reads=True),
-        'gain': residual.scaled(1 / w, fill='one'),
-        'shift': residual.scaled(1, fill='zero'),
-        # a tied head reads embeddings that were copied as writers, so the last norm divides
-        'tied gain': residual.scaled(1 / (c * w * w), fill='one'),
-        'tied shift': residual.scaled(1 / (c * w), fill='zero'),
-    }
-    return axes
-
-
-# the roles of each weight's rows and columns; None does not grow. A bias has its weight's rows.
+# What the rows and the columns of a weight are; None does not grow. A bias has its weight's rows.
 ROLES = {
     'wte': ('vocab', 'write'),
     'wpe': (None, 'write'),
     'lm_head': ('vocab', 'read'),
+    'norm': ('gain',),
     'norm1': ('gain',),
     'norm2': ('gain',),
     'attn.q': ('query', 'read'),
@@ -324,100 +196,170 @@ ROLES = {
 }
 
 
-def check_growth(small, large):
+def query_heads(small, large):
+    """
+    The old query head that each new one copies, int64. Group G copies group G mod n_kv_head; its
+    queries are that group's in turn, and a further copy of a group goes on where the one before it
+    stopped. 4 queries in 2 groups to 6 in 3: 0 1, 2 3, 0 1. 4 in 1 group to 6 in 2: 0 1 2, 3 0 1.
+    Raises UserError where an old query would be lost.
+    """
+    before, after = small.n_head // small.n_kv_head, large.n_head // large.n_kv_head
+    group = torch.arange(large.n_kv_head)[:, None]
+    within = (group // small.n_kv_head * after + torch.arange(after)) % before
+    heads = (group % small.n_kv_head * before + within).flatten()
+    if len(heads.unique()) < small.n_head:
+        raise UserError(
+            f'cannot grow: n_head {small.n_head} -> {large.n_head} with n_kv_head '
+            f'{small.n_kv_head} -> {large.n_kv_head} would lose query heads'
+        )
+    return heads
+
+
+def axes_between(small, large, residual):
+    """{what rows or columns are: their Axis}, for two shapes and the residual stream's Axis."""
+
+    def dimensions(heads):  # whole heads are copied: RoPE and the softmax's scale stay right
+        return (heads[:, None] * small.head_dim + torch.arange(small.head_dim)).flatten()
+
+    kv = dimensions(torch.arange(large.n_kv_head) % small.n_kv_head)
+    query, mlp = dimensions(query_heads(small, large)), torch.arange(large.n_mlp) % small.n_mlp
+    vocab = torch.arange(large.vocab_size)
+    vocab[small.vocab_size :] = -1
+    source, w, _ = residual
+    c = copies(source)
+    return {
+        None: None,
+        'vocab': unscaled(vocab, 1.0),
+        'query': unscaled(query),
+        'kv': unscaled(kv),
+        'mlp': unscaled(mlp),
+        'from query': Axis(query, 1 / copies(query)),
+        'from mlp': Axis(mlp, 1 / copies(mlp)),
+        'write': residual,
+        'read': Axis(source, 1 / c),
+        'gain': Axis(source, 1 / w, 1.0),  # the norm of w x is that of x, times w
+        'shift': unscaled(source),
+        # A tied head reads with the embeddings, that is with w in place of 1 / c. It sums
+        # w (gain' w x + shift') over c copies: gain / (c w^2) and shift / (c w) give the old sum.
+        'tied gain': Axis(source, 1 / (c * w * w), 1.0),
+        'tied shift': Axis(source, 1 / (c * w)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# growing in depth: lists of the layer that each new one copies
+
+
+def stack(old, new):
+    """The whole stack again and again: layer l copies l mod L."""
+    return [layer % old for layer in range(new)]
+
+
+def bert2bert(old, new):
+    """Whole stacks, then the remainder from the top layers (bert2BERT)."""
+    rest = new % old
+    return stack(old, new - rest) + list(range(old - rest, old))
+
+
+def interleave(old, new):
+    """Each layer beside its copies: layer l copies floor((l + 1/2) L / L')."""
+    return [(2 * layer + 1) * old // (2 * new) for layer in range(new)]
+
+
+def identity(old, new):
+    """
+    Copies spread evenly, each above its layer: layer l copies ceil((l + 1) L / L') - 1 (LLaMA-Pro).
+    `grow` makes zero what a copy writes, attn.o and mlp.down: it adds nothing at first, and the
+    function is kept bit for bit.
+    """
+    return [((layer + 1) * old - 1) // new for layer in range(new)]
+
+
+DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'identity': identity}
+
+
+def source_layers(depth, small, large):
+    """The list of a depth operator, a name in DEPTH or the list itself."""
+    return DEPTH[depth](small.n_layer, large.n_layer) if isinstance(depth, str) else depth
+
+
+def repeated(layers):
+    """The places in a list of source layers that copy one which is there already."""
+    return [place for place, layer in enumerate(layers) if layer in layers[:place]]
+
+
+# ----------------------------------------------------------------------------------------------
+# growing a model
+
+
+def check_growth(small, large, width, depth):
     """Raise UserError, with the field and both values, unless `large` can be grown from `small`."""
-    growing = [*SIZE_FIELDS, 'vocab_size']
-    if small.pos == 'rope':
-        growing.append('block_size')
+    for what, name, known in (('width', width, WIDTH), ('depth', depth, DEPTH)):
+        if isinstance(name, str) and name not in known:
+            raise unknown(f'{what} operator', name, known)
+    growing = [*SIZE_FIELDS, 'vocab_size'] + ['block_size'] * (small.pos == 'rope')
+    if not isinstance(depth, str):  # a list may leave layers out
+        small = replace(small, n_layer=1)
     for field, before in vars(small).items():
         after = getattr(large, field)
         if field in growing and after < before:
             raise UserError(f'cannot grow: {field} {before} -> {after} is smaller')
         if field not in (*growing, 'init_std') and after != before:
             raise UserError(f'cannot grow: {field} {before} -> {after} differs')
+        if WIDTH[width].whole and field in WIDTH_FIELDS and after % before:
+            raise UserError(f'{width} needs whole multiples, not {field} {before} -> {after}')
+    query_heads(small, large)
 
 
-class Growth:
-    """A growth between two shapes: what each tensor of the larger model is."""
-
-    def __init__(self, small, large, operators):
-        """Raises UserError where the shapes or the operators do not allow it."""
-        for what, name, known in (
-            ('width operator', operators.width, WIDTH),
-            ('depth operator', operators.depth, DEPTH),
-        ):
-            if name not in known:
-                raise unknown(what, name, known)
-        check_growth(small, large)
-        self.small, self.large, self.operators = small, large, operators
-        widening = WIDTH[operators.width](small, large)
-        self.from_above = widening.from_above
-        self.axes = axes_between(small, large, widening.residual)
-        self.layers = DEPTH[operators.depth](small.n_layer, large.n_layer)
-
-    def roles(self, name):
-        """The Axis, or None, of each dimension of a tensor."""
-        stem, kind = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)
-        if stem in ('norm', 'norm1', 'norm2'):
-            role = 'gain' if kind == 'weight' else 'shift'
-            if stem == 'norm' and self.small.tied:
-                role = f'tied {role}'
-            return [self.axes[role]]
-        axes = [role and self.axes[role] for role in ROLES[stem]]
-        return axes[:1] if kind == 'bias' else axes
-
-    def tensor(self, name, old):
-        """The new tensor `name`; old: {name: tensor} of the smaller model."""
-        match = re.match(r'blocks\.(\d+)\.(.+)', name)
-        layer = self.layers[int(match[1])] if match else None
-        donor = None
-        if self.from_above and match and 'norm' not in name:
-            donor = old.get(self.name_in(layer, match, 1, name))  # the last layer has none above
-        key = f'{self.operators.seed} {name} 0'
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        tensor = old[self.name_in(layer, match, 0, name)]
-        new = grow_tensor(tensor, donor, self.roles(name), self.operators.noise, generator)
-        if layer and layer.adds_nothing and re.search(r'\.(attn\.o|mlp\.down)\.', name):
-            return torch.zeros_like(new)
-        return new * self.rescaled(match)
-
-    def name_in(self, layer, match, above, name):
-        """The old tensor that `name` copies, or with above=1 the same of the layer above it."""
-        return f'blocks.{layer.source + above}.{match[2]}' if match else name
-
-    def rescaled(self, match):
-        """
-        The factor of queries whose layer's number changes, if attention logits are divided by it;
-        match: layer number and rest of a tensor's name.
-        """
-        scaled_tensor = 'attn.q_norm.' if self.small.qk_norm else 'attn.q.'
-        if not (match and self.small.attn_scale_by_layer and match[2].startswith(scaled_tensor)):
-            return 1.0
-        layer = int(match[1])
-        return (layer + 1) / (self.layers[layer].source + 1)
-
-
-# ----------------------------------------------------------------------------------------------
-# growing models, optimizer states and folders
+def roles_of(stem, kind, tied):
+    """What the rows and the columns of a tensor are."""
+    rows, columns = (*ROLES[stem], None)[:2]
+    if kind == 'bias':
+        rows, columns = rows.replace('gain', 'shift'), None
+    return f'tied {rows}' if tied and stem == 'norm' else rows, columns
 
 
 @torch.no_grad()
 def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     """
-    The model grown to the shape `config`; dtype, device and mode are kept. width: fpi, aki,
-    lossless or clone; depth: stack, bert2bert, interleave or identity. Raises UserError naming
-    the field in the way.
+    The model grown to the shape `config`; dtype, device and mode are kept. width: a name in WIDTH;
+    depth: a name in DEPTH, or a list of source layers; noise: zero-sum, relative to the rows, on
+    all that reads copies; seed: of the noise. Raises UserError naming the field in the way.
     """
-    growth = Growth(model.config, config, Operators(width, depth, noise, seed))
-    old = model.state_dict()
-    grown = {name: growth.tensor(name, old) for name in GPT.on_meta(config).state_dict()}
+    small, old, grown = model.config, model.state_dict(), {}
+    check_growth(small, config, width, depth)
+    operator = WIDTH[width]
+    axes = axes_between(small, config, operator.residual(small.n_embd, config.n_embd, small.norm))
+    layers = source_layers(depth, small, config)
+    silent = repeated(layers) if depth == 'identity' else ()
+
+    def exact(name):  # in float32 at least: rounded once, at the end
+        return old[name].to(torch.promote_types(old[name].dtype, torch.float32))
+
+    for name in GPT.on_meta(config).state_dict():
+        layer, stem, kind = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups()
+        source, above = name, None
+        if layer:
+            layer = int(layer)
+            source = f'blocks.{layers[layer]}.{stem}.{kind}'
+            above = f'blocks.{layers[layer] + 1}.{stem}.{kind}'
+        donor = exact(above) if above in old and 'norm' not in stem else None
+        rows, columns = roles_of(stem, kind, small.tied)
+        new = operator.tensor(exact(source), axes[rows], axes[columns], donor)
+        if noise and columns not in (None, 'write'):
+            generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} 0'.encode()))
+            add_noise(new, axes[columns].source, noise, generator)
+        if layer in silent and stem in ('attn.o', 'mlp.down'):
+            new = torch.zeros_like(new)
+        if small.attn_scale_by_layer and stem == ('attn.q_norm' if small.qk_norm else 'attn.q'):
+            new = new * ((layer + 1) / (layers[layer] + 1))  # logits are q k / number of the layer
+        grown[name] = new.to(old[source].dtype)
     return GPT.from_state(config, grown).train(model.training)
 
 
-def widen(model, config, method='lossless', noise=0.0, seed=0):
+def widen(model, config, method='lossless'):
     """A wider model of the shape `config`, as deep as it was."""
-    config = replace(config, n_layer=model.config.n_layer)
-    return grow(model, config, method, 'stack', noise, seed)
+    return grow(model, replace(config, n_layer=model.config.n_layer), method, 'stack')
 
 
 def deepen(model, n_layer, method='identity'):
@@ -445,7 +387,7 @@ def stk2(config):
 
 def stk4(config):
     """Four times the layers."""
-    return replace(config, n_layer=4 * config.n_layer)
+    return stk2(stk2(config))
 
 
 RELATIVE_SIZES = {'exp': exp, 'stk2': stk2, 'stk4': stk4}  # relative to the size before
@@ -458,15 +400,12 @@ def grown_shape(small, to):
     """
     if to in RELATIVE_SIZES:
         return RELATIVE_SIZES[to](small)
-    ours = f'{small.n_embd}x{small.n_layer}'
     match = re.fullmatch(r'(\d+)x(\d+)', to)
     if match and (small.head_dim != 16 or small.n_kv_head < small.n_head):  # not named like that
-        width, layers = int(match[1]), int(match[2])
+        width, layers = map(int, match.groups())
         shape = dict(n_embd=width, n_layer=layers, head_dim=int(small.head_dim))
         for field in ('n_head', 'n_kv_head', 'n_mlp'):
-            shape[field], rest = divmod(getattr(small, field) * width, small.n_embd)
-            if rest:
-                raise UserError(f'{to}: {field} of {ours} does not scale to a whole number')
+            shape[field] = round(getattr(small, field) * width / small.n_embd)
         return replace(small, **shape)
     large = GPTConfig.named(to)
     return replace(small, **{f: getattr(large, f) for f in (*SIZE_FIELDS, 'head_dim')})
@@ -474,8 +413,8 @@ def grown_shape(small, to):
 
 def allocate_tokens(params, scratch_tokens):
     """
-    Training tokens of each size under progressive training (Eq. 4): what remains of the size's
-    from-scratch compute after all smaller sizes are paid for. params X, ascending.
+    Training tokens of each size under progressive training (Eq. 4): its from-scratch compute minus
+    what the smaller sizes cost. params X, ascending.
     >>> allocate_tokens([1, 2, 4, 8], [40e9, 80e9, 160e9, 320e9])
     [40000000000.0, 60000000000.0, 120000000000.0, 240000000000.0]
     """
@@ -485,7 +424,7 @@ def allocate_tokens(params, scratch_tokens):
         if left <= 0:
             raise UserError(f'nothing is left for {X:g} parameters: the smaller sizes cost as much')
         tokens.append(left / X)
-        spent += X * tokens[-1]
+        spent += left
     return tokens
 
 
@@ -498,175 +437,132 @@ class Progressive:
     """Progressive training (Yano et al.): train the smallest size, expand, train on, and so on."""
 
     sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # ascending; also exp, stk2, stk4
-    params: tuple[Positive, ...] = ()  # X of each size in FLOPs = 6 X T; empty: layers and head
     scratch_tokens: tuple[Positive, ...] = ()  # of each size from scratch; empty: per parameter
     tokens_per_param: Positive = 20.0  # 20: Chinchilla
-    tokens: tuple[Positive, ...] = ()  # of each size as they are; empty: what Eq. 4 gives
-    shares: tuple[Positive, ...] = ()  # ... as shares of the tokens from scratch, instead
-    learning_rates: tuple[Positive, ...] = ()  # maximum of each size; empty: learning_rate
+    shares: tuple[Positive, ...] = ()  # tokens of each size / its tokens from scratch; empty: Eq. 4
+    budget: NonNegative = 0.0  # share of the compute from scratch; the largest gets what it leaves
+    learning_rates: tuple[Positive, ...] = ()  # maximum of each member; empty: as of sizes alone
     batch_sizes: tuple[Count, ...] = ()  # sequences per step of each size; empty: batch_size
-    width: Literal[*WIDTH, 'random'] = 'aki'  # random: as many tokens, nothing inherited
+    width: str = 'aki'  # fpi, aki, lossless or clone; random: as many tokens, nothing inherited
     depth: Literal[*DEPTH] = 'stack'
     noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
-    last_schedule: Literal['', 'cosine', 'wsd'] = ''  # of the largest, from which nothing grows
+    last_schedule: Literal['cosine', 'wsd'] = 'cosine'  # of the largest, which ends a trunk
     compare: Literal['', 'independent'] = ''  # also train each size from scratch
-    independent_learning_rates: tuple[Positive, ...] = ()  # of those; empty: the family's
 
     def stages(self, run):
-        """One stage per size, each grown from the one before; then, to compare, from scratch."""
-        configs = self.configs(run)
-        X = self.params or [config.num_params(head=True) for config in configs]
-        self.check(configs, X)
-        scratch = self.scratch_tokens or self.tokens or [self.tokens_per_param * x for x in X]
-        tokens = self.tokens or [share * t for share, t in zip(self.shares, scratch)]
-        tokens = tokens or allocate_tokens(X, scratch)
-        baseline = [sum(6 * x * t for x, t in zip(X[: i + 1], scratch)) for i in range(len(X))]
-        if self.width == 'random' or self.tokens and not self.scratch_tokens:
-            baseline = [0.0] * len(X)  # nothing is saved, or there is nothing to compare with
-
-        unique = dict(unique=run.unique_tokens) if run.unique_tokens else {}
-        smaller = member = None  # what the next size grows from, and the finished model
-        for i, config in enumerate(configs):
-            name = self.name(i)
-            stage = Stage(name, config, tokens[i], X[i], knobs=self.knobs_of(i))
-            stage.labels = dict(size=name, baseline_flops=baseline[i]) | unique
-            if smaller and self.width != 'random':
-                operators = Operators(self.width, self.depth, self.noise)
-                grow_stage(stage, smaller, configs[i - 1], operators)
-                if member is not smaller:  # of a trunk: the family has its branches, too
-                    stage.also = (member,)
-            if run.schedule == 'wsd' and i + 1 < len(configs):
-                smaller, member = yield from trunk_and_branch(stage, run)
-                continue
-            if self.last_schedule and i + 1 == len(configs):
+        """
+        One stage per size, each grown from the one before, its optimizer fresh; then, to compare,
+        from scratch. Under --schedule=wsd a family grows along a trunk.
+        """
+        sizes = self.alone(run)
+        grows_from = finished = None
+        for stage, tokens in zip(sizes, self.allocation(sizes)):
+            stage.tokens = tokens
+            if self.width == 'random':
+                stage.labels.pop('baseline_flops')  # nothing is saved
+            elif grows_from:
+                how = dict(width=self.width, depth=self.depth, noise=self.noise)
+                grow_stage(stage, grows_from, **how)
+                stage.also = (finished,)  # of a trunk: its branch is part of the family, too
+            if run.schedule != 'wsd':
+                grows_from = finished = yield stage
+            elif stage is not sizes[-1]:
+                grows_from, finished = yield from trunk_and_branch(stage, run.decay_fraction)
+            else:
                 stage.knobs['schedule'] = self.last_schedule
-            smaller = member = yield stage
+                yield stage
+        if self.compare:
+            yield from self.independents(run)
 
-        if self.compare == 'independent':
-            for i, stage in enumerate(self.independents(configs, X, scratch, unique)):
-                same = stage.knobs == self.knobs_of(i) and tokens[i] == scratch[i]
-                if i or not same:  # else the smallest is one model in both
-                    stage.labels['baseline_flops'] = baseline[i]
+    def alone(self, run):
+        """A stage for each size, from scratch. Raises UserError for knobs that do not fit."""
+        for name in ('scratch_tokens', 'learning_rates', 'batch_sizes', 'shares'):
+            found, wanted = len(getattr(self, name)), len(self.sizes)
+            if found not in (0, wanted - (name == 'shares' and self.budget > 0)):
+                raise UserError(f'{name} has {found} values for {wanted} sizes')
+        sizes, cost = [], 0.0
+        for i, name in enumerate(self.sizes):
+            if sizes and name in RELATIVE_SIZES:
+                config = RELATIVE_SIZES[name](sizes[-1].config)
+                name = f'{sizes[-1].name}-{name}'
+            else:
+                config = run.model_config(name)
+            X = config.num_params(head=True)
+            tokens = self.scratch_tokens[i] if self.scratch_tokens else self.tokens_per_param * X
+            cost += 6 * X * tokens
+            stage = Stage(name, config, tokens, X, labels=dict(size=name, baseline_flops=cost))
+            if self.learning_rates:
+                stage.knobs['learning_rate'] = self.learning_rates[i]
+            if self.batch_sizes:
+                stage.knobs['batch_size'] = self.batch_sizes[i]
+            if sizes and self.width != 'random':
+                check_growth(sizes[-1].config, config, self.width, self.depth)
+            sizes.append(stage)
+        return sizes
+
+    def allocation(self, sizes):
+        """Training tokens of each size: by Eq. 4, or as shares of those from scratch."""
+        X, scratch = [size.params for size in sizes], [size.tokens for size in sizes]
+        if not self.shares:
+            return allocate_tokens(X, scratch)
+        tokens = [share * t for share, t in zip(self.shares, scratch)]
+        if self.budget:
+            left = self.budget * sizes[-1].labels['baseline_flops'] / 6
+            left -= sum(x * t for x, t in zip(X, tokens))
+            if left <= 0:
+                raise UserError(f'budget={self.budget:g} leaves nothing for the largest size')
+            tokens.append(left / X[-1])
+        return tokens
+
+    def independents(self, run):
+        """Every size from scratch; beside a trunk under both schedules, to know the better one."""
+        trunk = run.schedule == 'wsd'
+        for schedule in ('wsd', 'cosine') if trunk else (run.schedule,):
+            for i, stage in enumerate(self.alone(run)):
+                stage.knobs.pop('learning_rate', None)  # alone at the run's
+                if i or self.shares:  # by Eq. 4 the smallest is one model in both
+                    stage.name = f'independent-{stage.name}' + f'-{schedule}' * trunk
+                    stage.knobs['schedule'] = stage.labels['independent'] = schedule
                     yield stage
 
-    def independents(self, configs, params, scratch_tokens, labels=None):
-        """A stage per size, from scratch; labels: more that all of them have."""
-        for i, config in enumerate(configs):
-            stage = Stage(f'independent-{self.name(i)}', config, scratch_tokens[i], params[i])
-            stage.knobs = self.knobs_of(i)
-            if self.independent_learning_rates:
-                stage.knobs['learning_rate'] = self.independent_learning_rates[i]
-            stage.labels = dict(size=self.name(i), independent=True) | (labels or {})
-            yield stage
-
     def summary(self, results):
-        """With independent models, FLOPs until a member has the training loss of its like."""
-        alone = {r.labels['size']: r for r in results if r.labels.get('independent')}
+        """Each member against its size alone, under the better schedule, paired by seed."""
         records = []
-        for r in results:
-            peer = alone.get(r.labels['size'])
-            if peer and peer.baseline_flops and not set(r.labels) & {'independent', 'trunk'}:
-                records.append(equal_loss(r, peer))
-        return [records, ('data.png', [data_panel(results)])]
-
-    def configs(self, run):
-        """The shape of each size."""
-        configs = []
-        for size in self.sizes:
-            if configs and size in RELATIVE_SIZES:
-                configs.append(RELATIVE_SIZES[size](configs[-1]))
-            else:
-                configs.append(run.model_config(size))
-        return configs
-
-    def name(self, i):
-        """The name of size i: its own, after those before it if it is relative to them."""
-        own = self.sizes[i]
-        return f'{self.name(i - 1)}-{own}' if i and own in RELATIVE_SIZES else own
-
-    def knobs_of(self, i):
-        """The general knobs that size i sets for itself."""
-        knobs = {}
-        if self.learning_rates:
-            knobs['learning_rate'] = self.learning_rates[i]
-        if self.batch_sizes:
-            knobs['batch_size'] = self.batch_sizes[i]
-        return knobs
-
-    def check(self, configs, params):
-        """Raise UserError for knobs that do not fit together, before anything is trained."""
-        lists = ('params', 'scratch_tokens', 'tokens', 'shares', 'learning_rates', 'batch_sizes')
-        for name in (*lists, 'independent_learning_rates'):
-            found = len(getattr(self, name))
-            if found not in (0, len(self.sizes)):
-                raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
-        names = {self.name(i) for i in range(len(self.sizes))}
-        if not names or len(names) < len(params) or list(params) != sorted(params):
-            raise UserError(f'sizes={",".join(self.sizes)} must be different and ascending')
-        if self.width != 'random':
-            for small, large in zip(configs, configs[1:]):
-                Growth(small, large, Operators(self.width, self.depth))
+        for size, runs in by_label(results, 'size').items():
+            members = [r for r in runs if not {'independent', 'trunk'} & {*r.labels}]
+            alone = min(by_label(runs, 'independent').values(), key=mean_loss, default=())
+            if alone:
+                record = {'member': size, 'val loss': mean_loss(members)}
+                record |= {'alone': mean_loss(alone), 'schedule': alone[0].labels['independent']}
+                record |= difference(members, alone, 'alone')
+                saved = list(map(saved_at_equal_loss, members, alone))
+                record['saved at equal loss'] = None if None in saved else statistics.mean(saved)
+                records.append(record)
+        return [records]
 
 
-def grow_stage(stage, smaller, small_config, operators):
-    """Let a stage start from the model of the Result `smaller`, grown."""
-    large = stage.config
-    settings = {}
-    if any(getattr(small_config, f) != getattr(large, f) for f in WIDTH_FIELDS):
-        settings['width'] = operators.width
-    if small_config.n_layer < large.n_layer:
-        settings['depth'] = operators.depth
-    if operators.noise:
-        settings['noise'] = operators.noise
-    stage.parent = smaller
-    stage.origin = Origin('growth', (smaller.name,), settings)
-    how = dict(width=operators.width, depth=operators.depth, noise=operators.noise)
-    stage.model = lambda: grow(load(smaller.folder), large, **how, seed=operators.seed)
+def mean_loss(results):
+    """The mean validation loss."""
+    return statistics.mean(result.val_loss for result in results)
 
 
-def data_panel(results):
+def saved_at_equal_loss(member, alone):
     """
-    Which part of the data each model has read, itself or before it grew or branched off (Figure 3).
-    Beyond the tokens of --unique_tokens, if it is set, the data are read again.
+    The share of compute that a member saves until its training loss is, for good, what its size
+    ends at alone, counting the smaller sizes on both sides (Figure 2); None where it ends worse.
+    Losses are means over a twentieth of a stage.
     """
-    panel = Panel('position in the order of the data (tokens)', '')
-    panel.rows = tuple(r.name for r in results)
-    parts = ('read before', 'C7'), ('read for the first time', 'C0'), ('read again', 'C1')
-    for i, r in enumerate(results):
-        start, unique = r.position - r.tokens, r.labels.get('unique') or math.inf
-        first = min(start, unique), min(r.position, unique)
-        spans = [(0, first[0]), first, *read_again(max(start, unique), r.position, unique)]
-        labels = [*parts, parts[-1]]
-        for (begin, end), (label, color) in zip(spans, labels):
-            if begin < end:
-                label = '' if label in [line.label for line in panel.lines] else label
-                panel.lines.append(Line([begin, end], [-i, -i], label, '-', color, width=8))
-    return panel
-
-
-def read_again(start, end, unique):
-    """The parts of `unique` tokens that positions from `start` on, in later epochs, come to."""
-    if start >= end:
-        return []
-    begin = start % unique
-    if end - start >= unique:
-        return [(0, unique)]
-    if begin + end - start <= unique:
-        return [(begin, begin + end - start)]
-    return [(0, begin + end - start - unique), (begin, unique)]
-
-
-def equal_loss(member, alone):
-    """
-    A record: FLOPs of the whole family until a member has the last training loss of the model
-    that was trained alone, against what that one and the smaller ones cost (Figure 2). The loss
-    is the mean over a twentieth of a stage.
-    """
+    if member.val_loss > alone.val_loss:
+        return None
     loss = training_curve(alone, points=20)[1][-1]
     reached = steps_to_loss(list(zip(*training_curve(member, points=20))), loss)
-    record = {'member': member.name, 'training loss alone': loss, 'FLOPs alone': family_cost(alone)}
-    record['FLOPs to it'] = reached
-    return record | {'saved': None if reached is None else 1 - reached / family_cost(alone)}
+    return None if reached is None else 1 - reached / family_cost(alone)
+
+
+def grow_stage(stage, smaller, **how):
+    """Let a stage start from the model of the Result `smaller`, grown. how: as of `grow`."""
+    stage.parent, stage.origin = smaller, Origin('growth', (smaller.name,), how)
+    stage.model = lambda: grow(load(smaller.folder), stage.config, **how)
 
 
 def continue_from(stage, before, with_optimizer):
@@ -682,27 +578,25 @@ def continue_from(stage, before, with_optimizer):
     return stage
 
 
-def trunk_and_branch(stage, run):
+def trunk_and_branch(stage, decay_fraction):
     """
     A stage under WSD, in two: its stable phase, a piece of the family's trunk, and its decay, the
-    branch that becomes the member. Returns the Results of both: the next size grows from the
-    first, which a learning rate near zero has not settled yet.
+    branch that becomes the member. `yield` hands a stage to train.py and is sent back its Result.
+    Returns both: the next size grows from the first, which no low learning rate has settled yet.
     """
-    knobs = replace(run, **stage.knobs)
-    knobs.block_size = min(run.block_size, stage.config.block_size)
-    step = knobs.batch_size * knobs.block_size  # in tokens
-    steps = max(2, math.ceil(stage.tokens / step - 1e-9))
-    stable = min(steps - 1, max(1, steps - math.ceil(knobs.decay_fraction * steps)))
-    trunk = replace(stage, name=f'{stage.name}-trunk', tokens=stable * step)
+    trunk = replace(stage, name=f'{stage.name}-trunk', tokens=(1 - decay_fraction) * stage.tokens)
     trunk.knobs = stage.knobs | dict(schedule='constant')
-    trunk.labels = stage.labels | dict(trunk=True, baseline_flops=0.0)
+    trunk.labels = dict(size=stage.labels['size'], trunk=True)
     before = yield trunk
-    branch = Stage(stage.name, stage.config, (steps - stable) * step, stage.params)
+    branch = replace(stage, tokens=decay_fraction * stage.tokens, model=None, also=())
     branch = continue_from(branch, before, with_optimizer=True)
-    branch.knobs = stage.knobs | branch.knobs | dict(decay_fraction=1.0)
-    branch.labels = stage.labels
+    branch.knobs |= stage.knobs | dict(decay_fraction=1.0)
     member = yield branch
     return before, member
+
+
+# ----------------------------------------------------------------------------------------------
+# growth operators side by side
 
 
 @dataclass
@@ -714,66 +608,48 @@ class GrowthComparison:
     target: str = '64x4'  # size it is grown to; exp, stk2 and stk4 are relative to the base
     base_tokens: Positive = 1e6  # D1, tokens of the first stage
     tokens: Positive = 5e5  # D2, tokens of each second stage
-    variants: tuple[str, ...] = ('random', 'aki+stack', 'lossless+identity')  # +noise
-    noise: NonNegative = 0.1  # zero-sum noise of the variants with +noise
+    widths: tuple[str, ...] = ('aki', 'lossless')  # operators in width ...
+    depths: tuple[str, ...] = ('stack', 'identity')  # ... each with these in depth
+    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
+    against: str = 'random'  # variant that the others are compared with: aki+stack
 
     def stages(self, run):
-        """The base, then every variant."""
-        base, target = self.shapes(run)
-        given = bool(self.base_model) and not run.toy  # a toy trains a small one instead
-        grown = {variant: self.parse(variant) for variant in self.variants}
-        for operators in filter(None, grown.values()):
-            Growth(base, target, operators)  # complain before anything is trained
-        if not grown or len(grown) < len(self.variants):
-            raise UserError(f'variants={",".join(self.variants)} must be different ones')
-        X, X_base = target.num_params(head=True), base.num_params(head=True)
-        if given:
-            smaller = Result(Path(self.base_model).name, self.base_model)
-        else:
-            smaller = yield Stage('base', base, self.base_tokens, X_base)
-        for variant, operators in grown.items():
-            stage = Stage(variant, target, self.tokens, X, begin=smaller.position)
-            stage.tokenizer = self.base_model if given else ''
-            stage.labels = dict(variant=variant)
-            if operators:
-                grow_stage(stage, smaller, base, operators)
+        """The base, then the target from nothing and from every pair of operators."""
+        given = '' if run.toy else self.base_model  # a toy trains a small one instead
+        if given and (not run.dry_run or Path(given).is_dir()):
+            base = run.given_config(given)
+            target = grown_shape(base, self.target)
+        else:  # a plan asks no hub
+            target = grown_shape(GPTConfig.named(self.base), self.target)
+            sizes = {field: getattr(target, field) for field in (*SIZE_FIELDS, 'head_dim')}
+            base, target = run.model_config(self.base), run.model_config(self.base, **sizes)
+        operators = list(product(self.widths, self.depths))
+        for width, depth in operators:
+            check_growth(base, target, width, depth)
+        smaller = Result(Path(given).name, given)
+        if not given:
+            smaller = yield Stage('base', base, self.base_tokens, base.num_params(head=True))
+        steps = self.tokens / (run.batch_size * run.block_size)
+        for width, depth in [('random', ''), *operators]:
+            name, X = f'{width}+{depth}'.strip('+'), target.num_params(head=True)
+            stage = Stage(name, target, self.tokens, X, begin=smaller.position)
+            stage.knobs['eval_interval'] = run.eval_interval or math.ceil(steps / 8)
+            stage.tokenizer, stage.labels = given, dict(variant=name)
+            if depth:
+                grow_stage(stage, smaller, width=width, depth=depth, noise=self.noise)
             yield stage
 
-    def shapes(self, run):
-        """The shapes of the base and of the target, as they are trained."""
-        here = not run.dry_run or Path(self.base_model).is_dir()  # else a plan takes it from `base`
-        if self.base_model and not run.toy and here:
-            base = run.given_config(self.base_model)
-            return base, grown_shape(base, self.target)
-        target = grown_shape(GPTConfig.named(self.base), self.target)
-        sizes = {field: getattr(target, field) for field in (*SIZE_FIELDS, 'head_dim')}
-        return run.model_config(self.base), run.model_config(self.base, **sizes)
-
-    def parse(self, variant):
-        """'aki+stack+noise' -> its Operators; random -> None. Raises UserError."""
-        if variant == 'random':
-            return None
-        width, _, rest = variant.partition('+')
-        depth, *more = rest.split('+')
-        if not depth or more not in ([], ['noise']):
-            wanted = 'random or WIDTH+DEPTH, with +noise after it'
-            raise UserError(f'{variant!r} in variants must be {wanted}')
-        return Operators(width, depth, self.noise if more else 0.0)
-
     def summary(self, results):
-        """The ranking, with the difference from the first variant, seed by seed, and the curves."""
-        first, groups = self.variants[0], by_label(results, 'variant')
-        curves = {variant: mean_curve(runs) for variant, runs in groups.items()}
+        """The ranking, with the difference from one variant, seed by seed, and the curves."""
         panel = Panel('tokens of the second stage', 'validation loss')
-        records = compare_variants(results, first)
-        for record in records:
-            curve, tokens = curves[record['variant']], groups[record['variant']][0].tokens
-            if len(curve) > 2:
-                record['at step 0'] = curve[0][1]
-            x, y = zip(*curve)
-            panel.lines.append(Line([share * tokens for share in x], list(y), record['variant']))
-        blocks = [sorted(records, key=lambda record: record['val loss'])]
-        return [*blocks, ('growth.png', [panel])] if len(panel.lines[0].x) > 2 else blocks
+        records = compare_variants(results, self.against)
+        for record, runs in zip(records, by_label(results, 'variant').values()):
+            shares, losses = zip(*mean_curve(runs))
+            tokens = [share * runs[0].tokens for share in shares]
+            panel.lines.append(Line(tokens, list(losses), record['variant']))
+            record['at step 0'] = losses[0]
+        ranked = sorted(records, key=lambda record: record['val loss'])
+        return [ranked, ('growth.png', [panel])]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -783,17 +659,16 @@ class GrowthComparison:
 @torch.no_grad()
 def compare(model_p, model_q, examples, batch_size=4):
     """
-    (D(P || Q), D(Q || P), share of positions at which both prefer the same token) of two models
-    over examples (n, T), int64: the mean over positions within an example, then over examples
-    (progressive training, Appendix F).
+    (D(P || Q) in nats, share of positions at which both prefer the same token) of two models over
+    examples (n, T), int64: the mean over positions within an example, then over examples
+    (Appendix F).
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    found = []
     for x in progress_bar(examples.split(batch_size), desc='comparing'):
         p, q = model_p(x).logits, model_q(x).logits
         same = p.argmax(-1) == q.argmax(-1)
-        found = torch.stack([kl_of_logits(p, q), kl_of_logits(q, p), same.float()])
-        sums += found.double().mean(-1).sum(-1).cpu()
-    return tuple((sums / len(examples)).tolist())
+        found.append(torch.stack([kl_of_logits(p, q), same]).double().mean(-1).cpu())
+    return tuple(torch.cat(found, 1).mean(1).tolist())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -802,32 +677,50 @@ def compare(model_p, model_q, examples, batch_size=4):
 
 @dataclass
 class FolderGrowth:
-    """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE."""
+    """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE or --layers=1-24,9-32."""
 
     source: str = ''  # folder of the model, or its name on the hub
     target: str = ''  # folder to be made
     to: str = ''  # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
-    width: Literal[*WIDTH] = 'lossless'  # operator in width
-    depth: Literal[*DEPTH] = 'identity'  # operator in depth
+    layers: tuple[str, ...] = ()  # of the source, one after the other, in place of --depth
+    width: str = 'lossless'  # fpi, aki, lossless or clone
+    depth: Literal[*DEPTH] = 'identity'
     noise: NonNegative = 0.1  # zero-sum noise that tells copies apart; 0: none
     seed: Natural = 0  # of the noise
-    save_dtype: SaveDtype = 'auto'  # of the new weights; auto: the old ones'
+
+
+def slices(texts, n_layer):
+    """The source layers of '1-24', '9-32', counted from 1. Raises UserError."""
+    try:
+        spans = [map(int, text.split('-')) for text in texts]
+        layers = [layer for first, last in spans for layer in range(first - 1, last)]
+    except ValueError:
+        layers = []
+    if not layers or min(layers) < 0 or max(layers) >= n_layer:
+        raise UserError(f'--layers={",".join(texts)}: FIRST-LAST,FIRST-LAST of {n_layer} layers')
+    return layers
 
 
 def main(argv):
     """Command line: SOURCE TARGET, then knobs."""
-    words = ('source', 'target')
-    options, _, _ = configure(argv, FolderGrowth, program='expand.py SOURCE TARGET', words=words)
-    if not (options.source and options.target and options.to):
+    usage = dict(program='expand.py SOURCE TARGET', words=('source', 'target'))
+    options, _, _ = configure(argv, FolderGrowth, **usage)
+    if not (options.source and options.target and (options.to or options.layers)):
         raise UserError('missing arguments; usage: expand.py SOURCE TARGET --to=SIZE')
-    how = dict(width=options.width, depth=options.depth, noise=options.noise, seed=options.seed)
     with new_folder(options.target) as unfinished:
         model = load(options.source)
-        grown = grow(model, grown_shape(model.config, options.to), **how)
-        tokenizer = tokenizer_to_carry(options.source)
-        grown.save(unfinished, tokenizer, dtype=getattr(torch, options.save_dtype, None))
-    sizes = f'{model.config.num_params():,} to {grown.config.num_params():,} parameters (N)'
-    print(f'{options.target}: grown from {sizes} by {options.width} and {options.depth}')
+        config, depth = model.config, options.depth
+        if options.to:
+            config = grown_shape(config, options.to)
+        if options.layers:
+            depth = slices(options.layers, model.config.n_layer)
+            config = replace(config, n_layer=len(depth))
+        grown = grow(model, config, options.width, depth, options.noise, options.seed)
+        grown.save(unfinished, tokenizer_to_carry(options.source))
+    print(f'{options.target}: {model.config.num_params():,} to {config.num_params():,} parameters')
+    if added := repeated(source_layers(depth, model.config, config)):
+        places = '|'.join(map(str, added))
+        print(f"its new layers alone are trained by  --freeze='^(?!blocks\\.({places})\\.)'")
 
 
 if __name__ == '__main__':

@@ -103,6 +103,7 @@ class Run:
     weight_decay: NonNegative = 0.1  # of matrices and embeddings; none for norms and biases
     grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0: no clipping
     seed: Natural = 1337  # of initialisation and data order
+    freeze: str = ''  # regular expression: parameters in whose names it is found are not trained
     save_dtype: SaveDtype = 'auto'  # of saved weights; auto: a source model's, else float32
     keep_every: Natural = 0  # steps between models that are kept, in STAGE/step-N; 0: none
     # hardware
@@ -395,7 +396,8 @@ def shrink(knobs):
     """The general knobs of a toy, which takes seconds."""
     seeds, batch_size = min(2, knobs.seeds), min(4, knobs.batch_size)
     changes = dict(seeds=seeds, batch_size=batch_size, eval_tokens=2048, warmup=1, log_interval=1)
-    return replace(knobs, **changes)
+    unique = min(256, knobs.unique_tokens)  # half of a stage's: what has epochs comes to its second
+    return replace(knobs, **changes, unique_tokens=unique)
 
 
 def count_steps(knobs, stage):

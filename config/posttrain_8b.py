@@ -5,8 +5,7 @@
 #   python data/prepare.py ultrafeedback
 #   torchrun --standalone --nproc_per_node=8 train.py config/posttrain_8b.py
 method = 'posttrain'
-sizes = ('1b', '2b', '4b', '8b')
-models = tuple(f'out/progressive_8b/{size}' for size in sizes)
+models = tuple(f'out/progressive_8b/{size}' for size in ('1b', '2b', '4b', '8b'))
 data = 'ultrachat'
 preferences = 'ultrafeedback'
 
@@ -14,7 +13,8 @@ block_size = 1024
 batch_size = 128
 sft_learning_rate = 3e-5
 dpo_learning_rate = 5e-7
-beta = 0.1
+beta = 0.1  # ours: the paper names none
+micro_batch_size = 2  # pairs, or answers: DPO holds the logits of its sequences
 warmup = 0.1
 schedule = 'cosine'
 min_lr_fraction = 0.0

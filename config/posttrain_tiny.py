@@ -3,8 +3,7 @@
 # own documentation preferred to another function's.
 #   python train.py config/progressive_tiny.py      # first
 method = 'posttrain'
-sizes = ('32x2', '48x2', '64x2', '64x4')
-models = tuple(f'out/progressive_tiny/{size}' for size in sizes)
+models = tuple(f'out/progressive_tiny/{size}' for size in ('32x2', '48x2', '64x2', '64x4'))
 data = 'signatures'
 preferences = 'preferences'
 

@@ -8,7 +8,8 @@ base = 'smollm2-135m'
 base_model = 'smollm2'
 target = '768x34'
 tokens = 5e4
-variants = ('lossless+identity+noise', 'lossless+identity', 'fpi+stack', 'aki+stack')
+widths = ('lossless', 'aki')
+depths = ('identity', 'stack')
 noise = 0.1
 seeds = 1
 

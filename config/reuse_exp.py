@@ -6,10 +6,9 @@
 method = 'progressive'
 sizes = ('0.1b', 'exp')  # exp: relative to the base
 width = 'lossless'  # exact at any ratio; fpi is not at this one (8 -> 11 heads)
-tokens = (
-    17600 * 512 * 1024,
-    17600 * 512 * 1024,
-)  # D1 and D2: the standard number of iterations (Table 4)
+scratch_tokens = (17600 * 512 * 1024,) * 2  # D1 and D2: the standard iterations (Table 4)
+shares = (1, 1)
+last_schedule = 'wsd'
 
 data = 'slimpajama'
 block_size = 1024

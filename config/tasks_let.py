@@ -1,8 +1,7 @@
 # Late-to-Early Training (Zhao et al.), Table 1: nine tasks with one example in each prompt, and
-# their average. With models kept along the runs (--keep_every=500) the average over training as a
-# picture, Figures 1 and 8 to 11:
+# their average. With models kept along the runs (--keep_every=500) the average over training,
+# Figures 1 and 8 to 11:
 #   python evaluate.py out/let_1.4b/*/ out/let_1.4b/*/step-* config/tasks_let.py --data=pile_smollm2
-tasks = ('arc_challenge', 'arc_easy', 'hellaswag', 'lambada_openai', 'openbookqa', 'piqa', 'sciq')
-tasks += ('winogrande', 'boolq')
-num_fewshot = 1
+tasks = ('arc_challenge:1', 'arc_easy:1', 'hellaswag:1', 'lambada_openai:1', 'openbookqa:1')
+tasks += ('piqa:1', 'sciq:1', 'winogrande:1', 'boolq:1')
 kl_examples = 0

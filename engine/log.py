@@ -20,7 +20,6 @@ from engine.errors import UserError, first_line, import_extra
 from engine.files import write_atomically
 
 LOSSES = ('loss', 'val_loss')  # of a line of metrics, that are shown
-PRINT_SECONDS = 30  # between lines in a log file
 
 
 def truncate_metrics(path, step):
@@ -80,7 +79,7 @@ class Log:
             file.write(json.dumps(line) + '\n')
         if self.wandb:
             self.wandb.log(line, step=line['step'])
-        due = time.time() - self.printed > PRINT_SECONDS or line['step'] == self.steps
+        due = time.time() - self.printed > 30 or line['step'] == self.steps
         if due and not self.tty:
             print(self.bar, file=sys.stderr, flush=True)
             self.printed = time.time()

@@ -1,9 +1,12 @@
 """AdamW and the schedule of its learning rate."""
 
 import math
+import re
 
 import torch
 import torch.distributed as dist
+
+from engine.errors import UserError
 
 
 def learning_rate(step, steps, knobs):
@@ -21,15 +24,26 @@ def learning_rate(step, steps, knobs):
 
 
 def make_optimizer(model, knobs):
-    """Fused AdamW; weight decay on matrices and embeddings only, every parameter in one group."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """
+    Fused AdamW; weight decay on matrices and embeddings only, every parameter in one group. Those
+    that knobs.freeze, a regular expression, is found in are not trained.
+    """
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not (knobs.freeze and re.search(knobs.freeze, name)))
+    except re.error as error:
+        raise UserError(f'freeze={knobs.freeze}: {error}') from None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError(f'freeze={knobs.freeze} leaves nothing to train')
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [
         dict(params=matrices, weight_decay=knobs.weight_decay),
         dict(params=vectors, weight_decay=0.0),
     ]
     settings = dict(lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2))
-    fused = matrices[0].device.type in ('cuda', 'cpu')
+    fused = trained[0].device.type in ('cuda', 'cpu')
     return torch.optim.AdamW(groups, fused=fused, **settings)
 
 
@@ -45,4 +59,5 @@ def mean_over_terms(model, terms, full):
         world_size = dist.get_world_size()
     share = world_size * full / terms.clamp(min=1)
     for parameter in model.parameters():
-        parameter.grad.mul_(share)
+        if parameter.grad is not None:
+            parameter.grad.mul_(share)

@@ -127,9 +127,8 @@ def find_hardware(run):
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        found = [f'{name}={os.environ.get(name)}' for name in ('RANK', 'WORLD_SIZE')]
         raise UserError(
-            f'{", ".join(found)} of the environment do not work ({first_line(error)}): start '
+            f'RANK and WORLD_SIZE of the environment do not work ({first_line(error)}): start '
             'several processes with torchrun, or unset them'
         ) from error
     if on_gpu:

@@ -42,9 +42,15 @@ def format_bytes(number):
 
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
-FLOPS += ('FLOPs alone', 'FLOPs to it')
 BYTES = ('GPU memory', 'memory')
-PERCENT = ('saved', 'acceptance rate', 'accuracy', 'exact answers', 'of peak')
+PERCENT = (
+    'saved',
+    'saved at equal loss',
+    'acceptance rate',
+    'accuracy',
+    'exact answers',
+    'of peak',
+)
 
 
 def format_cell(column, value):
@@ -82,11 +88,6 @@ def table(records):
     return '\n'.join(lines)
 
 
-def spread(values):
-    """The standard deviation of some numbers, None for fewer than two."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
 def interval(values):
     """The 95% confidence interval of the mean of some numbers, None for fewer than two."""
     if len(values) < 2:
@@ -106,26 +107,31 @@ def by_label(results, label):
     return groups
 
 
+def difference(results, others, name):
+    """
+    The mean difference of validation losses from others', paired by seed, with its 95% confidence
+    interval: {'against NAME': ..., '95% interval': ...}; {} without a pair.
+    """
+    reference = {r.labels['seed']: r.val_loss for r in others}
+    paired = [r for r in results if r.labels['seed'] in reference]
+    found = [r.val_loss - reference[r.labels['seed']] for r in paired]
+    if not found:
+        return {}
+    limits = interval(found) if any(found) else None
+    limits = limits and '{:+.3f} to {:+.3f}'.format(*limits)
+    return {f'against {name}': statistics.mean(found), '95% interval': limits}
+
+
 def compare_variants(results, baseline):
     """
-    Records of the runs labelled variant and seed: the mean and standard deviation of each
-    variant's validation loss, and the mean of its difference from the baseline's, paired by seed,
-    with its 95% confidence interval.
+    Records of the runs labelled variant and seed: the mean of each variant's validation loss, and
+    its `difference` from the baseline's.
     """
-    groups = by_label(results, 'variant')
-    reference = {r.labels['seed']: r.val_loss for r in groups.get(baseline, [])}
-    records = []
+    groups, records = by_label(results, 'variant'), []
     for variant, runs in groups.items():
-        losses = [r.val_loss for r in runs]
-        paired = [r for r in runs if r.labels['seed'] in reference]
-        differences = [r.val_loss - reference[r.labels['seed']] for r in paired]
-        record = {'variant': variant, 'seeds': len(runs), 'val loss': statistics.mean(losses)}
-        record['sd'] = spread(losses)
-        if differences:
-            record[f'against {baseline}'] = statistics.mean(differences)
-            found = interval(differences) if variant != baseline else None
-            record['95% interval'] = f'{found[0]:+.3f} to {found[1]:+.3f}' if found else None
-        records.append(record)
+        loss = statistics.mean(r.val_loss for r in runs)
+        record = {'variant': variant, 'seeds': len(runs), 'val loss': loss}
+        records.append(record | difference(runs, groups.get(baseline, []), baseline))
     return records
 
 
@@ -143,7 +149,6 @@ class Line:
     style: str = '-'
     color: str | None = None
     band: list | None = None  # half the height of a band around the line
-    width: float = 1.4
 
 
 @dataclass
@@ -156,7 +161,6 @@ class Panel:
     title: str = ''
     log: str = ''  # the logarithmic axes: 'x', 'y' or 'xy'
     ylim: tuple | None = None
-    rows: tuple = ()  # words at y = 0, -1, -2, ..., from the top
 
 
 WHOLE_AXES = ('layer', 'step')  # axes on which there is nothing between whole numbers
@@ -179,15 +183,12 @@ def draw_panels(panels, path):
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
     for ax, panel in zip(axes[0], panels):
         for line in panel.lines:
-            how = dict(label=line.label or None, color=line.color, lw=line.width)
-            (drawn,) = ax.plot(line.x, line.y, line.style, solid_capstyle='butt', **how)
+            (drawn,) = ax.plot(line.x, line.y, line.style, label=line.label, color=line.color)
             if line.band:
                 low = [y - half for y, half in zip(line.y, line.band)]
                 high = [y + half for y, half in zip(line.y, line.band)]
                 ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-        if panel.rows:
-            ax.set_yticks([-i for i in range(len(panel.rows))], panel.rows)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
         if panel.xlabel in WHOLE_AXES:
@@ -196,9 +197,8 @@ def draw_panels(panels, path):
         ax.grid(alpha=0.25)
         for which in panel.log:
             ax.set(**{f'{which}scale': 'log'})
-        labels = sum(bool(line.label) for line in panel.lines)
-        if 0 < labels <= 24:
-            ax.legend(frameon=False, fontsize=8 if labels <= 12 else 5)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(frameon=False, fontsize=8 if len(panel.lines) <= 24 else 5)
     save_figure(figure, path)
 
 
@@ -309,15 +309,15 @@ def report(folder, summary):
 
 def steps_to_loss(curve, loss):
     """
-    Where a curve, [(share of the steps, or FLOPs, loss)], first reaches `loss`, linear between its
-    points; None if it never does.
+    Where a curve, [(share of the steps, or FLOPs, loss)], comes down to `loss` for good, linear
+    between its points; None if it ends above.
     """
-    for (before, high), (after, low) in zip(curve, curve[1:]):
-        if low <= loss:
-            if high <= loss:
-                return before
+    for (before, high), (after, low) in reversed([*itertools.pairwise(curve)]):
+        if low > loss:
+            return None
+        if high > loss:
             return before + (after - before) * (high - loss) / (high - low)
-    return None
+    return curve[0][0]
 
 
 def validation_curve(result):

@@ -1,37 +1,42 @@
 """
 Text in, text out: the answers of any model, in any vocabulary, as a supervised set that another
 model learns from (the bridge of Chain-of-Learngene, section 3.2, and sequence-level distillation),
-and how good answers are.
+and how good answers are:
+
+    python extras/bridge.py out/col_gpt2/138m-linit-on-dolly --answers=self-inst.jsonl,vicuna.jsonl
 """
 
 import json
 import re
 import statistics
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
 
+from configurator import Count, configure
 from data.instruct import START, TARGET, Examples, file_records, prompt
 from data.prepare import Preparation, fresh_counts, write_corpus
 from data.vocabulary import load_tokenizer, tokenizer_of_model
-from engine.errors import UserError
+from engine.errors import UserError, run_as_program
 from engine.files import read_json
 from engine.parallel import choose_device, processes
 from engine.progress import progress_bar
+from engine.report import table
 from extras.minillm import Answering, answer
 from model import load
 
 
 def text_generator(name, device='cpu', max_new_tokens=256):
     """prompts -> answers (lists of texts), greedy, of a model, a folder or hub name."""
-    tokenizer = load_tokenizer(tokenizer_of_model(name))
-    return answers_of(load(name).to(device).eval(), tokenizer, max_new_tokens)
-
-
-def answers_of(model, tokenizer, max_new_tokens):
-    """prompts -> answers of an open model, with its tokenizer."""
+    tokenizer, model = load_tokenizer(tokenizer_of_model(name)), load(name, device).eval()
 
     def answers(prompts):
         ids = [[int(i) for i in tokenizer.encode(text)] or [tokenizer.end] for text in prompts]
@@ -169,3 +174,28 @@ def answer_scores(model, examples, which, max_new_tokens=48):
     right = [tokenizer.text(ids[asked].tolist()) for ids, asked in map(examples.fit, which)]
     exact = [a.strip() == b.strip() for a, b in zip(said, right)]
     return statistics.mean(map(rouge_l, said, right)), statistics.mean(exact)
+
+
+@dataclass
+class Scoring:
+    """Rouge-L of a model's greedy answers: extras/bridge.py FOLDER --answers=FILE,FILE."""
+
+    model: str = ''  # model folder, or a name on the hub
+    answers: tuple[str, ...] = ()  # .jsonl files of instructions and right answers
+    answer_tokens: Count = 256  # of an answer, at most
+    prompt: Literal['paper', 'plain'] = 'paper'  # of instructions: as data/prepare.py --prompt
+
+
+def main(argv):
+    """Command line: FOLDER, then knobs. Prints 100 x Rouge-L of each file, and the mean."""
+    options, _, _ = configure(argv, Scoring, program='extras/bridge.py FOLDER', words=('model',))
+    generate = text_generator(options.model, choose_device('auto'), options.answer_tokens)
+    scores = {}
+    for path in options.answers:
+        scores[path] = 100 * mean_rouge(generate, scored_prompts(path, options.prompt))
+    scores['average'] = statistics.mean(scores.values())
+    print(table([{'file': path, 'Rouge-L': score} for path, score in scores.items()]))
+
+
+if __name__ == '__main__':
+    run_as_program(main)

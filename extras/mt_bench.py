@@ -19,10 +19,10 @@ if __name__ == '__main__':  # run as a file, Python looks beside it, not in the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
-from configurator import Count, Natural, configure
+from configurator import Count, configure
 from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model
-from engine.errors import UserError, run_as_program
+from engine.errors import run_as_program
 from engine.files import write_atomically
 from engine.parallel import choose_device
 from engine.progress import progress_bar
@@ -38,67 +38,34 @@ class Answering:
     """Write a model's answers to MT-Bench: mt_bench.py FOLDER --questions=FILE."""
 
     model: str = ''  # model folder, or a name on the hub
-    questions: str = ''  # FastChat's question.jsonl
-    out: str = ''  # file of the answers; empty: out/mt_bench/NAME.jsonl
-    name: str = ''  # of the model in them; empty: its folder's
-    max_new_tokens: Count = 1024  # of an answer, as far as the context goes
-    seed: Natural = 0  # of sampling
+    questions: str = 'question.jsonl'  # FastChat's
+    out: str = 'answers.jsonl'  # file of the answers
+    max_new_tokens: Count = 1024  # of an answer
     device: str = 'auto'  # cuda, mps or cpu
-
-
-def read_questions(path):
-    """The questions of a file, dicts. Raises UserError, with its number, for a bad one."""
-    found = []
-    for where, question in file_records(path):
-        try:
-            turns = question['turns']
-            assert isinstance(question['question_id'], int | str) and turns
-            assert isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
-        except (TypeError, KeyError, AssertionError):
-            raise UserError(f'{where}: no question_id and turns') from None
-        found.append(question)
-    return found
-
-
-def answers(model, name, questions, max_new_tokens):
-    """
-    Yield the answer record of every question. name: the model's folder. A conversation that does
-    not fit the context loses its beginning.
-    """
-    tokenizer, encode = load_tokenizer(tokenizer_of_model(name)), conversation_encoder(name)
-    new = min(max_new_tokens, model.config.block_size // 2)
-    for question in progress_bar(questions, desc='questions'):
-        temperature = TEMPERATURES.get(str(question.get('category')), 0.7)
-        sampling = Sampling(temperature, stop=tokenizer.ends)
-        messages, said = [], []
-        for turn in question['turns']:
-            messages.append(dict(role='user', content=turn))
-            ids = encode(messages)[-(model.config.block_size - new) :]
-            said.append(reply(model, tokenizer, ids, new, sampling))
-            messages.append(dict(role='assistant', content=said[-1]))
-        yield dict(question_id=question['question_id'], choices=[dict(index=0, turns=said)])
 
 
 def main(argv):
     """Command line: FOLDER, then knobs."""
-    words = ('model',)
-    options, _, _ = configure(argv, Answering, program='extras/mt_bench.py FOLDER', words=words)
-    if not (options.model and options.questions):
-        raise UserError('missing arguments; usage: mt_bench.py FOLDER --questions=question.jsonl')
-    if not Path(options.questions).is_file():
-        raise UserError(f'no file {options.questions}')
-    questions = read_questions(options.questions)
+    options, _, _ = configure(argv, Answering, program='extras/mt_bench.py', words=('model',))
+    questions = list(file_records(options.questions))
     model = load(options.model, choose_device(options.device)).eval()
-    name = options.name or Path(options.model).name
-    torch.manual_seed(options.seed)
-    lines = []
-    for record in answers(model, options.model, questions, options.max_new_tokens):
-        record |= dict(answer_id=f'{name}-{record["question_id"]}', model_id=name)
-        lines.append(json.dumps(record | dict(tstamp=time.time()), ensure_ascii=False))
-    out = Path(options.out or Path('out', 'mt_bench', f'{name}.jsonl'))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, '\n'.join(lines) + '\n')
-    print(f'{out}: the answers to {len(lines)} questions')
+    tokenizer = load_tokenizer(tokenizer_of_model(options.model))
+    encode, lines = conversation_encoder(options.model), []
+    name = Path(options.model).name
+    torch.manual_seed(0)
+    for _, question in progress_bar(questions, desc='questions'):
+        temperature = TEMPERATURES.get(question.get('category'), 0.7)
+        sampling, messages = Sampling(temperature, stop=tokenizer.ends), []
+        for turn in question['turns']:
+            messages.append(dict(role='user', content=turn))
+            said = reply(model, tokenizer, encode(messages), options.max_new_tokens, sampling)
+            messages.append(dict(role='assistant', content=said))
+        number, said = question['question_id'], [m['content'] for m in messages[1::2]]
+        record = dict(question_id=number, answer_id=f'{name}-{number}', model_id=name)
+        record |= dict(choices=[dict(index=0, turns=said)], tstamp=time.time())
+        lines.append(json.dumps(record, ensure_ascii=False))
+    write_atomically(options.out, '\n'.join(lines) + '\n')
+    print(f'{options.out}: the answers to {len(lines)} questions')
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from engine.files import commit_file
 from engine.log import read_metrics
 from engine.report import format_si
 from engine.stage import Stage
-from expand import RELATIVE_SIZES, Operators, continue_from, grow_stage
+from expand import RELATIVE_SIZES, continue_from, grow_stage
 from scaling import COLUMNS, fit_results, write_fits
 
 
@@ -215,7 +215,7 @@ class Reuse(NamedTuple):
         stage = Stage('', self.shape(config), 0, 0.0, parent=base)
         if self.kind == 'cpt':
             return continue_from(stage, base, self.stable)
-        grow_stage(stage, base, config, Operators('lossless', 'stack'))
+        grow_stage(stage, base, width='lossless', depth='stack')
         return stage
 
 

@@ -26,7 +26,6 @@ from data.loader import Source
 from engine.errors import UserError, first_line, import_extra
 from engine.hub import model_folder
 from engine.parallel import to_device
-from engine.report import spread
 from engine.stage import Origin, Stage
 from let import Alignment, pair_layers, teach
 from model import GPT, load, read_config
@@ -223,7 +222,7 @@ class TimeSeries:
                 ]
                 right = [accuracy(r.folder, splits) for r in runs]
                 record = {'data set': name, 'model': model, 'accuracy': statistics.mean(right)}
-                record['sd'] = spread(right)
+                record['sd'] = statistics.stdev(right) if len(right) > 1 else None
                 record['test loss'] = statistics.mean(r.val_loss for r in runs)
                 records.append(record)
         return [records]
