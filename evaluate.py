@@ -91,8 +91,8 @@ def run_tasks(folder, options, device):
         task, _, shots = text.partition(':')
         if task not in manager.all_tasks:
             raise unknown('task', task, manager.all_tasks)
-        how = dict(num_fewshot=int(shots or 0), bootstrap_iters=0)
         try:
+            how = dict(num_fewshot=int(shots or 0), bootstrap_iters=0)
             model = HFLM(str(model_folder(folder)), device=str(device))
             found = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, **how)
         except (OSError, ValueError, KeyError) as error:

@@ -201,10 +201,10 @@ def main(argv):
     model = load(options.model, device).eval()
     set_threads(device, model.config, 1)
     name = options.tokenizer or tokenizer_of_model(options.model)
+    tokenizer = load_tokenizer(name)
     if not same_tokenizer(tokenizer_in(options.model), name):
         raise UserError(f'{options.model} has another tokenizer than {name}')
     check_tokenizer(name, model.config)
-    tokenizer = load_tokenizer(name)
     stop = tokenizer.ends if options.stop else ()
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
     torch.manual_seed(options.seed)

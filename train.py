@@ -396,8 +396,8 @@ def shrink(knobs):
     """The general knobs of a toy, which takes seconds."""
     seeds, batch_size = min(2, knobs.seeds), min(4, knobs.batch_size)
     changes = dict(seeds=seeds, batch_size=batch_size, eval_tokens=2048, warmup=1, log_interval=1)
-    unique = min(256, knobs.unique_tokens)  # half of a stage's: what has epochs comes to its second
-    return replace(knobs, **changes, unique_tokens=unique)
+    # of unique tokens half a stage's: what has epochs comes to its second
+    return replace(knobs, unique_tokens=min(256, knobs.unique_tokens), **changes)
 
 
 def count_steps(knobs, stage):

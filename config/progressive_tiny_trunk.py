@@ -1,7 +1,8 @@
-# The tiny family along a trunk: one run at a constant learning rate that grows from size to size,
-# with a short branch per size in which the rate decays. Three fifths of the compute of training all
-# sizes from scratch; what the smaller sizes leave of it goes to the largest. The comparison, five
-# paired seeds against each size alone under the better of two schedules, 15 minutes a seed:
+# Progressive training (Yano et al.) along a trunk: the tiny family as one run at a constant
+# learning rate that grows from size to size, with a short branch per size in which the rate decays.
+# The whole takes 60% of the compute of all sizes from scratch; the largest gets what the smaller
+# ones leave of it. Against each size alone, under the better of two schedules, five paired seeds of
+# about 15 minutes:
 #   python train.py config/progressive_tiny_trunk.py --seeds=5 --compare=independent
 from config.progressive_tiny import *
 

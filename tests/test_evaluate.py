@@ -2,8 +2,6 @@
 
 import json
 import math
-import weakref
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,22 +10,10 @@ from conftest import ROOT, run_command, train_tokenizer, write_texts
 from test_model import small, tokens
 
 from configurator import configure
-from data.instruct import prompt
 from data.vocabulary import load_tokenizer
 from engine.errors import UserError
-from evaluate import (
-    Evaluation,
-    average_accuracy,
-    compare_all,
-    curves_over_training,
-    evaluate,
-    evaluation_tables,
-    kl_divergence,
-    open_for_evaluation,
-    run_tasks,
-    sliding_window_loss,
-)
-from extras.bridge import rouge_l, scored_prompts, text_generator
+from engine.stage import Result
+from evaluate import Evaluation, evaluate, kl_divergence, pairs_to_compare, run_tasks
 from model import GPT, GPTConfig
 
 
@@ -54,45 +40,18 @@ def test_kl_divergence_is_the_mean_over_positions_then_examples():
     )
 
 
-def test_matrices_of_a_family():
-    models, x = [small(), small(n_layer=2), small()], tokens(6, 12)
-    kl, agreement = compare_all([partial(lambda model: model, model) for model in models], x)
-    assert (kl >= 0).all() and kl[0, 2] == 0 == kl[1, 1] and kl[0, 1] == kl[2, 1] > 0
-    assert (
-        torch.equal(agreement, agreement.T)
-        and (agreement.diagonal() == 1).all()
-        and agreement[0, 1] < 1
-    )
-    share = (
-        (models[0](x).logits.argmax(-1) == models[1](x).logits.argmax(-1)).double().mean().item()
-    )
-    assert agreement[0, 1].item() == pytest.approx(share)
-
-
-def test_sliding_window_scores_every_token_once_with_context():
-    model, text = small(), tokens(1, 60)[0].numpy()
-    side_by_side = sliding_window_loss(model, text, 12, 12, 'cpu')
-    sums = [
-        (
-            model(
-                torch.tensor(text[None, i : i + 12])[:, : len(text) - 1 - i],
-                torch.tensor(text[None, i + 1 : i + 13]),
-            ).loss.item(),
-            min(12, 59 - i),
-        )
-        for i in range(0, 59, 12)
-    ]
-    assert side_by_side == pytest.approx(sum(loss * n for loss, n in sums) / 59, rel=1e-5)
-    one_by_one = sliding_window_loss(model, text, 12, 1, 'cpu')
-    logits = [
-        model(torch.tensor(text[None, max(0, i - 12) : i]))
-        .logits[0, -1]
-        .log_softmax(-1)[text[i]]
-        .item()
-        for i in range(12, 60)
-    ]
-    first = model(torch.tensor(text[None, :12]), torch.tensor(text[None, 1:13])).loss.item() * 12
-    assert one_by_one == pytest.approx((first - sum(logits[1:])) / 59, rel=1e-4)
+def test_neighbours_in_a_family_and_one_size_across_families_are_compared(tmp_path):
+    alone = dict(independent='wsd')
+    runs = dict(a={}, b={}, alone_a=alone, alone_b=alone, b_s1=dict(seed=1))
+    for name, labels in runs.items():
+        (tmp_path / name).mkdir()
+        labels = dict(size='a' if name[-1] == 'a' else 'b', seed=0) | labels
+        Result(name, str(tmp_path / name), val_loss=1.0, labels=labels).write()
+    folders = [str(tmp_path / name) for name in ('a', 'b', 'alone_a', 'alone_b', 'b_s1')]
+    found = [tuple(Path(f).name for f in pair) for pair in pairs_to_compare(folders)]
+    assert found == [('a', 'b'), ('alone_a', 'alone_b'), ('a', 'alone_a'), ('b', 'alone_b')]
+    across = pairs_to_compare(['x/32x2', 'x/64x2', 'y/32x2', 'y/64x2'])  # folders without results
+    assert ('x/32x2', 'x/64x2') in across and ('x/64x2', 'y/64x2') in across and len(across) == 4
 
 
 # ----------------------------------------------------------------------------------------------
@@ -111,54 +70,29 @@ def test_evaluating_folders(data_dir, tmp_path):
         f'--data_dir={data_dir}',
         '--eval_tokens=1024',
         '--kl_examples=8',
-        '--stride=16',
         f'--drafts={tmp_path}/model1,{tmp_path}/model2',
         '--draft_prompts=3',
-        f'--out={tmp_path}/out',
     )
-    assert (
-        process.returncode == 0
-        and '| model2 |' in process.stdout
-        and 'KL divergence' in process.stdout
-    ), process.stderr
-    outcome = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
-    assert outcome['models']['model1']['perplexity'] == pytest.approx(
-        math.exp(outcome['models']['model1']['val_loss'])
-    )
-    assert (
-        len(outcome['kl']) == 2
-        and outcome['kl'][0][0] == 0
-        and 'sliding_window_perplexity' in outcome['models']['model2']
-    )
-    alone, other, itself = outcome['drafting']  # model2 has no better draft than itself
-    assert alone['seconds'] > 0 and other['draft'].endswith('model1')
-    assert itself['acceptance rate'] == 1 and abs(itself['KL where it drafts']) < 1e-6
-    assert 0 < other['acceptance rate'] < 1
-    assert other['KL(draft || model) on text'] == pytest.approx(outcome['kl'][0][1], rel=0.2)
+    assert process.returncode == 0 and 'KL(P || Q)' in process.stdout, process.stderr
+    outcome = json.loads((tmp_path / 'model1' / 'evaluation.json').read_text())
+    one, two = outcome['models']
+    assert one['perplexity'] == pytest.approx(math.exp(one['val loss'])) and two['N'] > one['N']
+    (pair,) = outcome['pairs']
+    assert pair['P'].endswith('model1') and pair['KL(P || Q)'] > 0
+    other, itself = outcome['drafts']  # model2 has no better draft than itself
+    assert itself['acceptance rate'] == 1 and abs(itself['KL on text']) < 1e-6
+    assert 0 < other['acceptance rate'] < 1 and other['seconds'] > 0
+    assert other['KL on text'] == pytest.approx(pair['KL(P || Q)'], rel=0.2)
     for argument, word in (
         (tmp_path / 'nothing', 'config.json'),
+        (tmp_path / 'model1', 'block_size=64, but the models read 32'),
         ('--data=no', 'nothing to evaluate'),
     ):
-        process = run_command('evaluate.py', argument, f'--data_dir={data_dir}')
+        how = f'--data_dir={data_dir}', '--block_size=64'
+        process = run_command('evaluate.py', argument, *how)
         assert (
             process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
         ), process.stderr
-
-
-def test_at_most_two_models_are_open_and_in_the_dtype_that_is_asked_for(tmp_path):
-    x, alive = tokens(2, 12), weakref.WeakSet()
-
-    def opener():
-        model = small()
-        alive.add(model)
-        assert len(alive) <= 2
-        return model
-
-    compare_all([opener] * 4, x)
-    small().save(tmp_path, 'bytes')
-    half = open_for_evaluation(tmp_path, torch.device('cpu'), 'bfloat16')
-    assert half.wte.weight.dtype == torch.bfloat16
-    assert kl_divergence(half, open_for_evaluation(tmp_path, torch.device('cpu'), 'auto'), x) < 1e-3
 
 
 TASK = """
@@ -176,7 +110,7 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
     real, asked = lm_eval.simple_evaluate, []
 
     def spy(model, **how):
-        asked.append((how['tasks'], how['num_fewshot']))
+        asked.append((*how['tasks'], how['num_fewshot']))
         return real(model, **how)
 
     monkeypatch.setattr(lm_eval, 'simple_evaluate', spy)
@@ -211,6 +145,7 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
             'metric_list: [{metric: exact_match}]',
         ),
     )
+    kinds['other'] = kinds['choose']
     for name, (kind, more) in kinds.items():
         (tmp_path / f'{name}.yaml').write_text(
             TASK.format(name=name, file=tmp_path / 'data.jsonl', kind=kind, more=more)
@@ -221,89 +156,18 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         tasks = ('choose:1', 'write') if fewshot else ('choose', 'roll', 'write')
         options = Evaluation(tasks=tasks, task_folder=str(tmp_path))
         outcome = run_tasks(folder, options, 'cpu')
-        assert 0 <= outcome['choose']['acc'] <= 1 and outcome['write']['exact_match'] == 0
+        assert 0 <= outcome['choose acc'] <= 1 and outcome['write exact_match'] == 0
         if not fewshot:  # a model that knows nothing finds every byte as likely: 256 of them
-            assert 150 < outcome['roll']['byte_perplexity'] < 600
-    assert asked == [(['choose', 'roll', 'write'], 0), (['choose'], 1), (['write'], 0)]
-    with pytest.raises(UserError, match='write TASK or TASK:EXAMPLES, as mmlu:5'):
+            assert 150 < outcome['roll byte_perplexity'] < 600
+    assert asked == [('choose', 0), ('roll', 0), ('write', 0), ('choose', 1), ('write', 0)]
+    both = run_tasks(
+        folder, Evaluation(tasks=('choose', 'other'), task_folder=str(tmp_path)), 'cpu'
+    )
+    assert both['average_accuracy'] == (both['choose acc'] + both['other acc']) / 2
+    with pytest.raises(UserError, match='--tasks=choose:all'):
         run_tasks(folder, Evaluation(tasks=('choose:all',), task_folder=str(tmp_path)), 'cpu')
-    with pytest.raises(UserError, match='choose is asked for twice'):
-        run_tasks(folder, Evaluation(tasks=('choose', 'choose:5')), 'cpu')
     with pytest.raises(UserError, match='no task .chose.'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
-
-
-def test_answers_are_scored_by_the_closest_of_their_references(data_dir, tmp_path):
-    """Of several references the one counts that is most like what the model says."""
-    torch.manual_seed(0)
-    config = GPTConfig.named('32x2', vocab_size=257, block_size=64)
-    GPT(config).save(tmp_path / 'm', 'bytes')
-    asked = ['Name a letter.', 'Name another one.', 'And one more.']
-    said = text_generator(str(tmp_path / 'm'), max_new_tokens=32)(
-        [prompt(a, '') + '\n' for a in asked]
-    )
-    right = [dict(instruction=a, output=['xyzzy', s + ' word']) for a, s in zip(asked, said)]
-    wrong = [dict(instruction=a, input='', output='xyzzy') for a in asked]
-    for name, rows in (('right', right), ('wrong', wrong)):
-        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    files = [str(tmp_path / f'{name}.jsonl') for name in ('right', 'wrong')]
-    how = [f'--data_dir={data_dir}', '--eval_tokens=256', f'--answers={",".join(files)}']
-    process = run_command('evaluate.py', tmp_path / 'm', *how, '--answer_tokens=32')
-    assert process.returncode == 0, process.stderr
-    (row,) = json.loads((tmp_path / 'm' / 'evaluation.json').read_text())['models'].values()
-    scores = [row['answers'][file]['Rouge-L'] for file in files]
-    expected = [max(rouge_l(s, r) for r in row['output']) for s, row in zip(said, right)]
-    assert scores == [pytest.approx(100 * sum(expected) / 3), 0.0] and scores[0] > 20
-    assert row['average_Rouge-L'] == pytest.approx(scores[0] / 2)
-    assert 'average Rouge-L' in process.stdout
-
-
-def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_path):
-    rows = [
-        dict(prompt='Say a.', output='a'),
-        dict(instruction='Say', input='b', output=['b', 'c']),
-    ]
-    (tmp_path / 'q.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    found = scored_prompts(str(tmp_path / 'q.jsonl'))
-    assert found == [('Say a.', ['a']), (prompt('Say', 'b') + '\n', ['b', 'c'])]
-
-
-@pytest.mark.parametrize(
-    'text, word',
-    [
-        ('', 'holds no records'),
-        ('{"instruction": "a"}', 'line 1: not instruction'),
-        ('{"prompt": 1, "output": "b"}', 'line 1'),
-        ('{"instruction": "a", "output": []}', 'line 1'),
-        ('[1]', 'line 1'),
-        ('{', 'line 1: JSONDecodeError'),
-    ],
-)
-def test_files_without_prompts_are_refused(tmp_path, text, word):
-    (tmp_path / 'q.jsonl').write_text(text)
-    with pytest.raises(UserError, match=word):
-        scored_prompts(str(tmp_path / 'q.jsonl'))
-
-
-def test_the_average_is_of_tasks_with_an_accuracy_and_drawn_over_training(tmp_path):
-    scores = dict(a=dict(acc=0.25), b=dict(acc=0.75, acc_norm=0.5), c=dict(perplexity=9.0))
-    scores |= {'b_part': dict(acc=0.9)}  # of a group
-    assert average_accuracy(scores, ('a', 'b:5', 'c')) == dict(average_accuracy=0.5)
-    assert average_accuracy(scores, ('a', 'c')) == {}
-    stage = tmp_path / 'let-0'
-    stage.mkdir()
-    lines = '{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 9.0, "data_loss": 2.0}\n{"step": 30}\n'
-    (stage / 'metrics.jsonl').write_text(lines)
-    row = dict(n_params=1, val_loss=1.0, perplexity=2.7, average_accuracy=0.5)
-    models = {'let-0/step-20': row, 'let-0/step-9': row | dict(average_accuracy=0.4)}
-    models |= {'let-0': row | dict(average_accuracy=0.6), 'other': row}
-    folders = {name: str(tmp_path / name) for name in models}
-    outcome = dict(models=models)
-    loss, perplexity, accuracy = curves_over_training(outcome, folders)
-    assert [(line.label, line.x, line.y) for line in loss.lines] == [('let-0', [10, 20], [3, 2])]
-    assert (accuracy.lines[0].x, accuracy.lines[0].y) == ([9, 20, 30], [0.4, 0.5, 0.6])
-    assert perplexity.lines[0].y == [2.7] * 3
-    assert evaluation_tables(outcome).split('\n')[0].endswith('| average accuracy |')
 
 
 @pytest.mark.parametrize('preset', sorted((ROOT / 'config').glob('tasks_*.py')), ids=str)

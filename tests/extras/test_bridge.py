@@ -7,14 +7,15 @@ import json
 
 import pytest
 import torch
+from conftest import run_command
 
 import extras.bridge as bridge
 import train
-from data.instruct import Examples
+from data.instruct import Examples, prompt
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Result
-from extras.bridge import rouge_l, text_generator, write_answers
+from extras.bridge import rouge_l, scored_prompts, text_generator, write_answers
 from model import GPT, GPTConfig
 
 
@@ -112,3 +113,53 @@ def test_answers_go_on_where_they_were_interrupted(tmp_path):
         file.write('"cut sho')
     found = write_answers(lambda some: [f'b of {p}' for p in some], prompts, path, batch_size=4)
     assert found == ['a'] * 4 + [f'b of q{i}' for i in range(4, 10)]
+
+
+def test_answers_are_scored_by_the_closest_of_their_references(tmp_path):
+    """Of several references the one counts that is most like what the model says."""
+    torch.manual_seed(0)
+    config = GPTConfig.named('32x2', vocab_size=257, block_size=64)
+    GPT(config).save(tmp_path / 'm', 'bytes')
+    asked = ['Name a letter.', 'Name another one.', 'And one more.']
+    said = text_generator(str(tmp_path / 'm'), max_new_tokens=32)(
+        [prompt(a, '') + '\n' for a in asked]
+    )
+    right = [dict(instruction=a, output=['xyzzy', s + ' word']) for a, s in zip(asked, said)]
+    wrong = [dict(instruction=a, input='', output='xyzzy') for a in asked]
+    for name, rows in (('right', right), ('wrong', wrong)):
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    files = [str(tmp_path / f'{name}.jsonl') for name in ('right', 'wrong')]
+    how = [f'--answers={",".join(files)}', '--answer_tokens=32']
+    process = run_command('extras/bridge.py', tmp_path / 'm', *how)
+    assert process.returncode == 0, process.stderr
+    scores = [float(line.split('|')[2]) for line in process.stdout.splitlines()[2:]]
+    expected = [max(rouge_l(s, r) for r in row['output']) for s, row in zip(said, right)]
+    assert scores[0] == pytest.approx(100 * sum(expected) / 3, abs=1e-4) and scores[0] > 20
+    assert scores[1] == 0 and scores[2] == pytest.approx(scores[0] / 2, abs=1e-4)
+
+
+def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_path):
+    rows = [
+        dict(prompt='Say a.', output='a'),
+        dict(instruction='Say', input='b', output=['b', 'c']),
+    ]
+    (tmp_path / 'q.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    found = scored_prompts(str(tmp_path / 'q.jsonl'))
+    assert found == [('Say a.', ['a']), (prompt('Say', 'b') + '\n', ['b', 'c'])]
+
+
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('', 'holds no records'),
+        ('{"instruction": "a"}', 'line 1: not instruction'),
+        ('{"prompt": 1, "output": "b"}', 'line 1'),
+        ('{"instruction": "a", "output": []}', 'line 1'),
+        ('[1]', 'line 1'),
+        ('{', 'line 1: JSONDecodeError'),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path, text, word):
+    (tmp_path / 'q.jsonl').write_text(text)
+    with pytest.raises(UserError, match=word):
+        scored_prompts(str(tmp_path / 'q.jsonl'))

@@ -1,7 +1,8 @@
-"""DPO: the loss is the paper's and TRL's; a family is tuned, preferred and compared."""
+"""DPO: the loss and its gradient are the paper's; families are tuned, and prefer."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from conftest import run_command
 from test_model import small, tokens
 
 import train
-from data.instruct import LAG, kind_of, offline_rows
+from data.instruct import LAG, Examples, kind_of, offline_rows
+from data.loader import Share
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
 from engine.stage import Progress, Result
-from extras.dpo import Pairs, dpo, log_probability, log_ratios, reference_of
+from engine.teacher import LazyTeacher
+from extras.dpo import dpo, log_probability, pair_source
 from model import GPT, GPTConfig
 
 AT_START = Progress(0, 10)
@@ -40,7 +43,11 @@ def write_pairs(folder, n=40, name='mine.jsonl'):
 def pairs(tmp_path):
     path = write_pairs(tmp_path)
     prepare(Preparation(str(path), str(tmp_path / 'mine'), tokenizer='bytes', prompt='plain'))
-    return Pairs('mine', tmp_path, 'train')
+    return pair_source('mine', knobs_of(tmp_path))
+
+
+def knobs_of(data_dir):
+    return SimpleNamespace(data_dir=data_dir, block_size=32, seed=0, eval_tokens=512)
 
 
 def model_of(layers=1, seed=0, block_size=32):
@@ -59,17 +66,19 @@ def test_files_of_preferences_become_pairs_of_answers_to_one_prompt(tmp_path, na
         'data/prepare.py', path, f'--out={tmp_path}/set', '--tokenizer=bytes', '--prompt=plain'
     )
     assert process.returncode == 0, process.stderr
-    pairs = Pairs('set', tmp_path, 'train')
     found = json.loads(path.read_text()) if name == 'mine.json' else None
     known = {r['chosen']: r for r in found or map(json.loads, path.read_text().splitlines())}
-    x, y = pairs.rows([3, 1], 32)
-    assert x.shape == (2, 2, 32) and y.shape == (2, 2, 33) and y[:, 0, -1].tolist() == [3, 1]
+    source = pair_source('set', knobs_of(tmp_path))
+    x, y = source.read(np.arange(2))
+    assert x.shape == (2, 2, 32) == y.shape
     for inputs, targets in zip(x, y):
-        texts = [bytes(t[:-1][t[:-1] >= 0][:-1].tolist()).decode() for t in targets]
+        texts = [bytes(t[t >= 0][:-1].tolist()).decode() for t in targets]
         row = known[texts[0]]
         asked = [bytes(ids[: len(row['prompt'])].tolist()).decode() for ids in inputs]
         assert kind_of(row) == 'preferences' and texts[1] == row['rejected']
         assert asked == 2 * [row['prompt']]
+    ((vx, vy, count), *_) = source.validation(4, Share('cpu'))
+    assert vx.shape[1] == 32 and (vy >= 0).sum() == count
 
 
 def test_offline_preferences_are_a_functions_own_documentation(monkeypatch):
@@ -82,8 +91,6 @@ def test_offline_preferences_are_a_functions_own_documentation(monkeypatch):
 
 def test_other_sets_are_refused_and_training_on_preferences_is_explained(pairs, tmp_path):
     with pytest.raises(UserError, match='a set of preferences, not supervised'):
-        from data.instruct import Examples
-
         Examples('mine', tmp_path, 'train')
     arguments = ['--size=16x1', '--data=mine', f'--data_dir={tmp_path}', '--tokens=64']
     with pytest.raises(UserError, match='preferences are for --method=posttrain'):
@@ -104,24 +111,24 @@ def test_a_models_log_probability_of_an_answer_is_the_sum_over_its_tokens():
 
 
 def test_the_loss_begins_at_log_2_and_its_gradient_is_the_papers(pairs):
-    model = model_of(seed=1)
-    x, y = map(torch.from_numpy, pairs.rows([4, 0, 2], 32))
-    reference = reference_of(model, pairs, np.arange(len(pairs)), 32).double()
-    exact = [log_probability(model, x[:, i], y[:, i, :-1]) for i in (0, 1)]
-    assert torch.allclose(reference[[4, 0, 2]], torch.stack(exact, 1), atol=1e-5)
-
-    reference = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    reference[[4, 0, 2]] = torch.stack(exact, 1).detach()
-    loss, _, scalars = dpo(lambda: reference)(model, x, y, AT_START)
+    model, (x, y) = model_of(seed=1), map(torch.from_numpy, pairs.read(np.arange(3)))
+    reference = LazyTeacher(model)  # itself
+    reference.model = model
+    loss, count, scalars = dpo(reference)(model, x, y, AT_START)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-12) and scalars['margin'].item() == 0
+    assert count == 3
 
     other, beta = model_of(seed=2), 0.3  # Rafailov et al., section 4: -beta sigmoid(-margin) ...
-    loss, *_ = dpo(lambda: reference, beta)(other, x, y, AT_START)
+    loss, _, scalars = dpo(reference, beta)(other, x, y, AT_START)
     gradient = torch.autograd.grad(loss, other.wte.weight)[0]
-    gain, data_loss = log_ratios(other, x, y, reference)
-    assert data_loss.item() == pytest.approx(other(x[:, 0], y[:, 0, :-1]).loss.item(), rel=1e-6)
-    weight = -beta * torch.sigmoid(-beta * (gain[:, 0] - gain[:, 1])).detach() / 3
-    by_hand = torch.autograd.grad((weight * (gain[:, 0] - gain[:, 1])).sum(), other.wte.weight)[0]
+    preferred = other(x[:, 0], y[:, 0]).loss.item()
+    assert scalars['data_loss'].item() == pytest.approx(preferred, rel=1e-6)
+    chosen, rejected = (
+        log_probability(other, x[:, i], y[:, i]) - log_probability(model, x[:, i], y[:, i]).detach()
+        for i in (0, 1)
+    )
+    weight = -beta * torch.sigmoid(-beta * (chosen - rejected)).detach() / 3
+    by_hand = torch.autograd.grad((weight * (chosen - rejected)).sum(), other.wte.weight)[0]
     assert torch.allclose(gradient, by_hand, rtol=1e-9, atol=1e-14)
 
 
@@ -130,10 +137,9 @@ def test_the_loss_begins_at_log_2_and_its_gradient_is_the_papers(pairs):
 
 
 def test_a_family_is_tuned_and_then_prefers_and_goes_on_where_it_stopped(tmp_path, pairs, capsys):
-    folder = tmp_path / 'family'
-    for size in ('16x1', '16x2'):
-        model = model_of(int(size[-1])).float()
-        model.save(folder / size, 'bytes')
+    names = ('one/16x1', 'one/16x2', 'other/16x2')  # families have members of the same sizes
+    for name in names:
+        model_of(int(name[-1])).float().save(tmp_path / name, 'bytes')
     answers = [dict(instruction=f'say {i}', output='abcdefgh'[i % 8 :]) for i in range(40)]
     (tmp_path / 'answers.jsonl').write_text('\n'.join(map(json.dumps, answers)))
     prepare(
@@ -143,7 +149,7 @@ def test_a_family_is_tuned_and_then_prefers_and_goes_on_where_it_stopped(tmp_pat
     )
     arguments = [
         '--method=posttrain',
-        f'--models={folder}/16x1,{folder}/16x2',
+        '--models=' + ','.join(str(tmp_path / name) for name in names),
         '--data=answers',
         '--preferences=mine',
         f'--data_dir={tmp_path}',
@@ -159,25 +165,27 @@ def test_a_family_is_tuned_and_then_prefers_and_goes_on_where_it_stopped(tmp_pat
     with pytest.raises(SystemExit):
         train.main([*arguments, '--max_minutes=1e-9'])
     train.main(arguments)
-    text = capsys.readouterr().out
-    assert '16x1 -> 16x2' in text and 'right by implied reward' in text
-    tuned, preferring = (Result.of(tmp_path / 'out' / f'16x2-{phase}') for phase in ('sft', 'dpo'))
-    pi_ref = preferring.inherited_flops - tuned.flops  # a third of a pass of training
-    assert pi_ref == pytest.approx(preferring.flops / 3 / 20, rel=0.1)
-    assert tuned.inherited_flops == 0
-    lines = (tmp_path / 'out' / '16x2-dpo' / 'metrics.jsonl').read_text().splitlines()
+    assert 'finished before' not in capsys.readouterr().out.split('one-16x1-dpo')[1]
+    stages = {f'{name.replace("/", "-")}-{phase}' for name in names for phase in ('sft', 'dpo')}
+    assert {path.parent.name for path in (tmp_path / 'out').glob('*/result.json')} == stages
+    tuned, preferring = (Result.of(tmp_path / 'out' / f'one-16x2-{end}') for end in ('sft', 'dpo'))
+    assert tuned.inherited_flops == 0 and preferring.inherited_flops == tuned.flops
+    # two sequences a pair, and as many through pi_ref, forward alone
+    X, T = tuned.params, preferring.tokens
+    assert preferring.flops == pytest.approx((6 * 2 + 2 * 2) * X * T)
+    lines = (tmp_path / 'out' / 'other-16x2-dpo' / 'metrics.jsonl').read_text().splitlines()
     first, last = json.loads(lines[0]), json.loads(lines[-1])
     assert first['loss'] == pytest.approx(math.log(2), rel=1e-3)
     assert last['loss'] < 0.3 and last['accuracy'] > 0.9  # letters win
-    assert (tmp_path / 'out' / '16x2-dpo' / 'reference.safetensors').is_file()
     assert np.isfinite(preferring.val_loss)
 
 
-def test_a_plan_needs_models_or_sizes(tmp_path, capsys):
+def test_a_plan_needs_models_or_their_sizes(tmp_path, capsys):
     arguments = ['--method=posttrain', '--dry_run=True', f'--data_dir={tmp_path}']
-    with pytest.raises(UserError, match='posttrain needs --models'):
-        train.main(arguments)
-    with pytest.raises(UserError, match='no model nowhere; .* needs --sizes'):
+    for more in ([], ['--models=a/16x1,a/16x1']):
+        with pytest.raises(UserError, match='needs different --models'):
+            train.main([*arguments, *more])
+    with pytest.raises(UserError, match='nowhere'):
         train.main([*arguments, '--models=nowhere'])
-    train.main([*arguments, '--models=nowhere', '--sizes=16x1'])
-    assert 'weights of nowhere-sft, objective dpo (beta 0.1' in capsys.readouterr().out
+    train.main([*arguments, '--models=no/16x1'])
+    assert 'weights of no-16x1-sft, objective dpo (beta 0.1' in capsys.readouterr().out

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import run_command
 
-from engine.errors import UserError
-from extras.mt_bench import answers, read_questions
+from extras import mt_bench
 from model import GPT, GPTConfig
 
 QUESTIONS = [
@@ -50,21 +49,19 @@ def test_the_second_turn_sees_the_first_answer(folder, monkeypatch):
         seen.append((bytes(ids).decode(), sampling.temperature))
         return 'four'
 
-    monkeypatch.setattr('extras.mt_bench.reply', reply)
-    monkeypatch.setattr(
-        'extras.mt_bench.conversation_encoder',
-        lambda name: lambda messages: '|'.join(m['content'] for m in messages).encode(),
-    )
-    model = GPT(GPTConfig.named('16x1', vocab_size=257, block_size=256))
-    found = list(answers(model, str(folder / 'small'), QUESTIONS, 100))
+    def encoder(name):
+        return lambda messages: '|'.join(m['content'] for m in messages).encode()
+
+    monkeypatch.setattr(mt_bench, 'reply', reply)
+    monkeypatch.setattr(mt_bench, 'conversation_encoder', encoder)
+    out = folder / 'a.jsonl'
+    mt_bench.main([str(folder / 'small'), f'--questions={folder}/question.jsonl', f'--out={out}'])
     assert seen[:2] == [('Write.', 0.7), ('Write.|four|Again.', 0.7)]
-    assert seen[3] == ('x' * 156, 0.0)  # the end of what does not fit
-    assert found[0]['choices'][0]['turns'] == ['four', 'four']
+    assert seen[2:] == [('2 + 2?', 0.0), ('2 + 2?|four|' + 'x' * 300, 0.0)]
+    first = json.loads(out.read_text().splitlines()[0])
+    assert first['choices'][0]['turns'] == ['four', 'four']
 
 
-def test_what_is_no_question_is_named(tmp_path):
-    (tmp_path / 'q.jsonl').write_text('{"question_id": 1, "turns": ["a"]}\n{"turns": ["b"]}')
-    with pytest.raises(UserError, match='q.jsonl, line 2: no question_id and turns'):
-        read_questions(str(tmp_path / 'q.jsonl'))
+def test_a_missing_file_of_questions_is_one_line():
     process = run_command('extras/mt_bench.py', 'nowhere', '--questions=nowhere.jsonl')
-    assert process.returncode == 2 and 'no file nowhere.jsonl' in process.stderr
+    assert process.returncode == 2 and 'nowhere.jsonl' in process.stderr
