@@ -2,7 +2,7 @@
 A model's answers to the questions of MT-Bench (Zheng et al.; Progressive training, Appendix E), in
 the format that FastChat's judge reads.
 
-    python extras/mt_bench.py out/posttrain_8b/8b-dpo --questions=question.jsonl
+    python extras/mt_bench.py out/posttrain_8b/progressive_8b-8b-dpo --questions=question.jsonl
 
 question.jsonl comes with FastChat: a line for each question, with question_id, category and turns.
 A question's turns are one conversation, in which the model sees its own first answer. The judge

@@ -331,22 +331,6 @@ def test_slices_of_layers_and_training_the_new_ones_alone(data_dir, tmp_path):
         assert failed.returncode == 2 and word in failed.stderr and failed.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize(
-    'damage, word',
-    [
-        (lambda f: (f / 'model.safetensors').write_bytes(b''), 'damaged'),
-        (lambda f: (f / 'model.safetensors').unlink(), 'has no weights'),
-        (lambda f: (f / 'config.json').write_text('{'), 'damaged'),
-        (lambda f: (f / 'config.json').write_text('{"model_type": "mamba"}'), 'mamba'),
-    ],
-)
-def test_damaged_folders_are_not_grown(tmp_path, damage, word):
-    small().save(tmp_path / 'small')
-    damage(tmp_path / 'small')
-    with pytest.raises(UserError, match=word):
-        expand.main([str(tmp_path / 'small'), str(tmp_path / 'large'), '--to=stk2'])
-
-
 # ----------------------------------------------------------------------------------------------
 # the method
 
