@@ -12,7 +12,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, pairwise, takewhile
+from itertools import chain, combinations, pairwise, takewhile
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from configurator import Count, Natural, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
-from engine.errors import UserError, first_line, import_extra, run_as_program, unknown
+from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import write_json
 from engine.hub import model_folder
 from engine.loss import bits_per_byte, evaluate
@@ -42,17 +42,19 @@ def kl_divergence(model_a, model_b, examples):
 
 
 def pairs_to_compare(folders):
-    """The pairs of neighbours in a family, and of one size across families (Tables 4 and 9)."""
+    """The pairs of neighbours in a family, and of one size across families (Table 4)."""
     families, sizes = {}, {}
     for folder in map(Path, folders):
         labels = dict(size=folder.name)
         if (folder / 'result.json').is_file():
             labels |= Result.of(folder).labels
-        key = [labels.get(name) for name in ('family', 'independent', 'seed', 'phase', 'trunk')]
+        if 'trunk' in labels:  # a piece of a run, no member
+            continue
+        key = [labels.get(name) for name in ('family', 'independent', 'seed', 'phase')]
         families.setdefault((folder.parent, *key), []).append(str(folder))
         sizes.setdefault((labels['size'], *key[2:]), []).append(str(folder))
-    neighbours = [pair for family in families.values() for pair in pairwise(family)]
-    return neighbours + [pair for alike in sizes.values() for pair in combinations(alike, 2)]
+    groups = *map(pairwise, families.values()), *(combinations(s, 2) for s in sizes.values())
+    return list(chain(*groups)) or list(pairwise(folders))
 
 
 def drafting(name, opened, examples, options):
@@ -87,19 +89,18 @@ def run_tasks(folder, options, device):
     from lm_eval.tasks import TaskManager
 
     manager, scores = TaskManager(include_path=options.task_folder or None), {}
-    for text in options.tasks:
-        task, _, shots = text.partition(':')
-        if task not in manager.all_tasks:
-            raise unknown('task', task, manager.all_tasks)
-        try:
-            how = dict(num_fewshot=int(shots or 0), bootstrap_iters=0)
-            model = HFLM(str(model_folder(folder)), device=str(device))
-            found = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, **how)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f'--tasks={text} of {folder}: {first_line(error)}') from error
-        for metric, value in found['results'][task].items():
-            if isinstance(value, float):
-                scores[f'{task} {metric.removesuffix(",none")}'] = value
+    try:
+        model = HFLM(str(model_folder(folder)), device=str(device), batch_size=8)
+        for text in options.tasks:
+            task, _, shots = text.partition(':')
+            how = dict(num_fewshot=int(shots or 0), task_manager=manager, bootstrap_iters=0)
+            found = lm_eval.simple_evaluate(model, tasks=[task], **how)['results']
+            for name in [task] if task in found else found:  # a group's parts count within it
+                for metric, value in found[name].items():
+                    if isinstance(value, float):
+                        scores[f'{name} {metric.removesuffix(",none")}'] = value
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'--tasks of {folder}: {first_line(error)}') from error
     right = [value for metric, value in scores.items() if metric.endswith(' acc')]
     return scores | (dict(average_accuracy=statistics.mean(right)) if len(right) > 1 else {})
 
@@ -160,11 +161,10 @@ def evaluate_folders(folders, options):
     opened = partial(open_model, device=device)
     outcome = dict(data=options.data, block_size=block_size, models=[])
     for name in folders:
-        model = opened(name)
         batches = validation_batches(corpus.val, block_size, 8, options.eval_tokens, Share(device))
-        loss = evaluate(model, batches)
+        loss = evaluate(opened(name), batches)
         print(f'{name}: validation loss {loss:.4f}', flush=True)  # what follows may fail
-        row = {'model': name, 'N': model.num_params(), 'val loss': loss}
+        row = {'model': name, 'N': configs[name].num_params(), 'val loss': loss}
         row['perplexity'] = math.exp(min(loss, 700))
         row['bits/byte'] = bits_per_byte(loss, corpus.bytes_per_token)
         if options.tasks:

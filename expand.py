@@ -21,8 +21,8 @@ what u computed. Halve the weights by which the next layer reads them, and their
 the model is twice as wide there and computes the same function. With c copies, divide by c.
 
 The residual stream is more: it is written by every layer, and read through norms. Let each of the c
-copies of a unit be written with a factor w. A norm that is not to notice needs the right w
-(`lossless` below); its gain divides by w, and then the stream is read like any other copies.
+copies of a unit be written with a factor w that leaves the norms' statistics unchanged (`lossless`
+below). A norm's gain divides by w, and what it puts out is read like any other copies.
 
 Copies that are read alike get the same gradient and stay copies for ever. Noise on the weights that
 read them tells them apart; it sums to zero over the copies of a unit and changes no output.
@@ -45,7 +45,6 @@ import torch
 
 from configurator import (
     Count,
-    Natural,
     NonNegative,
     Positive,
     configure,
@@ -80,7 +79,7 @@ class Axis(NamedTuple):
 
     source: torch.Tensor  # (D,) int64: the old unit that each new one copies; -1: none
     factor: torch.Tensor  # (D,) float64: what each is multiplied by
-    fill: float = 0.0  # what a unit that copies none is: this times the mean of the old ones
+    fill: float = 0.0  # units without a source are this times the mean of the old units
 
 
 def copies(source):
@@ -119,18 +118,18 @@ def rows_from_above(old, rows, columns, above=None):
     return torch.cat([own[: len(old)], copied(above, rows, columns)[len(old) :]])
 
 
-def in_turn(d, D, norm):
+def round_robin(d, D, norm):
     """The residual stream with its units copied in turn: 0, 1, ..., d - 1, 0, 1, ..."""
     return unscaled(torch.arange(D) % d)
 
 
 def equal_norm(d, D, norm):
     """
-    The residual stream as its norms see no difference. RMSNorm divides by the root mean square:
-    c copies of x that are written with w = sqrt(D / (d c)) have c (w x)^2 = (D / d) x^2 together,
-    so the mean over D units is what it was over d. LayerNorm subtracts the mean first: it gets
-    k = floor(D / d) copies of each unit, w = sqrt(D / (k d)), and the units that are left stand at
-    the mean, which the norm turns to zero.
+    The residual stream, scaled so that its norms are unchanged. RMSNorm divides by the root mean
+    square. Written with w = sqrt(D / (d c)), the c copies of x have c (w x)^2 = (D / d) x^2
+    together, so the mean over D units is what it was over d. LayerNorm subtracts the mean first:
+    it gets k = floor(D / d) copies of each unit, w = sqrt(D / (k d)), and the units that are left
+    stand at the mean, which the norm turns to zero.
     """
     source, whole = torch.arange(D) % d, D // d * d
     if norm == 'rms':
@@ -144,19 +143,19 @@ class Width(NamedTuple):
 
     residual: Callable  # (d, D, norm: rms or layer) -> the residual stream's Axis
     tensor: Callable  # (old, rows: Axis or None, columns, the layer above's or None) -> new tensor
-    whole: bool = False  # refuses what is not a whole multiple
+    integer_only: bool = False  # refuses what is not a whole multiple
 
 
 # Function-preserving initialisation (bert2BERT): exact where every unit has equally many copies;
-# elsewhere the norms weigh units by their copies. The paper draws the units that are copied once
-# more, here they come in turn: a stack of growths then loses none.
-fpi = Width(in_turn, copied)
+# elsewhere the norms weigh units by their copies. The paper draws at random which units are copied
+# once more; here they come in turn.
+fpi = Width(round_robin, copied)
 # Advanced knowledge initialisation (bert2BERT; progressive training's operator): not exact.
-aki = Width(in_turn, rows_from_above)
+aki = Width(round_robin, rows_from_above)
 # Exact for any width, tied or not, under both norms.
 lossless = Width(equal_norm, copied)
 # HyperCloning: fpi where it is exact.
-clone = Width(in_turn, copied, whole=True)
+clone = Width(round_robin, copied, integer_only=True)
 
 WIDTH = {'fpi': fpi, 'aki': aki, 'lossless': lossless, 'clone': clone}
 
@@ -278,11 +277,6 @@ def identity(old, new):
 DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'identity': identity}
 
 
-def source_layers(depth, small, large):
-    """The list of a depth operator, a name in DEPTH or the list itself."""
-    return DEPTH[depth](small.n_layer, large.n_layer) if isinstance(depth, str) else depth
-
-
 def repeated(layers):
     """The places in a list of source layers that copy one which is there already."""
     return [place for place, layer in enumerate(layers) if layer in layers[:place]]
@@ -294,19 +288,20 @@ def repeated(layers):
 
 def check_growth(small, large, width, depth):
     """Raise UserError, with the field and both values, unless `large` can be grown from `small`."""
-    for what, name, known in (('width', width, WIDTH), ('depth', depth, DEPTH)):
-        if isinstance(name, str) and name not in known:
-            raise unknown(f'{what} operator', name, known)
-    growing = [*SIZE_FIELDS, 'vocab_size'] + ['block_size'] * (small.pos == 'rope')
+    if width not in WIDTH:
+        raise unknown('width operator', width, WIDTH)
     if not isinstance(depth, str):  # a list may leave layers out
         small = replace(small, n_layer=1)
+    elif depth not in DEPTH:
+        raise unknown('depth operator', depth, DEPTH)
+    growing = [*SIZE_FIELDS, 'vocab_size'] + ['block_size'] * (small.pos == 'rope')
     for field, before in vars(small).items():
         after = getattr(large, field)
         if field in growing and after < before:
             raise UserError(f'cannot grow: {field} {before} -> {after} is smaller')
         if field not in (*growing, 'init_std') and after != before:
             raise UserError(f'cannot grow: {field} {before} -> {after} differs')
-        if WIDTH[width].whole and field in WIDTH_FIELDS and after % before:
+        if WIDTH[width].integer_only and field in WIDTH_FIELDS and after % before:
             raise UserError(f'{width} needs whole multiples, not {field} {before} -> {after}')
     query_heads(small, large)
 
@@ -330,8 +325,8 @@ def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     check_growth(small, config, width, depth)
     operator = WIDTH[width]
     axes = axes_between(small, config, operator.residual(small.n_embd, config.n_embd, small.norm))
-    layers = source_layers(depth, small, config)
-    silent = repeated(layers) if depth == 'identity' else ()
+    layers = DEPTH[depth](small.n_layer, config.n_layer) if isinstance(depth, str) else depth
+    zero_output = repeated(layers) if depth == 'identity' else ()
 
     def exact(name):  # in float32 at least: rounded once, at the end
         return old[name].to(torch.promote_types(old[name].dtype, torch.float32))
@@ -349,11 +344,11 @@ def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
         if noise and columns not in (None, 'write'):
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} 0'.encode()))
             add_noise(new, axes[columns].source, noise, generator)
-        if layer in silent and stem in ('attn.o', 'mlp.down'):
+        if layer in zero_output and stem in ('attn.o', 'mlp.down'):
             new = torch.zeros_like(new)
         if small.attn_scale_by_layer and stem == ('attn.q_norm' if small.qk_norm else 'attn.q'):
             new = new * ((layer + 1) / (layers[layer] + 1))  # logits are q k / number of the layer
-        grown[name] = new.to(old[source].dtype)
+        grown[name] = new.to(old[source].dtype, copy=True)  # layers share no memory
     return GPT.from_state(config, grown).train(model.training)
 
 
@@ -454,7 +449,7 @@ class Progressive:
         One stage per size, each grown from the one before, its optimizer fresh; then, to compare,
         from scratch. Under --schedule=wsd a family grows along a trunk.
         """
-        sizes = self.alone(run)
+        sizes = self.from_scratch(run)
         grows_from = finished = None
         for stage, tokens in zip(sizes, self.allocation(sizes)):
             stage.tokens = tokens
@@ -474,12 +469,14 @@ class Progressive:
         if self.compare:
             yield from self.independents(run)
 
-    def alone(self, run):
+    def from_scratch(self, run):
         """A stage for each size, from scratch. Raises UserError for knobs that do not fit."""
         for name in ('scratch_tokens', 'learning_rates', 'batch_sizes', 'shares'):
             found, wanted = len(getattr(self, name)), len(self.sizes)
             if found not in (0, wanted - (name == 'shares' and self.budget > 0)):
                 raise UserError(f'{name} has {found} values for {wanted} sizes')
+        if not self.sizes:
+            raise UserError('sizes is empty')
         sizes, cost = [], 0.0
         for i, name in enumerate(self.sizes):
             if sizes and name in RELATIVE_SIZES:
@@ -503,9 +500,10 @@ class Progressive:
     def allocation(self, sizes):
         """Training tokens of each size: by Eq. 4, or as shares of those from scratch."""
         X, scratch = [size.params for size in sizes], [size.tokens for size in sizes]
-        if not self.shares:
+        if not (self.shares or self.budget):
             return allocate_tokens(X, scratch)
-        tokens = [share * t for share, t in zip(self.shares, scratch)]
+        shares = self.shares or [1] * (len(sizes) - 1)
+        tokens = [share * t for share, t in zip(shares, scratch)]
         if self.budget:
             left = self.budget * sizes[-1].labels['baseline_flops'] / 6
             left -= sum(x * t for x, t in zip(X, tokens))
@@ -515,12 +513,12 @@ class Progressive:
         return tokens
 
     def independents(self, run):
-        """Every size from scratch; beside a trunk under both schedules, to know the better one."""
+        """Every size from scratch; beside a trunk under both schedules, for `summary` to choose."""
         trunk = run.schedule == 'wsd'
         for schedule in ('wsd', 'cosine') if trunk else (run.schedule,):
-            for i, stage in enumerate(self.alone(run)):
-                stage.knobs.pop('learning_rate', None)  # alone at the run's
-                if i or self.shares:  # by Eq. 4 the smallest is one model in both
+            for i, stage in enumerate(self.from_scratch(run)):
+                stage.knobs.pop('learning_rate', None)  # from scratch: the run's
+                if i or self.shares or self.learning_rates:  # else the smallest is one in both
                     stage.name = f'independent-{stage.name}' + f'-{schedule}' * trunk
                     stage.knobs['schedule'] = stage.labels['independent'] = schedule
                     yield stage
@@ -548,11 +546,12 @@ def mean_loss(results):
 
 def saved_at_equal_loss(member, alone):
     """
-    The share of compute that a member saves until its training loss is, for good, what its size
-    ends at alone, counting the smaller sizes on both sides (Figure 2); None where it ends worse.
+    The share of compute saved when a member's training loss falls below, and stays below, the
+    final one of the same size trained alone (Figure 2). The smaller sizes count on both sides.
+    None where the member ends worse.
     Losses are means over a twentieth of a stage.
     """
-    if member.val_loss > alone.val_loss:
+    if member.val_loss > alone.val_loss or not member.baseline_flops:
         return None
     loss = training_curve(alone, points=20)[1][-1]
     reached = steps_to_loss(list(zip(*training_curve(member, points=20))), loss)
@@ -582,7 +581,7 @@ def trunk_and_branch(stage, decay_fraction):
     """
     A stage under WSD, in two: its stable phase, a piece of the family's trunk, and its decay, the
     branch that becomes the member. `yield` hands a stage to train.py and is sent back its Result.
-    Returns both: the next size grows from the first, which no low learning rate has settled yet.
+    Returns both: the next size grows from the first, before its learning rate decays.
     """
     trunk = replace(stage, name=f'{stage.name}-trunk', tokens=(1 - decay_fraction) * stage.tokens)
     trunk.knobs = stage.knobs | dict(schedule='constant')
@@ -686,19 +685,17 @@ class FolderGrowth:
     width: str = 'lossless'  # fpi, aki, lossless or clone
     depth: Literal[*DEPTH] = 'identity'
     noise: NonNegative = 0.1  # zero-sum noise that tells copies apart; 0: none
-    seed: Natural = 0  # of the noise
 
 
 def slices(texts, n_layer):
     """The source layers of '1-24', '9-32', counted from 1. Raises UserError."""
     try:
-        spans = [map(int, text.split('-')) for text in texts]
-        layers = [layer for first, last in spans for layer in range(first - 1, last)]
-    except ValueError:
-        layers = []
-    if not layers or min(layers) < 0 or max(layers) >= n_layer:
-        raise UserError(f'--layers={",".join(texts)}: FIRST-LAST,FIRST-LAST of {n_layer} layers')
-    return layers
+        spans = [tuple(map(int, text.split('-'))) for text in texts]
+        assert all(1 <= first <= last <= n_layer for first, last in spans)
+    except (ValueError, AssertionError):
+        where = f'--layers={",".join(texts)}'
+        raise UserError(f'{where}: FIRST-LAST,FIRST-LAST of {n_layer} layers') from None
+    return [layer for first, last in spans for layer in range(first - 1, last)]
 
 
 def main(argv):
@@ -715,10 +712,11 @@ def main(argv):
         if options.layers:
             depth = slices(options.layers, model.config.n_layer)
             config = replace(config, n_layer=len(depth))
-        grown = grow(model, config, options.width, depth, options.noise, options.seed)
+        grown = grow(model, config, options.width, depth, options.noise)
         grown.save(unfinished, tokenizer_to_carry(options.source))
     print(f'{options.target}: {model.config.num_params():,} to {config.num_params():,} parameters')
-    if added := repeated(source_layers(depth, model.config, config)):
+    layers = depth if options.layers else DEPTH[depth](model.config.n_layer, config.n_layer)
+    if added := repeated(layers):
         places = '|'.join(map(str, added))
         print(f"its new layers alone are trained by  --freeze='^(?!blocks\\.({places})\\.)'")
 

@@ -39,7 +39,7 @@ from model import load, probabilities
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, as in model.probabilities; a token of `stop` ends a text."""
+    """How tokens are drawn, as in model.probabilities; any token in `stop` ends a text."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -116,15 +116,15 @@ def check_same_tokenizer(one, other):
 
 def draft_for(model, draft, prompts, limits, sampling):
     """
-    (the continuations of prompts, each (1, T), with a draft model, the record of what it brought).
+    (the continuations of prompts, each (1, T), with a draft model; a record of its speed and
+    acceptance rate).
     limits: most tokens of a continuation, tokens that are drafted ahead.
     """
     started = time.time()
     found, drafted, accepted = zip(
         *[speculate(model, draft, p, *limits, sampling) for p in prompts]
     )
-    seconds = time.time() - started
-    record = {'seconds': seconds / len(found), 'tokens/s': sum(map(len, found)) / seconds}
+    record = {'seconds': (time.time() - started) / len(found)}
     return found, record | {'acceptance rate': sum(accepted) / max(1, sum(drafted))}
 
 
@@ -155,8 +155,8 @@ def reply(model, tokenizer, ids, max_new_tokens, sampling):
 
 def converse(model, tokenizer, options, sampling):
     """
-    Answer every line that is typed, to the end of the input. Of a conversation that is longer than
-    the context the model sees the end.
+    Answer every line that is typed, to the end of the input. When the context is full, the model
+    sees the end of the conversation.
     """
     encode, messages = conversation_encoder(options.model), []
     while True:
@@ -214,7 +214,7 @@ def main(argv):
     prompts = torch.tensor([ids], device=device).repeat(options.samples, 1)
     started = time.time()
     found = generate(model, prompts, options.max_new_tokens, sampling)
-    records = [{'': 'alone', 'tokens/s': sum(map(len, found)) / (time.time() - started)}]
+    records = [{'': 'alone', 'seconds': (time.time() - started) / len(found)}]
     if options.draft:
         check_same_tokenizer(options.model, options.draft)
         draft = load(options.draft, device).eval()

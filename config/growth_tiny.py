@@ -8,7 +8,7 @@
 import torch
 
 from expand import WIDTH as _WIDTH
-from expand import Width, copied, in_turn
+from expand import Width, copied, round_robin
 
 
 def keep_and_draw(old, rows, columns, above):
@@ -20,7 +20,7 @@ def keep_and_draw(old, rows, columns, above):
     return new
 
 
-_WIDTH['half'] = Width(in_turn, keep_and_draw)
+_WIDTH['half'] = Width(round_robin, keep_and_draw)
 
 method = 'growth'
 base = '48x2'

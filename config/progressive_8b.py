@@ -5,9 +5,10 @@
 # FLOPs are 6 X T with X of layers and head, as in every run here; the paper rounds X to 1, 2, 4 and
 # 8B, and has 15.4 and 20.4.
 # Beside every size alone, at 3e-4 (section 4.1; Figure 2): --compare=independent
-# Table 2, one maximum learning rate for all sizes: --learning_rates=3e-4,3e-4,3e-4,3e-4
-# Figure 4, the largest alone at 3e-4, and again at the rate of the smallest, which spikes:
-#   --sizes=8b --scratch_tokens=320e9 --shares=1 --batch_sizes=7680 --learning_rates=1.5e-3
+# Table 2, one maximum learning rate: --learning_rates=3e-4,3e-4,3e-4,3e-4 --out_dir=out/fixed_8b
+# Figure 4, the largest alone at 1.5e-3, which spikes; and with 3e-4 in out/alone_3e-4:
+#   --sizes=8b --scratch_tokens=320e9 --shares=1 --batch_sizes=7680 --learning_rates=1.5e-3 \
+#   --out_dir=out/alone_1.5e-3
 # Table 4: python evaluate.py out/progressive_8b --data=fineweb_edu --kl_examples=10000
 # Table 1, that and 1x Chinchilla: also --scratch_tokens=20e9,40e9,80e9,160e9
 # Table 3, "+Fixed Data", at most 320B different tokens, as many as the 8B model sees when it is

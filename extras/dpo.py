@@ -4,7 +4,7 @@ first, then preferences (Progressive training, Appendix E).
 
     python train.py config/posttrain_tiny.py
     python train.py config/posttrain_8b.py
-    python evaluate.py out/posttrain_tiny    # how alike the members still are (Table 9)
+    python extras/mt_bench.py out/posttrain_8b/progressive_8b-8b-dpo    # for the judge of Table 9
 
 With pi the model and pi_ref a frozen copy of what it started as, c the answer to x that is
 preferred and r the other one,
@@ -46,13 +46,12 @@ def dpo(reference, beta=0.1):
     def objective(model, x, y, progress):
         x, y = x.flatten(0, 1), y.flatten(0, 1)
         with torch.no_grad():
-            before = log_probability(reference.on(x.device), x, y)
-        now = log_probability(model, x, y)
-        chosen, rejected = (now - before).view(-1, 2).unbind(1)  # log pi / pi_ref
+            ref_logp = log_probability(reference.on(x.device), x, y)
+        logp = log_probability(model, x, y)
+        chosen, rejected = (logp - ref_logp).view(-1, 2).unbind(1)  # log pi / pi_ref
         margin = beta * (chosen - rejected)
-        data_loss = -now[::2].sum() / (y[::2] >= 0).sum()
-        scalars = dict(margin=margin.mean(), data_loss=data_loss)
-        scalars['accuracy'] = (margin > 0).float().mean()
+        data_loss = -logp[::2].sum() / (y[::2] >= 0).sum()
+        scalars = dict(data_loss=data_loss, accuracy=(margin > 0).float().mean())
         return -F.logsigmoid(margin).mean(), torch.tensor(len(margin), device=x.device), scalars
 
     return objective
@@ -105,12 +104,13 @@ class PostTraining:
         if not names or len({*names}) < len(names):
             raise UserError('posttrain needs different --models=FAMILY/SIZE,FAMILY/SIZE')
         for name, model in zip(names, self.models):
-            size, there = Path(model).name, Path(model).is_dir() and not run.toy
+            there = not run.toy and (Path(model).is_dir() or not run.dry_run)
+            size = Path(model).name.removeprefix('independent-')
             config = run.given_config(model) if there else run.model_config(size)
             X, length = config.num_params(head=True), min(run.block_size, config.block_size)
             tokens = self.sft_epochs * count_examples(next(iter(run.corpora)), run) * length
             stage = Stage(f'{name}-sft', config, tokens, X)
-            stage.labels = dict(family=Path(model).parent.name, size=size, phase='sft')
+            stage.labels = dict(family=name.removesuffix(size), size=size, phase='sft')
             stage.knobs = dict(learning_rate=self.sft_learning_rate)
             if there:
                 stage.origin, stage.tokenizer = Origin('weights', (name,)), model

@@ -11,7 +11,6 @@ itself, a model behind an interface that costs money, is FastChat's business.
 
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class Answering:
 
     model: str = ''  # model folder, or a name on the hub
     questions: str = 'question.jsonl'  # FastChat's
-    out: str = 'answers.jsonl'  # file of the answers
+    out: str = ''  # file of the answers; empty: NAME.jsonl
     max_new_tokens: Count = 1024  # of an answer
     device: str = 'auto'  # cuda, mps or cpu
 
@@ -62,10 +61,11 @@ def main(argv):
             messages.append(dict(role='assistant', content=said))
         number, said = question['question_id'], [m['content'] for m in messages[1::2]]
         record = dict(question_id=number, answer_id=f'{name}-{number}', model_id=name)
-        record |= dict(choices=[dict(index=0, turns=said)], tstamp=time.time())
+        record['choices'] = [dict(index=0, turns=said)]
         lines.append(json.dumps(record, ensure_ascii=False))
-    write_atomically(options.out, '\n'.join(lines) + '\n')
-    print(f'{options.out}: the answers to {len(lines)} questions')
+    out = options.out or f'{name}.jsonl'
+    write_atomically(out, '\n'.join(lines) + '\n')
+    print(f'{out}: the answers to {len(lines)} questions')
 
 
 if __name__ == '__main__':

@@ -164,9 +164,9 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         folder, Evaluation(tasks=('choose', 'other'), task_folder=str(tmp_path)), 'cpu'
     )
     assert both['average_accuracy'] == (both['choose acc'] + both['other acc']) / 2
-    with pytest.raises(UserError, match='--tasks=choose:all'):
+    with pytest.raises(UserError, match='--tasks of .*invalid literal.*all'):
         run_tasks(folder, Evaluation(tasks=('choose:all',), task_folder=str(tmp_path)), 'cpu')
-    with pytest.raises(UserError, match='no task .chose.'):
+    with pytest.raises(UserError, match='--tasks of .*chose'):
         run_tasks(folder, Evaluation(tasks=('chose',), task_folder=str(tmp_path)), 'cpu')
 
 

@@ -130,7 +130,7 @@ def test_stacking_twice_is_stacking_fourfold():
 
 
 def test_copied_layers_share_no_memory():
-    deep = deepen(small(), 6, 'stack')
+    deep = deepen(small(qk_norm=True), 6, 'stack')
     pointers = [p.data_ptr() for p in deep.parameters()]
     assert len(set(pointers)) == len(pointers)
 
@@ -296,6 +296,7 @@ def test_growing_on_the_command_line(tmp_path):
         ([tmp_path / 'no', tmp_path / 'x', '--to=exp'], 'config.json'),
         ([tmp_path / 'small', tmp_path / 'x', '--layers=1-3'], '--layers=1-3: FIRST-LAST'),
         ([tmp_path / 'small', tmp_path / 'x', '--layers=two'], '--layers=two: FIRST-LAST'),
+        ([tmp_path / 'small', tmp_path / 'x', '--layers=1-2,2-1'], 'FIRST-LAST'),
         ([tmp_path / 'small', tmp_path / 'x', '--to=160000x160'], 'allocate memory'),
     ):
         process = run_command('expand.py', *arguments)
@@ -425,7 +426,7 @@ def curve(folder, losses, labels, **more):
 def test_the_compute_saved_at_equal_loss_is_read_from_the_curves(tmp_path):
     alone = dict(size='b', independent='cosine', baseline_flops=200.0)
     alone = curve(tmp_path / 'alone', [5.0, 4.0, 3.0, 2.5], alone, val_loss=2.5)
-    how = dict(labels={}, before={'a': 60.0})
+    how = dict(labels=dict(baseline_flops=200.0), before={'a': 60.0})
     member = curve(tmp_path / 'b', [4.0, 3.0, 2.0, 1.0], val_loss=1.0, **how)
     # between its second and third line
     assert saved_at_equal_loss(member, alone) == pytest.approx(1 - (60 + 25) / 200)
@@ -448,6 +449,8 @@ def test_the_largest_gets_what_a_budget_leaves():
     stages = planned(shares=(1, 1, 0.95), budget=0.6, schedule='wsd')
     spent = sum(result.flops for _, result in stages)
     assert spent == pytest.approx(0.6 * stages[-1][1].baseline_flops, rel=1e-5)
+    (_, last), total = planned(budget=0.9)[-1], stages[-1][1].baseline_flops
+    assert last.total_flops == pytest.approx(0.9 * total, rel=1e-5)  # the smaller ones: whole
     with pytest.raises(UserError, match='leaves nothing'):
         planned(shares=(1, 1, 0.95), budget=0.1)
     with pytest.raises(UserError, match='shares has 4 values'):
@@ -511,6 +514,7 @@ def test_independent_training_at_the_runs_learning_rate():
     'knobs, words',
     [
         (dict(sizes=('64x4', '32x2')), 'n_layer 4 -> 2 is smaller'),
+        (dict(sizes=()), 'sizes is empty'),
         (dict(batch_sizes=(1, 2)), 'batch_sizes has 2 values for 4 sizes'),
         (dict(width='fpj'), 'did you mean fpi'),
         (dict(depth='stuck'), 'did you mean stack'),

