@@ -10,7 +10,7 @@ drafting, downstream tasks.
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, combinations, pairwise, takewhile
 from pathlib import Path
@@ -125,6 +125,7 @@ class Evaluation:
         str, ...
     ] = ()  # of lm-evaluation-harness: lambada_openai, arc_easy, mmlu:5 with five examples
     task_folder: str = ''  # folder of task files of your own, beside the harness' tasks
+    out: str = ''  # folder of evaluation.json; empty: the first one, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu
 
 
@@ -159,13 +160,13 @@ def evaluate_folders(folders, options):
         raise UserError(f'block_size={block_size}, but the models read {longest} tokens')
     set_threads(device, max(configs.values(), key=lambda config: config.n_embd), 8 * block_size)
     opened = partial(open_model, device=device)
-    outcome = dict(data=options.data, block_size=block_size, models=[])
+    outcome = dict(models=[])
     for name in folders:
         batches = validation_batches(corpus.val, block_size, 8, options.eval_tokens, Share(device))
         loss = evaluate(opened(name), batches)
         print(f'{name}: validation loss {loss:.4f}', flush=True)  # what follows may fail
         row = {'model': name, 'N': configs[name].num_params(), 'val loss': loss}
-        row['perplexity'] = math.exp(min(loss, 700))
+        row['perplexity'] = math.exp(loss)
         row['bits/byte'] = bits_per_byte(loss, corpus.bytes_per_token)
         if options.tasks:
             row |= run_tasks(name, options, device)
@@ -193,13 +194,11 @@ def main(argv):
     knobs = [word for word in words if word.endswith('.py')] + argv[len(words) :]
     options, _, _ = configure(knobs, Evaluation, program='evaluate.py FOLDER ...')
     outcome = evaluate_folders(members(folders), options)
-    tables = [records for records in outcome.values() if isinstance(records, list)]
-    print('\n' + render(tables))
-    out = Path(folders[0])
-    if not out.is_dir():  # a model of the hub
-        out = Path('out', out.name)
-        out.mkdir(parents=True, exist_ok=True)
-    write_json(out / 'evaluation.json', outcome)
+    print('\n' + render(outcome.values()))
+    first = Path(folders[0])
+    out = Path(options.out or (first if first.is_dir() else Path('out', first.name)))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / 'evaluation.json', outcome | dict(options=asdict(options)))
     print(f'\nevaluation.json is in {out}/')
 
 

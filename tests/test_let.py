@@ -502,7 +502,6 @@ def test_models_along_a_run_are_kept_and_evaluated(compared, data_dir, tmp_path,
     kept = [str(stage / 'step-8'), str(stage / 'step-16'), str(stage)]
     evaluate.main([*kept, f'--data_dir={data_dir}', '--data=pydocs', f'--out={tmp_path}'])
     assert 'step-8' in capsys.readouterr().out
-    assert (tmp_path / 'evaluation.png').stat().st_size > 5000
 
 
 def test_a_resumed_run_goes_on_with_its_weight_of_alignment(compared, data_dir, tmp_path):
