@@ -121,9 +121,7 @@ class Evaluation:
     drafts: tuple[str, ...] = ()  # models that draft for the last one that is evaluated
     draft_prompts: Count = 1000  # beginnings of validation sequences that are continued for that
     draft_tokens: Count = 8  # drafted ahead
-    tasks: tuple[
-        str, ...
-    ] = ()  # of lm-evaluation-harness: lambada_openai, arc_easy, mmlu:5 with five examples
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: arc_easy, mmlu:5 (with 5 examples)
     task_folder: str = ''  # folder of task files of your own, beside the harness' tasks
     out: str = ''  # folder of evaluation.json; empty: the first one, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu

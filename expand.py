@@ -547,9 +547,8 @@ def mean_loss(results):
 def saved_at_equal_loss(member, alone):
     """
     The share of compute saved when a member's training loss falls below, and stays below, the
-    final one of the same size trained alone (Figure 2). The smaller sizes count on both sides.
-    None where the member ends worse.
-    Losses are means over a twentieth of a stage.
+    final one of the same size trained alone (Figure 2). The smaller sizes count on both sides;
+    losses are means over a twentieth of a stage. None where the member ends worse.
     """
     if member.val_loss > alone.val_loss or not member.baseline_flops:
         return None
