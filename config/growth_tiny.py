@@ -1,6 +1,6 @@
 # Three of the papers grow models by different operators: here each of them starts the same second
 # stage, from the same base, on the same tokens, beside random initialisation. Three seeds, about
-# eight minutes each on a CPU; ends with the ranking.
+# thirteen minutes each on one core of a CPU; ends with the ranking.
 #
 # An operator of one's own is two functions, and with its name in WIDTH a --width everywhere. This
 # one keeps the old block and draws the new units at half its scale: is it copying that helps, or
