@@ -20,6 +20,7 @@ import torch
 from configurator import Count, Natural, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
+from data.vocabulary import tokenizer_in
 from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import write_json
 from engine.hub import model_folder
@@ -151,7 +152,7 @@ def evaluate_folders(folders, options):
     for name, config in configs.items():
         check_vocabulary(corpus, config, name)
     for draft in options.drafts:
-        check_same_tokenizer(folders[-1], draft)
+        check_same_tokenizer(draft, tokenizer_in(folders[-1]))
     longest = min(config.block_size for config in configs.values())
     block_size = options.block_size or longest
     if block_size > longest:
@@ -175,9 +176,9 @@ def evaluate_folders(folders, options):
         return torch.cat([x for x, _, _ in batches])
 
     if options.kl_examples:
-        outcome['pairs'] = []
+        outcome['pairs'], texts = [], examples(options.kl_examples)
         for p, q in pairs_to_compare(folders):
-            kl, same = compare(opened(p), opened(q), examples(options.kl_examples))
+            kl, same = compare(opened(p), opened(q), texts)
             outcome['pairs'].append({'P': p, 'Q': q, 'KL(P || Q)': kl, 'agreement': same})
     if options.drafts:
         texts = examples(options.draft_prompts)

@@ -294,7 +294,9 @@ def check_growth(small, large, width, depth):
         small = replace(small, n_layer=1)
     elif depth not in DEPTH:
         raise unknown('depth operator', depth, DEPTH)
-    growing = [*SIZE_FIELDS, 'vocab_size'] + ['block_size'] * (small.pos == 'rope')
+    growing = [*SIZE_FIELDS, 'vocab_size']
+    if small.pos == 'rope':
+        growing.append('block_size')
     for field, before in vars(small).items():
         after = getattr(large, field)
         if field in growing and after < before:
@@ -519,7 +521,9 @@ class Progressive:
             for i, stage in enumerate(self.from_scratch(run)):
                 stage.knobs.pop('learning_rate', None)  # from scratch: the run's
                 if i or self.shares or self.learning_rates:  # else the smallest is one in both
-                    stage.name = f'independent-{stage.name}' + f'-{schedule}' * trunk
+                    stage.name = f'independent-{stage.name}'
+                    if trunk:
+                        stage.name += f'-{schedule}'
                     stage.knobs['schedule'] = stage.labels['independent'] = schedule
                     yield stage
 

@@ -108,17 +108,16 @@ def accept(p, q, proposed):
     return accepted, torch.multinomial((p[accepted] - q[accepted]).clamp(min=0), 1)
 
 
-def check_same_tokenizer(one, other):
-    """Raise UserError if two models, folders or hub names, have different tokenizers."""
-    if not same_tokenizer(tokenizer_in(one), tokenizer_in(other)):
-        raise UserError(f'{one} has another tokenizer than {other}')
+def check_same_tokenizer(model, name):
+    """Raise UserError if a model, a folder or hub name, has another tokenizer than `name`."""
+    if not same_tokenizer(tokenizer_in(model), name):
+        raise UserError(f'{model} has another tokenizer than {name}')
 
 
 def draft_for(model, draft, prompts, limits, sampling):
     """
     (the continuations of prompts, each (1, T), with a draft model; a record of its speed and
-    acceptance rate).
-    limits: most tokens of a continuation, tokens that are drafted ahead.
+    acceptance rate). limits: most tokens of a continuation, tokens that are drafted ahead.
     """
     started = time.time()
     found, drafted, accepted = zip(
@@ -202,8 +201,7 @@ def main(argv):
     set_threads(device, model.config, 1)
     name = options.tokenizer or tokenizer_of_model(options.model)
     tokenizer = load_tokenizer(name)
-    if not same_tokenizer(tokenizer_in(options.model), name):
-        raise UserError(f'{options.model} has another tokenizer than {name}')
+    check_same_tokenizer(options.model, name)
     check_tokenizer(name, model.config)
     stop = tokenizer.ends if options.stop else ()
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
@@ -216,7 +214,7 @@ def main(argv):
     found = generate(model, prompts, options.max_new_tokens, sampling)
     records = [{'': 'alone', 'seconds': (time.time() - started) / len(found)}]
     if options.draft:
-        check_same_tokenizer(options.model, options.draft)
+        check_same_tokenizer(options.draft, name)
         draft = load(options.draft, device).eval()
         limits = options.max_new_tokens, options.draft_tokens
         found, record = draft_for(model, draft, prompts[:, None], limits, sampling)

@@ -88,11 +88,7 @@ def test_fpi_and_aki_are_products_with_copy_matrices(shape, depth, width):
         rows = torch.arange(D // group) % (d // group)
         return torch.eye(d // group).double()[rows].kron(torch.eye(group).double())
 
-    stream, heads, mlp = (
-        matrix(32, 48),
-        matrix(32, 48, 8),
-        matrix(40, 70),
-    )
+    stream, heads, mlp = matrix(32, 48), matrix(32, 48, 8), matrix(40, 70)
     sides = {'q': (heads, stream), 'k': (heads, stream), 'v': (heads, stream)}
     sides |= {'o': (stream, heads), 'up': (mlp, stream), 'gate': (mlp, stream)}
     sides['down'] = stream, mlp
