@@ -26,9 +26,9 @@ from torch.nn.utils import clip_grad_norm_
 from configurator import Count, configure
 from engine.errors import UserError, import_extra, run_as_program, unknown
 from engine.hugging_face import config_to_hugging_face
+from engine.log import progress_bar
 from engine.optimizer import make_optimizer
 from engine.parallel import attention_kernels, find_hardware
-from engine.progress import progress_bar
 from engine.report import table
 from engine.stage import Progress, next_token
 from let import Alignment, distil, let, pair_layers

@@ -41,9 +41,9 @@ from data.vocabulary import same_tokenizer, tokenizer_in, tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
+from engine.log import progress_bar
 from engine.loss import evaluate
 from engine.parallel import choose_device, processes
-from engine.progress import progress_bar
 from engine.report import format_count, table
 from engine.stage import Origin, Result, Stage
 from engine.teacher import planned_config

@@ -24,9 +24,9 @@ from data.vocabulary import tokenizer_in
 from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import write_json
 from engine.hub import model_folder
+from engine.log import progress_bar
 from engine.loss import bits_per_byte, evaluate
 from engine.parallel import choose_device, set_threads
-from engine.progress import progress_bar
 from engine.report import finished_stages, render
 from engine.stage import Result
 from expand import compare
@@ -82,8 +82,8 @@ def drafting(name, opened, examples, options):
 
 def run_tasks(folder, options, device):
     """
-    {'TASK METRIC': value} of lm-evaluation-harness for options.tasks, with the mean accuracy of
-    those that have one; transformers opens the folder. Raises UserError for what it cannot do.
+    {'TASK METRIC': value} of lm-evaluation-harness for options.tasks, with the mean of the metrics
+    options.average; transformers opens the folder. Raises UserError for what it cannot do.
     """
     lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
     from lm_eval.models.huggingface import HFLM
@@ -100,9 +100,10 @@ def run_tasks(folder, options, device):
                 for metric, value in found[name].items():
                     if isinstance(value, float):
                         scores[f'{name} {metric.removesuffix(",none")}'] = value
+        chosen = options.average or [name for name in scores if name.endswith(' acc')]
+        right = [scores[name] for name in chosen]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'--tasks of {folder}: {first_line(error)}') from error
-    right = [value for metric, value in scores.items() if metric.endswith(' acc')]
     return scores | (dict(average_accuracy=statistics.mean(right)) if len(right) > 1 else {})
 
 
@@ -123,6 +124,7 @@ class Evaluation:
     draft_prompts: Count = 1000  # beginnings of validation sequences that are continued for that
     draft_tokens: Count = 8  # drafted ahead
     tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: arc_easy, mmlu:5 (with 5 examples)
+    average: tuple[str, ...] = ()  # of these metrics (hellaswag acc_norm); empty: of every acc
     task_folder: str = ''  # folder of task files of your own, beside the harness' tasks
     out: str = ''  # folder of evaluation.json; empty: the first one, of a hub model out/NAME
     device: str = 'auto'  # cuda, mps or cpu

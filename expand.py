@@ -52,16 +52,15 @@ from configurator import (
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder
+from engine.log import progress_bar
 from engine.loss import kl_of_logits
-from engine.progress import progress_bar
 from engine.report import (
-    Line,
     Panel,
     by_label,
     compare_variants,
     difference,
     family_cost,
-    mean_curve,
+    mean_line,
     steps_to_loss,
     training_curve,
 )
@@ -646,10 +645,8 @@ class GrowthComparison:
         panel = Panel('tokens of the second stage', 'validation loss')
         records = compare_variants(results, self.against)
         for record, runs in zip(records, by_label(results, 'variant').values()):
-            shares, losses = zip(*mean_curve(runs))
-            tokens = [share * runs[0].tokens for share in shares]
-            panel.lines.append(Line(tokens, list(losses), record['variant']))
-            record['at step 0'] = losses[0]
+            panel.lines.append(mean_line(runs, record['variant']))
+            record['at step 0'] = panel.lines[-1].y[0]
         ranked = sorted(records, key=lambda record: record['val loss'])
         return [ranked, ('growth.png', [panel])]
 

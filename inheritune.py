@@ -1,285 +1,269 @@
 """
-Inheritune: deep layers of a trained model turn lazy; inherit the early ones, train on, and grow
+Inheritune: the deep layers of a trained model turn lazy; inherit the early ones, train on, and grow
 until the child matches its parent.
 
 Paper: Sanyal et al., Inheritune: Training Smaller Yet More Attentive Language Models.
 
-    python inheritune.py out/progressive_tiny/64x4             # how attentive is each layer
-    python inheritune.py out/progressive_tiny/64x4 child --n=2 # a model of the first two
-    python train.py config/inheritune_tiny.py                  # the method and its baselines
+    python train.py config/inheritune_tiny.py                       # the method and its baselines
+    python inheritune.py out/inheritune_tiny/reference              # how attentive is each layer
+    python inheritune.py out/inheritune_tiny/reference child --n=2  # a model of its first two
 
-Algorithm 1: train a child of the first n = k/2 layers of a reference of k layers for as many steps
-as the reference had; while its validation loss is above the reference's, let it inherit two more
-layers and train again. What a lazy layer is: extras/attention.py.
+Of a head's attention matrix A (T, T), with singular values sigma_i and columns A_j (section 2):
+
+    rank k* = the fewest singular values with 90% of sum sigma_i^2
+    mass m* = the fewest columns with 90% of |A|_F^2
+
+The value of a layer is the maximum over its heads. A layer is lazy if that rank is one. Algorithm 1
+takes a reference of k layers that was trained for T steps:
+
+    1   the target is the first n = k/2 layers of the reference
+    2   train it for T steps
+    3   while its validation loss is above the reference's:
+    4       let it inherit two more layers
+    5       train it for T steps
 """
 
-import contextlib
-import math
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
-from configurator import (
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Positive,
-    configure,
-)
+import numpy as np
+import torch
+
+from configurator import Count, Natural, NonNegative, Positive, configure
+from data.corpus import check_vocabulary, open_corpus, verify_corpus
 from data.vocabulary import tokenizer_to_carry
-from engine.errors import UserError, run_as_program, unknown
-from engine.files import new_folder, read_json, write_json
-from engine.hub import model_folder
-from engine.log import has_metrics
-from engine.loss import evaluate
-from engine.parallel import find_hardware, gather, processes
-from engine.report import Line, Panel, by_label, compare_variants, mean_curve
-from engine.stage import Origin, Result, Stage
-from engine.weights import weight_files
-from extras.attention import (
-    Attention,
-    attention_command,
-    observe_attention,
-    observed_panels,
-    run_samples,
+from engine.errors import UserError, run_as_program
+from engine.files import new_folder, write_atomically
+from engine.log import read_metrics
+from engine.parallel import choose_device
+from engine.report import (
+    Line,
+    Panel,
+    by_label,
+    compare_variants,
+    draw_panels,
+    mean_line,
+    pyplot,
+    render,
+    save_figure,
 )
-from let import distil, teacher_flops
-from model import GPT, load, read_config
+from engine.stage import Origin, Result, Stage
+from model import GPT, GPTConfig, all_params, load
+
+# ----------------------------------------------------------------------------------------------
+# what a lazy layer is (section 2)
+
+
+@torch.no_grad()
+def attention_maps(model, idx, causal=True):
+    """
+    Yield the attention matrices A of each layer (Eq. 1), float32 (B, H, T, T), for tokens idx
+    (B, T). causal=False: as if every position saw all others, which Figure 2 shows; the hidden
+    states stay those of the causal model.
+    """
+    inputs = []
+    keep = lambda attn, given: inputs.append((attn, *given))
+    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.blocks]
+    model.residual_stream(idx)
+    for hook in hooks:
+        hook.remove()
+    for attn, x, rope, _ in inputs:
+        q, k, _ = attn.project(x, rope)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # a group of queries shares its keys
+        logits = q @ k.mT * attn.scale
+        if causal:
+            logits += torch.full_like(logits, -torch.inf).triu(1)
+        yield logits.float().softmax(-1)
+
+
+def fewest(shares, threshold):
+    """How many of the largest of the last dimension's shares hold `threshold` of their sum."""
+    cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
+    enough = (threshold - 1e-7) * cumulative[..., -1:]  # less what rounding may have taken
+    return (cumulative < enough).sum(-1) + 1
+
+
+def attention_rank(attention, threshold=0.9):
+    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> (...)."""
+    attention = attention.double()
+    squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
+    return fewest(squares.clamp(min=0), threshold)
+
+
+def column_mass(attention, threshold=0.9):
+    """m*: the fewest columns with `threshold` of |A|_F^2; (..., T, T) -> int64 (...)."""
+    return fewest(attention.double().square().sum(-2), threshold)
+
+
+UNIFORM = 0.95  # evenness from which a head counts as uniform; the limit is ours
+
+
+def evenness(attention):
+    """
+    Entropy of each row of causal attention as a share of log t, the most that t positions allow:
+    the mean over rows from the second on; (..., T, T) -> (...). It is not the paper's. Rank depends
+    on the mask: uniform attention has rank 1 over all positions, and 5 under the causal mask
+    (T = 100), where evenness tells such heads apart.
+    """
+    positions = torch.arange(2, attention.shape[-1] + 1, device=attention.device)
+    entropy = torch.special.entr(attention).sum(-1)[..., 1:]
+    return (entropy / positions.log()).mean(-1)
+
+
+def analyse(model, samples, mask='causal'):
+    """
+    {measure: float64 array (layers, n)} of every layer on samples (n, T) int64, the paper's are
+    n = T = 100: the largest rank and mass among its heads, and of causal attention the share of
+    them that is uniform. mask: causal, which the model computes and Figure 1 is of; or full.
+    """
+    found, causal = [], mask == 'causal'
+    for a in attention_maps(model, samples, causal):
+        rank, mass = attention_rank(a).amax(1), column_mass(a).amax(1)
+        uniform = (evenness(a) >= UNIFORM).double().mean(1)
+        found.append(torch.stack((rank, mass, uniform)))
+    names = f'rank k*, {mask} attention', f'mass m*, {mask} attention', 'share of uniform heads'
+    return dict(zip(names[: 2 + causal], torch.stack(found, 1).cpu().numpy()))
+
+
+def lazy_layers(rank):
+    """The layers, from 1, whose mean rank (layers, n) over samples is one (below 1.5)."""
+    return (np.flatnonzero(rank.mean(1) < 1.5) + 1).tolist()
+
+
+def query_key_norms(model, x, y):
+    """
+    Norms of W_Q and W_K and of the gradients that the mean cross entropy on (x, y) has by them,
+    lists by layer: where attention degenerates, these gradients vanish (Appendix A).
+    """
+    weights = [getattr(block.attn, name).weight for name in 'qk' for block in model.blocks]
+    gradients = torch.autograd.grad(model(x, y).loss, weights)
+    found, L = {}, model.config.n_layer
+    for name, tensors in (('W', weights), ('dL/dW', gradients)):
+        norms = [tensor.norm().item() for tensor in tensors]
+        found |= {f'|{name}_Q|': norms[:L], f'|{name}_K|': norms[L:]}
+    return found
+
+
+def observe_attention(run, model):
+    """
+    What Stage.observe logs, {measure: list by layer}: on eight validation samples of a run's corpus
+    the means of `analyse`, and the query_key_norms.
+    """
+    corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
+    tokens = validation_samples(corpus, 8, model)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    seen = {name: values.mean(1).tolist() for name, values in analyse(model, x).items()}
+    return dict(attention=seen | query_key_norms(model, x, y))
+
+
+def validation_samples(corpus, n, model):
+    """
+    n sequences (n, T+1) int64 from random places of a Corpus' validation split, on a model's
+    device: T = 100, or what the model reads.
+    """
+    T = min(100, model.config.block_size)
+    starts = np.random.default_rng(0).integers(len(corpus.val) - T, size=(n, 1))
+    tokens = torch.from_numpy(corpus.val[starts + np.arange(T + 1)].astype(np.int64))
+    return tokens.to(model.wte.weight.device)
+
 
 # ----------------------------------------------------------------------------------------------
 # inheriting
 
-PARTS = ('attention', 'mlp', 'norms')
+PARTS = {'attention': 'attn.', 'mlp': 'mlp.', 'norms': 'norm'}  # of a layer: names begin with it
 
 
-def part_of(name):
-    """The part of a layer that a tensor belongs to."""
-    if '.attn.' in name:
-        return 'attention'
-    return 'mlp' if '.mlp.' in name else 'norms'
-
-
+@torch.no_grad()
 def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     """
     A model of n_layer layers of the reference, the first ones unless `layers` lists others, with
     its embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
     at random (Table 3). rescale: where attention logits are divided by the layer's number, keep
     the logits of layers whose number changes; else all are copied as they are, as the paper does.
-    Raises UserError for layers that do not exist, or an unknown part.
+    Raises UserError for layers that do not exist.
     """
-    layers = list(range(n_layer)) if layers is None else layers
-    k = reference.config.n_layer
-    if n_layer < 1 or max(layers) >= k:
-        wanted = f'layer {max(layers) + 1}' if n_layer <= k else f'{n_layer} layers'
-        raise UserError(f'{wanted} cannot be inherited from a reference of {k}')
-    for part in parts:
-        if part not in PARTS:
-            raise unknown('part of a layer', part, PARTS)
-    child = GPT(replace(reference.config, n_layer=n_layer)).to(reference.wte.weight)
-    rescale = rescale and reference.config.attn_scale_by_layer
-    queries = 'attn.q_norm.' if reference.config.qk_norm else 'attn.q.'
-    old, new = reference.state_dict(), child.state_dict()
-    for name in new:
-        if not name.startswith('blocks.'):
-            new[name] = old[name].clone()
-        elif part_of(name) in parts:
-            _, layer, rest = name.split('.', 2)
-            source = layers[int(layer)]
-            new[name] = old[f'blocks.{source}.{rest}'].clone()
-            if rescale and rest.startswith(queries):
-                new[name] *= (int(layer) + 1) / (source + 1)
-    child.load_state_dict(new)
-    return child
-
-
-def inherit_next(reference, smaller, n_layer, parts=PARTS):
-    """The trained `smaller` model with the reference's next layers, n_layer in all (line 4)."""
-    child = inherit(reference, n_layer, parts)
-    child.load_state_dict(child.state_dict() | smaller.state_dict())
+    config, layers = reference.config, layers or list(range(n_layer))
+    k, last = config.n_layer, max(layers, default=0)
+    if last >= k:
+        raise UserError(f'layer {last + 1} cannot be inherited from a reference of {k} layers')
+    child = GPT(replace(config, n_layer=n_layer)).to(reference.wte.weight)
+    tensors = reference.state_dict()
+    around = {name: tensors[name] for name in tensors if not name.startswith('blocks.')}
+    child.load_state_dict(around, strict=False)
+    prefixes = tuple(PARTS[part] for part in parts)
+    for layer, source in enumerate(layers):
+        block, tensors = child.blocks[layer], reference.blocks[source].state_dict()
+        inherited = {name: tensors[name] for name in tensors if name.startswith(prefixes)}
+        block.load_state_dict(inherited, strict=False)
+        if rescale and config.attn_scale_by_layer:  # logits are q k / layer number
+            for weight in (block.attn.q_norm if config.qk_norm else block.attn.q).parameters():
+                weight *= (layer + 1) / (source + 1)
     return child
 
 
 def half_width_config(config):
-    """The shape of all layers at half the width. Raises UserError where that is not defined."""
-    n_head = config.n_head // 2
-    if n_head < 1 or config.n_kv_head != config.n_head:
-        heads = f'{config.n_head} heads and {config.n_kv_head} key heads'
-        raise UserError(f'half the width of {heads} is not defined')
-    n_embd = config.n_embd * n_head // config.n_head
-    changes = dict(n_head=n_head, n_kv_head=n_head, n_embd=n_embd, n_mlp=config.n_mlp // 2)
-    return replace(config, **changes)
+    """The shape of all layers at half the width. Raises UserError for a single head."""
+    n_head, n_kv_head = config.n_head // 2, max(1, config.n_kv_head // 2)
+    width, mlp = (size * n_head // config.n_head for size in (config.n_embd, config.n_mlp))
+    return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=width, n_mlp=mlp)
 
 
 def half_width(reference):
     """The first half of heads, MLP units and hidden dimensions of every layer (Table 2)."""
-    child = GPT(half_width_config(reference.config)).to(reference.wte.weight)
-    old, new = reference.state_dict(), child.state_dict()
-    for name, tensor in new.items():
-        new[name] = old[name][tuple(slice(n) for n in tensor.shape)]
-    child.load_state_dict(new)
+    config, old = half_width_config(reference.config), reference.state_dict()
+    shapes = GPT.on_meta(config).state_dict().items()
+    cut = {name: old[name][tuple(map(slice, new.shape))].clone() for name, new in shapes}
+    return GPT.from_state(config, cut)
+
+
+def inherit_more(reference, smaller, n_layer):
+    """A trained `smaller` model with the reference's next layers, n_layer in all; two Results."""
+    child = inherit(load(reference.folder), n_layer)
+    child.load_state_dict(load(smaller.folder).state_dict(), strict=False)
     return child
 
 
+def start_from(stage, source, build=inherit, kind='layers', **how):
+    """Let a stage start from build(the model of the Result `source`, **how)."""
+    stage.parent, stage.origin = source, Origin(kind, (source.name,), how)
+    stage.model = lambda: build(load(source.folder), **how)
+    return stage
+
+
+# ----------------------------------------------------------------------------------------------
+# the baselines (section 4): which layers a model of n layers starts from
+
+
+def last_layers(k, n):
+    """The last n of the reference's k layers (Figure 1c)."""
+    return list(range(k - n, k))
+
+
+def stacked_layers(k, n):
+    """The first n / 2 layers, again and again until there are n. UserError for less than one."""
+    if n < 2:
+        raise UserError('stacking needs a child of two layers: it begins with half of them')
+    return [layer % (n // 2) for layer in range(n)]
+
+
 def alternate_layers(k, n):
-    """DistilBERT's choice: every other one of k layers, then those before the last two."""
+    """DistilBERT's: every other one of k layers, then those before the last two."""
     every_other = list(range(0, k, 2))[:n]
     missing = n - len(every_other)
     return every_other + [max(0, layer) for layer in range(k - 2 - missing, k - 2)]
 
 
-def stacked_layers(half, n):
-    """The first `half` layers again and again, n in all, copied as they are (section 4)."""
-    return [layer % half for layer in range(n)]
-
-
-# ----------------------------------------------------------------------------------------------
-# what a child is compared with: each yields its stages
-
-
-@dataclass
-class Comparison:
-    """A reference, and children of its first n layers beside other models of n layers."""
-
-    method: Any  # Inheritune
-    run: Any  # the general knobs
-    config: Any  # the reference's
-    reference: Result | None = None
-    n: int = 0
-
-    def stage(self, name, n_layer=None, **fields):
-        """A Stage of n_layer layers (default: the child's), trained as long as it."""
-        method, shape = self.method, replace(self.config, n_layer=n_layer or self.n)
-        tokens = method.child_tokens or method.tokens
-        fields['labels'] = dict(variant=name)
-        stage = Stage(name, shape, tokens, shape.num_params(head=True), **fields)
-        if self.reference:
-            stage.tokenizer = self.reference.folder
-        if method.observe_attention and not self.run.dry_run:
-            stage.observe = observe_attention(run_samples(self.run, self.config, 8))
-        return stage
-
-    def copy(self, model, layers):
-        """A model of these layers of another."""
-        return inherit(model, len(layers), layers=layers, rescale=self.method.rescale)
-
-    def inherited(self, name, build, origin, **fields):
-        """A Stage that starts from build(the reference)."""
-        folder = self.reference.folder
-        origin.models = (self.reference.name,)
-        fields |= dict(parent=self.reference, origin=origin)
-        fields['model'] = lambda: build(load(folder))
-        return self.stage(name, **fields)
-
-    def distilled(self, stage):
-        """Let the reference teach a stage by its logits."""
-        stage.tokens = self.method.distillation_tokens or stage.tokens
-        settings = dict(alpha=self.method.alpha, temperature=self.method.temperature)
-        stage.objective = distil(self.reference.folder, **settings)
-        X = self.config.num_params(head=True)
-        stage.teaching = dict(objective='distillation', teacher=self.reference.name, **settings)
-        stage.teaching['teacher_params'], stage.more_flops = X, teacher_flops(X)
-        return stage
-
-    def trained_reference(self):
-        """The Stage that trains the reference."""
-        stage = self.stage('reference', self.config.n_layer)
-        stage.tokens = self.method.tokens
-        return stage
-
-    def child(self, smaller=None):
-        """The Stage of a child of n layers: from the reference, or grown from a `smaller` child."""
-        n, parts = self.n, self.method.parts
-        if smaller and self.method.regrow == 'continue':
-            folders = self.reference.folder, smaller.folder
-            origin = Origin('growth', (smaller.name,), dict(layers_of=self.reference.name))
-            model = lambda: inherit_next(*map(load, folders), n, parts)
-            return self.stage(f'{n}-layers', parent=smaller, origin=origin, model=model)
-        origin = Origin('first layers', settings=dict(layers=n, parts=' '.join(parts)))
-        return self.inherited(f'{n}-layers', lambda r: inherit(r, n, parts), origin)
-
-
-def random_init(c):
-    """The same shape from random initialisation."""
-    yield c.stage(f'random-{c.n}')
-
-
-def random_2x(c):
-    """The same for twice as many steps."""
-    stage = c.stage(f'random-2x-{c.n}')
-    stage.tokens *= 2
-    yield stage
-
-
-def last_layers(c):
-    """The last layers of the reference instead of the first (Figure 1c)."""
-    k, n = c.config.n_layer, c.n
-    origin = Origin('last layers', settings=dict(layers=n))
-    build = lambda r: c.copy(r, list(range(k - n, k)))
-    yield c.inherited(f'last-layers-{n}', build, origin)
-
-
-def stacking(c):
-    """A model of half the layers from random initialisation, stacked once."""
-    n, half = c.n, max(1, c.n // 2)
-    small = yield c.stage(f'stacking-{half}', half)
-    origin = Origin('growth', (small.name,), dict(depth='stack'))
-    model = lambda: c.copy(load(small.folder), stacked_layers(half, n))
-    yield c.stage(f'stacking-{n}', parent=small, origin=origin, model=model)
-
-
-def hybrid_stacking(c):
-    """The first layers of the reference, stacked."""
-    n, half = c.n, max(1, c.n // 2)
-    origin = Origin('growth', settings=dict(first_layers=half, depth='stack'))
-    build = lambda r: c.copy(r, stacked_layers(half, n))
-    yield c.inherited(f'hybrid-stacking-{n}', build, origin)
-
-
-def half_width_child(c):
-    """All layers at half the width."""
-    stage = c.inherited('half-width', half_width, Origin('half width'))
-    stage.config = half_width_config(c.config)
-    stage.params = stage.config.num_params(head=True)
-    yield stage
-
-
-def distillation(c):
-    """From random initialisation, taught by the reference."""
-    stage = c.stage(f'distillation-{c.n}', begin=c.reference.position, also=(c.reference,))
-    yield c.distilled(stage)
-
-
-def distilbert(c):
-    """From alternate layers, taught by the reference."""
-    n, layers = c.n, alternate_layers(c.config.n_layer, c.n)
-    origin = Origin('alternate layers', settings=dict(layers=n))
-    build = lambda r: c.copy(r, layers)
-    yield c.distilled(c.inherited(f'distilbert-{n}', build, origin))
-
-
-def sub_modules(c):
-    """The first layers' attention, MLPs or norms alone, and every two of them (Table 3)."""
-    n = c.n
-    for parts in [*combinations(PARTS, 1), *combinations(PARTS, 2)]:
-        origin = Origin('first layers', settings=dict(layers=n, parts=' '.join(parts)))
-        build = lambda r, parts=parts: inherit(r, n, parts)
-        yield c.inherited(f'{"+".join(parts)}-{n}', build, origin)
-
-
-BASELINES = {
-    'random': random_init,
-    'random-2x': random_2x,
+LAYERS = {
     'last-layers': last_layers,
-    'stacking': stacking,
-    'hybrid-stacking': hybrid_stacking,
-    'half-width': half_width_child,
-    'distillation': distillation,
-    'distilbert': distilbert,
-    'sub-modules': sub_modules,
+    'stacking': stacked_layers,  # of a model of n / 2 layers that is trained first
+    'hybrid-stacking': stacked_layers,  # of the reference
+    'distilbert': alternate_layers,  # and taught by the reference
 }
+TABLE_3 = ('attention+norms', 'mlp+norms', 'attention+mlp')  # parts of the first n layers
+BASELINES = ('random', 'random-2x', 'distillation', *LAYERS, 'half-width', *TABLE_3)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -288,7 +272,7 @@ BASELINES = {
 
 @dataclass
 class Inheritune:
-    """Sanyal et al., Algorithm 1: inherit the first half, train, regrow until it matches."""
+    """Sanyal et al., Algorithm 1: inherit the first half, train, grow until it matches."""
 
     reference: str = ''  # trained reference, folder or hub name; empty: train one of `size` first
     size: str = '64x8'  # shape of the reference that is trained
@@ -297,174 +281,250 @@ class Inheritune:
     distillation_tokens: NonNegative = 0.0  # ... of those that are distilled, if not as many
     n: Natural = 0  # layers that the child starts with; 0: half of the reference's
     grow_by: Count = 2  # layers that it inherits before each further round
+    max_n: Natural = 0  # layers up to which it grows, in a plan always; 0: the reference's
     regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
-    max_rounds: Natural = 0  # rounds at most; 0: until the reference is matched or used up
-    parts: tuple[Literal[*PARTS], ...] = PARTS  # what is inherited of each layer (Table 3)
     rescale: bool = False  # keep the attention of layers whose number changes, by their queries
-    depths: tuple[Count, ...] = ()  # more children, trained whether one matched or not (Figure 11)
     baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
-    alpha: Fraction = 0.6  # distillation: weight of the data; the teacher has the rest
-    temperature: Positive = 1.0  # distillation: temperature of both distributions
-    no_bias: bool = False  # train the reference without biases, as the paper's GPT-2 ...
-    attn_scale_by_layer: bool = False  # ... and with attention logits / layer number
-    observe_attention: bool = False  # log how attentive every head is at each evaluation
-
-    def __post_init__(self):
-        self.outcomes = []  # (reference, last child) of each seed
+    paper_gpt2: bool = False  # a trained reference: no biases, attention logits / layer number
+    observe_attention: bool = False  # log how attentive every layer is at each evaluation
 
     def stages(self, run):
-        """Algorithm 1, then what its child is compared with."""
-        config = self.reference_config(run)
-        c = Comparison(self, run, config)
-        yield from self.algorithm_1(c)
-        for baseline in self.baselines:
-            yield from BASELINES[baseline](c)
-        tried = range(self.first_n(config), c.n + 1, self.grow_by)
-        for n in self.depths:
-            if n not in tried and n <= config.n_layer:
-                yield replace(c, n=n).child()
+        """
+        Algorithm 1, then what its child is compared with. `yield` hands a stage to train.py and is
+        sent back its Result.
+        """
+        stage = self.reference_stage(run)
+        config, k = stage.config, stage.config.n_layer
+        n = self.first_n(k, run)
+        reference = yield stage
+        child = yield self.child(run, reference, config, n)  # lines 1 and 2
+        tried, limit = (child,), min(k, self.max_n or k)
+        planned = run.dry_run and self.max_n  # a plan has no losses to compare
+        while (planned or child.val_loss > reference.val_loss) and n + self.grow_by <= limit:
+            n += self.grow_by
+            stage = self.child(run, reference, config, n, tried)  # line 4: from the reference, or
+            if self.regrow == 'continue':  # from the child as it is
+                stage.parent, stage.origin.models = child, (reference.name, child.name)
+                stage.model = partial(inherit_more, reference, child, n)
+            child = yield stage  # line 5
+            tried += (child,)
+        for name in self.baselines:
+            yield from self.baseline(name, run, reference, config, n)
 
-    def algorithm_1(self, c):
-        """The reference, then children of n, n + 2, ... layers until one matches it."""
-        k = c.config.n_layer
-        c.reference = self.given_reference(c) or (yield c.trained_reference())
-        c.n = self.first_n(c.config)
-        child = yield c.child()  # lines 1 and 2
-        rounds = 1
-        while child.val_loss > c.reference.val_loss and c.n + self.grow_by <= k:  # line 3
-            if rounds == self.max_rounds:
-                break
-            c.n += self.grow_by
-            child = yield c.child(child)  # lines 4 and 5
-            rounds += 1
-        self.outcomes.append((c.reference, child))
+    def reference_stage(self, run):
+        """The Stage that trains the reference, or measures the loss of a given one."""
+        given = '' if run.toy else self.reference  # a toy trains a small one instead
+        if not given:
+            changes = dict(bias=False, attn_scale_by_layer=True) if self.paper_gpt2 else {}
+            stage = self.stage(run, 'reference', run.model_config(self.size, **changes))
+            stage.tokens = self.tokens
+            return stage
+        config = GPTConfig.named(self.size)  # a dry run downloads nothing
+        if not run.dry_run or Path(given).is_dir():
+            config = run.given_config(given)
+        stage = self.stage(run, 'reference', config)
+        stage.tokens, stage.model = 0, partial(load, given)
+        stage.origin = Origin('weights', (given,))
+        if (Path(given) / 'result.json').is_file():
+            stage.parent = Result.of(given)  # trained here: its compute is known
+        return stage
 
-    def first_n(self, config):
-        """Layers of the first child. Raises UserError where half of them is not a number."""
-        k = config.n_layer
-        if self.n > k:
-            raise UserError(f'n={self.n}: the reference has {k} layers')
-        if not self.n and (k % 2 or k < 2):
+    def first_n(self, k, run):
+        """Layers of the first child. Raises UserError where that is no number of layers."""
+        n = 0 if run.toy else self.n
+        if n > k:
+            raise UserError(f'n={n}: the reference has {k} layers')
+        if not n and (k % 2 or k < 2):
             raise UserError(f'half of {k} layers is not a whole number: say how many, --n={k // 2}')
-        return self.n or k // 2
+        return n or k // 2
 
-    def given_reference(self, c):
-        """The Result of the reference that was given, or None: a toy trains a small one instead."""
-        if not self.reference or c.run.toy:
-            return None
-        labels = dict(variant='reference', seed=len(self.outcomes))
-        return replace(given_reference(self.reference, c.run), labels=labels)
+    def stage(self, run, name, config):
+        """A Stage of a model of this shape, trained as long as a child."""
+        stage = Stage(name, config, self.child_tokens or self.tokens, config.num_params(head=True))
+        stage.labels = dict(variant=name, parameters=all_params(config))
+        stage.tokenizer = '' if run.toy else self.reference
+        if self.observe_attention:
+            stage.observe = partial(observe_attention, run)
+        return stage
 
-    def reference_config(self, run):
-        """The reference's shape. Raises UserError for what cannot work, before training."""
-        changes = dict(attn_scale_by_layer=self.attn_scale_by_layer)
-        if self.no_bias:
-            changes['bias'] = False
-        config = run.model_config(self.size, **changes)
-        here = not run.dry_run or Path(self.reference).is_dir()  # else a plan takes it from `size`
-        if self.reference and not run.toy and here:
-            config = run.given_config(self.reference)
-        if run.toy:  # of as many layers as a toy has
-            self.n, self.depths = 0, self.depths[:1]
-        n = self.first_n(config)
-        if 'half-width' in self.baselines:
-            half_width_config(config)  # it complains where that is not defined
-        if 'stacking' in self.baselines and n < 2:
-            raise UserError('stacking needs a child of two layers: half of it is trained first')
-        return config
+    def child(self, run, reference, config, n, tried=()):
+        """The Stage of a child of n layers; what was tried before is part of its cost."""
+        stage = self.stage(run, f'{n}-layers', replace(config, n_layer=n))
+        stage.labels['round'], stage.also = len(tried) + 1, tried
+        return start_from(stage, reference, n_layer=n)
+
+    def baseline(self, name, run, reference, config, n):
+        """
+        The stages of a baseline of n layers. It reads the batches that the child reads, and for
+        twice as many steps those of the reference before.
+        """
+        shape = half_width_config(config) if name == 'half-width' else replace(config, n_layer=n)
+        stage = self.stage(run, f'{name}-{shape.n_layer}', shape)
+        stage.begin = reference.position
+        if name == 'random-2x':
+            stage.tokens, stage.begin = 2 * stage.tokens, 0
+        elif name == 'half-width':
+            start_from(stage, reference, half_width, 'half width')
+        elif name in TABLE_3:
+            start_from(stage, reference, n_layer=n, parts=name.split('+'))
+        elif name in LAYERS:
+            layers, source = LAYERS[name](config.n_layer, n), reference
+            if name == 'stacking':
+                source = yield self.stage(run, f'{name}-{n // 2}', replace(config, n_layer=n // 2))
+            start_from(stage, source, n_layer=n, layers=layers, rescale=self.rescale)
+        if name.startswith('distil'):
+            from let import distil_stage
+
+            stage.tokens, stage.also = self.distillation_tokens or stage.tokens, (reference,)
+            params, C1 = config.num_params(head=True), dict(alpha=0.6, temperature=1.0)
+            distil_stage(stage, 'distillation', reference.folder, params, C1)
+        yield stage
 
     def summary(self, results):
-        """Whether the children match; the losses, paired by seed, and the costs; pictures."""
-        given = [reference for reference, _ in self.outcomes if reference not in results]
-        groups = by_label(given + results, 'variant')
-        child = self.outcomes[0][1].labels['variant']
-        records = compare_variants(given + results, 'reference')
-        for record, other in zip(records, compare_variants(given + results, child)):
-            record[f'against {child}'] = other.get(f'against {child}')
-            record['its 95% interval'] = other.get('95% interval')
+        """
+        The round in which each child matched its reference; losses, paired by seed, and all that
+        was spent; pictures.
+        """
+        groups, verdicts = by_label(results, 'variant'), []
+        for runs in by_label(results, 'seed').values():  # the reference is the first
+            child = [r for r in runs if 'round' in r.labels][-1]
+            verdicts.append(verdict(runs[0], child))
+        records = compare_variants(results, 'reference')
+        for record in records:
             runs = groups[record['variant']]
             record['N'] = runs[0].n_params
             record['own FLOPs'] = mean(r.flops for r in runs)
             record['with all ancestors'] = mean(r.total_flops for r in runs)
-        blocks = [verdict(reference, child) for reference, child in self.outcomes]
-        blocks += [records, ('losses.png', loss_panels(groups))]
-        seen = observed_panels({name: groups[name] for name in ('reference', child)})
-        return [*blocks, ('lazy.png', seen)]
-
-
-def verdict(reference, child):
-    """Whether a child matches its reference, in words."""
-    matches = 'matches' if child.val_loss <= reference.val_loss else 'does not match'
-    saved = 1 - child.n_params / reference.n_params
-    losses = f'{child.val_loss:.4f} against {reference.val_loss:.4f}'
-    return f'{child.name} {matches} the reference ({losses}), with {saved:.0%} fewer parameters'
-
-
-def loss_panels(groups):
-    """Convergence (Figures 3 to 8), and what decides: loss against all that was spent."""
-    curves = Panel('training tokens', 'validation loss (nats per token)')
-    frontier = Panel('FLOPs with all ancestors', 'validation loss (nats per token)', log='x')
-    for i, (variant, runs) in enumerate(groups.items()):
-        color, style = f'C{i % 10}', '-' if i < 10 else '--'
-        losses = [r.val_loss for r in runs]
-        cost = [r.total_flops or math.nan for r in runs]  # unknown of a model from elsewhere
-        frontier.lines.append(Line(cost, losses, variant, 'o' if i < 10 else 's', color))
-        trained = [r for r in runs if has_metrics(r.folder)]
-        curve = mean_curve(trained)[1:] if trained else []
-        if len(curve) > 1:  # it was evaluated on the way
-            x = [share * trained[0].tokens for share, _ in curve]
-            curves.lines.append(Line(x, [loss for _, loss in curve], variant, style, color))
-    return [curves, frontier] if curves.lines else [frontier]
-
-
-def given_reference(name, run):
-    """
-    The Result of a given reference. Its loss is measured as the children's will be: on this run's
-    data, context and device, and is kept in out_dir/reference.json.
-    """
-    trained_here = (Path(name) / 'result.json').is_file()
-    result = Result.of(name) if trained_here else Result('reference', str(name))
-    if run.dry_run:
-        return result
-    corpus = run.val_data or next(iter(run.corpora))
-    settings = dict(reference=str(name), data=corpus, eval_tokens=run.eval_tokens)
-    settings |= dict(block_size=run.block_size, device=run.device, dtype=run.dtype)
-    settings['weights'] = [file.stat().st_mtime_ns for file in weight_files(model_folder(name))]
-    path, found = Path(run.out_dir) / 'reference.json', {}
-    with contextlib.suppress(OSError, UserError):
-        found = read_json(path, val_loss=float, settings=dict)
-    found = gather(found)[0]  # one process decides, and all measure
-    if found.get('settings') != settings:
-        found = dict(val_loss=reference_loss(name, run), settings=settings)
-        if processes()[0] == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
-    result.val_loss = found['val_loss']
-    result.n_params = read_config(model_folder(name)).num_params()
-    return result
-
-
-def reference_loss(name, run):
-    """The validation loss of a model as a stage measures its own, on all processes together."""
-    hardware = find_hardware(run)
-    model = load(name, hardware.device).float()
-    source = replace(run, block_size=min(run.block_size, model.config.block_size)).source()
-    with hardware.autocast:
-        return evaluate(model, source.validation(8, hardware))
+        child = child.labels['variant']
+        panels = attention_panels({name: groups[name] for name in ('reference', child)})
+        pictures = ('lazy.png', panels[:3]), ('gradients.png', panels[3:])
+        losses = 'losses.png', loss_panels(groups)
+        return [*verdicts, records, compare_variants(results, child), losses, *pictures]
 
 
 # ----------------------------------------------------------------------------------------------
-# the command line: how attentive is each layer, and smaller models of some of them
+# the report
+
+
+def verdict(reference, child):
+    """Whether a child matches its reference, and in which round, in words."""
+    matches = 'matches' if child.val_loss <= reference.val_loss else 'does not match'
+    losses = f'{child.val_loss:.4f} against {reference.val_loss:.4f}'
+    layers = 1 - child.n_params / reference.n_params
+    whole = 1 - child.labels['parameters'] / reference.labels['parameters']
+    return (
+        f'{child.name} {matches} the reference in round {child.labels["round"]} ({losses}), with '
+        f'{whole:.0%} fewer parameters, {layers:.0%} without embeddings and head'
+    )
+
+
+def loss_panels(groups):
+    """Convergence (Figures 3 to 8): the reference and the first child beside six others each."""
+    panels, names = [], list(groups)
+    for i in range(2, max(3, len(names)), 6):
+        panel = Panel('training tokens', 'validation loss (nats per token)')
+        for name in names[:2] + names[i : i + 6]:
+            panel.lines.append(mean_line(groups[name], name))
+        panels.append(panel)
+    return panels
+
+
+def layer_panels(seen):
+    """
+    A panel by layer for each measure, means and standard deviations over n samples or seeds:
+    {label of a line: {measure: array (layers, n)}}.
+    """
+    panels = {}
+    for label, measures in seen.items():
+        for name, values in measures.items():
+            panel = panels.setdefault(name, Panel('layer', name, ylim=(0, None)))
+            layers = list(range(1, len(values) + 1))
+            panel.lines.append(Line(layers, values.mean(1), label, band=values.std(1)))
+    for name, panel in panels.items():
+        if name.startswith(('rank', 'mass')):
+            x = panel.lines[0].x
+            panel.lines.append(Line(x, [1] * len(x), 'lazy: 1', ':', 'gray'))
+    return list(panels.values())
+
+
+def attention_panels(groups):
+    """
+    The layer_panels of what {variant: results} observed at the end of training (Figure 9,
+    Appendix A); [] if nothing was.
+    """
+    seen = {}
+    for variant, runs in groups.items():
+        logs = [[m['attention'] for m in read_metrics(r.folder) if 'attention' in m] for r in runs]
+        if all(logs):
+            measures = logs[0][-1]
+            seen[variant] = {k: np.stack([log[-1][k] for log in logs], 1) for k in measures}
+    return layer_panels(seen) if seen else []
+
+
+# ----------------------------------------------------------------------------------------------
+# the command: how attentive is each layer, and smaller models of some of them
+
+
+@dataclass
+class Attention:
+    """How attentive each layer of a model is, or with CHILD a smaller model of some of them."""
+
+    folder: str = ''  # model folder or hub name
+    child: str = ''  # folder to be made, of a model that inherits ...
+    layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
+    n: Natural = 0  # ... the first n
+    data: str = 'pydocs'  # prepared corpus; its validation split is used
+    data_dir: str = 'data'  # where prepared corpora are
+    samples: Count = 100  # sequences of 100 tokens
+    out: str = 'out/attention'  # where the report and its pictures go, in a folder of that name
+    device: str = 'auto'  # cuda, mps or cpu
+
+
+def attention_report(options):
+    """
+    Print and draw the rank and mass of every layer by causal attention, which the model computes
+    and Figure 1 is of, and by full attention, which Figure 2 shows. Raises UserError.
+    """
+    model = load(options.folder, choose_device(options.device)).eval()
+    corpus = verify_corpus(options.data, options.data_dir)
+    check_vocabulary(corpus, model.config, options.folder)
+    samples = validation_samples(corpus, options.samples, model)[:, :-1]
+    measures = analyse(model, samples) | analyse(model, samples, mask='full')
+    records = [{'layer': str(i + 1)} for i in range(model.config.n_layer)]
+    for name, values in measures.items():
+        for record, value in zip(records, values.mean(1)):
+            record[name] = f'{value:.1f}'
+    blocks = [records]
+    for mask in ('causal', 'full'):
+        lazy = lazy_layers(measures[f'rank k*, {mask} attention']) or 'none'
+        blocks.append(f'lazy layers (every head of rank one) by {mask} attention: {lazy}')
+    text = render(blocks)
+    print(text)
+    out = Path(options.out, Path(options.folder).name)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / 'attention.md', text + '\n')
+    draw_panels(layer_panels({options.folder: measures}), out / 'attention.png')
+    draw_maps([*attention_maps(model, samples[:3, :40], causal=False)], out / 'attention_maps.png')
+    print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')
+
+
+def draw_maps(maps, path):
+    """Draw of four layers the most attentive head, the mean over the sequences (Figure 2)."""
+    layers, plt = np.unique(np.linspace(0, len(maps) - 1, 4).astype(int)), pyplot()
+    figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.2), squeeze=False)
+    for ax, layer in zip(axes[0], layers):
+        head = attention_rank(maps[layer]).double().mean(0).argmax()
+        image = ax.imshow(maps[layer][:, head].mean(0).cpu())
+        ax.set(xlabel='key position', ylabel=f'query position, layer {layer + 1}, head {head + 1}')
+        figure.colorbar(image, label='full attention')
+    save_figure(figure, path)
 
 
 def write_child(options):
     """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
     layers = [layer - 1 for layer in options.layers] or list(range(options.n))
-    if not layers:
-        raise UserError('which layers? --n=FIRST_LAYERS or --layers=1,2,5')
     with new_folder(options.child) as unfinished:
-        how = dict(layers=layers, rescale=options.rescale)
-        child = inherit(load(options.folder), len(layers), **how)
+        child = inherit(load(options.folder), len(layers), layers=layers)
         child.save(unfinished, tokenizer_to_carry(options.folder))
     print(f'{options.child}: {len(layers)} layers of {options.folder}')
 
@@ -478,7 +538,7 @@ def main(argv):
     if options.child:
         write_child(options)
     else:
-        attention_command(options)
+        attention_report(options)
 
 
 if __name__ == '__main__':

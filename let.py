@@ -333,6 +333,17 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=None, reverse=False):
     return objective
 
 
+def distil_stage(stage, objective, teacher, params, settings):
+    """
+    Give a stage the objective of logit distillation, under a name for the report. teacher: a model
+    folder or hub name; params: of its layers and head; settings: as of `distil`.
+    """
+    stage.objective = distil(teacher, **settings)
+    stage.teaching = dict(objective=objective, teacher=Path(teacher).name, **settings)
+    stage.teaching['teacher_params'] = params
+    stage.more_flops = teacher_flops(params, settings.get('s_stop'))
+
+
 def teach(stage, teacher, alignment, params=0.0, tokenizers=None):
     """
     Give a stage the objective of LET. teacher: a model folder or hub name; params: of its layers,
@@ -495,11 +506,7 @@ class LET:
         """Give a stage the objective of RKD or SALT."""
         s_stop = self.s_stop if variant == 'salt' else None
         settings = dict(alpha=self.alpha, temperature=self.temperature, s_stop=s_stop)
-        stage.objective = distil(teacher.name, **settings)
-        stage.teaching = dict(objective=variant, teacher=Path(teacher.name).name, **settings)
-        params = teacher.params + teacher.head
-        stage.teaching['teacher_params'] = params
-        stage.more_flops = teacher_flops(params, s_stop)
+        distil_stage(stage, variant, teacher.name, teacher.params + teacher.head, settings)
 
     def examine(self, run):
         """The Teacher that is given, opened and compared with the corpus. Raises UserError."""

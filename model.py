@@ -25,12 +25,13 @@ from engine.hub import model_folder
 from engine.hugging_face import (
     config_to_hugging_face,
     read_fields,
+    read_tensors,
     tensors_from_hugging_face,
     tensors_to_hugging_face,
+    write_tensors,
 )
 from engine.loss import IGNORED, fused_linear_cross_entropy
 from engine.tokenizer_files import write_tokenizer
-from engine.weights import read_tensors, write_tensors
 
 SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
 ACTIVATIONS = {'gelu': partial(F.gelu, approximate='tanh'), 'gelu_exact': F.gelu, 'relu': F.relu}

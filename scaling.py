@@ -45,7 +45,7 @@ from configurator import (
 )
 from engine.errors import UserError, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
-from engine.progress import progress_bar
+from engine.log import progress_bar
 from engine.report import (
     draw_panels,
     draw_pictures,

@@ -1,9 +1,10 @@
 # Inheritune (Sanyal et al.), section 5 and Table 4: GPT-2 medium on FineWeb-Edu without repetition,
 # a child of 16 layers and the same from nothing.
+# Table 4:  python evaluate.py out/inheritune_fineweb_medium config/tasks_inheritune_table4.py
 from config.inheritune_gpt2_medium import *
 
 n = 16
-max_rounds = 1
+max_n = 16
 baselines = ('random',)
 data = 'fineweb_edu'
 order = 'epoch'  # no sequence twice

@@ -1,18 +1,20 @@
 # Inheritune (Sanyal et al.), Table 1, GPT-2 medium: 24 layers, children of 12, 14 and 16; with
-# the baselines of Table 2 and Figure 3.
+# the baselines of Table 2 and Figure 3. Figures 5 to 7 are losses.png of these runs.
 # Figure 1c, what lazy layers are worth: children of 12 layers, from the last layers, the first, and
-# from nothing, for 10K steps: --child_tokens=491520000 --max_rounds=1
-# --baselines=last-layers,random
-# Table 3, what is inherited of each of 16 layers: attention, MLPs and norms alone and in pairs:
-# --n=16 --max_rounds=1 --baselines=sub-modules
+# from nothing, for 10K steps: --child_tokens=491520000 --max_n=12 --baselines=last-layers,random
+# Figure 8, 12 layers distilled from alternate ones, from nothing, and inherited:
+# --max_n=12 --baselines=distilbert,random
+# Table 3, what is inherited of each of 16 layers:
+# --n=16 --max_n=16 --baselines=attention+norms,mlp+norms,attention+mlp
+# Tasks of Table 1:
+#   python evaluate.py out/inheritune_gpt2_medium --tasks=wikitext,lambada_openai
 method = 'inheritune'
 size = 'gpt2-medium'
-no_bias = True  # Appendix C.1: GELU, no biases, no dropout,
-attn_scale_by_layer = True  # attention logits divided by the layer's number
+paper_gpt2 = True  # Appendix C.1: GELU, no biases, no dropout, attention logits / layer number
 tokens = 100_000 * 48 * 1024  # 100K steps
 distillation_tokens = 50_000 * 48 * 1024  # both distilled students: 50K steps
 grow_by = 2
-max_rounds = 3  # what Table 1 needed; 0 goes on until the loss is matched
+max_n = 16  # what Table 1 needed; 0 goes on until the loss is matched
 baselines = (
     'random',
     'random-2x',

@@ -1,15 +1,22 @@
 # Inheritune (Sanyal et al.), Appendix B (low data): the first 13 of OpenLLaMA-3B's 26 layers,
 # trained on 1B tokens for 8 epochs.
 #   python data/prepare.py slimpajama --tokenizer=FOLDER --max_tokens=1e9
-# FOLDER is a folder with OpenLLaMA's tokenizer.json.
-# Figure 11, children of other depths: --depths=4,6,8,10,16,18,20
-# Appendix B.2, Figure 12 and Tables 8 and 9, 50B tokens, none repeated: --tokens=50e9
-# --unique_tokens=0 (Appendix C.2 has 191K steps of 131K tokens, which is half as many)
+# FOLDER is a folder with OpenLLaMA's tokenizer.json. SlimPajama stands for the paper's corpus, a
+# sample of RedPajama. 8 epochs are 61,036 steps; the paper prints 64K.
+# Table 5:  python evaluate.py out/inheritune_openllama config/tasks_inheritune_table5.py
+# Figure 11, other depths:
+#   for n in 4 6 8 10 13 16 18 20; do python train.py config/inheritune_openllama.py --n=$n \
+#     --max_n=$n --out_dir=out/openllama-$n; done
+# Figure 13 and Table 9, 20 epochs, a model after each of them, and 20B tokens that are fresh:
+#   --tokens=20e9 --keep_every=7630
+#   --tokens=20e9 --keep_every=7630 --unique_tokens=0
+# Figure 12 and Table 8, 50B tokens, none repeated, a model every 5B: --tokens=50e9
+# --unique_tokens=0 --keep_every=38147 (Appendix C.2 has 191K steps of 131K tokens, half as many)
 method = 'inheritune'
 reference = 'openlm-research/open_llama_3b'
-size = 'openllama-3b'  # its shape, for --toy=True, which trains a small one in its place
+size = 'openllama-3b'  # its shape, for a dry run, and for --toy=True, which trains a small one
 n = 13
-max_rounds = 1  # no growth (the recipe skips step 3)
+max_n = 13  # no growth (the recipe skips step 3)
 tokens = 8e9
 unique_tokens = 10**9
 

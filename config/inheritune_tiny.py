@@ -3,10 +3,9 @@
 # 1, every baseline of Tables 1 and 2 and Figures 1c and 3. A seed: 24 to 32 minutes on a busy core.
 method = 'inheritune'
 size = 'gpt2-32x24'
-no_bias = True  # as the paper's GPT-2,
-attn_scale_by_layer = True  # with attention logits divided by the layer's number
+paper_gpt2 = True  # no biases, attention logits divided by the layer number
 tokens = 1100 * 8 * 128  # 1,100 steps
-max_rounds = 3
+max_n = 16
 observe_attention = True
 baselines = (
     'random',

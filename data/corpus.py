@@ -4,18 +4,15 @@ token, and meta.json, which says what they are. Damage is reported before anythi
 """
 
 import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.offline import other_versions, versions
-from data.vocabulary import check_tokenizer, load_tokenizer, same_tokenizer, tokenizer_in
+from data.vocabulary import check_tokenizer, same_tokenizer, tokenizer_in
 from engine.errors import UserError
-from engine.files import checksum, damage_of, read_json, write_json
-from engine.progress import progress_bar
-from engine.tokenizer_files import is_encoding, read_settings, write_tokenizer
+from engine.files import damage_of, read_json
+from engine.log import progress_bar
 
 SPLITS = ('train', 'val')
 OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need no network
@@ -88,42 +85,3 @@ def check_vocabulary(corpus, config, model):
             f'--out=data/NAME  and use --data=NAME'
         )
     check_tokenizer(ours, config)
-
-
-def finish_corpus(unfinished, out, counts, options, kind):
-    """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
-    if bad := counts.get('bad'):
-        print(f'{bad["rows"]:,} rows cannot be used and are left out; the first: {bad["first"]}')
-    for split in SPLITS:
-        if not counts[split]['tokens']:
-            raise UserError(
-                f'{options.corpus} gave no {split} documents: there must be several, of which '
-                f'--val_fraction={options.val_fraction} are held out'
-            )
-    (unfinished / 'progress.json').unlink(missing_ok=True)
-    tokenizer = load_tokenizer(options.tokenizer)
-    if not is_encoding(options.tokenizer):
-        write_tokenizer(options.tokenizer, unfinished)
-        end = int(np.memmap(unfinished / 'val.bin', tokenizer.dtype)[-1])
-        settings = read_settings(unfinished, 'generation_config.json')
-        if end not in np.ravel(settings.get('eos_token_id')):  # say what a model learns to end with
-            write_json(unfinished / 'generation_config.json', settings | dict(eos_token_id=end))
-    offline = options.corpus in OFFLINE
-    if offline and (others := other_versions()):
-        print(f'made from {", ".join(others)}: another corpus than that of the docs')
-    meta = dict(
-        corpus=options.corpus,
-        tokenizer=options.tokenizer,
-        vocab_size=tokenizer.vocab_size,
-        dtype=np.dtype(tokenizer.dtype).name,
-        options=vars(options),
-        versions=versions() if offline else {},
-        splits=counts,
-        checksums={path.name: checksum(path) for path in sorted(unfinished.iterdir())},
-        kind=kind,
-    )
-    write_json(unfinished / 'meta.json', meta)
-    os.replace(unfinished, out)
-    train, val = (f'{counts[split]["tokens"]:,} {split}' for split in SPLITS)
-    print(f'{out}: {train} and {val} tokens ({options.tokenizer})')
-    return out

@@ -21,8 +21,8 @@ import numpy as np
 
 from data.corpus import open_corpus
 from data.loader import Order, Source, fixed_batches, offsets, some_of
-from data.offline import is_held_out, signatures
-from data.vocabulary import load_tokenizer
+from data.offline import signatures
+from data.vocabulary import is_held_out, load_tokenizer
 from engine.errors import UserError, first_line
 from engine.parallel import processes
 from engine.tokenizer_files import has_chat_template

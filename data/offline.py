@@ -12,7 +12,8 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-from engine.progress import progress_bar
+from data.vocabulary import is_held_out
+from engine.log import progress_bar
 
 PYTHON = '3.11.7'  # of the corpora behind the numbers in the docs
 PACKAGES = 'datasets matplotlib numpy pytest safetensors tiktoken torch tqdm'.split()
@@ -79,11 +80,6 @@ def read_source(corpus, path):
     code = '\n'.join(line.rstrip() for line in lines if line is not None)
     code = re.sub(r'\A(#.*\n|\s)*', '', code).strip()  # a file's head is mostly its licence
     return [code] if len(code) >= 200 else []
-
-
-def is_held_out(text, fraction):
-    """Whether a text belongs to the validation split: by a hash, the same everywhere."""
-    return zlib.crc32(text.encode('utf-8', 'replace')) < fraction * 2**32  # lone surrogates
 
 
 def offline_documents(options):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import Natural, Range, configure
-from data.corpus import OFFLINE, SPLITS, finish_corpus
+from data.corpus import OFFLINE, SPLITS
 from data.instruct import (
     SETS,
     encode_examples,
@@ -45,11 +45,12 @@ from data.instruct import (
     leave_out,
     offline_rows,
 )
-from data.offline import offline_documents
+from data.offline import offline_documents, other_versions, versions
 from data.vocabulary import encode_texts, load_tokenizer
 from engine.errors import UserError, first_line, run_as_program, unknown
-from engine.files import locked, read_json, write_json
+from engine.files import checksum, locked, read_json, write_json
 from engine.hub import WAY_OUT, hub_source, reach_hub
+from engine.tokenizer_files import is_encoding, read_settings, write_tokenizer
 
 HUB = {  # name: ('repository configuration split', column with the text)
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu default train', 'text'),
@@ -283,6 +284,45 @@ def write_corpus(batches, kind, options, out, state):
                 write_json(unfinished / 'progress.json', state)
         bar.close()
     return finish_corpus(unfinished, out, counts, options, kind)
+
+
+def finish_corpus(unfinished, out, counts, options, kind):
+    """Write meta.json and give a complete corpus its name. Raises UserError for an empty split."""
+    if bad := counts.get('bad'):
+        print(f'{bad["rows"]:,} rows cannot be used and are left out; the first: {bad["first"]}')
+    for split in SPLITS:
+        if not counts[split]['tokens']:
+            raise UserError(
+                f'{options.corpus} gave no {split} documents: there must be several, of which '
+                f'--val_fraction={options.val_fraction} are held out'
+            )
+    (unfinished / 'progress.json').unlink(missing_ok=True)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if not is_encoding(options.tokenizer):
+        write_tokenizer(options.tokenizer, unfinished)
+        end = int(np.memmap(unfinished / 'val.bin', tokenizer.dtype)[-1])
+        settings = read_settings(unfinished, 'generation_config.json')
+        if end not in np.ravel(settings.get('eos_token_id')):  # say what a model learns to end with
+            write_json(unfinished / 'generation_config.json', settings | dict(eos_token_id=end))
+    offline = options.corpus in OFFLINE
+    if offline and (others := other_versions()):
+        print(f'made from {", ".join(others)}: another corpus than that of the docs')
+    meta = dict(
+        corpus=options.corpus,
+        tokenizer=options.tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        dtype=np.dtype(tokenizer.dtype).name,
+        options=vars(options),
+        versions=versions() if offline else {},
+        splits=counts,
+        checksums={path.name: checksum(path) for path in sorted(unfinished.iterdir())},
+        kind=kind,
+    )
+    write_json(unfinished / 'meta.json', meta)
+    os.replace(unfinished, out)
+    train, val = (f'{counts[split]["tokens"]:,} {split}' for split in SPLITS)
+    print(f'{out}: {train} and {val} tokens ({options.tokenizer})')
+    return out
 
 
 def main(argv):

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from engine.errors import UserError, first_line, import_extra
 from engine.files import write_atomically
 
+# the progress bar of a loop: gone when it is done, and none where there is no terminal
+progress_bar = partial(tqdm, leave=False, disable=None)
 LOSSES = ('loss', 'val_loss')  # of a line of metrics, that are shown
 
 

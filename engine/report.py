@@ -184,7 +184,7 @@ def draw_panels(panels, path):
     for ax, panel in zip(axes[0], panels):
         for line in panel.lines:
             (drawn,) = ax.plot(line.x, line.y, line.style, label=line.label, color=line.color)
-            if line.band:
+            if line.band is not None:
                 low = [y - half for y, half in zip(line.y, line.band)]
                 high = [y + half for y, half in zip(line.y, line.band)]
                 ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
@@ -198,7 +198,7 @@ def draw_panels(panels, path):
         for which in panel.log:
             ax.set(**{f'{which}scale': 'log'})
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(frameon=False, fontsize=8 if len(panel.lines) <= 24 else 5)
+            ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
@@ -332,6 +332,13 @@ def mean_curve(results):
     curves = [dict(validation_curve(result)) for result in results]
     steps = sorted(set.intersection(*map(set, curves)))
     return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
+
+
+def mean_line(results, label):
+    """The mean_curve of a variant's runs as a Line against training tokens."""
+    curve = mean_curve(results)
+    tokens = [share * results[0].tokens for share, _ in curve]
+    return Line(tokens, [loss for _, loss in curve], label)
 
 
 # ----------------------------------------------------------------------------------------------

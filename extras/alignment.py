@@ -25,8 +25,8 @@ from configurator import Count, Natural, configure
 from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Order, sequences
 from engine.errors import UserError, run_as_program
+from engine.log import progress_bar
 from engine.parallel import choose_device, set_threads, to_device
-from engine.progress import progress_bar
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher
 from extras.diagnostics import hessian_vector_product, mean_over, norm

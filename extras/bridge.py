@@ -27,8 +27,8 @@ from data.prepare import Preparation, fresh_counts, write_corpus
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.errors import UserError, run_as_program
 from engine.files import read_json
+from engine.log import progress_bar
 from engine.parallel import choose_device, processes
-from engine.progress import progress_bar
 from engine.report import table
 from extras.minillm import Answering, answer
 from model import load

@@ -26,9 +26,8 @@ from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from engine.errors import UserError
 from engine.files import read_json
-from engine.log import has_metrics, read_metrics
+from engine.log import has_metrics, progress_bar, read_metrics
 from engine.parallel import choose_device
-from engine.progress import progress_bar
 from engine.report import Line, Panel, draw_panels, format_count, table
 from engine.stage import Result
 from model import load

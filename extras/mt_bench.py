@@ -23,8 +23,8 @@ from data.instruct import file_records
 from data.vocabulary import load_tokenizer, tokenizer_of_model
 from engine.errors import run_as_program
 from engine.files import write_atomically
+from engine.log import progress_bar
 from engine.parallel import choose_device
-from engine.progress import progress_bar
 from model import load
 from sample import Sampling, conversation_encoder, reply
 

@@ -132,7 +132,7 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         choose=(
             'multiple_choice',
             'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\n'
-            'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]',
+            'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]',
         ),
         roll=(
             'loglikelihood_rolling',
@@ -164,6 +164,10 @@ def test_downstream_tasks_run_through_the_harness(tmp_path, monkeypatch):
         folder, Evaluation(tasks=('choose', 'other'), task_folder=str(tmp_path)), 'cpu'
     )
     assert both['average_accuracy'] == (both['choose acc'] + both['other acc']) / 2
+    chosen = ('choose acc_norm', 'other acc')  # as in Table 4 of Inheritune
+    options = Evaluation(tasks=('choose', 'other'), average=chosen, task_folder=str(tmp_path))
+    found = run_tasks(folder, options, 'cpu')
+    assert found['average_accuracy'] == sum(found[name] for name in chosen) / 2
     with pytest.raises(UserError, match='--tasks of .*invalid literal.*all'):
         run_tasks(folder, Evaluation(tasks=('choose:all',), task_folder=str(tmp_path)), 'cpu')
     with pytest.raises(UserError, match='--tasks of .*chose'):
@@ -188,7 +192,7 @@ def test_a_corpus_of_another_tokenizer_is_refused_with_the_command(tmp_path, dat
     GPT(GPTConfig.named('16x1', vocab_size=size, block_size=32)).save(folder, str(folder))
     for command in (
         ('evaluate.py', folder),
-        ('inheritune.py', folder, '--samples=4', '--length=16'),
+        ('inheritune.py', folder, '--samples=4'),
         ('train.py', f'--init_from={folder}', '--tokens=100', f'--out_dir={tmp_path}/run'),
     ):
         process = run_command(*command, f'--data_dir={data_dir}')

@@ -1,34 +1,148 @@
 """
-Inheritune: what is inherited from where, and Algorithm 1's control flow.
+Inheritune: how attentive a layer is, what is inherited from where, Algorithm 1's control flow and
+costs, the baselines, plans of the paper's runs, and the command.
 """
 
-import dataclasses
+import json
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_command
 from test_model import SHAPES, small, tokens
 
-import inheritune
 import train
+from configurator import configure
 from data.corpus import open_corpus
 from data.loader import validation_batches
 from engine.errors import UserError
 from engine.loss import evaluate
 from engine.stage import Result
 from inheritune import (
-    BASELINES,
-    Comparison,
     Inheritune,
     alternate_layers,
-    given_reference,
+    analyse,
+    attention_maps,
+    attention_rank,
+    column_mass,
+    evenness,
     half_width,
+    half_width_config,
     inherit,
-    inherit_next,
+    inherit_more,
+    lazy_layers,
+    observe_attention,
+    query_key_norms,
     stacked_layers,
+    validation_samples,
 )
-from model import GPT, GPTConfig, load
-from train import Run, stages_of
+from model import GPT, GPTConfig, load, rotations
+from train import METHODS, Run, plan, stages_of
+
+# ----------------------------------------------------------------------------------------------
+# what a lazy layer is
+
+
+@pytest.mark.parametrize(
+    'attention, rank, mass',
+    [
+        (torch.full((50, 50), 1 / 50), 1, 45),
+        (torch.eye(50), 45, 45),
+        (torch.cat((torch.ones(50, 1), torch.zeros(50, 49)), 1), 1, 1),
+        (torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])), 2, 2),  # (9 + 4) / 14 = 93%
+    ],
+)
+def test_rank_and_mass_of_closed_cases(attention, rank, mass):
+    assert attention_rank(attention).item() == rank and column_mass(attention).item() == mass
+
+
+@pytest.mark.parametrize('threshold', [0.5, 0.9, 0.999])
+def test_rank_and_mass_are_the_fewest_that_hold_the_threshold(threshold):
+    a = torch.randn(15, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
+    for matrix in a:
+        for found, shares in (
+            (attention_rank(matrix, threshold), torch.linalg.svdvals(matrix) ** 2),
+            (column_mass(matrix, threshold), matrix.square().sum(0).sort(descending=True).values),
+        ):
+            held = [shares[:n].sum() / shares.sum() for n in range(21)]
+            assert held[found - 1] < threshold <= held[found]
+
+
+def test_uniform_attention_is_of_rank_one_only_where_every_position_sees_all():
+    """Why evenness is looked at, too: rank 5 of 100 under the causal mask, 1 without."""
+    causal = torch.ones(100, 100).tril() / torch.arange(1, 101)[:, None]
+    assert attention_rank(causal) == 5 and column_mass(causal) == 30
+    assert attention_rank(torch.full((100, 100), 0.01)) == 1
+    assert evenness(causal).item() == pytest.approx(1) and evenness(torch.eye(100)).item() == 0
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_maps_are_those_the_model_uses(shape):
+    model, x = small(**SHAPES[shape]), tokens(2, 16)
+    maps = list(attention_maps(model, x))
+    assert len(maps) == 3 and all(a.shape == (2, 4, 16, 16) for a in maps)
+    rope = None if model.wpe is not None else rotations(model.config, torch.arange(16))
+    stream = model.wte(x) if model.wpe is None else model.wte(x) + model.wpe.weight[:16]
+    for a, block in zip(maps, model.blocks):
+        torch.testing.assert_close(a.sum(-1), torch.ones(2, 4, 16))
+        assert (a.triu(1) == 0).all()
+        _, _, v = block.attn.project(block.norm1(stream), rope)
+        mixed = a.double() @ v.repeat_interleave(4 // v.shape[1], 1)
+        ours = block.attn.o(mixed.transpose(1, 2).flatten(2))
+        theirs = block.attn(block.norm1(stream), rope, None)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+        stream = block(stream, rope, None)
+    assert (next(attention_maps(model, x, causal=False)).triu(1) > 0).any()
+    assert not any(block.attn._forward_pre_hooks for block in model.blocks)
+
+
+def test_lazy_layers_are_found_by_full_attention_and_uniform_heads_by_causal():
+    model = small(init_std=0.3)
+    with torch.no_grad():
+        model.blocks[2].attn.q.weight.zero_()  # every query the same: uniform rows
+    full, causal = analyse(model, tokens(6, 20), 'full'), analyse(model, tokens(6, 20))
+    rank = full['rank k*, full attention']
+    assert rank.shape == (3, 6) and (rank[2] == 1).all() and lazy_layers(rank) == [3]
+    assert (full['mass m*, full attention'][2] == 18).all()  # uniform, not one column
+    assert lazy_layers(causal['rank k*, causal attention']) == []
+    assert (causal['share of uniform heads'].mean(1) == [0, 0, 1]).all()
+    with torch.no_grad():  # one attentive head is enough
+        model.blocks[2].attn.q.weight[:8].normal_(std=3)
+    assert lazy_layers(analyse(model, tokens(6, 20), 'full')['rank k*, full attention']) == []
+
+
+def test_norms_of_queries_and_keys_and_of_their_gradients_are_those_of_a_backward_pass():
+    model, x = small(), tokens(3, 20)
+    found = query_key_norms(model, x[:, :-1], x[:, 1:])
+    model(x[:, :-1], x[:, 1:]).loss.backward()
+    for layer, block in enumerate(model.blocks):
+        for name in 'QK':
+            weight = getattr(block.attn, name.lower()).weight
+            assert found[f'|W_{name}|'][layer] == pytest.approx(weight.norm().item())
+            assert found[f'|dL/dW_{name}|'][layer] == pytest.approx(weight.grad.norm().item())
+
+
+def test_what_is_observed_leaves_the_model_and_the_random_state_alone(data_dir):
+    model = small(vocab_size=257, block_size=32)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    seen = observe_attention(Run(data_dir=str(data_dir)), model)['attention']
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    json.dumps(seen)  # it is a line of metrics.jsonl
+    assert len(seen) == 7 and {len(values) for values in seen.values()} == {3}
+
+
+def test_samples_are_of_the_validation_split_and_always_the_same(data_dir):
+    corpus, model = open_corpus('pydocs', data_dir), small(vocab_size=257, block_size=10)
+    samples = validation_samples(corpus, 3, model)
+    text = corpus.val.tobytes()
+    assert samples.shape == (3, 11) and torch.equal(samples, validation_samples(corpus, 3, model))
+    assert all(sample.numpy().astype(corpus.val.dtype).tobytes() in text for sample in samples)
+
 
 # ----------------------------------------------------------------------------------------------
 # inheriting
@@ -39,69 +153,66 @@ def test_inherited_logits_are_those_of_the_truncated_reference(shape):
     reference = small(**SHAPES[shape])
     child = inherit(reference, 2)
     hidden = reference(tokens(), hidden_at=2).hidden
-    torch.testing.assert_close(
-        child(tokens()).logits, reference.norm(hidden) @ reference.head_weight.T
-    )
+    expected = reference.norm(hidden) @ reference.head_weight.T
+    torch.testing.assert_close(child(tokens()).logits, expected)
     assert child.config.n_layer == 2 and {p.dtype for p in child.parameters()} == {torch.float64}
 
 
 def source_of(tensor, reference):
     """The name of the reference's tensor that this one is a copy of, or None."""
-    return next(
-        (
-            name
-            for name, other in reference.state_dict().items()
-            if other.shape == tensor.shape and torch.equal(other, tensor)
-        ),
-        None,
-    )
+    for name, other in reference.state_dict().items():
+        if other.shape == tensor.shape and torch.equal(other, tensor):
+            return name
 
 
-@pytest.mark.parametrize(
-    'parts', [('attention',), ('mlp',), ('attention', 'mlp'), ('attention', 'mlp', 'norms')]
-)
+@pytest.mark.parametrize('parts', [('attention',), ('attention', 'norms'), ('attention', 'mlp')])
 def test_selected_parts_are_inherited_and_the_others_are_new(parts):
     reference = small(**SHAPES['gpt2'])
+    kinds = dict(attn='attention', mlp='mlp', norm1='norms', norm2='norms')
     for name, tensor in inherit(reference, 2, parts).state_dict().items():
-        part = {'attn': 'attention', 'mlp': 'mlp', 'norm1': 'norms', 'norm2': 'norms'}.get(
-            name.split('.')[2] if name.startswith('blocks') else ''
-        )
+        part = kinds[name.split('.')[2]] if name.startswith('blocks') else None
         assert (source_of(tensor, reference) == name) == (part in parts or part is None), name
+
+
+def layers_of(model, reference):
+    """The layers of the reference that a model's are copies of."""
+    names = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
+    return [int(name.split('.')[1]) for name in names]
 
 
 def test_chosen_layers_come_from_where_they_are_said_to():
     reference = small(n_layer=6)
-    child = inherit(reference, 3, layers=[3, 4, 5])
-    assert [source_of(child.blocks[i].attn.q.weight, reference) for i in range(3)] == [
-        f'blocks.{i}.attn.q.weight' for i in (3, 4, 5)
-    ]
-    assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21] and alternate_layers(
-        24, 12
-    ) == list(range(0, 24, 2))  # section 4
+    assert layers_of(inherit(reference, 3, layers=[3, 4, 5]), reference) == [3, 4, 5]
+    assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21]  # section 4
+    assert alternate_layers(24, 12) == list(range(0, 24, 2)) and alternate_layers(2, 2) == [0, 0]
+    assert stacked_layers(9, 5) == [0, 1, 0, 1, 0]
+    with pytest.raises(UserError, match='layer 4 cannot be inherited from a reference of 3'):
+        inherit(small(), 4)
 
 
-def test_growing_keeps_the_trained_layers_and_adds_the_references_next():
-    reference, trained = small(n_layer=6), small(n_layer=2, init_std=0.1)
-    child = inherit_next(reference, trained, 4)
-    assert torch.equal(child.wte.weight, trained.wte.weight) and torch.equal(
-        child.blocks[1].mlp.up.weight, trained.blocks[1].mlp.up.weight
-    )
-    assert torch.equal(child.blocks[3].mlp.up.weight, reference.blocks[3].mlp.up.weight)
+@pytest.mark.parametrize('shape', ['gpt2', 'qwen3'])
+def test_copies_can_keep_their_attention_where_the_layers_number_scales_it(shape):
+    scaled = dict(n_layer=6, attn_scale_by_layer=True, init_std=0.2)
+    model = small(**SHAPES[shape] | scaled).double()
+    raw = inherit(model, 2, layers=[0, 5])
+    kept = inherit(model, 2, layers=[0, 5], rescale=True)
+    assert torch.equal(raw.blocks[1].attn.q.weight, model.blocks[5].attn.q.weight)
+    alone = inherit(model, 6)
+    alone.blocks = torch.nn.ModuleList([alone.blocks[0], alone.blocks[5]])
+    x = tokens()
+    torch.testing.assert_close(kept(x).logits, alone(x).logits, rtol=0, atol=1e-12)
+    assert (raw(x).logits - alone(x).logits).abs().max() > 1e-3
 
 
 def test_half_the_width_is_the_first_half_of_everything():
     reference = small(**SHAPES['gpt2'])
-    child = half_width(reference)
-    assert (child.config.n_embd, child.config.n_head, child.config.n_mlp, child.config.n_layer) == (
-        16,
-        2,
-        20,
-        3,
-    )
+    child, old = half_width(reference), reference.state_dict()
+    shape = child.config
+    assert (shape.n_embd, shape.n_head, shape.n_mlp, shape.n_layer) == (16, 2, 20, 3)
     for name, tensor in child.state_dict().items():
-        assert torch.equal(
-            tensor, reference.state_dict()[name][tuple(slice(n) for n in tensor.shape)]
-        ), name
+        assert torch.equal(tensor, old[name][tuple(map(slice, tensor.shape))]), name
+    xl = half_width_config(GPTConfig.named('gpt2-xl'))  # 12 of 25 heads, four times their width
+    assert (xl.n_head, xl.n_embd, xl.n_mlp) == (12, 768, 3072)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -109,25 +220,25 @@ def test_half_the_width_is_the_first_half_of_everything():
 
 
 def planned(losses, seeds=1, **knobs):
-    """The stages when stage i ends with losses[i] (the last one from then on)."""
-    made = []
+    """The stages, and the report, when stage i ends with losses[i], the last from then on."""
+    made, folder = [], Path(tempfile.mkdtemp())
 
     def pretend(stage):
         made.append(stage)
         loss = losses[min(len(made), len(losses)) - 1]
+        (folder / stage.name).mkdir()
+        (folder / stage.name / 'metrics.jsonl').write_text('{"step": 0}\n')
         return Result(
-            labels=stage.labels,
-            name=stage.name,
-            folder=stage.name,
+            stage.name,
+            str(folder / stage.name),
             n_params=stage.config.num_params(),
             params=stage.params,
             tokens=int(stage.tokens),
             flops=6 * stage.params * stage.tokens,
-            before=stage.before,
             val_loss=loss,
-            bits_per_byte=loss,
-            position=0,
-            seconds=0.0,
+            position=int(stage.position + stage.tokens),
+            labels=stage.labels,
+            before=stage.before,
         )
 
     method, run = Inheritune(**knobs), Run(block_size=128, data_dir='nowhere', seeds=seeds)
@@ -136,96 +247,53 @@ def planned(losses, seeds=1, **knobs):
 
 
 def test_it_stops_as_soon_as_the_reference_is_matched():
-    stages, text = planned([1.5, 1.5])
-    assert (
-        [s.name for s in stages] == ['reference', '4-layers']
-        and '4-layers matches the reference' in text[0]
-        and '50% fewer parameters' in text[0]
-    )
+    stages, blocks = planned([1.5, 1.5])
+    assert [s.name for s in stages] == ['reference', '4-layers']
+    assert blocks[0].startswith('4-layers matches the reference in round 1 (1.5000 against 1.5000)')
+    # of the layers half, of the whole less: both have embeddings, positions and the head
+    assert '46% fewer parameters, 50% without embeddings and head' in blocks[0]
 
 
-def test_it_grows_by_two_until_it_matches():
-    stages, text = planned([1.5, 1.7, 1.6, 1.4], regrow='continue')
-    assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers'] and [
-        s.origin.models for s in stages
-    ][2] == ('4-layers',)
-    assert stages[3].parent.name == '6-layers' and sum(stages[3].before.values()) == sum(
-        6 * s.params * s.tokens for s in stages[:3]
-    )
+@pytest.mark.parametrize('regrow', ['restart', 'continue'])
+def test_it_grows_by_two_until_it_matches_and_all_rounds_count(regrow):
+    stages, blocks = planned([1.5, 1.7, 1.6, 1.4], regrow=regrow)
+    assert [s.name for s in stages] == ['reference', '4-layers', '6-layers', '8-layers']
+    assert 'in round 3' in blocks[0]
+    last = stages[-1]
+    assert last.parent.name == ('6-layers' if regrow == 'continue' else 'reference')
+    cost = [6 * s.params * s.tokens for s in stages]
+    assert sum(last.before.values()) == pytest.approx(sum(cost[:3]))
+    assert blocks[1][-1]['with all ancestors'] == pytest.approx(sum(cost))
 
 
-def test_it_gives_up_at_the_references_size():
-    stages, text = planned([1.5, 2.0])
-    assert [s.config.n_layer for s in stages] == [8, 4, 6, 8] and 'does not match' in text[0]
-    assert len(planned([1.5, 2.0], max_rounds=1)[0]) == 2
-    assert planned([1.5, 2.0])[0][2].parent.name == 'reference'  # section 4, step 4
+def test_it_gives_up_at_the_references_size_or_where_it_is_told_to():
+    stages, blocks = planned([1.5, 2.0])
+    assert [s.config.n_layer for s in stages] == [8, 4, 6, 8] and 'does not match' in blocks[0]
+    assert [s.config.n_layer for s in planned([1.5, 2.0], max_n=7)[0]] == [8, 4, 6]
+    assert [s.config.n_layer for s in planned([1.5, 2.0], n=3, max_n=3)[0]] == [8, 3]
 
 
-def test_baselines_have_the_papers_budgets():
-    stages, _ = planned(
-        [1.5, 1.4],
-        baselines=(
-            'random',
-            'random-2x',
-            'last-layers',
-            'stacking',
-            'hybrid-stacking',
-            'half-width',
-            'distillation',
-            'distilbert',
-        ),
-    )
-    by_name = {s.name: s for s in stages}
-    assert set(by_name) == {
-        'reference',
-        '4-layers',
-        'random-4',
-        'random-2x-4',
-        'last-layers-4',
-        'stacking-2',
-        'stacking-4',
-        'hybrid-stacking-4',
-        'half-width',
-        'distillation-4',
-        'distilbert-4',
-    }
-    assert (
-        by_name['random-2x-4'].tokens == 2 * by_name['random-4'].tokens
-        and by_name['stacking-4'].parent.name == 'stacking-2'
-    )
-    assert (
-        by_name['distillation-4'].model is None
-        and by_name['distillation-4'].objective
-        and by_name['distilbert-4'].model
-        and by_name['random-4'].parent is None
-    )
+def test_a_reference_that_was_trained_for_longer_is_not_matched_at_once(data_dir, tmp_path):
+    knobs = ['--method=inheritune', '--size=16x4', '--tokens=4096', '--child_tokens=64']
+    knobs += [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=512', '--batch_size=2']
+    train.main([*knobs, '--regrow=continue', f'--out_dir={tmp_path}/run'])
+    assert 'in round 2' in (tmp_path / 'run' / 'report.md').read_text()
+    found = {name: Result.of(tmp_path / 'run' / name) for name in ('reference', '2-layers')}
+    assert found['2-layers'].val_loss > found['reference'].val_loss
+    again = json.loads((tmp_path / 'run' / '4-layers' / 'stage.json').read_text())
+    assert again['origin']['models'] == ['reference', '2-layers']
 
 
-def test_baselines_start_from_the_layers_they_name(data_dir, tmp_path):
-    reference = small(n_layer=8, vocab_size=257, block_size=128)
-    reference.save(tmp_path / 'reference')
-    small(n_layer=2, vocab_size=257, block_size=128, init_std=0.1).save(tmp_path / 'stacking-2')
-    given, found = Result('reference', str(tmp_path / 'reference')), {}
-    run = Run(block_size=128, data_dir=str(data_dir))
-    compared = Comparison(Inheritune(), run, reference.config, given, 4)
-    for name in ('last-layers', 'hybrid-stacking', 'distilbert'):
-        model = next(BASELINES[name](compared)).model()
-        found[name] = [source_of(block.mlp.up.weight, reference) for block in model.blocks]
-    expected = {
-        'last-layers': (4, 5, 6, 7),
-        'hybrid-stacking': (0, 1, 0, 1),
-        'distilbert': (0, 2, 4, 6),
-    }
-    assert found == {
-        name: [f'blocks.{i}.mlp.up.weight' for i in layers] for name, layers in expected.items()
-    }
-    stages = BASELINES['stacking'](compared)
-    next(stages)
-    stacked = stages.send(dataclasses.replace(given, folder=str(tmp_path / 'stacking-2'))).model()
-    assert (
-        torch.equal(stacked.blocks[0].attn.q.weight, stacked.blocks[2].attn.q.weight)
-        and stacked.config.n_layer == 4
-    )
+def test_growing_keeps_the_trained_layers_and_adds_the_references_next(tmp_path):
+    reference, trained = small(n_layer=6), small(n_layer=2, init_std=0.1)
+    results = []
+    for name, model in (('reference', reference), ('trained', trained)):
+        model.save(tmp_path / name)
+        results.append(Result(name, str(tmp_path / name)))
+    child = inherit_more(*results, 4)
+    assert layers_of(inherit(child, 2), trained) == [0, 1]
+    assert torch.equal(child.wte.weight, trained.wte.weight)
+    assert source_of(child.blocks[3].mlp.up.weight, reference) == 'blocks.3.mlp.up.weight'
 
 
 @pytest.mark.parametrize(
@@ -234,235 +302,174 @@ def test_baselines_start_from_the_layers_they_name(data_dir, tmp_path):
         (dict(size='64x5'), 'half of 5 layers is not a whole number: say how many, --n=2'),
         (dict(n=9), 'n=9: the reference has 8 layers'),
         (dict(reference='nowhere'), 'nowhere is not a folder'),
+        (dict(size='16x2', baselines=('stacking',)), 'stacking needs a child of two layers'),
+        (dict(size='16x2', baselines=('half-width',)), 'n_head must be between 1'),
     ],
 )
-def test_mistakes_are_found_before_anything_is_trained(knobs, words):
+def test_what_cannot_be_is_one_line(knobs, words):
     with pytest.raises(UserError, match=words):
         planned([1.0], **knobs)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(data_dir, tmp_path):
-    import train
-
+def test_a_run_is_refused_before_anything_is_trained(data_dir, tmp_path):
     small().save(tmp_path / 'one')
     knobs = ['--method=inheritune', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run']
     with pytest.raises(UserError, match='has 196 tokens for which the model, of 61, has no'):
         train.main([*knobs, f'--reference={tmp_path}/one'])
-    with pytest.raises(UserError, match='4 layers cannot be inherited from a reference of 3'):
-        inherit(small(), 4)
-    with pytest.raises(UserError, match='is not defined'):
-        half_width(small(n_kv_head=2))
+    with pytest.raises(UserError, match='stacking needs a child'):
+        train.main([*knobs, '--size=16x2', '--baselines=stacking'])
+    assert not (tmp_path / 'run').exists()
 
 
-def test_a_given_reference_starts_the_children(data_dir, tmp_path):
-    import train
-
-    common = [
-        f'--data_dir={data_dir}',
-        '--block_size=16',
-        '--eval_tokens=512',
-        '--batch_size=4',
-        '--device=cpu',
-    ]
-    GPT(GPTConfig.named('16x2', vocab_size=257, block_size=16)).save(tmp_path / 'public')
-    train.main(
-        [
-            *common,
-            f'--out_dir={tmp_path}/run',
-            '--method=inheritune',
-            f'--reference={tmp_path}/public',
-            '--tokens=320',
-            '--grow_by=1',
-            '--baselines=distillation',
-        ]
-    )
-    assert {p.parent.name for p in (tmp_path / 'run').glob('*/result.json')} == {
-        '1-layers',
-        'distillation-1',
-    }
+def test_a_given_reference_is_measured_as_the_children_are(data_dir, tmp_path):
+    """On this run's data and context; its cost, and where its data ended, are known."""
+    knobs = ['--size=16x2', '--tokens=512', f'--data_dir={data_dir}', '--eval_tokens=512']
+    train.main([*knobs, '--block_size=64', f'--out_dir={tmp_path}/one'])
+    name = tmp_path / 'one' / '16x2'
+    knobs = ['--method=inheritune', f'--reference={name}', '--tokens=320', '--grow_by=1']
+    knobs += [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=256', '--batch_size=4']
+    train.main([*knobs, '--baselines=distillation', f'--out_dir={tmp_path}/run'])
+    found, stored = Result.of(tmp_path / 'run' / 'reference'), Result.of(name)
+    batches = validation_batches(open_corpus('pydocs', data_dir).val, 16, 8, 256)
+    assert found.val_loss == pytest.approx(evaluate(load(name), batches), abs=1e-6)
+    assert found.val_loss != stored.val_loss and found.tokens == 0
+    assert found.total_flops == stored.flops > 0 and found.position == stored.position
+    assert load(tmp_path / 'run' / '1-layers').config.n_layer == 1
     assert '1-layers matches the reference' in (tmp_path / 'run' / 'report.md').read_text()
 
 
-def test_command_line(data_dir, tmp_path):
-    GPT(dataclasses.replace(GPTConfig.named('16x2', vocab_size=257), block_size=40)).save(
-        tmp_path / 'model'
-    )
-    process = run_command(
-        'inheritune.py',
-        tmp_path / 'model',
-        f'--data_dir={data_dir}',
-        '--samples=6',
-        '--length=40',
-        f'--out={tmp_path}/attention',
-    )
-    assert process.returncode == 0 and 'lazy layers' in process.stdout, process.stderr
-    assert all(
-        (tmp_path / 'attention' / name).stat().st_size > 100
-        for name in ('attention.md', 'attention.png', 'attention_maps.png')
-    )
-    for arguments, word in (
-        ([], 'usage: inheritune.py FOLDER'),
-        ([tmp_path / 'model', '--length=41'], 'at most 40 tokens'),
-        ([tmp_path / 'no'], 'config.json'),
-        ([tmp_path / 'model', tmp_path / 'child'], 'which layers?'),
-        ([tmp_path / 'model', tmp_path / 'child', '--n=3'], 'from a reference of 2'),
-        ([tmp_path / 'model', tmp_path / 'model', '--n=1'], 'model exists'),
-    ):
-        process = run_command('inheritune.py', *arguments, f'--data_dir={data_dir}')
-        assert (
-            process.returncode == 2 and word in process.stderr and process.stderr.count('\n') == 1
-        ), process.stderr
+# ----------------------------------------------------------------------------------------------
+# what the child is compared with
+
+EVERY = 'random random-2x last-layers stacking hybrid-stacking half-width distillation distilbert'
 
 
-def test_a_child_is_made_from_the_command_line(tmp_path):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig.named('16x3', vocab_size=257, block_size=40))
-    model.save(tmp_path / 'model', 'bytes')
-    for knob, layers in (('--n=2', [0, 1]), ('--layers=1,3', [0, 2])):
-        child = tmp_path / knob.strip('-')
-        process = run_command('inheritune.py', tmp_path / 'model', child, knob)
-        assert process.returncode == 0, process.stderr
-        made = load(child).state_dict()
-        for i, layer in enumerate(layers):
-            old = model.state_dict()[f'blocks.{layer}.mlp.up.weight']
-            assert torch.equal(made[f'blocks.{i}.mlp.up.weight'], old)
-        assert (child / 'tokenizer.json').is_file()
+def test_baselines_have_the_papers_budgets_and_read_what_the_child_reads():
+    budgets = dict(tokens=1e6, child_tokens=2e5, distillation_tokens=1e5)
+    stages, _ = planned([1.5, 1.4], baselines=tuple(EVERY.split()), **budgets)
+    tokens = {s.name: s.tokens for s in stages}
+    assert tokens.pop('reference') == 1e6 and tokens.pop('random-2x-4') == 4e5
+    assert tokens.pop('distillation-4') == tokens.pop('distilbert-4') == 1e5
+    assert set(tokens.values()) == {2e5} and list(tokens) == (
+        '4-layers random-4 last-layers-4 stacking-2 stacking-4 hybrid-stacking-4 half-width-8'
+    ).split(' ')
+    begin = {s.name: s.position for s in stages}
+    assert begin.pop('reference') == begin.pop('random-2x-4') == begin.pop('stacking-2') == 0
+    assert set(begin.values()) == {1e6}
+    by_name = {s.name: s for s in stages}
+    assert by_name['stacking-4'].parent.name == 'stacking-2'
+    assert by_name['distillation-4'].model is None and by_name['distillation-4'].objective
+    assert by_name['random-4'].parent is None and by_name['random-4'].before == {}
 
 
-def test_the_loss_to_match_is_measured_as_the_childrens_is(data_dir, tmp_path, monkeypatch):
-    """Not the one in its result.json, of whatever context and data it had; and only once."""
-    knobs = ['--size=16x2', '--tokens=512', f'--data_dir={data_dir}']
-    train.main([*knobs, '--block_size=64', '--eval_tokens=512', f'--out_dir={tmp_path}/run'])
-    name = str(tmp_path / 'run' / '16x2')
-    how = dict(data_dir=str(data_dir), out_dir=str(tmp_path / 'new'), eval_tokens=256)
-    run = Run(block_size=16, **how)
-    found = given_reference(name, run)
-    model, corpus = load(name), open_corpus('pydocs', data_dir)
-    expected = evaluate(model, validation_batches(corpus.val, 16, 8, 256))
-    stored = Result.of(name)
-    assert found.val_loss == pytest.approx(expected, abs=1e-6) != stored.val_loss
-    assert found.flops == stored.flops > 0
-    monkeypatch.setattr(inheritune, 'evaluate', None)  # measured already
-    assert given_reference(name, run).val_loss == found.val_loss
-    with pytest.raises(TypeError):
-        given_reference(name, Run(block_size=8, **how))
-
-
-def test_stacked_layers_are_copied_as_they_are():
-    """Also where attention logits are divided by the layer's number, as the paper copies them."""
-    model = small(attn_scale_by_layer=True)
-    stacked = inherit(model, 6, layers=stacked_layers(3, 6))
-    assert torch.equal(stacked.blocks[4].attn.q.weight, model.blocks[1].attn.q.weight)
-    assert stacked_layers(2, 5) == [0, 1, 0, 1, 0]
-
-
-@pytest.mark.parametrize('shape', ['gpt2', 'qwen3'])
-def test_copies_can_keep_their_attention_where_the_layers_number_scales_it(shape):
-    model = small(
-        **SHAPES[shape] | dict(n_layer=6, attn_scale_by_layer=True, init_std=0.2)
-    ).double()
-    raw = inherit(model, 2, layers=[0, 5])
-    kept = inherit(model, 2, layers=[0, 5], rescale=True)
-    alone = inherit(model, 6)
-    alone.blocks = torch.nn.ModuleList([alone.blocks[0], alone.blocks[5]])
-    x = tokens()
-    torch.testing.assert_close(kept(x).logits, alone(x).logits, rtol=0, atol=1e-12)
-    assert (raw(x).logits - alone(x).logits).abs().max() > 1e-3
-
-
-def test_a_child_regrows_with_the_parts_it_inherited():
-    reference, smaller = small(n_layer=4), small(n_layer=2)
-    child = inherit_next(reference, smaller, 4, ('attention',))
-    assert torch.equal(child.blocks[3].attn.q.weight, reference.blocks[3].attn.q.weight)
-    assert not torch.equal(child.blocks[3].mlp.up.weight, reference.blocks[3].mlp.up.weight)
-
-
-def test_budgets_of_children_and_of_distilled_ones():
-    budgets = dict(tokens=1e6, child_tokens=1e5, distillation_tokens=5e4)
-    stages, _ = planned([1.5, 1.4], baselines=('random-2x', 'distillation'), **budgets)
-    assert {s.name: s.tokens for s in stages} == {
-        'reference': 1e6,
-        '4-layers': 1e5,
-        'random-2x-4': 2e5,
-        'distillation-4': 5e4,
-    }
-
-
-def test_shapes_without_a_baseline_are_refused_before_anything_is_trained():
-    with pytest.raises(UserError, match='stacking needs a child of two layers'):
-        planned([1.0], size='16x2', baselines=('stacking',))
-    with pytest.raises(UserError, match='half the width of 1 heads'):
-        planned([1.0], size='16x2', baselines=('half-width',))
-    assert alternate_layers(2, 2) == [0, 0] and alternate_layers(24, 16)[-4:] == [18, 19, 20, 21]
-
-
-def test_every_seed_has_a_reference_and_baselines_of_its_own():
-    stages, blocks = planned(
-        [1.5, 1.7, 1.4, 1.6, 1.5, 1.3, 1.6], max_rounds=1, baselines=('random',), seeds=2
-    )
-    assert [(s.name, s.knobs['seed']) for s in stages] == [
-        ('reference', 1337),
-        ('4-layers', 1337),
-        ('random-4', 1337),
-        ('reference-s1', 1338),
-        ('4-layers-s1', 1338),
-        ('random-4-s1', 1338),
-    ]
-    assert stages[4].parent.name == 'reference-s1'
-    assert 'does not match' in blocks[0] and '4-layers-s1 matches' in blocks[1]
-    records = {record['variant']: record for record in blocks[2]}
-    assert records['4-layers']['against reference'] == pytest.approx((0.2 - 0.1) / 2)
-    assert records['random-4']['against 4-layers'] == pytest.approx((-0.3 - 0.2) / 2)
-    assert records['random-4']['its 95% interval'] == '-0.885 to +0.385'
-    assert records['4-layers']['with all ancestors'] == pytest.approx(
-        sum(6 * s.params * s.tokens for s in stages[:2])
-    )
-
-
-def test_children_of_other_depths_are_trained_whether_one_matched_or_not():
-    stages, _ = planned([1.5, 1.4], n=3, depths=(2, 3, 6))
-    assert [s.name for s in stages] == ['reference', '3-layers', '2-layers', '6-layers']
-    stages, _ = planned([1.5, 1.7, 1.7, 1.4], depths=(2, 6, 7))  # 6 was a round
-    assert [s.config.n_layer for s in stages] == [8, 4, 6, 8, 2, 7]
-
-
-def test_sub_modules_are_inherited_alone_and_in_pairs(data_dir, tmp_path):
-    """Table 3: the parts that are named, and no other."""
-    torch.manual_seed(0)
-    reference = small(n_layer=4, init_std=0.1)
+def test_baselines_start_from_the_layers_and_parts_they_name(data_dir, tmp_path):
+    reference = small(n_layer=8, vocab_size=257, block_size=128, init_std=0.1)
     with torch.no_grad():
         for block in reference.blocks:
             block.norm1.weight.fill_(2.0)
     reference.save(tmp_path / 'reference')
+    half = small(n_layer=2, vocab_size=257, block_size=128, init_std=0.2)
+    half.save(tmp_path / 'half')
     given = Result('reference', str(tmp_path / 'reference'))
-    compared = Comparison(Inheritune(), Run(), reference.config, given, 2)
-    found = {}
-    for stage in BASELINES['sub-modules'](compared):
-        block, old = stage.model().blocks[1], reference.blocks[1]
-        pairs = dict(attention=(block.attn.q, old.attn.q), mlp=(block.mlp.up, old.mlp.up))
-        pairs['norms'] = block.norm1, old.norm1
-        kept = [name for name, (ours, theirs) in pairs.items() if ours.weight.equal(theirs.weight)]
-        found[stage.name] = kept
-    names = ('attention', 'mlp', 'norms', 'attention+mlp', 'attention+norms', 'mlp+norms')
-    assert found == {f'{name}-2': name.split('+') for name in names}
+
+    def start(name):
+        stages = Inheritune().baseline(name, Run(), given, reference.config, 4)
+        stage = next(stages)
+        if name == 'stacking':
+            stage = stages.send(Result('half', str(tmp_path / 'half')))
+        return stage.model()
+
+    assert layers_of(start('last-layers'), reference) == [4, 5, 6, 7]
+    assert layers_of(start('hybrid-stacking'), reference) == [0, 1, 0, 1]
+    assert layers_of(start('distilbert'), reference) == [0, 2, 4, 6]
+    assert layers_of(start('stacking'), half) == [0, 1, 0, 1]
+    for name in ('attention+norms', 'mlp+norms', 'attention+mlp'):  # Table 3
+        block, old = start(name).blocks[1], reference.blocks[1]
+        same = dict(attention=block.attn.q.weight.equal(old.attn.q.weight))
+        same |= dict(mlp=block.mlp.up.weight.equal(old.mlp.up.weight))
+        same |= dict(norms=block.norm1.weight.equal(old.norm1.weight))
+        assert [part for part, kept in same.items() if kept] == name.split('+')
 
 
-def test_a_run_with_seeds_reports_losses_costs_and_lazy_heads(data_dir, tmp_path):
+def test_every_seed_has_a_reference_and_baselines_of_its_own():
+    losses = [1.5, 1.7, 1.4, 1.6, 1.5, 1.3, 1.6]
+    stages, blocks = planned(losses, max_n=4, baselines=('random',), seeds=2)
+    names = ['reference', '4-layers', 'random-4', 'reference-s1', '4-layers-s1', 'random-4-s1']
+    assert [s.name for s in stages] == names and stages[4].parent.name == 'reference-s1'
+    assert 'does not match' in blocks[0] and '4-layers-s1 matches' in blocks[1]
+    against_reference, against_child = ({r['variant']: r for r in b} for b in blocks[2:4])
+    assert against_reference['4-layers']['against reference'] == pytest.approx((0.2 - 0.1) / 2)
+    assert against_child['random-4']['against 4-layers'] == pytest.approx((-0.3 - 0.2) / 2)
+    assert against_child['random-4']['95% interval'] == '-0.885 to +0.385'
+
+
+# ----------------------------------------------------------------------------------------------
+# plans of the paper's runs
+
+
+def plan_of(preset, *knobs):
+    """{stage: its row of the plan} of a preset, asking no network."""
+    run, method, _ = configure([f'config/{preset}.py', *knobs], Run, METHODS)
+    return {row.stage.name: row for row in plan(run, method)}
+
+
+def test_a_plan_grows_to_the_papers_depth_where_the_baselines_are():
+    rows = plan_of('inheritune_gpt2_medium')
+    children = ['12-layers', '14-layers', '16-layers']
+    assert [name for name in rows if name.endswith('layers')] == children
+    assert rows['random-16'].stage.config.n_layer == 16 and rows['half-width-24'].result.n_params
+    spent = rows['16-layers'].result.total_flops
+    assert spent == pytest.approx(sum(rows[name].result.flops for name in ['reference', *children]))
+
+
+def test_a_plan_of_openllama_has_its_vocabulary():
+    config = plan_of('inheritune_openllama')['13-layers'].stage.config
+    assert config.num_params(embedding=True, head=True) == pytest.approx(1.816e9, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------
+# the report and the command
+
+
+def test_a_run_with_seeds_reports_losses_costs_and_attention(data_dir, tmp_path):
     knobs = ['config/inheritune_tiny.py', '--toy=True', f'--data_dir={data_dir}']
-    knobs += ['--seeds=2', '--eval_interval=2', '--baselines=random,half-width', '--depths=2']
+    knobs += ['--seeds=2', '--eval_interval=2', '--baselines=random,half-width']
     train.main([*knobs, f'--out_dir={tmp_path}/run'])
     report = (tmp_path / 'run' / 'report.md').read_text()
-    assert 'against 5-layers' in report and 'its 95% interval' in report
-    for picture in ('losses.png', 'lazy.png'):
+    assert 'against 5-layers' in report and 'with all ancestors' in report
+    for picture in ('losses.png', 'lazy.png', 'gradients.png'):
         assert (tmp_path / 'run' / picture).stat().st_size > 1000 and picture in report
-    lines = (tmp_path / 'run' / '5-layers' / 'metrics.jsonl').read_text()
-    assert '"attention"' in lines
+    lines = (tmp_path / 'run' / '5-layers' / 'metrics.jsonl').read_text().splitlines()
+    steps = [line['step'] for line in map(json.loads, lines) if 'attention' in line]
+    assert steps == [0, 2, 4]
+    seen = json.loads(lines[-1])['attention']
+    model = load(tmp_path / 'run' / '5-layers')
+    samples = validation_samples(open_corpus('pydocs', data_dir), 8, model)[:, :-1]
+    rank = analyse(model, samples)['rank k*, causal attention'].mean(1)
+    np.testing.assert_allclose(seen['rank k*, causal attention'], rank)
 
 
-def test_a_given_reference_is_planned_in_its_own_shape(data_dir, tmp_path):
-    """Deeper than the default size: n is a number of its layers, not of the default's."""
-    GPT(GPTConfig.named('16x12', vocab_size=257, block_size=16)).save(tmp_path / 'deep', 'bytes')
-    knobs = ['--method=inheritune', f'--reference={tmp_path}/deep', '--n=10', '--tokens=64']
-    knobs += [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=64', '--batch_size=2']
-    train.main([*knobs, '--max_rounds=1', '--device=cpu', f'--out_dir={tmp_path}/run'])
-    assert load(tmp_path / 'run' / '10-layers').config.n_layer == 10
+def test_command_line(data_dir, tmp_path):
+    model = GPT(GPTConfig.named('16x3', vocab_size=257, block_size=40))
+    model.save(tmp_path / 'model', 'bytes')
+    knobs = [f'--data_dir={data_dir}', f'--out={tmp_path}/attention']
+    process = run_command('inheritune.py', tmp_path / 'model', '--samples=6', *knobs)
+    assert process.returncode == 0, process.stderr
+    assert 'by causal attention: none' in process.stdout and 'full attention' in process.stdout
+    for name in ('attention.md', 'attention.png', 'attention_maps.png'):
+        assert (tmp_path / 'attention' / 'model' / name).stat().st_size > 100
+    for knob, layers in (('--n=2', [0, 1]), ('--layers=1,3', [0, 2])):
+        child = tmp_path / knob.strip('-')
+        process = run_command('inheritune.py', tmp_path / 'model', child, knob)
+        assert process.returncode == 0, process.stderr
+        assert layers_of(load(child), model) == layers and (child / 'tokenizer.json').is_file()
+    for arguments, word in (
+        ([], 'usage: inheritune.py FOLDER'),
+        ([tmp_path / 'no'], 'config.json'),
+        ([tmp_path / 'model', tmp_path / 'child'], 'n_layer must be between'),
+        ([tmp_path / 'model', tmp_path / 'child', '--n=4'], 'from a reference of 3'),
+        ([tmp_path / 'model', tmp_path / 'model', '--n=1'], 'model exists'),
+    ):
+        process = run_command('inheritune.py', *arguments, f'--data_dir={data_dir}')
+        assert process.returncode == 2 and word in process.stderr, process.stderr
+        assert process.stderr.count('\n') == 1

@@ -215,7 +215,7 @@ COMMANDS = [
     ('evaluate.py', '{}', '--eval_tokens=64'),
     ('sample.py', '--model={}', '--max_new_tokens=2'),
     ('expand.py', '{}', '{}-grown', '--to=stk2'),
-    ('inheritune.py', '{}', '--samples=2', '--length=8', '--out={}-attention'),
+    ('inheritune.py', '{}', '--samples=2', '--out={}-attention'),
     ('inheritune.py', '{}', '{}-child', '--n=1'),
     ('train.py', '--init_from={}', '--block_size=32', '--tokens=64', '--out_dir={}-run'),
 ]

@@ -10,7 +10,7 @@ from conftest import ROOT, run_command
 from safetensors.torch import load_file
 from stand_in_hub import StandInHub
 
-import engine.weights
+import engine.hugging_face
 from model import GPT, GPTConfig
 
 pytest.importorskip('huggingface_hub')
@@ -27,7 +27,7 @@ def hub(tmp_path_factory):
     for name in ('owner/small', 'owner/broken', 'owner/pickled', 'gpt2'):
         model.save(folder / 'models' / name, 'bytes')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.weights, 'SHARD_BYTES', 20_000)
+        patch.setattr(engine.hugging_face, 'SHARD_BYTES', 20_000)
         model.save(folder / 'models' / 'owner' / 'sharded', 'bytes')
     weights = folder / 'models' / 'owner' / 'pickled' / 'model.safetensors'
     torch.save(load_file(weights), weights.parent / 'pytorch_model.bin')

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_model import small, tokens
 
-from engine import weights
+from engine import hugging_face
 from engine.errors import UserError
 from engine.hugging_face import config_to_hugging_face, family_of, tensors_to_hugging_face
 from model import GPTConfig, load
@@ -310,7 +310,7 @@ def test_a_pickle_is_read_without_running_what_is_in_it(tmp_path, name):
 def test_weights_are_saved_in_files_with_an_index(tmp_path, monkeypatch):
     model = small()
     model.save(tmp_path / 'one')
-    monkeypatch.setattr(weights, 'SHARD_BYTES', 20_000)
+    monkeypatch.setattr(hugging_face, 'SHARD_BYTES', 20_000)
     model.save(tmp_path / 'many', dtype=torch.bfloat16)
     files = sorted(path.name for path in (tmp_path / 'many').glob('*.safetensors'))
     assert len(files) > 2 and files[0].startswith('model-00001-of-')

@@ -1,0 +1,11 @@
+# Inheritune (Sanyal et al.), Table 4: tasks without examples; the average takes HellaSwag's
+# normalised accuracy and the accuracy of the others.
+#   python evaluate.py out/inheritune_fineweb_medium config/tasks_inheritune_table4.py
+tasks = ('arc_easy', 'piqa', 'sciq', 'hellaswag', 'lambada_openai')
+average = (
+    'arc_easy acc',
+    'piqa acc',
+    'sciq acc',
+    'hellaswag acc_norm',
+    'lambada_openai acc',
+)
