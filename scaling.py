@@ -23,7 +23,6 @@ scratch, cpt, or a growth (exp, stk2, stk4), with a variant (stk2+stable), and b
 corpus of its losses if that is not the base's: losses on different text cannot be compared.
 """
 
-import csv
 import itertools
 import math
 import re
@@ -43,7 +42,7 @@ from configurator import (
     Positive,
     configure,
 )
-from engine.errors import UserError, nearest, run_as_program, unknown
+from engine.errors import UserError, first_line, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
 from engine.log import progress_bar
 from engine.report import (
@@ -457,56 +456,36 @@ NUMBERS = (*COLUMNS[1:], 'trained_N')  # the last may be missing: NaN
 
 def read_results(path):
     """{method: {column: list}} of a results.csv. Raises UserError, with the row, for a bad one."""
+    import pandas  # a second, which not every command needs
+
     try:
-        with open(path, newline='', encoding='utf-8-sig') as file:  # a spreadsheet's mark
-            rows = list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is not a CSV file ({error})') from None
-    rows = [row for row in rows if row and not row[0].lstrip().startswith('#')]
-    head = [name.strip() for name in rows[0]] if rows else []
-    for name in head:
-        if name and head.count(name) > 1:
-            raise UserError(f'{path} has {head.count(name)} columns {name!r}')
-    missing = [name for name in COLUMNS if name not in head]
-    if missing:
-        close = nearest(missing[0], head)
-        raise UserError(f'{path} has no column {missing[0]!r}{close}; it needs {",".join(COLUMNS)}')
-    results, seen = {}, {}
-    for number, row in enumerate(rows[1:], 2):
-        cells = dict.fromkeys(head, '') | dict(zip(head, row))
-        values = read_row(cells, f'{path}, row {number}')
-        if not re.fullmatch(r'[\w+.-]+', cells['method']):  # it names a picture
-            wanted = 'letters, digits and the signs _ + . -'
-            raise UserError(f'{path}, row {number}: method {cells["method"]!r} is not {wanted}')
-        key = (cells['method'], *values[:4])
-        if key in seen:
-            same = 'the same method, N, D1, D2 and seed'
-            raise UserError(f'{path}, row {number} repeats row {seen[key]}: {same}')
-        seen[key] = number
-        columns = results.setdefault(cells['method'], {name: [] for name in NUMBERS})
-        for name, value in zip(NUMBERS, values):
-            columns[name].append(value)
-    if not results:
+        rows = pandas.read_csv(path, comment='#', skipinitialspace=True, dtype=dict(method=str))
+    except ValueError as error:  # no text, no table, or nothing
+        raise UserError(f'{path} is not a CSV file ({first_line(error)})') from None
+    for name in COLUMNS:
+        if name not in rows:
+            close = nearest(name, rows.columns)
+            raise UserError(f'{path} has no column {name!r}{close}; it needs {",".join(COLUMNS)}')
+    values = rows.reindex(columns=NUMBERS).apply(pandas.to_numeric, errors='coerce')
+    positive = (values[['N', 'D2', 'loss']] > 0).all(axis=1) & (values.D1 >= 0)
+    named = rows.method.str.fullmatch(r'[\w+.-]+', na=False)
+    problems = {
+        'a number is missing': ~(values[[*COLUMNS[1:]]] < math.inf).all(axis=1),
+        'loss, N and D2 must be positive numbers, D1 positive or 0': ~positive,
+        'trained_N must be at least N': values.trained_N < values.N,
+        'a method is letters, digits and + . _ -': ~named,
+        'it has method, N, D1, D2 and seed of another': rows[[*COLUMNS[:-1]]].duplicated(),
+    }
+    for what, found in problems.items():
+        if found.any():
+            raise UserError(f'{path}, row {found.argmax() + 2}: {what}')
+    if rows.empty:
         raise UserError(f'{path} holds no results')
+    results = {m: g.to_dict('list') for m, g in values.groupby(rows.method, sort=False)}
     for method, data in results.items():
         if min(data['D1']) == 0 < max(data['D1']):
             raise UserError(f'{path}: {method} has points from scratch (D1 = 0) and with a base')
     return results
-
-
-def read_row(cells, where):
-    """The values of NUMBERS in one row. Raises UserError."""
-    try:
-        values = [float(cells[name]) for name in COLUMNS[1:]]
-        trained = float(cells.get('trained_N') or math.nan)
-    except (ValueError, KeyError):
-        raise UserError(f'{where}: a number is missing in {",".join(COLUMNS[1:])}') from None
-    N, D1, D2, _, loss = values
-    if not all(map(math.isfinite, values)) or min(loss, N, D2) <= 0 or D1 < 0:
-        raise UserError(f'{where}: loss, N and D2 must be positive numbers, D1 positive or 0')
-    if trained < N or trained == math.inf:
-        raise UserError(f'{where}: trained_N must be at least N')
-    return [*values, trained]
 
 
 def laws_for(data):

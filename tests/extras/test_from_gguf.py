@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from engine.errors import UserError
 from engine.hugging_face import tensors_to_hugging_face
 from engine.tokenizer_files import byte_letters
 from extras.from_gguf import convert, tidy_tokenizer
-from model import GPT, GPTConfig, load, rotations
+from model import GPT, GPTConfig, load
 
 gguf = pytest.importorskip('gguf')
 pytest.importorskip('accelerate')
@@ -103,24 +102,6 @@ def test_a_gguf_file_becomes_a_model_folder(tmp_path, small):
     assert tokenizer('<|endoftext|>ab').input_ids == [257, 256]
 
 
-def test_the_rope_scaling_of_llama_3_is_read_from_its_divisors(tmp_path, small):
-    scaled = replace(small.config, rope_theta=5e5, rope_scaling=(8.0, 1.0, 4.0, 8192.0))
-    scaled = GPT.from_state(scaled, small.state_dict())
-    plain = replace(scaled.config, rope_scaling=())
-    angles = [torch.atan2(*rotations(c, torch.ones(1))[::-1])[0] for c in (plain, scaled.config)]
-    divisors = (angles[0] / angles[1]).numpy()
-    write_gguf(tmp_path / 'a.gguf', scaled, divisors=divisors)
-    convert(tmp_path / 'a.gguf', tmp_path / 'a')
-    x = torch.randint(256, (2, 60))
-    assert load(tmp_path / 'a').config.rope_scaling == (8.0, 1.0, 4.0, 8192.0)
-    assert torch.allclose(load(tmp_path / 'a')(x).logits, scaled(x).logits, atol=1e-4)
-    settings = json.loads((tmp_path / 'a' / 'tokenizer_config.json').read_text())
-    assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
-    write_gguf(tmp_path / 'b.gguf', scaled, divisors=np.float32([1, 3, 9, 2]))
-    with pytest.raises(UserError, match='rope_freqs.weight is no RoPE scaling of Llama 3'):
-        convert(tmp_path / 'b.gguf', tmp_path / 'b')
-
-
 def test_a_token_beyond_the_vocabulary_is_left_out(tmp_path):
     """transformers' converter adds some that the model has no row for."""
     token = dict(id=3, content='<unk>')
@@ -136,11 +117,13 @@ def test_what_cannot_be_converted_is_one_line(tmp_path, small):
     (tmp_path / 'cut.gguf').write_bytes(whole[: len(whole) // 2])
     (tmp_path / 'text.gguf').write_text('no model')
     write_gguf(tmp_path / 'other.gguf', small, 'mamba')
+    write_gguf(tmp_path / 'scaled.gguf', small, divisors=np.float32([1, 1, 8, 8]))
     for name, words in (
         ('cut', 'cut.gguf cannot be converted'),
         ('text', 'text.gguf cannot be converted'),
         ('other', 'other.gguf cannot be converted: .*mamba'),
-        ('missing', 'no file .*missing.gguf'),
+        ('missing', 'missing.gguf cannot be converted: .*No such file'),
+        ('scaled', 'does not read the RoPE scaling of Llama 3'),
     ):
         with pytest.raises(UserError, match=words):
             convert(tmp_path / f'{name}.gguf', tmp_path / 'model')
