@@ -30,10 +30,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from configurator import (
@@ -102,7 +104,7 @@ def joint(p, x):
 
 def saturate(log_D, log_limit):
     """log of D* = (1/D + 1/Dmax)^-1."""
-    return -torch.logaddexp(-log_D, -log_limit)
+    return -np.logaddexp(-log_D, -log_limit)
 
 
 def saturated_D1(p, x):
@@ -146,107 +148,29 @@ VARIABLES = ('N', 'D1', 'D2')
 
 
 def logarithms(data):
-    """log D1 (0 at D1 = 0), D2, N and D = D1 + D2: float64 tensors (n,)."""
-    columns = {name: torch.as_tensor(data[name], dtype=torch.float64) for name in VARIABLES}
-    columns['D'] = columns['D1'] + columns['D2']
-    columns['D1'] = columns['D1'].clamp(min=1)
-    return SimpleNamespace(**{name: column.log() for name, column in columns.items()})
+    """The logarithms of N, D1 (0 at D1 = 0), D2 and D = D1 + D2: a record array (n,)."""
+    N, D1, D2 = (np.asarray(data[name], np.float64) for name in VARIABLES)
+    logs = [np.log(column) for column in (N, np.maximum(D1, 1), D2, D1 + D2)]
+    return np.rec.fromarrays(logs, names='N,D1,D2,D')
 
 
 def log_loss(law, theta, x):
-    """log L (..., n) of a Law at parameters theta (..., 1 or n, P): one for all points, or each."""
-    values = dict(zip(law.parameters, theta.unbind(-1)))
-    terms = torch.broadcast_tensors(*law.terms(SimpleNamespace(**values), x))
-    return torch.stack(terms).logsumexp(0)
+    """log L (..., n) of a Law at parameters theta (..., P) and the logarithms x (n,)."""
+    values = dict(zip(law.parameters, np.moveaxis(np.asarray(theta)[..., None], -2, 0)))
+    terms = law.terms(SimpleNamespace(**values), x)
+    return np.logaddexp.reduce(np.broadcast_arrays(*terms))
 
 
 def predict(law, theta, data):
-    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P)."""
-    theta = torch.as_tensor(theta, dtype=torch.float64)[..., None, :]
-    return log_loss(LAWS[law], theta, logarithms(data)).exp()
-
-
-# ----------------------------------------------------------------------------------------------
-# many small robust least-squares problems at once, side by side
-
-
-def huber(residual):
-    """0.5 r^2 up to |r| = 1, then |r| - 0.5."""
-    size = residual.abs()
-    return torch.where(size <= 1, 0.5 * size**2, size - 0.5)
-
-
-def linearise(function, theta, n):
-    """
-    Derivatives (B, n, P) of residuals (B, n), and these. Every residual gets parameters of its
-    own, so that one backward pass through their sum has the derivatives of each.
-    """
-    copies = theta[:, None].repeat(1, n, 1).requires_grad_()
-    residuals = function(copies)
-    (derivatives,) = torch.autograd.grad(residuals.sum(), copies)
-    return derivatives, residuals.detach()
-
-
-def from_starts(function, starts, weight, steps=400):
-    """
-    For each row of weights (F, n) of the residuals, where the starts (S, P) lead, the best first:
-    (theta (F, S, P), by how much their last steps still improved them (F, S)). function: as in
-    levenberg_marquardt.
-    """
-    weight = weight / weight.sum(1, keepdim=True)
-    problems = weight.repeat_interleave(len(starts), 0)
-    theta = starts.repeat(len(weight), 1)
-    theta, value, decrease = levenberg_marquardt(function, theta, problems, steps)
-    order = value.nan_to_num(torch.inf).view(len(weight), -1).argsort(1)
-    rows = order + torch.arange(len(weight))[:, None] * len(starts)
-    return theta[rows], decrease[rows]
-
-
-def levenberg_marquardt(function, theta, weight, steps=400, tolerance=1e-6):
-    """
-    Minimise sum_i weight_i huber(residual_i) for B problems of P parameters. function: theta
-    (B, 1 or n, P) -> residuals (B, n) in units of the Huber loss's knee, the i-th of theta[:, i]
-    alone; theta (B, P) float64 starts; weight (B, n). Each step solves (J^T W J + damping diag)
-    step = -J^T W r with Huber's weights W = weight / max(1, |r|); a step that does not improve is
-    not taken, and the damping grows. For |r| > 1 these weights see more curvature than there is, so
-    after a step that improved the next is stretched by half as much again.
-    Returns (theta, values (B,), relative decrease over the last 20 steps (B,): 0 if converged).
-    """
-    value = (weight * huber(function(theta[:, None]))).sum(1)
-    damping, stretch = torch.full_like(value, 1e-2), torch.ones_like(value)
-    before, decrease = value.clone(), torch.full_like(value, torch.inf)
-    working = torch.arange(len(theta))  # problems that have not converged
-    for step in range(1, steps + 1):
-        J, r = linearise(function, theta[working], weight.shape[1])
-        w = weight[working] / r.abs().clamp(min=1)
-        gradient = torch.einsum('bnp,bn->bp', J, w * r)
-        H = torch.einsum('bnp,bn,bnq->bpq', J, w, J)
-        diagonal = H.diagonal(dim1=1, dim2=2)
-        least = 1e-8 * diagonal.amax(1, keepdim=True)  # else a term that vanishes runs away
-        damped = H + torch.diag_embed(damping[working, None] * diagonal.maximum(least))
-        change, failed = torch.linalg.solve_ex(damped, -gradient)
-        new = theta[working] + stretch[working, None] * change
-        new_value = (weight[working] * huber(function(new[:, None]))).sum(1)
-        better = (new_value < value[working]) & (failed == 0)  # False where it is not a number
-        improved = working[better]
-        theta[improved], value[improved] = new[better], new_value[better]
-        tried = stretch[working]
-        factor = torch.where(better, 0.3, torch.where(tried > 1, 1.0, 5.0))
-        damping[working] = (damping[working] * factor).clamp(1e-15, 1e15)
-        stretch[working] = torch.where(better, 1.5 * tried, 1.0)
-        if step % 20 == 0:
-            decrease[working] = (before - value)[working] / value[working].clamp(min=1e-8)
-            before = value.clone()
-            working = working[decrease[working] > tolerance]
-            if not len(working):
-                break
-    return theta, value, decrease
+    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P), as a tensor."""
+    return torch.from_numpy(np.exp(log_loss(LAWS[law], theta, logarithms(data))))
 
 
 # ----------------------------------------------------------------------------------------------
 # fits: the logarithm of the loss, under a Huber loss with its knee at 1e-3, in float64
 
 DELTA = 1e-3
+STARTS = 8  # of the grid of starts, the nearest to the points, from which a fit is tried
 
 
 class Fit(NamedTuple):
@@ -268,8 +192,7 @@ class Fit(NamedTuple):
         Losses (1 + S, n) of the law at its parameters, and then at its bootstrap samples, at a
         size N and points of D1 and D2 tokens, numbers or float64 (n,).
         """
-        columns = (torch.as_tensor(D, dtype=torch.float64) for D in (D1, D2, N))
-        D1, D2, N = torch.broadcast_tensors(*map(torch.atleast_1d, columns))
+        N, D1, D2 = np.broadcast_arrays(*map(np.atleast_1d, (N, D1, D2)))
         return predict(self.law, self.rows, dict(N=N, D1=D1, D2=D2))
 
     @property
@@ -279,24 +202,23 @@ class Fit(NamedTuple):
 
 
 def starts_of(law, x, target):
-    """A grid of starts (S, P): exponents from none to large, terms of several sizes."""
-    middle, choices = float(target.mean()), []
+    """
+    A grid of starts (S, P): exponents from none to large; amplitudes such that each term is a fifth
+    of the mean loss, E half or nine tenths; a saturation within what was seen, and beyond.
+    """
+    middle, choices = target.mean(), []
     for name in law.parameters:
-        if name == 'alpha3':
-            choices.append((0.0, 0.03))
-        elif name == 'beta':
-            choices.append((0.05, 0.3))
-        elif name == 'logDmax':
-            seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean().item()
+        if name == 'logDmax':
+            seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean()
             choices.append((seen - 1.0, seen + 2.0, seen + 5.0))
-        elif name.startswith('alpha'):
-            choices.append((0.03, 0.15, 0.6))
-        else:  # an amplitude: the size of its term in the middle of the data, for now
-            shifts = (-3.0, -0.7, -0.1) if name == 'logE' else (-3.0, -1.5, -0.3)
-            choices.append([middle + shift for shift in shifts])
-    starts = torch.tensor(list(itertools.product(*choices)), dtype=torch.float64)
+        elif name.startswith('alpha') or name == 'beta':
+            choices.append((0.0, 0.03) if name == 'alpha3' else (0.03, 0.15, 0.6))
+        else:
+            shifts = (3.0, 0.7, 0.1) if name == 'logE' else (1.5,)
+            choices.append([middle - shift for shift in shifts])
+    starts = np.array(list(itertools.product(*choices)))
     amplitudes = [i for i, name in enumerate(law.parameters) if name in ('logA', 'logF', 'logB')]
-    bare = starts.clone()
+    bare = starts.copy()
     bare[:, amplitudes] = 0.0
     values = dict(zip(law.parameters, bare.T[..., None]))
     for i, term in zip(amplitudes, law.terms(SimpleNamespace(**values), x)):
@@ -304,18 +226,30 @@ def starts_of(law, x, target):
     return starts
 
 
-def solve(law, data, weight, starts, steps=400):
+def solve(law, x, target, starts):
     """
-    For each row of weights (F, n) of the points, where the starts (S, P) lead, the best first:
-    (theta (F, S, P), by how much their last steps still improved them (F, S)).
+    The parameters (P,) of a Law at the least Huber loss of log L that scipy finds from the starts
+    (S, P). x, target: logarithms of the points (n,), and of their losses.
     """
-    x = logarithms(data)
-    target = torch.as_tensor(data['loss'], dtype=torch.float64).log()
+    from scipy.optimize import least_squares  # a second, which not every command needs
 
-    def residuals(theta):
-        return (log_loss(law, theta, x) - target) / DELTA
+    residuals = lambda theta: log_loss(law, theta, x) - target
+    how = dict(loss='huber', f_scale=DELTA, x_scale='jac', ftol=1e-10, xtol=1e-10, gtol=1e-10)
+    found = [least_squares(residuals, start, max_nfev=400, **how) for start in starts]
+    return min(found, key=lambda result: result.cost).x
 
-    return from_starts(residuals, starts, weight, steps)
+
+def left_out_error(law, x, target, groups, theta):
+    """
+    Root mean square error of log L at groups of points, index arrays, each predicted by a fit to
+    all the others, which starts at theta.
+    """
+    errors = []
+    for group in groups:
+        kept = np.delete(np.arange(len(x)), group)
+        found = solve(law, x[kept], target[kept], [theta])
+        errors.append(log_loss(law, found, x[group]) - target[group])
+    return root_mean_square(np.concatenate(errors))
 
 
 def check_points(law, data):
@@ -327,7 +261,8 @@ def check_points(law, data):
         found, least = len(set(columns[column])), 3 if column == 'N' else 2
         if found < least:  # of two sizes B N^-beta + E says no more than a constant for each
             raise UserError(f'{law} needs points of {least} different {column}, these have {found}')
-    n, cells, least = len(data['loss']), len(cells_of(data)), len(LAWS[law].parameters) + 1
+    cells, least = len(groups_of(logarithms(data))), len(LAWS[law].parameters) + 1
+    n = len(data['loss'])
     if n <= least or cells < least:
         raise UserError(
             f'{law} needs at least {least + 1} points, {least} of them of different N, D1 or D2, '
@@ -337,43 +272,36 @@ def check_points(law, data):
 
 def fit(law, data, bootstrap=200, seed=0):
     """
-    Fit a law (its name) to columns N, D1, D2, loss, from a grid of starts. Left out, and resampled
-    `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs that differ by
-    their seed alone say nothing about how well the law predicts. Left out are also whole bases, and
-    the tenth of the cells with the lowest losses. A few of the solutions, good and bad, start the
-    fits with something left out; the best starts the resampled ones. Raises UserError.
+    Fit a law (its name) to columns N, D1, D2, loss, from the best of a grid of starts. Left out,
+    and resampled `bootstrap` times for the intervals, are whole cells of equal N, D1 and D2: runs
+    that differ by their seed alone say nothing about how well the law predicts. Left out are also
+    whole bases, and the tenth of the cells with the lowest losses. Raises UserError.
     """
     check_points(law, data)
-    shape, n = LAWS[law], len(data['loss'])
-    x = logarithms(data)
-    target = torch.as_tensor(data['loss'], dtype=torch.float64).log()
-    everything = torch.ones(1, n, dtype=torch.float64)
-    (found,), _ = solve(shape, data, everything, starts_of(shape, x, target))
-    candidates = found[:: max(1, len(found) // 4)]
-    (theta,), decrease = solve(shape, data, everything, candidates[:1], steps=1500)
-    if not theta.isfinite().all() or decrease > 1e-2:
-        raise UserError(f'the fit of {law} did not converge: the points do not determine it')
-    in_cell, in_base = cells_of(data), cells_of(data, ('N', 'D1'))
-    held_out = torch.cat([in_cell, in_base, lowest_of(in_cell, target)])
-    others = solve(shape, data, 1 - held_out, candidates)[0][:, 0]
-    errors = log_loss(shape, others[:, None], x) - target
-    of_bases = errors[len(in_cell) : -1][in_base > 0]
-    samples = theta
-    if bootstrap:
-        weight = resampled(len(in_cell), bootstrap, seed) @ in_cell
-        samples = solve(shape, data, weight, theta)[0][:, 0]
-    ends = samples.quantile(decisions.QUANTILES, dim=0)
+    shape, x, target = LAWS[law], logarithms(data), np.log(data['loss'])
+    starts = starts_of(shape, x, target)
+    near = np.abs(log_loss(shape, starts, x) - target).mean(1).argsort()[:STARTS]
+    theta = solve(shape, x, target, starts[near])
+    cells, bases = groups_of(x[['N', 'D1', 'D2']]), groups_of(x[['N', 'D1']])
+    lowest = sorted(cells, key=lambda cell: target[cell].mean())[: max(1, round(len(cells) / 10))]
+    draw, samples = np.random.default_rng(seed), []
+    for _ in range(bootstrap):
+        rows = np.concatenate([cells[i] for i in draw.integers(len(cells), size=len(cells))])
+        samples.append(solve(shape, x[rows], target[rows], [theta]))
+    samples = np.array(samples or [theta])
+    ends = np.quantile(samples, decisions.QUANTILES, axis=0)
+    error = partial(left_out_error, shape, x, target, theta=theta)
     return Fit(
         law,
-        dict(zip(shape.parameters, theta[0].tolist())),
+        dict(zip(shape.parameters, theta.tolist())),
         dict(zip(shape.parameters, ends.T.tolist())),
         samples.tolist(),
-        rms=root_mean_square(log_loss(shape, theta[0], x) - target),
-        leave_one_out=root_mean_square(errors[: len(in_cell)][in_cell > 0]),
-        seen={k: (float(min(data[k])), float(max(data[k]))) for k in ('N', 'D1', 'D2')},
+        rms=root_mean_square(log_loss(shape, theta, x) - target),
+        leave_one_out=error(cells),
+        seen={k: (float(min(data[k])), float(max(data[k]))) for k in VARIABLES},
         growth=growth_of(data),
-        extrapolation=root_mean_square(errors[-1][held_out[-1] > 0]),
-        base_left_out=root_mean_square(of_bases) if len(in_base) > 1 else None,
+        extrapolation=error([np.concatenate(lowest)]),
+        base_left_out=error(bases) if len(bases) > 1 else None,
     )
 
 
@@ -384,31 +312,15 @@ def growth_of(data):
     return statistics.mean(ratios) if all(map(math.isfinite, ratios)) else None
 
 
-def cells_of(data, columns=VARIABLES):
-    """Which points belong to each cell of equal `columns`: float64 (cells, n), 0 or 1."""
-    rows = [data[column] for column in columns if column in data]
-    rows = torch.tensor(rows, dtype=torch.float64)
-    _, cell = rows.unique(dim=1, return_inverse=True)
-    return torch.nn.functional.one_hot(cell).T.double()
-
-
-def lowest_of(in_cell, target):
-    """The points of the tenth of the cells with the lowest loss: float64 (1, n), 0 or 1."""
-    means = (in_cell @ target) / in_cell.sum(1)
-    chosen = means.argsort()[: max(1, round(len(means) / 10))]
-    return in_cell[chosen].sum(0, keepdim=True)
-
-
-def resampled(n, times, seed):
-    """How often each of n cells is in each of some bootstrap samples: float64 (times, n)."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (times, n), generator=generator)
-    return torch.nn.functional.one_hot(drawn, n).sum(1).double()
+def groups_of(rows):
+    """The points of each group of equal rows of a record array, index arrays."""
+    _, group = np.unique(rows, return_inverse=True)
+    return [np.flatnonzero(group == i) for i in range(group.max() + 1)]
 
 
 def root_mean_square(residuals):
-    """The root of the mean square of a tensor, as a number."""
-    return float(residuals.square().mean().sqrt())
+    """The root of the mean square of an array, as a number."""
+    return float(np.sqrt(np.mean(np.square(residuals))))
 
 
 def leave_one_out(law, data):

@@ -22,7 +22,7 @@ import numpy as np
 from data.corpus import open_corpus
 from data.loader import Order, Source, fixed_batches, offsets, some_of
 from data.offline import signatures
-from data.vocabulary import is_held_out, load_tokenizer
+from data.vocabulary import load_tokenizer
 from engine.errors import UserError, first_line
 from engine.parallel import processes
 from engine.tokenizer_files import has_chat_template
@@ -158,7 +158,7 @@ def offline_rows(options):
     """A function's signature -> the first line of its documentation; or this before another's."""
     before = [], []  # in training and in validation
     for name, signature, line in signatures():
-        is_val = is_held_out(name, options.val_fraction)
+        is_val = options.holds_out(name)
         before[is_val].append(line)
         if options.corpus == 'signatures':
             yield name, dict(prompt=signature, completion=line), is_val
@@ -227,7 +227,7 @@ def encode_examples(rows, options, bad, encode):
                 before.encode()  # not so a lone surrogate
                 if is_val is None:
                     asked = row.get('instruction', row.get('prompt')) or before
-                    is_val = is_held_out(f'{asked}{row.get("input") or ""}', options.val_fraction)
+                    is_val = options.holds_out(f'{asked}{row.get("input") or ""}')
                 ids, marks = encode(messages)
                 last = len(marks) - marks[::-1].index(TARGET)
                 marks[0] |= START

@@ -12,7 +12,6 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-from data.vocabulary import is_held_out
 from engine.log import progress_bar
 
 PYTHON = '3.11.7'  # of the corpora behind the numbers in the docs
@@ -84,7 +83,7 @@ def read_source(corpus, path):
 
 def offline_documents(options):
     """Yield (text, is_validation) of pydocs or pycode, validation first; split by file."""
-    files = [(is_held_out(name, options.val_fraction), path) for name, path in source_files()]
+    files = [(options.holds_out(name), path) for name, path in source_files()]
     files.sort(key=lambda file: not file[0])
     seen = set()
     for is_val, path in progress_bar(files, desc=f'reading {options.corpus}', unit='file'):

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, product, takewhile
@@ -91,6 +92,11 @@ class Preparation:
         self.val_fraction = self.val_fraction or (0.0005 if self.corpus in HUB else 0.05)
         name = local_name(self.corpus) if own else self.corpus
         return Path(self.out or os.path.relpath(Path(__file__).parent / name))
+
+    def holds_out(self, text):
+        """Whether a text belongs to the validation split: by a hash, the same everywhere."""
+        key = text.encode('utf-8', 'replace')  # of lone surrogates
+        return zlib.crc32(key) < self.val_fraction * 2**32
 
 
 def own_files(pattern):

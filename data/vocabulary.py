@@ -6,7 +6,6 @@ the tokens of two of them.
 import codecs
 import json
 import re
-import zlib
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -121,11 +120,6 @@ def load_tokenizer(name):
     return Tokenizer(encode, found.decode, size, ends, encode_batch, begin)
 
 
-def is_held_out(text, fraction):
-    """Whether a text belongs to the validation split: by a hash, the same everywhere."""
-    return zlib.crc32(text.encode('utf-8', 'replace')) < fraction * 2**32  # lone surrogates
-
-
 def encode_texts(rows, options, bad):
     """
     [(ids, no marks, bytes, is it for validation), ...] of rows (where, record, is it for
@@ -137,7 +131,7 @@ def encode_texts(rows, options, bad):
         try:
             text = row[options.text_column]
             size = len(text.encode())  # not so a lone surrogate
-            is_val = is_held_out(text, options.val_fraction) if is_val is None else is_val
+            is_val = options.holds_out(text) if is_val is None else is_val
             texts += [(text, size, is_val)] * bool(text.strip())
         except Exception:
             bad(where, ValueError(f'no text in --text_column={options.text_column}: {row!s:.80}'))

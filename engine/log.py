@@ -35,11 +35,6 @@ def truncate_metrics(path, step):
     write_atomically(path, ''.join(kept))
 
 
-def has_metrics(folder):
-    """Whether a model was trained here."""
-    return (Path(folder) / 'metrics.jsonl').is_file()
-
-
 def read_metrics(folder):
     """The lines of a stage's metrics.jsonl, as dicts. Raises UserError for a damaged file."""
     path = Path(folder) / 'metrics.jsonl'

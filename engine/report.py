@@ -185,9 +185,8 @@ def draw_panels(panels, path):
         for line in panel.lines:
             (drawn,) = ax.plot(line.x, line.y, line.style, label=line.label, color=line.color)
             if line.band is not None:
-                low = [y - half for y, half in zip(line.y, line.band)]
-                high = [y + half for y, half in zip(line.y, line.band)]
-                ax.fill_between(line.x, low, high, alpha=0.25, color=drawn.get_color())
+                ends = [[y + sign * b for y, b in zip(line.y, line.band)] for sign in (-1, 1)]
+                ax.fill_between(line.x, *ends, alpha=0.25, color=drawn.get_color())
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
@@ -198,7 +197,8 @@ def draw_panels(panels, path):
         for which in panel.log:
             ax.set(**{f'{which}scale': 'log'})
         if ax.get_legend_handles_labels()[1]:
-            ax.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+            size = 8 if len(panel.lines) <= 20 else 5
+            ax.legend(fontsize=size, loc='upper left', bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

@@ -26,7 +26,7 @@ from data.corpus import check_vocabulary, verify_corpus
 from data.loader import Share, validation_batches
 from engine.errors import UserError
 from engine.files import read_json
-from engine.log import has_metrics, progress_bar, read_metrics
+from engine.log import progress_bar, read_metrics
 from engine.parallel import choose_device
 from engine.report import Line, Panel, draw_panels, format_count, table
 from engine.stage import Result
@@ -199,7 +199,7 @@ def diagnose(folder, options):
         record |= {key: labels[key] for key in ('method', 'D1', 'D2') if key in labels}
     record['parameter norm'] = norm(parameters)
     record['largest eigenvalue'] = largest_eigenvalue(model, batches, options.iterations)
-    if has_metrics(folder):
+    if (Path(folder) / 'metrics.jsonl').is_file():
         curves = training_curves(folder)
         half = len(curves['grad_norm']) // 2
         record['variance of the loss curve'] = loss_variance(curves['loss'])
@@ -253,7 +253,7 @@ def diagnose_command(argv):
         raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')
     records = [diagnose(folder, options) for folder in folders]
     print(table(records))
-    panels = norm_panels([folder for folder in folders if has_metrics(folder)])
+    panels = norm_panels([f for f in folders if (Path(f) / 'metrics.jsonl').is_file()])
     panels += [panel for panel in [curvature_panel(records)] if panel.lines]
     if panels:
         Path(options.out).mkdir(parents=True, exist_ok=True)
