@@ -142,7 +142,7 @@ def test_a_law_that_points_do_not_determine_has_wide_intervals():
     data = read_results(ROOT / 'data' / 'published_reuse_losses.csv')['stk2']
     small = [i for i, n in enumerate(data['N']) if n == 14_751_680]
     table_8 = {k: [v[i] for i in small] for k, v in data.items()}
-    low, high = fit('additive', table_8, bootstrap=20).intervals['logA']
+    low, high = fit('additive', table_8, bootstrap=8).intervals['logA']
     assert high - low > 1
 
 
