@@ -13,8 +13,9 @@ Of a head's attention matrix A (T, T), with singular values sigma_i and columns 
     rank k* = the fewest singular values with 90% of sum sigma_i^2
     mass m* = the fewest columns with 90% of |A|_F^2
 
-The value of a layer is the maximum over its heads. A layer is lazy if that rank is one. Algorithm 1
-takes a reference of k layers that was trained for T steps:
+The value of a layer is the maximum over its heads. A layer is lazy if that rank is one: by full
+attention, as the causal mask alone gives uniform heads rank 5 (T = 100). Algorithm 1 takes a
+reference of k layers that was trained for T steps:
 
     1   the target is the first n = k/2 layers of the reference
     2   train it for T steps
@@ -51,6 +52,7 @@ from engine.report import (
     save_figure,
 )
 from engine.stage import Origin, Result, Stage
+from engine.teacher import planned_config
 from model import GPT, GPTConfig, all_params, load
 
 # ----------------------------------------------------------------------------------------------
@@ -60,9 +62,9 @@ from model import GPT, GPTConfig, all_params, load
 @torch.no_grad()
 def attention_maps(model, idx, causal=True):
     """
-    Yield the attention matrices A of each layer (Eq. 1), float32 (B, H, T, T), for tokens idx
-    (B, T). causal=False: as if every position saw all others, which Figure 2 shows; the hidden
-    states stay those of the causal model.
+    Yield the attention matrices A of each layer (Eq. 1), float32 (B, H, T, T) on the CPU, for
+    tokens idx (B, T). causal=False: as if every position saw all others, which Figure 2 shows; the
+    hidden states stay those of the causal model.
     """
     inputs = []
     keep = lambda attn, given: inputs.append((attn, *given))
@@ -76,18 +78,18 @@ def attention_maps(model, idx, causal=True):
         logits = q @ k.mT * attn.scale
         if causal:
             logits += torch.full_like(logits, -torch.inf).triu(1)
-        yield logits.float().softmax(-1)
+        yield logits.float().softmax(-1).cpu()
 
 
 def fewest(shares, threshold):
-    """How many of the largest of the last dimension's shares hold `threshold` of their sum."""
+    """The fewest entries, largest first, with `threshold` of the sum; (..., n) -> int64 (...)."""
     cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
     enough = (threshold - 1e-7) * cumulative[..., -1:]  # less what rounding may have taken
     return (cumulative < enough).sum(-1) + 1
 
 
 def attention_rank(attention, threshold=0.9):
-    """k*: the fewest singular values with `threshold` of sum sigma^2; (..., T, T) -> (...)."""
+    """k*: the fewest singular values with `threshold` of sum sigma^2: (..., T, T) -> (...)."""
     attention = attention.double()
     squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
     return fewest(squares.clamp(min=0), threshold)
@@ -108,24 +110,25 @@ def evenness(attention):
     on the mask: uniform attention has rank 1 over all positions, and 5 under the causal mask
     (T = 100), where evenness tells such heads apart.
     """
-    positions = torch.arange(2, attention.shape[-1] + 1, device=attention.device)
+    positions = torch.arange(2, attention.shape[-1] + 1)
     entropy = torch.special.entr(attention).sum(-1)[..., 1:]
     return (entropy / positions.log()).mean(-1)
 
 
 def analyse(model, samples, mask='causal'):
     """
-    {measure: float64 array (layers, n)} of every layer on samples (n, T) int64, the paper's are
-    n = T = 100: the largest rank and mass among its heads, and of causal attention the share of
-    them that is uniform. mask: causal, which the model computes and Figure 1 is of; or full.
+    {measure: float64 array (layers, n)} on samples (n, T) int64 (the paper: n = T = 100): the
+    largest rank and mass among a layer's heads and, for causal attention, the share of uniform
+    heads. mask: causal, as the model computes it, or full (Figure 2; of the others the paper names
+    no mask).
     """
-    found, causal = [], mask == 'causal'
-    for a in attention_maps(model, samples, causal):
-        rank, mass = attention_rank(a).amax(1), column_mass(a).amax(1)
+    found = []
+    for a in attention_maps(model, samples, mask == 'causal'):
         uniform = (evenness(a) >= UNIFORM).double().mean(1)
-        found.append(torch.stack((rank, mass, uniform)))
-    names = f'rank k*, {mask} attention', f'mass m*, {mask} attention', 'share of uniform heads'
-    return dict(zip(names[: 2 + causal], torch.stack(found, 1).cpu().numpy()))
+        found.append(torch.stack((attention_rank(a).amax(1), column_mass(a).amax(1), uniform)))
+    rank, mass, uniform = torch.stack(found, 1).numpy()
+    measures = {f'rank k*, {mask} attention': rank, f'mass m*, {mask} attention': mass}
+    return measures | ({'share of uniform heads': uniform} if mask == 'causal' else {})
 
 
 def lazy_layers(rank):
@@ -155,8 +158,9 @@ def observe_attention(run, model):
     corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
     tokens = validation_samples(corpus, 8, model)
     x, y = tokens[:, :-1], tokens[:, 1:]
+    norms = query_key_norms(model, x, y)
     seen = {name: values.mean(1).tolist() for name, values in analyse(model, x).items()}
-    return dict(attention=seen | query_key_norms(model, x, y))
+    return dict(attention=seen | norms)
 
 
 def validation_samples(corpus, n, model):
@@ -166,8 +170,8 @@ def validation_samples(corpus, n, model):
     """
     T = min(100, model.config.block_size)
     starts = np.random.default_rng(0).integers(len(corpus.val) - T, size=(n, 1))
-    tokens = torch.from_numpy(corpus.val[starts + np.arange(T + 1)].astype(np.int64))
-    return tokens.to(model.wte.weight.device)
+    tokens = corpus.val[starts + np.arange(T + 1)].astype(int)
+    return torch.tensor(tokens, device=model.wte.weight.device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -181,14 +185,13 @@ def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     """
     A model of n_layer layers of the reference, the first ones unless `layers` lists others, with
     its embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
-    at random (Table 3). rescale: where attention logits are divided by the layer's number, keep
-    the logits of layers whose number changes; else all are copied as they are, as the paper does.
-    Raises UserError for layers that do not exist.
+    at random (Table 3). rescale: multiply queries so that a layer that gets another number keeps
+    its attention logits; the paper copies them unchanged. Raises UserError for layers that do not
+    exist.
     """
     config, layers = reference.config, layers or list(range(n_layer))
-    k, last = config.n_layer, max(layers, default=0)
-    if last >= k:
-        raise UserError(f'layer {last + 1} cannot be inherited from a reference of {k} layers')
+    if max(layers, default=0) >= config.n_layer:
+        raise UserError(f'a reference of {config.n_layer} layers has no layer {max(layers) + 1}')
     child = GPT(replace(config, n_layer=n_layer)).to(reference.wte.weight)
     tensors = reference.state_dict()
     around = {name: tensors[name] for name in tensors if not name.startswith('blocks.')}
@@ -220,7 +223,7 @@ def half_width(reference):
 
 
 def inherit_more(reference, smaller, n_layer):
-    """A trained `smaller` model with the reference's next layers, n_layer in all; two Results."""
+    """The model of the Result `smaller` with the next layers of that of `reference` (line 4)."""
     child = inherit(load(reference.folder), n_layer)
     child.load_state_dict(load(smaller.folder).state_dict(), strict=False)
     return child
@@ -285,13 +288,13 @@ class Inheritune:
     regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
     rescale: bool = False  # keep the attention of layers whose number changes, by their queries
     baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
-    paper_gpt2: bool = False  # a trained reference: no biases, attention logits / layer number
+    paper_gpt2: bool = False  # train it without biases, with attention logits / layer number
     observe_attention: bool = False  # log how attentive every layer is at each evaluation
 
     def stages(self, run):
         """
         Algorithm 1, then what its child is compared with. `yield` hands a stage to train.py and is
-        sent back its Result.
+        sent back its Result (loss, folder, FLOPs).
         """
         stage = self.reference_stage(run)
         config, k = stage.config, stage.config.n_layer
@@ -302,8 +305,8 @@ class Inheritune:
         planned = run.dry_run and self.max_n  # a plan has no losses to compare
         while (planned or child.val_loss > reference.val_loss) and n + self.grow_by <= limit:
             n += self.grow_by
-            stage = self.child(run, reference, config, n, tried)  # line 4: from the reference, or
-            if self.regrow == 'continue':  # from the child as it is
+            stage = self.child(run, reference, config, n, tried)  # line 4: from the reference again
+            if self.regrow == 'continue':  # or with more layers on the trained child
                 stage.parent, stage.origin.models = child, (reference.name, child.name)
                 stage.model = partial(inherit_more, reference, child, n)
             child = yield stage  # line 5
@@ -319,8 +322,10 @@ class Inheritune:
             stage = self.stage(run, 'reference', run.model_config(self.size, **changes))
             stage.tokens = self.tokens
             return stage
-        config = GPTConfig.named(self.size)  # a dry run downloads nothing
-        if not run.dry_run or Path(given).is_dir():
+        if run.dry_run:  # it downloads nothing
+            named = GPTConfig.named(self.size, block_size=run.block_size)
+            config = planned_config(given) or named
+        else:
             config = run.given_config(given)
         stage = self.stage(run, 'reference', config)
         stage.tokens, stage.model = 0, partial(load, given)
@@ -331,12 +336,13 @@ class Inheritune:
 
     def first_n(self, k, run):
         """Layers of the first child. Raises UserError where that is no number of layers."""
-        n = 0 if run.toy else self.n
-        if n > k:
-            raise UserError(f'n={n}: the reference has {k} layers')
-        if not n and (k % 2 or k < 2):
-            raise UserError(f'half of {k} layers is not a whole number: say how many, --n={k // 2}')
-        return n or k // 2
+        if run.toy:
+            return max(1, k // 2)
+        if self.n > k and not run.dry_run:
+            raise UserError(f'n={self.n}: the reference has {k} layers')
+        if not self.n and k % 2:
+            raise UserError(f'half of {k} layers is not a whole number: --n=LAYERS says how many')
+        return self.n or k // 2
 
     def stage(self, run, name, config):
         """A Stage of a model of this shape, trained as long as a child."""
@@ -355,8 +361,8 @@ class Inheritune:
 
     def baseline(self, name, run, reference, config, n):
         """
-        The stages of a baseline of n layers. It reads the batches that the child reads, and for
-        twice as many steps those of the reference before.
+        The stages of a baseline of n layers. It reads what the first child reads; for twice as many
+        steps, all from the beginning of the data's order.
         """
         shape = half_width_config(config) if name == 'half-width' else replace(config, n_layer=n)
         stage = self.stage(run, f'{name}-{shape.n_layer}', shape)
@@ -375,9 +381,11 @@ class Inheritune:
         if name.startswith('distil'):
             from let import distil_stage
 
-            stage.tokens, stage.also = self.distillation_tokens or stage.tokens, (reference,)
-            params, C1 = config.num_params(head=True), dict(alpha=0.6, temperature=1.0)
-            distil_stage(stage, 'distillation', reference.folder, params, C1)
+            stage.tokens = self.distillation_tokens or stage.tokens
+            stage.also = (reference,)
+            settings = dict(alpha=0.6, temperature=1.0)  # Appendix C.1
+            params = config.num_params(head=True)
+            distil_stage(stage, 'distillation', reference.folder, params, settings)
         yield stage
 
     def summary(self, results):
@@ -385,21 +393,20 @@ class Inheritune:
         The round in which each child matched its reference; losses, paired by seed, and all that
         was spent; pictures.
         """
-        groups, verdicts = by_label(results, 'variant'), []
+        groups, finals, verdicts = by_label(results, 'variant'), {}, []
         for runs in by_label(results, 'seed').values():  # the reference is the first
-            child = [r for r in runs if 'round' in r.labels][-1]
+            *_, child = (r for r in runs if 'round' in r.labels)
+            finals[child.labels['variant']] = child
             verdicts.append(verdict(runs[0], child))
         records = compare_variants(results, 'reference')
         for record in records:
             runs = groups[record['variant']]
-            record['N'] = runs[0].n_params
-            record['own FLOPs'] = mean(r.flops for r in runs)
-            record['with all ancestors'] = mean(r.total_flops for r in runs)
-        child = child.labels['variant']
-        panels = attention_panels({name: groups[name] for name in ('reference', child)})
-        pictures = ('lazy.png', panels[:3]), ('gradients.png', panels[3:])
-        losses = 'losses.png', loss_panels(groups)
-        return [*verdicts, records, compare_variants(results, child), losses, *pictures]
+            costs = mean(r.flops for r in runs), mean(r.total_flops for r in runs)
+            record |= zip(('N', 'own FLOPs', 'with all ancestors'), (runs[0].n_params, *costs))
+        against = [compare_variants(results, name) for name in finals]
+        panels = attention_panels({name: groups[name] for name in ('reference', *finals)})
+        pictures = [('losses.png', loss_panels(groups)), ('lazy.png', panels[:3])]
+        return [*verdicts, records, *against, *pictures, ('gradients.png', panels[3:])]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -419,7 +426,7 @@ def verdict(reference, child):
 
 
 def loss_panels(groups):
-    """Convergence (Figures 3 to 8): the reference and the first child beside six others each."""
+    """Convergence (Figures 3, 5 to 8): six variants a panel, the reference and a child in each."""
     panels, names = [], list(groups)
     for i in range(2, max(3, len(names)), 6):
         panel = Panel('training tokens', 'validation loss (nats per token)')
@@ -454,10 +461,9 @@ def attention_panels(groups):
     """
     seen = {}
     for variant, runs in groups.items():
-        logs = [[m['attention'] for m in read_metrics(r.folder) if 'attention' in m] for r in runs]
-        if all(logs):
-            measures = logs[0][-1]
-            seen[variant] = {k: np.stack([log[-1][k] for log in logs], 1) for k in measures}
+        last = [read_metrics(run.folder)[-1].get('attention') for run in runs]
+        if all(last):
+            seen[variant] = {k: np.stack([found[k] for found in last], 1) for k in last[0]}
     return layer_panels(seen) if seen else []
 
 
@@ -476,14 +482,14 @@ class Attention:
     data: str = 'pydocs'  # prepared corpus; its validation split is used
     data_dir: str = 'data'  # where prepared corpora are
     samples: Count = 100  # sequences of 100 tokens
-    out: str = 'out/attention'  # where the report and its pictures go, in a folder of that name
+    out: str = 'out/attention'  # the report and its pictures go into a subfolder named as the model
     device: str = 'auto'  # cuda, mps or cpu
 
 
 def attention_report(options):
     """
-    Print and draw the rank and mass of every layer by causal attention, which the model computes
-    and Figure 1 is of, and by full attention, which Figure 2 shows. Raises UserError.
+    Print and draw the rank and mass of every layer by causal attention, which the model computes,
+    and by full attention, which Figure 2 shows. Raises UserError.
     """
     model = load(options.folder, choose_device(options.device)).eval()
     corpus = verify_corpus(options.data, options.data_dir)
@@ -510,11 +516,11 @@ def attention_report(options):
 
 def draw_maps(maps, path):
     """Draw of four layers the most attentive head, the mean over the sequences (Figure 2)."""
-    layers, plt = np.unique(np.linspace(0, len(maps) - 1, 4).astype(int)), pyplot()
+    layers, plt = np.unique(np.linspace(0, len(maps) - 1, 4, dtype=int)), pyplot()
     figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.2), squeeze=False)
     for ax, layer in zip(axes[0], layers):
         head = attention_rank(maps[layer]).double().mean(0).argmax()
-        image = ax.imshow(maps[layer][:, head].mean(0).cpu())
+        image = ax.imshow(maps[layer][:, head].mean(0))
         ax.set(xlabel='key position', ylabel=f'query position, layer {layer + 1}, head {head + 1}')
         figure.colorbar(image, label='full attention')
     save_figure(figure, path)
@@ -522,11 +528,11 @@ def draw_maps(maps, path):
 
 def write_child(options):
     """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
-    layers = [layer - 1 for layer in options.layers] or list(range(options.n))
+    layers = [layer - 1 for layer in options.layers]
     with new_folder(options.child) as unfinished:
-        child = inherit(load(options.folder), len(layers), layers=layers)
+        child = inherit(load(options.folder), len(layers) or options.n, layers=layers)
         child.save(unfinished, tokenizer_to_carry(options.folder))
-    print(f'{options.child}: {len(layers)} layers of {options.folder}')
+    print(f'{options.child}: {child.config.n_layer} layers of {options.folder}')
 
 
 def main(argv):

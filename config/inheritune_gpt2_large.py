@@ -1,12 +1,12 @@
-# Inheritune (Sanyal et al.), Table 1, GPT-2 large: 36 layers, a child of 18.
+# Inheritune (Sanyal et al.), Tables 1 and 2, GPT-2 large: 36 layers, a child of 18.
 # Figure 1f, what lazy layers are worth: children of 18 layers, from the last layers, the first, and
 # from nothing, for 10K steps: --child_tokens=163840000 --baselines=last-layers,random
 from config.inheritune_gpt2_medium import *
 
 size = 'gpt2-large'
 tokens = 100_000 * 16 * 1024  # 100K steps
-distillation_tokens = 50_000 * 16 * 1024
 max_n = 18
+baselines = ('random', 'random-2x', 'stacking', 'hybrid-stacking', 'half-width')
 batch_size = 16  # sequences of 1,024: "16K tokens"
 learning_rate = 2e-4
 min_lr_fraction = 0.05  # to 1e-5

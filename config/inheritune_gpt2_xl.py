@@ -1,4 +1,4 @@
-# Inheritune (Sanyal et al.), Table 1, GPT-2 xlarge: 48 layers, a child of 24.
+# Inheritune (Sanyal et al.), Tables 1 and 2, GPT-2 xlarge: 48 layers, a child of 24.
 from config.inheritune_gpt2_large import *
 
 size = 'gpt2-xl'

@@ -7,11 +7,10 @@
 # Figure 11, other depths:
 #   for n in 4 6 8 10 13 16 18 20; do python train.py config/inheritune_openllama.py --n=$n \
 #     --max_n=$n --out_dir=out/openllama-$n; done
-# Figure 13 and Table 9, 20 epochs, a model after each of them, and 20B tokens that are fresh:
-#   --tokens=20e9 --keep_every=7630
-#   --tokens=20e9 --keep_every=7630 --unique_tokens=0
-# Figure 12 and Table 8, 50B tokens, none repeated, a model every 5B: --tokens=50e9
-# --unique_tokens=0 --keep_every=38147 (Appendix C.2 has 191K steps of 131K tokens, half as many)
+# Figure 13 and Table 9, 20 epochs, a model after each of them: --tokens=20e9 --keep_every=7630
+# Figure 12 and Table 8, 50B tokens, none repeated, a model every 5B (those of 10B and 20B are Table
+# 9's "fresh"): --tokens=50e9 --unique_tokens=0 --keep_every=38147 (Appendix C.2 has 191K steps of
+# 131K tokens, half as many)
 method = 'inheritune'
 reference = 'openlm-research/open_llama_3b'
 size = 'openllama-3b'  # its shape, for a dry run, and for --toy=True, which trains a small one

@@ -1,8 +1,8 @@
-# Inheritune (Sanyal et al.), Table 5: nine tasks without examples and their average, and MMLU with
-# five, which is not part of it.
+# Inheritune (Sanyal et al.), Table 5: nine zero-shot tasks, with their average as in Figure 10, and
+# MMLU with five examples, which is not part of it.
 #   python evaluate.py FOLDER ... config/tasks_inheritune_table5.py
 tasks = (
-    'wsc273',  # Winograd
+    'wsc',  # "Winograd": its scores are of SuperGLUE's 104 examples
     'piqa',
     'boolq',
     'winogrande',

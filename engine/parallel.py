@@ -323,12 +323,6 @@ def wrap(model, strategy, knobs, hardware):
         )
 
 
-def unwrap(model):
-    """The bare GPT inside what `wrap` returned."""
-    model = getattr(model, 'module', model)
-    return getattr(model, '_orig_mod', model)
-
-
 # ----------------------------------------------------------------------------------------------
 # whole tensors
 

@@ -51,11 +51,12 @@ MACHINE_KNOBS = set(
 def stage_identity(stage, knobs):
     """
     What a stage is, as JSON: its shape and start, what teaches it, what it reads, and every knob
-    but those of the machine. A loss tells one parent from another of the same name.
+    but those of the machine. A loss tells one ancestor from another of the same name.
     """
     identity = {'origin': asdict(stage.origin), 'teaching': stage.teaching}
     identity |= {'tokens': stage.tokens, 'params': stage.params, 'position': stage.position}
-    identity['parent'] = stage.parent and [stage.parent.name, stage.parent.val_loss]
+    before = filter(None, (stage.parent, *stage.also))
+    identity['before'] = [[result.name, result.val_loss] for result in before]
     identity |= {k: v for k, v in asdict(knobs).items() if k not in MACHINE_KNOBS}
     identity |= {k: v for k, v in stage.knobs.items() if k in MACHINE_KNOBS}  # its own
     identity |= {f'model.{k}': v for k, v in asdict(stage.config).items()}

@@ -22,7 +22,7 @@ import torch
 from data.instruct import shuffled
 from engine.decoding import Decoding
 from engine.errors import UserError
-from engine.parallel import gather, is_sharded, processes, unwrap
+from engine.parallel import gather, is_sharded, processes
 from engine.teacher import LazyTeacher
 
 
@@ -217,6 +217,12 @@ class Rollouts:
         tokens = sum(gather(found.mask.sum(1).cpu()))  # of a row, on all processes
         rollout = dict(ids=found.ids, answers=found.mask, log_q=found.log_q, tokens=tokens)
         return rollout | dict(weight=weight, advantage=advantage)
+
+
+def unwrap(model):
+    """The bare GPT inside what `wrap` returned."""
+    model = getattr(model, 'module', model)
+    return getattr(model, '_orig_mod', model)
 
 
 def minillm(teacher, examples, settings):

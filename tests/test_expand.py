@@ -12,7 +12,10 @@ from test_model import SHAPES, small, tokens
 
 import expand
 import train
+from data.corpus import open_corpus
+from data.loader import validation_batches
 from engine.errors import UserError
+from engine.loss import evaluate
 from engine.stage import Result, describe
 from expand import (
     GrowthComparison,
@@ -23,7 +26,6 @@ from expand import (
     saved_at_equal_loss,
     widen,
 )
-from inheritune import given_reference
 from model import GPT, GPTConfig, load
 from train import Run, stages_of
 
@@ -593,8 +595,8 @@ def test_a_trained_base_grows_by_every_operator(data_dir, tmp_path, capsys):
     grown = load(found.folder)
     assert grown.config.n_embd == 96 and grown.config.n_head == 4 and grown.config.head_dim == 24
     first = json.loads((Path(found.folder) / 'metrics.jsonl').read_text().splitlines()[0])
-    run = Run(data_dir=str(data_dir), out_dir=str(tmp_path), block_size=16, eval_tokens=512)
-    assert first['val_loss'] == pytest.approx(given_reference(tmp_path / 'base', run).val_loss)
+    batches = validation_batches(open_corpus('pydocs', data_dir).val, 16, 8, 512)
+    assert first['val_loss'] == pytest.approx(evaluate(load(tmp_path / 'base'), batches), abs=1e-6)
 
 
 def test_an_unknown_operator_is_refused_before_training():

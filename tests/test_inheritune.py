@@ -186,7 +186,7 @@ def test_chosen_layers_come_from_where_they_are_said_to():
     assert alternate_layers(24, 16) == [*range(0, 24, 2), 18, 19, 20, 21]  # section 4
     assert alternate_layers(24, 12) == list(range(0, 24, 2)) and alternate_layers(2, 2) == [0, 0]
     assert stacked_layers(9, 5) == [0, 1, 0, 1, 0]
-    with pytest.raises(UserError, match='layer 4 cannot be inherited from a reference of 3'):
+    with pytest.raises(UserError, match='a reference of 3 layers has no layer 4'):
         inherit(small(), 4)
 
 
@@ -261,6 +261,7 @@ def test_it_grows_by_two_until_it_matches_and_all_rounds_count(regrow):
     assert 'in round 3' in blocks[0]
     last = stages[-1]
     assert last.parent.name == ('6-layers' if regrow == 'continue' else 'reference')
+    assert (getattr(last.model, 'func', None) is inherit_more) == (regrow == 'continue')
     cost = [6 * s.params * s.tokens for s in stages]
     assert sum(last.before.values()) == pytest.approx(sum(cost[:3]))
     assert blocks[1][-1]['with all ancestors'] == pytest.approx(sum(cost))
@@ -299,7 +300,7 @@ def test_growing_keeps_the_trained_layers_and_adds_the_references_next(tmp_path)
 @pytest.mark.parametrize(
     'knobs, words',
     [
-        (dict(size='64x5'), 'half of 5 layers is not a whole number: say how many, --n=2'),
+        (dict(size='64x5'), 'half of 5 layers is not a whole number: --n=LAYERS says how many'),
         (dict(n=9), 'n=9: the reference has 8 layers'),
         (dict(reference='nowhere'), 'nowhere is not a folder'),
         (dict(size='16x2', baselines=('stacking',)), 'stacking needs a child of two layers'),
@@ -312,7 +313,7 @@ def test_what_cannot_be_is_one_line(knobs, words):
 
 
 def test_a_run_is_refused_before_anything_is_trained(data_dir, tmp_path):
-    small().save(tmp_path / 'one')
+    small(n_layer=4).save(tmp_path / 'one')
     knobs = ['--method=inheritune', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run']
     with pytest.raises(UserError, match='has 196 tokens for which the model, of 61, has no'):
         train.main([*knobs, f'--reference={tmp_path}/one'])
@@ -358,7 +359,12 @@ def test_baselines_have_the_papers_budgets_and_read_what_the_child_reads():
     assert set(begin.values()) == {1e6}
     by_name = {s.name: s for s in stages}
     assert by_name['stacking-4'].parent.name == 'stacking-2'
-    assert by_name['distillation-4'].model is None and by_name['distillation-4'].objective
+    assert by_name['distillation-4'].model is None and by_name['distilbert-4'].model
+    for name in ('distillation-4', 'distilbert-4'):  # its teacher is part of its cost
+        taught, reference = by_name[name], by_name['reference']
+        assert taught.objective and sum(taught.before.values()) == 6e6 * reference.params
+        teaching = dict(alpha=0.6, temperature=1.0, teacher_params=reference.params)
+        assert taught.teaching.items() >= teaching.items()
     assert by_name['random-4'].parent is None and by_name['random-4'].before == {}
 
 
@@ -372,8 +378,8 @@ def test_baselines_start_from_the_layers_and_parts_they_name(data_dir, tmp_path)
     half.save(tmp_path / 'half')
     given = Result('reference', str(tmp_path / 'reference'))
 
-    def start(name):
-        stages = Inheritune().baseline(name, Run(), given, reference.config, 4)
+    def start(name, **knobs):
+        stages = Inheritune(**knobs).baseline(name, Run(), given, reference.config, 4)
         stage = next(stages)
         if name == 'stacking':
             stage = stages.send(Result('half', str(tmp_path / 'half')))
@@ -383,12 +389,22 @@ def test_baselines_start_from_the_layers_and_parts_they_name(data_dir, tmp_path)
     assert layers_of(start('hybrid-stacking'), reference) == [0, 1, 0, 1]
     assert layers_of(start('distilbert'), reference) == [0, 2, 4, 6]
     assert layers_of(start('stacking'), half) == [0, 1, 0, 1]
+    half, whole = start('half-width').wte.weight, reference.wte.weight
+    assert torch.equal(half, whole[:, : half.shape[1]]) and 2 * half.shape[1] == whole.shape[1]
     for name in ('attention+norms', 'mlp+norms', 'attention+mlp'):  # Table 3
         block, old = start(name).blocks[1], reference.blocks[1]
         same = dict(attention=block.attn.q.weight.equal(old.attn.q.weight))
         same |= dict(mlp=block.mlp.up.weight.equal(old.mlp.up.weight))
         same |= dict(norms=block.norm1.weight.equal(old.norm1.weight))
         assert [part for part, kept in same.items() if kept] == name.split('+')
+
+
+def test_seeds_that_end_at_different_depths_are_compared_with_either_child():
+    losses = [1.5, 1.4, 1.6, 1.5, 1.7, 1.4, 1.6]
+    _, blocks = planned(losses, baselines=('random',), seeds=2)
+    assert 'in round 1' in blocks[0] and 'in round 2' in blocks[1]
+    columns = [{column for record in block for column in record} for block in blocks[3:5]]
+    assert 'against 4-layers' in columns[0] and 'against 6-layers' in columns[1]
 
 
 def test_every_seed_has_a_reference_and_baselines_of_its_own():
@@ -417,12 +433,18 @@ def test_a_plan_grows_to_the_papers_depth_where_the_baselines_are():
     rows = plan_of('inheritune_gpt2_medium')
     children = ['12-layers', '14-layers', '16-layers']
     assert [name for name in rows if name.endswith('layers')] == children
-    assert rows['random-16'].stage.config.n_layer == 16 and rows['half-width-24'].result.n_params
+    assert rows['random-16'].stage.config.n_layer == 16
+    shape = rows['half-width-24'].stage.config  # Table 10's, with all layers
+    assert (shape.n_embd, shape.n_head) == (512, 8)
+    assert shape.attn_scale_by_layer and not shape.bias
     spent = rows['16-layers'].result.total_flops
     assert spent == pytest.approx(sum(rows[name].result.flops for name in ['reference', *children]))
 
 
-def test_a_plan_of_openllama_has_its_vocabulary():
+def test_a_plan_knows_the_shape_of_a_public_reference():
+    large = plan_of('inheritune_gpt2_medium', '--reference=owner/gpt2-large', '--n=20')
+    assert large['20-layers'].stage.config.n_embd == 1280
+    assert plan_of('inheritune_openllama_7b')['7-layers'].steps == 381_470
     config = plan_of('inheritune_openllama')['13-layers'].stage.config
     assert config.num_params(embedding=True, head=True) == pytest.approx(1.816e9, rel=1e-3)
 
@@ -450,12 +472,14 @@ def test_a_run_with_seeds_reports_losses_costs_and_attention(data_dir, tmp_path)
 
 
 def test_command_line(data_dir, tmp_path):
-    model = GPT(GPTConfig.named('16x3', vocab_size=257, block_size=40))
+    model = GPT(GPTConfig.named('16x3', vocab_size=257, block_size=40, init_std=1.0))
+    torch.nn.init.zeros_(model.blocks[2].attn.q.weight)  # it looks at everything alike
     model.save(tmp_path / 'model', 'bytes')
     knobs = [f'--data_dir={data_dir}', f'--out={tmp_path}/attention']
     process = run_command('inheritune.py', tmp_path / 'model', '--samples=6', *knobs)
     assert process.returncode == 0, process.stderr
-    assert 'by causal attention: none' in process.stdout and 'full attention' in process.stdout
+    assert 'by causal attention: none' in process.stdout
+    assert 'by full attention: [3]' in process.stdout
     for name in ('attention.md', 'attention.png', 'attention_maps.png'):
         assert (tmp_path / 'attention' / 'model' / name).stat().st_size > 100
     for knob, layers in (('--n=2', [0, 1]), ('--layers=1,3', [0, 2])):
@@ -467,7 +491,7 @@ def test_command_line(data_dir, tmp_path):
         ([], 'usage: inheritune.py FOLDER'),
         ([tmp_path / 'no'], 'config.json'),
         ([tmp_path / 'model', tmp_path / 'child'], 'n_layer must be between'),
-        ([tmp_path / 'model', tmp_path / 'child', '--n=4'], 'from a reference of 3'),
+        ([tmp_path / 'model', tmp_path / 'child', '--n=4'], 'has no layer 4'),
         ([tmp_path / 'model', tmp_path / 'model', '--n=1'], 'model exists'),
     ):
         process = run_command('inheritune.py', *arguments, f'--data_dir={data_dir}')

@@ -306,12 +306,12 @@ def test_two_processes_measure_a_given_reference_as_one_does(data_dir, tmp_path)
     common = [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=512', '--device=cpu']
     made = run_command('train.py', *common, '--size=16x2', '--tokens=640', f'--out_dir={tmp_path}')
     assert made.returncode == 0, made.stderr
-    knobs = [*common, '--method=inheritune', f'--reference={tmp_path}/16x2', '--max_rounds=1']
+    knobs = [*common, '--method=inheritune', f'--reference={tmp_path}/16x2', '--n=1', '--max_n=1']
     losses = []
     for number in (1, 2):
         out = tmp_path / f'on-{number}'
         run_processes(number, 'train.py', *knobs, '--tokens=640', f'--out_dir={out}')
-        losses.append(json.loads((out / 'reference.json').read_text())['val_loss'])
+        losses.append(Result.of(out / 'reference').val_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 

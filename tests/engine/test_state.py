@@ -122,7 +122,7 @@ def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, hal
 
 
 def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
-    identity = {'parent': ['ancestor', float('nan')]}
+    identity = {'before': [['ancestor', float('nan')]]}
     for _ in range(2):
         assert finished_before(tmp_path, identity) is None
 
@@ -131,7 +131,7 @@ def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):
     family = [*test_train.FAMILY, f'--data_dir={data_dir}', f'--out_dir={tmp_path}']
     train.main(family)
     shutil.rmtree(tmp_path / '16x2')
-    with pytest.raises(UserError, match='32x2 holds a stage with other settings .parent was'):
+    with pytest.raises(UserError, match='32x2 holds a stage with other settings .before was'):
         train.main([*family, '--learning_rates=0.003,0.001'])
 
 
