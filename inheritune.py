@@ -520,7 +520,7 @@ def draw_maps(maps, path):
     figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.2), squeeze=False)
     for ax, layer in zip(axes[0], layers):
         head = attention_rank(maps[layer]).double().mean(0).argmax()
-        image = ax.imshow(maps[layer][:, head].mean(0))
+        image = ax.imshow(maps[layer][:, head].mean(0).numpy())
         ax.set(xlabel='key position', ylabel=f'query position, layer {layer + 1}, head {head + 1}')
         figure.colorbar(image, label='full attention')
     save_figure(figure, path)
@@ -537,14 +537,12 @@ def write_child(options):
 
 def main(argv):
     """Command line: a model's folder, or that and a child's, then knobs."""
-    words = ('folder', 'child')
-    options, _, _ = configure(argv, Attention, program='inheritune.py FOLDER [CHILD]', words=words)
+    usage = dict(program='inheritune.py FOLDER [CHILD]', words=('folder', 'child'))
+    options, _, _ = configure(argv, Attention, **usage)
     if not options.folder:
         raise UserError('missing argument; usage: inheritune.py FOLDER [CHILD --n=LAYERS]')
-    if options.child:
-        write_child(options)
-    else:
-        attention_report(options)
+    command = write_child if options.child else attention_report
+    command(options)
 
 
 if __name__ == '__main__':
