@@ -537,8 +537,9 @@ def write_child(options):
 
 def main(argv):
     """Command line: a model's folder, or that and a child's, then knobs."""
-    usage = dict(program='inheritune.py FOLDER [CHILD]', words=('folder', 'child'))
-    options, _, _ = configure(argv, Attention, **usage)
+    options, _, _ = configure(
+        argv, Attention, program='inheritune.py FOLDER [CHILD]', words=('folder', 'child')
+    )
     if not options.folder:
         raise UserError('missing argument; usage: inheritune.py FOLDER [CHILD --n=LAYERS]')
     command = write_child if options.child else attention_report
