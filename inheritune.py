@@ -183,8 +183,8 @@ PARTS = {'attention': 'attn.', 'mlp': 'mlp.', 'norms': 'norm'}  # of a layer: na
 @torch.no_grad()
 def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     """
-    A model of n_layer layers of the reference, the first ones unless `layers` lists others, with
-    its embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
+    A model of the first n_layer layers of the reference, or of those that `layers` lists, with its
+    embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
     at random (Table 3). rescale: multiply queries so that a layer that gets another number keeps
     its attention logits; the paper copies them unchanged. Raises UserError for layers that do not
     exist.
@@ -192,7 +192,7 @@ def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     config, layers = reference.config, layers or list(range(n_layer))
     if max(layers, default=0) >= config.n_layer:
         raise UserError(f'a reference of {config.n_layer} layers has no layer {max(layers) + 1}')
-    child = GPT(replace(config, n_layer=n_layer)).to(reference.wte.weight)
+    child = GPT(replace(config, n_layer=len(layers))).to(reference.wte.weight)
     tensors = reference.state_dict()
     around = {name: tensors[name] for name in tensors if not name.startswith('blocks.')}
     child.load_state_dict(around, strict=False)
@@ -431,7 +431,7 @@ def loss_panels(groups):
     for i in range(2, max(3, len(names)), 6):
         panel = Panel('training tokens', 'validation loss (nats per token)')
         for name in names[:2] + names[i : i + 6]:
-            panel.lines.append(mean_line(groups[name], name))
+            panel.lines.append(mean_line(groups[name], name, 1))  # not from step 0
         panels.append(panel)
     return panels
 
@@ -530,7 +530,7 @@ def write_child(options):
     """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
     layers = [layer - 1 for layer in options.layers]
     with new_folder(options.child) as unfinished:
-        child = inherit(load(options.folder), len(layers) or options.n, layers=layers)
+        child = inherit(load(options.folder), options.n, layers=layers)
         child.save(unfinished, tokenizer_to_carry(options.folder))
     print(f'{options.child}: {child.config.n_layer} layers of {options.folder}')
 

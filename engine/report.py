@@ -334,9 +334,9 @@ def mean_curve(results):
     return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
 
 
-def mean_line(results, label):
-    """The mean_curve of a variant's runs as a Line against training tokens."""
-    curve = mean_curve(results)
+def mean_line(results, label, start=0):
+    """The mean_curve of a variant's runs, from its point `start` on, as a Line against tokens."""
+    curve = mean_curve(results)[start:]
     tokens = [share * results[0].tokens for share, _ in curve]
     return Line(tokens, [loss for _, loss in curve], label)
 

@@ -221,7 +221,8 @@ def test_half_the_width_is_the_first_half_of_everything():
 
 def planned(losses, seeds=1, **knobs):
     """The stages, and the report, when stage i ends with losses[i], the last from then on."""
-    made, folder = [], Path(tempfile.mkdtemp())
+    made, scratch = [], tempfile.TemporaryDirectory()
+    folder = Path(scratch.name)
 
     def pretend(stage):
         made.append(stage)
@@ -242,8 +243,9 @@ def planned(losses, seeds=1, **knobs):
         )
 
     method, run = Inheritune(**knobs), Run(block_size=128, data_dir='nowhere', seeds=seeds)
-    results = [result for _, result in stages_of(method, run, pretend)]
-    return made, method.summary(results)
+    with scratch:
+        results = [result for _, result in stages_of(method, run, pretend)]
+        return made, method.summary(results)
 
 
 def test_it_stops_as_soon_as_the_reference_is_matched():
@@ -307,7 +309,7 @@ def test_growing_keeps_the_trained_layers_and_adds_the_references_next(tmp_path)
         (dict(size='16x2', baselines=('half-width',)), 'n_head must be between 1'),
     ],
 )
-def test_what_cannot_be_is_one_line(knobs, words):
+def test_what_cannot_be_is_refused(knobs, words):
     with pytest.raises(UserError, match=words):
         planned([1.0], **knobs)
 
