@@ -53,10 +53,11 @@ from engine.files import checksum, locked, read_json, write_json
 from engine.hub import WAY_OUT, hub_source, reach_hub
 from engine.tokenizer_files import is_encoding, read_settings, write_tokenizer
 
-HUB = {  # name: ('repository configuration split', column with the text)
+HUB = {  # name: ('repository configuration training-split [validation-split]', column with the
+    # text); a split is a name, or the files that it is made of
     'fineweb_edu': ('HuggingFaceFW/fineweb-edu default train', 'text'),
     'openwebtext': ('Skylion007/openwebtext plain_text train', 'text'),
-    'pile': ('monology/pile-uncopyrighted default train', 'text'),
+    'pile': ('monology/pile-uncopyrighted default train/*.zst test.jsonl.zst', 'text'),
     'slimpajama': ('cerebras/SlimPajama-627B default train', 'text'),
     'starcoder': ('bigcode/starcoderdata python train', 'content'),  # of its languages
     'openwebmath': ('open-web-math/open-web-math default train', 'text'),
@@ -156,8 +157,10 @@ def stream_rows(options, state):
             source, *columns = SOURCES[name]
             repository, configuration, *splits = source.split()
             sources = [hub_source(repository, configuration, split) for split in splits]
-        whole = len(sources) == 1  # no part of it is for validation
-        for source, is_val in zip(sources, (None if whole else False, True)):
+        for source in reversed(sources):  # the one for validation, if there is one, is the last
+            is_val = source is sources[-1] if sources[1:] else None
+            if is_val and state:
+                continue
             stream = datasets.load_dataset(**source, streaming=True)
             if state:
                 stream.load_state_dict(state)
@@ -166,7 +169,7 @@ def stream_rows(options, state):
                 rows = [
                     (name, filled(row, *columns) if columns[1:] else row, is_val) for row in rows
                 ]
-                yield rows, stream.state_dict() if whole else None
+                yield rows, None if is_val else stream.state_dict()
     except UserError:
         raise
     except Exception as error:  # damage, or a lost network by any HTTP client's name

@@ -61,6 +61,8 @@ def hub_source(repository, configuration, split):
     if repository in SCRIPTS:
         files = f'hf://datasets/{repository}@refs%2Fconvert%2Fparquet/{configuration}/*{split}/*'
         return dict(path='parquet', data_files=files, split='train')
+    if '.' in split:  # the names of its files
+        return dict(path=repository, data_files=split, split='train')
     if repository in FOLDERS:
         return dict(path=repository, data_dir=configuration, split=split)
     return dict(path=repository, name=configuration, split=split)

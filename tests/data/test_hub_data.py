@@ -4,6 +4,7 @@ entry of the tables, with the files, columns and types that its card shows.
 """
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -116,9 +117,11 @@ def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp('hub')
     for name, (file, more) in CORPORA.items():
         source, column = HUB[name]
-        repository, configuration, split = source.split()
-        folder = root / 'datasets' / repository
-        texts = [*TEXTS, 7] if name == 'pile' else TEXTS  # one is no text
+        repository, configuration, split, *held_out = source.split()
+        folder, texts = root / 'datasets' / repository, TEXTS
+        if held_out:  # the Pile's test split; in its training split one is no text
+            texts = [*TEXTS[1:], 7]
+            write_rows(folder / held_out[0], [{column: TEXTS[0], **more}])
         write_rows(folder / file, [{column: text, **more} for text in texts])
         if configuration not in ('default', 'plain_text', 'python'):
             write_card(folder, configuration, {split: file})
@@ -153,6 +156,8 @@ def test_every_corpus_and_set_of_the_hub_is_prepared(hub, tmp_path):
         ]
         found = bytes(np.concatenate(tokens)[np.concatenate(tokens) < 256].astype(np.uint8))
         assert sorted(found.decode().split('.')) == sorted(''.join(TEXTS).split('.')), name
+        if name == 'pile':
+            assert len(tokens[1]) == len(TEXTS[0]) + 1  # what is held out is its own
     answers = dict(dolly='Yes', boolq='true', hellaswag='C', winogrande='B', mmlu='B')
     answers |= dict(arc_easy='B', xlsum='In short', ultrachat='Told', ultrafeedback='Good')
     for name in ANSWERS:
@@ -163,16 +168,22 @@ def test_every_corpus_and_set_of_the_hub_is_prepared(hub, tmp_path):
         assert bytes(i for i in ids[asked] if i < 256).decode().startswith(answers[name]), name
 
 
-def test_a_corpus_whose_server_stops_is_continued(tmp_path):
-    """The same files as one that came through at once, to the byte."""
-    rows = [dict(text=f'{text} {i}') for i in range(500) for text in TEXTS]
-    outcomes = {}
+@pytest.mark.parametrize('name', ['openwebmath', 'pile'])
+def test_a_corpus_whose_server_stops_is_continued(tmp_path, name):
+    """The same files as one that came through at once, to the byte; the Pile's to a number."""
+    draw = random.Random(0)  # what cannot be compressed to a small file
+    texts = [f'{text} {draw.randbytes(20).hex()}' for _ in range(500) for text in TEXTS]
+    rows = [dict(text=text) for text in texts]
+    outcomes, more = {}, ['--max_tokens=1650000'] if name == 'pile' else []
     for second in ('broken', 'whole'):
-        folder = tmp_path / second / 'datasets' / HUB['openwebmath'][0].split()[0]
-        write_rows(folder / 'data' / 'train-00000-of-00002.parquet', rows[:18_000])
-        write_rows(folder / 'data' / f'train-00001-of-00002-{second}.parquet', rows[18_000:])
+        folder = tmp_path / second / 'datasets' / HUB[name][0].split()[0]
+        suffix = '.jsonl.zst' if name == 'pile' else '.parquet'
+        write_rows(folder / 'train' / f'train-00{suffix}', rows[:18_000])
+        write_rows(folder / 'train' / f'train-01-{second}{suffix}', rows[18_000:])
+        if name == 'pile':
+            write_rows(folder / f'test{suffix}', rows[:900:3])
         with StandInHub(tmp_path / second) as hub:
-            process = prepare(hub, 'openwebmath', tmp_path / f'{second}-corpus')
+            process = prepare(hub, name, tmp_path / f'{second}-corpus', *more)
             if second == 'broken':
                 assert process.returncode == 1 and 'Traceback' not in process.stderr
                 assert 'the same command continues' in process.stderr
@@ -180,11 +191,14 @@ def test_a_corpus_whose_server_stops_is_continued(tmp_path):
                 state = json.loads((unfinished / 'progress.json').read_text())
                 assert state['counts']['train']['documents'] > 10_000
                 hub.mend()
-                process = prepare(hub, 'openwebmath', tmp_path / 'broken-corpus')
+                process = prepare(hub, name, tmp_path / 'broken-corpus', *more)
             assert process.returncode == 0, process.stderr
         files = [tmp_path / f'{second}-corpus' / f'{split}.bin' for split in ('train', 'val')]
         outcomes[second] = [file.read_bytes() for file in files]
     assert outcomes['broken'] == outcomes['whole']
+    if name == 'pile':
+        held_out = len(''.join(texts[:900:3])) + 300
+        assert [len(found) // 2 for found in outcomes['whole']][1] == held_out
 
 
 def test_a_set_whose_server_stops_is_one_line_and_then_begun_again(tmp_path):
