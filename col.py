@@ -9,13 +9,13 @@ An ancestor (AnsNet) is distilled into the largest checkpoint of a chain, that i
 smaller one, and so on (stepwise, reverse KL, Eq. 1). A descendant (DesNet) of a size between two
 checkpoints starts at
 
-    theta  =  alpha expand(smaller)  +  (1 - alpha) subset(larger)          (LInit, section 3.4)
+    theta  =  alpha grow(smaller)    +  (1 - alpha) subset(larger)          (LInit, section 3.4)
 
 where alpha is the relative distance, 1 at the smaller one. An ancestor of another architecture or
 vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
 """
 
-import contextlib
+import itertools
 import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -67,22 +67,16 @@ def default_alpha(small_params, large_params, params):
     return min(1.0, max(0.0, (large_params - params) / (large_params - small_params)))
 
 
-def expand(small, config, depth='bert2bert'):
-    """The smaller checkpoint as `config`: units copied (fpi), its last layers replicated."""
-    return grow(small, config, 'fpi', depth)
-
-
 def subset(large, config):
     """A model of shape `config` cut out of a larger one: its first layers, heads and units."""
     check_between(config, large.config, config)
-    per_group = large.config.n_head // large.config.n_kv_head
+    D, per_group = config.head_dim, large.config.n_head // large.config.n_kv_head
+    C, mlp = torch.arange(config.n_embd), torch.arange(config.n_mlp)
     heads = torch.arange(config.n_kv_head)[:, None] * per_group
     heads = heads + torch.arange(config.n_head // config.n_kv_head)  # the first ones of each group
-    queries = heads.flatten()[:, None] * config.head_dim + torch.arange(config.head_dim)
-    kept = dict.fromkeys(('write', 'read', 'gain'), torch.arange(config.n_embd))
-    kept |= dict.fromkeys(('query', 'from query'), queries.flatten())
-    kept |= dict.fromkeys(('mlp', 'from mlp'), torch.arange(config.n_mlp))
-    kept['kv'] = torch.arange(config.n_kv_head * config.head_dim)
+    queries = (heads.flatten()[:, None] * D + torch.arange(D)).flatten()
+    kept = {'write': C, 'read': C, 'gain': C, 'mlp': mlp, 'from mlp': mlp}
+    kept |= {'query': queries, 'from query': queries, 'kv': torch.arange(config.n_kv_head * D)}
     old, state = large.state_dict(), {}
     for name in GPT.on_meta(config).state_dict():
         tensor = old[name]
@@ -99,7 +93,7 @@ def subset(large, config):
 @torch.no_grad()
 def linit(small, large, config, alpha=None, depth='bert2bert'):
     """
-    theta = alpha expand(small) + (1 - alpha) subset(large), of shape `config` between two
+    theta = alpha grow(small) + (1 - alpha) subset(large), of shape `config` between two
     neighbours of a chain, in the smaller one's dtype. Mixing helps where the larger one has taught
     the smaller. alpha None: by relative distance in all parameters, tied ones once. depth: how the
     smaller one's layers are replicated, as in expand.py. A shape below the chain, whose smallest
@@ -112,11 +106,9 @@ def linit(small, large, config, alpha=None, depth='bert2bert'):
     check_between(small.config, large.config, config)
     if alpha is None:
         alpha = default_alpha(*map(all_params, (small.config, large.config, config)))
-    grown, cut = expand(small, config, depth).state_dict(), subset(large, config).state_dict()
-    state = {}
-    for name, tensor in grown.items():
-        # (1 - alpha) cut + alpha grown
-        state[name] = torch.lerp(cut[name].to(tensor), tensor, alpha)
+    grown = grow(small, config, 'fpi', depth).state_dict()
+    cut = subset(large, config).state_dict()
+    state = {n: alpha * tensor + (1 - alpha) * cut[n].to(tensor) for n, tensor in grown.items()}
     return GPT.from_state(config, state)
 
 
@@ -166,64 +158,49 @@ def neighbours(shapes, config):
     return max(smaller, key=weight), min(larger, key=weight)
 
 
-def shape_between(shapes, to):
+def shapes_between(small, large, step):
     """
-    The GPTConfig of a named size, or of WIDTHxLAYERS among {name: GPTConfig}: heads, groups and MLP
-    lie as far between the neighbours' as the width. Raises UserError where they are not whole.
+    (how far width and depth lean apart, GPTConfig) of the shapes between two neighbours of a chain:
+    heads, groups and MLP lie as far between the neighbours' as the width, where they are whole.
     """
-    match, ordered = re.fullmatch(r'(\d+)x(\d+)', to), sorted(shapes.values(), key=all_params)
-    small_ones = ordered[0].head_dim == 16 and ordered[0].n_kv_head == ordered[0].n_head
-    if not match or small_ones:
-        named = GPTConfig.named(to)
-        return replace(ordered[0], **{f: getattr(named, f) for f in SIZE_FIELDS})
-    width, layers = int(match[1]), int(match[2])
-    for small, large in zip(ordered, ordered[1:]):
-        if not (small.n_embd <= width <= large.n_embd and small.n_layer <= layers <= large.n_layer):
-            continue
-        sizes = dict(n_embd=width, n_layer=layers)
-        way, span = width - small.n_embd, large.n_embd - small.n_embd or 1
+    wider, deeper = large.n_embd - small.n_embd, large.n_layer - small.n_layer
+    for more, layers in itertools.product(range(0, wider + 1, step), range(deeper + 1)):
+        sizes, rests = dict(n_embd=small.n_embd + more, n_layer=small.n_layer + layers), 0
         for field in ('n_head', 'n_kv_head', 'n_mlp'):
             low, high = getattr(small, field), getattr(large, field)
-            more, rest = divmod(way * (high - low), span)
-            if rest:
-                raise UserError(f'{to}: {field}, from {low} to {high}, is no whole number there')
-            sizes[field] = low + more
-        return replace(small, **sizes)
-    known = ', '.join(f'{shape.n_embd}x{shape.n_layer}' for shape in ordered)
-    raise UserError(f'{to} lies outside the chain: {known}')
+            way, rest = divmod(more * (high - low), wider or 1)
+            sizes[field], rests = low + way, rests + rest
+        if not rests:
+            lean = abs(more / wider - layers / deeper) if wider and deeper else 0.0
+            yield lean, replace(small, **sizes)
 
 
-def shape_of_size(shapes, params):
+def shape_of_size(shapes, size):
     """
-    The GPTConfig among {name: GPTConfig} of about so many parameters, embeddings and head included:
-    of all within 1%, else of the closest, the one as far between its neighbours in width as in
-    depth: for the paper's five numbers the paper's five shapes. Raises UserError outside the chain.
+    The GPTConfig of a named size; or among {name: GPTConfig} that of WIDTHxLAYERS, or of about so
+    many parameters, embeddings and head included: of all within 1%, else of the closest, the one as
+    far between its neighbours in width as in depth. For the paper's five numbers these are the
+    paper's five shapes. Raises UserError outside the chain.
     """
-    ordered = sorted(shapes.values(), key=all_params)
-    pairs = [p for p in zip(ordered, ordered[1:]) if all_params(p[0]) <= params <= all_params(p[1])]
-    if not pairs:
-        ends = f'{format_count(all_params(ordered[0]))} to {format_count(all_params(ordered[-1]))}'
-        raise UserError(f'{format_count(params)} parameters lie outside the chain: {ends}')
-    small, large = pairs[0]
-    wider, deeper, found = large.n_embd - small.n_embd, large.n_layer - small.n_layer, []
-    step = 64 if small.n_embd % 64 == large.n_embd % 64 == 0 else 1  # what hardware likes
-    for width in range(small.n_embd, large.n_embd + 1, step):
-        with contextlib.suppress(UserError):  # of widths without whole heads
-            low, high = (shape_between(shapes, f'{width}x{s.n_layer}') for s in pairs[0])
-            layer = (all_params(high) - all_params(low)) / max(1, deeper)
-            more = (params - all_params(low)) / layer if layer else 0
-            found.append(replace(low, n_layer=low.n_layer + round(min(max(0, more), deeper))))
-
-    def miss(shape):
-        return abs(all_params(shape) - params) / params
-
-    def leaning(shape):
-        if not (wider and deeper):
-            return miss(shape)
-        ways = (shape.n_embd - small.n_embd) / wider, (shape.n_layer - small.n_layer) / deeper
-        return abs(ways[0] - ways[1])
-
-    return min([s for s in found if miss(s) < 0.01] or [min(found, key=miss)], key=leaning)
+    named = isinstance(size, str)
+    if named and not re.fullmatch(r'\d+x\d+', size):
+        return GPTConfig.named(size)
+    ordered, found = sorted(shapes.values(), key=all_params), []
+    for small, large in itertools.pairwise(ordered):
+        even = small.n_embd % 64 == large.n_embd % 64 == 0 and not named  # what hardware likes
+        inside = named or all_params(small) <= size <= all_params(large)
+        for lean, shape in shapes_between(small, large, 64 if even else 1) if inside else ():
+            if not named:
+                found.append((abs(all_params(shape) / size - 1), lean, shape))
+            elif f'{shape.n_embd}x{shape.n_layer}' == size:
+                return shape
+    if named and ordered[0].head_dim == 16:
+        return GPTConfig.named(size)  # a small one, which may lie below the chain
+    if not found:
+        wanted = size if named else format_count(size)
+        known = [f'{c.n_embd}x{c.n_layer} ({format_count(all_params(c))})' for c in ordered]
+        raise UserError(f'no shape of {wanted} with whole heads lies between {" and ".join(known)}')
+    return min(found, key=lambda row: (max(row[0], 0.01), row[1], row[0]))[-1]
 
 
 def between(shapes, wanted):
@@ -321,7 +298,7 @@ def single(d):
     name, stage = d.method.chain[-1], d.stage('single')
     small = stage.parent = d.chain[name]
     stage.origin = Origin('growth', (name,), dict(width='fpi', depth='bert2bert'))
-    stage.model = lambda: expand(load(small.folder), d.config)
+    stage.model = lambda: grow(load(small.folder), d.config, 'fpi', 'bert2bert')
     return stage
 
 
@@ -447,7 +424,7 @@ class ChainOfLearngene:
                 for data in self.downstream:
                     name = f'{result.name}-on-{data}'
                     tuned = self.tune(name, stage.config, result, data, run, self.downstream_epochs)
-                    tuned.knobs |= dict(learning_rate=self.downstream_learning_rate)
+                    tuned.knobs['learning_rate'] = self.downstream_learning_rate
                     tuned.knobs |= batch_of(self.downstream_batch_size)
                     tuned.parent, tuned.labels = result, dict(tuned_on=data)
                     yield tuned
@@ -674,9 +651,9 @@ def use_set(stage, data):
     """Let a stage read a supervised set: a prepared one's name, or its folder elsewhere."""
     path = Path(data)
     stage.source = partial(supervised_source, name=path.name)
-    stage.knobs |= dict(val_data='')
+    stage.knobs['val_data'] = ''
     if len(path.parts) > 1:
-        stage.knobs |= dict(data_dir=str(path.parent))
+        stage.knobs['data_dir'] = str(path.parent)
 
 
 def given_ancestor(name, config, planned):
@@ -745,8 +722,7 @@ def chain_folders(folder):
 def place_between(folders, size):
     """(smaller neighbour, larger one, GPTConfig) of a size or a number of parameters. UserError."""
     shapes = {name: read_config(folder) for name, folder in folders.items()}
-    find = shape_between if isinstance(size, str) else shape_of_size
-    small, large, config = between(shapes, find(shapes, size))
+    small, large, config = between(shapes, shape_of_size(shapes, size))
     if not same_tokenizer(tokenizer_in(folders[small]), tokenizer_in(folders[large])):
         raise UserError(f'{small} and {large} have different tokenizers')
     return small, large, config
