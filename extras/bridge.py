@@ -7,7 +7,6 @@ and how good answers are:
 """
 
 import json
-import re
 import statistics
 import sys
 import time
@@ -143,22 +142,18 @@ def mean_rouge(generate, asked, batch_size=16):
     found = []
     for i in progress_bar(range(0, len(asked), batch_size), desc='answers'):
         prompts, references = zip(*asked[i : i + batch_size])
-        for said, right in zip(generate(list(prompts)), references):
-            found.append(max(rouge_l(said, text) for text in right))
+        found += map(rouge_l, generate(list(prompts)), references)
     return statistics.mean(found)
 
 
-def rouge_l(text, reference):
-    """Rouge-L (Eq. 8, beta = 1): the F-measure of the longest common subsequence of words."""
-    a, b = (re.findall(r'[a-z0-9]+', t.lower()) for t in (text, reference))
-    before = [0] * (len(b) + 1)
-    for word in a:
-        now = [0]
-        for j, other in enumerate(b):
-            now.append(before[j] + 1 if word == other else max(before[j + 1], now[j]))
-        before = now
-    common = before[-1]
-    return 2 * common / (len(a) + len(b)) if common else 0.0
+def rouge_l(text, references):
+    """
+    Rouge-L (Eq. 8, beta = 1): the F-measure of the longest common subsequence of words of a text
+    and the closest of some references.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # a second, which not every command needs
+
+    return RougeScorer(['rougeL']).score_multi(references, text)['rougeL'].fmeasure
 
 
 def answer_scores(model, examples, which, max_new_tokens=48):
@@ -171,8 +166,8 @@ def answer_scores(model, examples, which, max_new_tokens=48):
     for start in progress_bar(range(0, len(prompts), 32), desc='answers'):
         rows = greedy_answers(model, prompts[start : start + 32], length, examples.ends)
         said += map(tokenizer.text, rows, prompts[start : start + 32])
-    right = [tokenizer.text(ids[asked].tolist()) for ids, asked in map(examples.fit, which)]
-    exact = [a.strip() == b.strip() for a, b in zip(said, right)]
+    right = [[tokenizer.text(ids[asked].tolist())] for ids, asked in map(examples.fit, which)]
+    exact = [a.strip() == b.strip() for a, (b,) in zip(said, right)]
     return statistics.mean(map(rouge_l, said, right)), statistics.mean(exact)
 
 
