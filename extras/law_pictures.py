@@ -6,7 +6,7 @@ and as the curves of the laws.
 import math
 from types import SimpleNamespace
 
-import torch
+import numpy as np
 
 from engine.report import Line, Panel, format_count
 from extras.decisions import spaced
@@ -39,14 +39,6 @@ def law_panel(data, fits, title, over='D2'):
     return panel
 
 
-def power_law_of(D2s, losses, E):
-    """(factor, exponent) of the power of D2 that describes the losses of one D1, above E."""
-    x = torch.tensor([[1.0, math.log(D2)] for D2 in D2s], dtype=torch.float64)
-    y = torch.tensor([[max(loss - E, 1e-9)] for loss in losses], dtype=torch.float64).log()
-    intercept, exponent = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
-    return math.exp(min(intercept, 700)), exponent
-
-
 def power_panels(data, fitted):
     """Exponent and factor of the power of D2, over D1 (Figure 1)."""
     p = SimpleNamespace(**fitted.parameters)
@@ -55,13 +47,16 @@ def power_panels(data, fitted):
     points = {D1: points_over(data, 'D2', 'D1', D1) for D1 in sorted(set(data['D1']))}
     points = {D1: found for D1, found in points.items() if len(set(found[0])) > 1}  # else no power
     D1s = list(points)
-    powers = [power_law_of(*found, math.exp(p.logE)) for found in points.values()]
+    powers = []  # (exponent, log factor) of each D1: a line through log(L - E)
+    for D2s, losses in points.values():
+        above = np.maximum(np.array(losses) - math.exp(p.logE), 1e-9)
+        powers.append(np.polyfit(np.log(D2s), np.log(above), 1))
     exponents.lines = [
-        Line(D1s, [exponent for _, exponent in powers], 'each D1 alone', 'o'),
+        Line(D1s, [exponent for exponent, _ in powers], 'each D1 alone', 'o'),
         Line(D1s, [-p.alpha2 + p.alpha3 * math.log(D1) for D1 in D1s], 'Eq. 6'),
     ]
     factors.lines = [
-        Line(D1s, [factor for factor, _ in powers], 'each D1 alone', 'o'),
+        Line(D1s, [math.exp(min(log, 700)) for _, log in powers], 'each D1 alone', 'o'),
         Line(D1s, [math.exp(p.logA - p.alpha1 * math.log(D1)) for D1 in D1s], 'Eq. 6'),
     ]
     return [exponents, factors]
