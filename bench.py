@@ -31,7 +31,7 @@ from engine.optimizer import make_optimizer
 from engine.parallel import attention_kernels, find_hardware
 from engine.report import table
 from engine.stage import Progress, next_token
-from let import Alignment, distil, let, pair_layers
+from let import Alignment, distil, let_objective, pair_layers
 from model import GPT, GPTConfig, load
 from train import Run
 
@@ -96,8 +96,9 @@ def objective_of(kind, options, config, hardware):
     teacher = GPT(options.config(options.teacher_size))
     teacher = teacher.to(hardware.device, hardware.dtype).eval().requires_grad_(False)
     if kind == 'let':
-        return let(teacher, Alignment(*pair_layers('L2E', teacher.config.n_layer, config.n_layer)))
-    return distil(teacher, 0.5, s_stop=1.0 if kind == 'salt' else None)
+        pair = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
+        return let_objective(teacher, Alignment(*pair))
+    return distil(teacher, 0.5)  # of SALT, a step before it ends
 
 
 def make_step(name, options, hardware):

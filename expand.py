@@ -43,12 +43,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from configurator import (
-    Count,
-    NonNegative,
-    Positive,
-    configure,
-)
+from configurator import Count, NonNegative, Positive, configure
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program, unknown
 from engine.files import new_folder

@@ -158,9 +158,8 @@ def observe_attention(run, model):
     corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
     tokens = validation_samples(corpus, 8, model)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    norms = query_key_norms(model, x, y)
     seen = {name: values.mean(1).tolist() for name, values in analyse(model, x).items()}
-    return dict(attention=seen | norms)
+    return dict(attention=seen | query_key_norms(model, x, y))
 
 
 def validation_samples(corpus, n, model):
@@ -297,11 +296,13 @@ class Inheritune:
         sent back its Result (loss, folder, FLOPs).
         """
         stage = self.reference_stage(run)
-        config, k = stage.config, stage.config.n_layer
+        config = stage.config
+        k = config.n_layer
         n = self.first_n(k, run)
         reference = yield stage
         child = yield self.child(run, reference, config, n)  # lines 1 and 2
-        tried, limit = (child,), min(k, self.max_n or k)
+        tried = (child,)
+        limit = min(k, self.max_n or k)
         planned = run.dry_run and self.max_n  # a plan has no losses to compare
         while (planned or child.val_loss > reference.val_loss) and n + self.grow_by <= limit:
             n += self.grow_by
@@ -379,13 +380,13 @@ class Inheritune:
                 source = yield self.stage(run, f'{name}-{n // 2}', replace(config, n_layer=n // 2))
             start_from(stage, source, n_layer=n, layers=layers, rescale=self.rescale)
         if name.startswith('distil'):
-            from let import distil_stage
+            from let import distil, teach
 
             stage.tokens = self.distillation_tokens or stage.tokens
             stage.also = (reference,)
-            settings = dict(alpha=0.6, temperature=1.0)  # Appendix C.1
-            params = config.num_params(head=True)
-            distil_stage(stage, 'distillation', reference.folder, params, settings)
+            how = dict(alpha=0.6, temperature=1.0)  # Appendix C.1
+            objective = distil(reference.folder, **how)
+            teach(stage, 'distillation', reference.name, objective, reference.params, how)
         yield stage
 
     def summary(self, results):

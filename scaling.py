@@ -38,23 +38,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import (
-    Natural,
-    NonNegative,
-    Positive,
-    configure,
-)
+from configurator import Natural, NonNegative, Positive, configure
 from engine.errors import UserError, first_line, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
 from engine.log import progress_bar
-from engine.report import (
-    draw_panels,
-    draw_pictures,
-    format_count,
-    format_si,
-    render,
-    table,
-)
+from engine.report import draw_panels, draw_pictures, format_count, format_si, render, table
 from extras import decisions
 from extras.law_pictures import fit_panels, grow_or_scratch_panel, rival_panels
 

@@ -27,15 +27,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from col import ChainOfLearngene
-from configurator import (
-    Count,
-    Fraction,
-    Natural,
-    NonNegative,
-    Range,
-    SaveDtype,
-    configure,
-)
+from configurator import Count, Fraction, Natural, NonNegative, Range, SaveDtype, configure
 from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
 from data.instruct import supervised_source
 from data.loader import batches, parse_mixture, text_source
@@ -364,10 +356,11 @@ def train_stage(stage, run, hardware, record):
     state.save_model(raw_model, folder, tokenizer, save_dtype)
     if knobs.schedule == 'constant':  # a trunk: its branches continue the state of its end
         state.save_state(folder, raw_model, optimizer, progress)
-    found = dict(bits_per_byte=bits_per_byte(val_loss, source.bytes_per_token))
-    found |= dict(val_loss=val_loss, seconds=progress['seconds'])
-    result = Result.of_stage(stage, knobs, steps, **found)
+    result = Result.of_stage(stage, knobs, steps, val_loss=val_loss, seconds=progress['seconds'])
+    result.bits_per_byte = bits_per_byte(val_loss, source.bytes_per_token)
+    result.memory = torch.cuda.max_memory_allocated()
     state.save_result(result, keep=knobs.schedule == 'constant')
+    stage.objective = None  # nor its teacher is needed any more
     return result
 
 
@@ -394,10 +387,15 @@ def stage_knobs(run, stage):
 
 def shrink(knobs):
     """The general knobs of a toy, which takes seconds."""
-    seeds, batch_size = min(2, knobs.seeds), min(4, knobs.batch_size)
-    changes = dict(seeds=seeds, batch_size=batch_size, eval_tokens=2048, warmup=1, log_interval=1)
-    # of unique tokens half a stage's: what has epochs comes to its second
-    return replace(knobs, unique_tokens=min(256, knobs.unique_tokens), **changes)
+    return replace(
+        knobs,
+        seeds=min(2, knobs.seeds),
+        batch_size=min(4, knobs.batch_size),
+        eval_tokens=2048,
+        unique_tokens=min(256, knobs.unique_tokens),  # half a stage's: epochs come to their second
+        warmup=1,
+        log_interval=1,
+    )
 
 
 def count_steps(knobs, stage):

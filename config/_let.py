@@ -1,6 +1,6 @@
 # What the runs of Late-to-Early Training (Zhao et al.) share: section 3.1 and Appendix B. 1.4B
 # parameters, 7600 steps of 2048 x 1280 tokens of the Pile, of which the teacher takes part in the
-# first 1500.
+# first 1500. Validation losses are those of the Pile's own test split, as the paper's.
 method = 'let'
 size = '1.4b'
 tokens = 20e9

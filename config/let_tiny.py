@@ -1,18 +1,17 @@
 # Late-to-Early Training (Zhao et al.) at a ten-thousandth of the scale, offline: a small teacher is
 # trained on twenty times the target's tokens, as public ones are; then a target model of twelve
-# layers learns from nothing, its third layer from the teacher's last, with weights up to 300 times
-# the paper's, whose batch is 2,560 times larger (docs/let.md, "The weight"). Its controls:
-# an untrained teacher at the strongest weight, RKD and SALT, at equal steps.
+# layers learns from nothing, its third layer from the teacher's last. Its weights are 10 to 300
+# times the paper's; its batch is 2,560 times smaller (docs/let.md). Its controls: a teacher of
+# random weights at the strongest weight, RKD and SALT, at equal steps.
 method = 'let'
 size = '32x12'
 tokens = 2e5
 teacher_size = '32x2'
 teacher_tokens = 4e6
-variants = ('baseline', 'let', 'let+1', 'let+3', 'let+10', 'let+30', 'let+30+untrained')
-variants += ('rkd', 'salt')
-lambda0 = 0.1
+variants = ('baseline', 'let,lambda0=1', 'let,lambda0=10', 'let,lambda0=30')
+variants += ('let,lambda0=30,untrained=True', 'rkd', 'salt')
 s_stop = 0.5
-seeds = 8
+seeds = 5
 
 data = 'pydocs'
 block_size = 128

@@ -171,7 +171,9 @@ def tokenizer_of_model(name):
     """The tokenizer of a model. Raises UserError where there is none."""
     found = tokenizer_to_carry(name)
     if not found:
-        raise UserError(f'{name} does not name its tokenizer: choose with --tokenizer=')
+        raise UserError(
+            f'{name} has no tokenizer: put its files there, or name one by --tokenizer='
+        )
     return found
 
 

@@ -63,9 +63,15 @@ class Log:
         self.tty = is_main and sys.stderr.isatty()
         self.steps, one = steps, knobs.batch_size * knobs.block_size
         nowhere = SimpleNamespace(write=lambda text: None, flush=lambda: None)
-        how = dict(unit='tok', unit_scale=True, dynamic_ncols=self.tty)
-        how['file'] = sys.stderr if self.tty else nowhere
-        self.bar = tqdm(desc=stage.name, initial=start * one, total=steps * one, **how)
+        self.bar = tqdm(
+            desc=stage.name,
+            initial=start * one,
+            total=steps * one,
+            unit='tok',
+            unit_scale=True,
+            dynamic_ncols=self.tty,
+            file=sys.stderr if self.tty else nowhere,
+        )
 
     def add(self, line):
         """Add a line, a dict."""

@@ -36,15 +36,12 @@ def make_optimizer(model, knobs):
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError(f'freeze={knobs.freeze} leaves nothing to train')
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
     groups = [
-        dict(params=matrices, weight_decay=knobs.weight_decay),
-        dict(params=vectors, weight_decay=0.0),
+        dict(params=[p for p in trained if p.ndim >= 2], weight_decay=knobs.weight_decay),
+        dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0),
     ]
-    settings = dict(lr=knobs.learning_rate, betas=(knobs.beta1, knobs.beta2))
-    fused = trained[0].device.type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups, fused=fused, **settings)
+    fused, betas = trained[0].device.type in ('cuda', 'cpu'), (knobs.beta1, knobs.beta2)
+    return torch.optim.AdamW(groups, lr=knobs.learning_rate, betas=betas, fused=fused)
 
 
 def mean_over_terms(model, terms, full):

@@ -278,6 +278,8 @@ def place(model, shards, hardware):
     model: the whole one; of shards process 0 alone has it, and deals out tensor after tensor.
     """
     device = hardware.device
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()  # the memory of a stage is counted from here
     if shards is None:
         return model.to(device, torch.float32)
     from torch.distributed.device_mesh import init_device_mesh

@@ -233,13 +233,20 @@ def result_records(results):
     """Sizes, budgets and losses, and the cost of the family against training all from scratch."""
     records = []
     for r in results:
-        record = {'stage': r.name, 'N': r.n_params, 'tokens': r.tokens, 'FLOPs': r.flops}
-        record |= {'val loss': r.val_loss, 'bits/byte': r.bits_per_byte}
-        record |= {'cumulative FLOPs': family_cost(r), 'independent': r.baseline_flops}
-        record['saved'] = None
-        if r.baseline_flops and r.inherited_flops:
-            record['saved'] = 1 - family_cost(r) / r.baseline_flops
-        records.append(record)
+        compared = r.baseline_flops and r.inherited_flops
+        records.append(
+            {
+                'stage': r.name,
+                'N': r.n_params,
+                'tokens': r.tokens,
+                'FLOPs': r.flops,
+                'val loss': r.val_loss,
+                'bits/byte': r.bits_per_byte,
+                'cumulative FLOPs': family_cost(r),
+                'independent': r.baseline_flops,
+                'saved': 1 - family_cost(r) / r.baseline_flops if compared else None,
+            }
+        )
     return records
 
 
@@ -312,9 +319,9 @@ def steps_to_loss(curve, loss):
     Where a curve, [(share of the steps, or FLOPs, loss)], comes down to `loss` for good, linear
     between its points; None if it ends above.
     """
+    if curve[-1][1] > loss:
+        return None
     for (before, high), (after, low) in reversed([*itertools.pairwise(curve)]):
-        if low > loss:
-            return None
         if high > loss:
             return before + (after - before) * (high - loss) / (high - low)
     return curve[0][0]
@@ -369,10 +376,16 @@ def duration(flops, on_cpu=False):
 def plan_record(stage, knobs, steps, result):
     """A row of the plan: GPU memory is that of a replica which trains one sequence at once."""
     taught = stage.teaching.get('teacher_params', 0.0)
-    record = {'stage': stage.name, 'N': result.n_params, 'tokens': result.tokens, 'steps': steps}
-    record |= {'batch': knobs.batch_size, 'max LR': f'{knobs.learning_rate:g}'}
-    record |= {'FLOPs': result.flops}
-    return record | {'GPU memory': sum(estimate_memory(stage.config, knobs, 1, 1, taught))}
+    return {
+        'stage': stage.name,
+        'N': result.n_params,
+        'tokens': result.tokens,
+        'steps': steps,
+        'batch': knobs.batch_size,
+        'max LR': f'{knobs.learning_rate:g}',
+        'FLOPs': result.flops,
+        'GPU memory': sum(estimate_memory(stage.config, knobs, 1, 1, taught)),
+    }
 
 
 def plan_text(run, planned, epoch, missing):
@@ -380,6 +393,8 @@ def plan_text(run, planned, epoch, missing):
     The plan of a run, of the stages that are `planned`. epoch: tokens of one pass over the training
     data; missing: names of corpora that are not prepared.
     """
+    if not planned:
+        raise UserError('this run has no stages')
     first = [row for row in planned if not row[0].labels.get('seed')]
     lines = [table([plan_record(*row) for row in first]), '']
     lines += [textwrap.fill(f'{s.name}: {describe(s)}', WIDTH) for s, *_ in first]

@@ -90,12 +90,6 @@ class Progress(NamedTuple):
         """The step at which `limit` (steps, or up to 1 a fraction of all steps) is reached."""
         return limit * self.steps if limit <= 1 else limit
 
-    def fraction_of(self, limit):
-        """Share of the way to `limit` (steps, or up to 1 a fraction of all steps), at most 1."""
-        if not limit:
-            return 1.0
-        return min(1.0, self.step / max(1.0, self.step_of(limit)))
-
 
 def next_token(model, x, y, progress):
     """The default objective: mean cross entropy of the next token, in nats."""
@@ -134,6 +128,7 @@ class Result:
     bits_per_byte: float = math.nan  # the same per byte of text: comparable between tokenizers
     position: int = 0  # tokens drawn from the data order so far; the next stage continues here
     seconds: float = 0.0  # wall-clock time of this stage
+    memory: int = 0  # bytes of process 0's CUDA GPU at the peak of the last session; 0: not known
     labels: dict = field(default_factory=dict)  # the stage's
     finished: float = 0.0  # seconds since 1970; orders a run's stages
     before: dict = field(default_factory=dict)  # {model: FLOPs} of ancestors and teachers

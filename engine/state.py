@@ -53,10 +53,15 @@ def stage_identity(stage, knobs):
     What a stage is, as JSON: its shape and start, what teaches it, what it reads, and every knob
     but those of the machine. A loss tells one ancestor from another of the same name.
     """
-    identity = {'origin': asdict(stage.origin), 'teaching': stage.teaching}
-    identity |= {'tokens': stage.tokens, 'params': stage.params, 'position': stage.position}
     before = filter(None, (stage.parent, *stage.also))
-    identity['before'] = [[result.name, result.val_loss] for result in before]
+    identity = {
+        'origin': asdict(stage.origin),
+        'teaching': stage.teaching,
+        'tokens': stage.tokens,
+        'params': stage.params,
+        'position': stage.position,
+        'before': [[result.name, result.val_loss] for result in before],
+    }
     identity |= {k: v for k, v in asdict(knobs).items() if k not in MACHINE_KNOBS}
     identity |= {k: v for k, v in stage.knobs.items() if k in MACHINE_KNOBS}  # its own
     identity |= {f'model.{k}': v for k, v in asdict(stage.config).items()}
@@ -144,8 +149,13 @@ def save_result(result, keep):
 def record_session(run, hardware, argv, knobs, origins):
     """Add a session to run.json, with the machine and versions behind its numbers."""
     path = Path(run.out_dir) / 'run.json'
-    session = dict(command=['train.py', *argv], set_by=origins, device=hardware.name)
-    session |= dict(torch=torch.__version__, started=time.strftime('%Y-%m-%d %H:%M:%S %z'))
+    session = dict(
+        command=['train.py', *argv],
+        set_by=origins,
+        device=hardware.name,
+        torch=torch.__version__,
+        started=time.strftime('%Y-%m-%d %H:%M:%S %z'),
+    )
     try:
         sessions = read_json(path, sessions=list)['sessions']
     except (OSError, UserError):
@@ -258,9 +268,11 @@ def load_state(folder, model, optimizer, objective=None):
     state, settings = training_state(model, optimizer)
     state['objective'] = {}
     read_state(newest, state)
-    optimizer_state = dict(state=state['optimizer'], param_groups=settings)
     set_state_dict(
-        model, optimizer, model_state_dict=state['model'], optim_state_dict=optimizer_state
+        model,
+        optimizer,
+        model_state_dict=state['model'],
+        optim_state_dict=dict(state=state['optimizer'], param_groups=settings),
     )
     if own := getattr(objective, 'state', None):
         mine = f'{processes()[0]}.'

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import torch
 
+from data.corpus import check_vocabulary
+from data.vocabulary import tokenizer_in
+from engine.errors import UserError
 from engine.hub import model_folder
 from model import GPT, SIZES, GPTConfig, load, read_config
 
@@ -19,28 +22,28 @@ def planned_config(name):
     return GPTConfig.named(public) if public in SIZES else None
 
 
-def open_teacher(name, device='cpu', untrained=False):
+def open_teacher(name, corpus=None, device='cpu', untrained=False):
     """
-    The frozen model of this name, in autocast's dtype. untrained: as it was initialised, in place
-    of its weights. Raises UserError.
+    The frozen model of this name, a folder or one of the hub, in autocast's dtype. corpus: whose
+    tokens it will read, which must be its tokenizer's; None: not checked. untrained: with fresh
+    random weights in place of its own. Raises UserError.
     """
-    device, dtype = torch.device(device), torch.float32
+    config, device, dtype = read_config(model_folder(name)), torch.device(device), torch.float32
+    if corpus:
+        if not tokenizer_in(name):
+            raise UserError(f'{name} has no tokenizer: put its files there')
+        check_vocabulary(corpus, config, name)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    if untrained:
-        model = as_initialised(read_config(model_folder(name))).to(device, dtype)
-    else:
-        model = load(name, device).to(dtype)
-    return model.eval().requires_grad_(False)
+    model = as_initialised(config) if untrained else load(name, device)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def as_initialised(config, seed=0):
+def as_initialised(config):
     """A model of random weights, on the CPU, whose generator is left as it was."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    model = GPT(config)
-    torch.set_rng_state(before)
-    return model
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return GPT(config)
 
 
 class LazyTeacher:
@@ -52,9 +55,10 @@ class LazyTeacher:
     def on(self, device):
         """The model, opened on the device."""
         if self.model is None:
-            self.model = self.name_or_model
-            if not callable(self.model):  # a folder or hub name
-                self.model = open_teacher(self.model, device, self.untrained)
+            given = self.name_or_model
+            self.model = (
+                given if callable(given) else open_teacher(given, None, device, self.untrained)
+            )
         return self.model
 
     def forget(self):

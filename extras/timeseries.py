@@ -13,21 +13,23 @@ a small model of our own, trained on the same set first.
 """
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import NonNegative, Positive
-from data.loader import Source
+from data.instruct import shuffled
+from data.loader import Source, fixed_batches
 from engine.errors import UserError, first_line, import_extra
 from engine.hub import model_folder
-from engine.parallel import to_device
+from engine.report import by_label
 from engine.stage import Origin, Stage
-from let import Alignment, pair_layers, teach
+from let import Alignment, let_objective, pair_layers, teach
 from model import GPT, load, read_config
 
 
@@ -40,18 +42,27 @@ class Shape(NamedTuple):
     classes: int
 
 
-PAPERS = {  # the ten sets of Table 2, as the archive describes them
-    'EthanolConcentration': Shape(261, 1751, 3, 4),
-    'FaceDetection': Shape(5890, 62, 144, 2),
-    'Handwriting': Shape(150, 152, 3, 26),
-    'Heartbeat': Shape(204, 405, 61, 2),
-    'JapaneseVowels': Shape(270, 29, 12, 9),
-    'PEMS-SF': Shape(267, 144, 963, 7),
-    'SelfRegulationSCP1': Shape(268, 896, 6, 2),
-    'SelfRegulationSCP2': Shape(200, 1152, 7, 2),
-    'SpokenArabicDigits': Shape(6599, 93, 13, 10),
-    'UWaveGestureLibrary': Shape(120, 315, 3, 8),
+PAPERS = {  # the ten sets of Table 2: n, length, channels, classes, as the archive has them
+    'EthanolConcentration': '261 1751 3 4',
+    'FaceDetection': '5890 62 144 2',
+    'Handwriting': '150 152 3 26',
+    'Heartbeat': '204 405 61 2',
+    'JapaneseVowels': '270 29 12 9',
+    'PEMS-SF': '267 144 963 7',
+    'SelfRegulationSCP1': '268 896 6 2',
+    'SelfRegulationSCP2': '200 1152 7 2',
+    'SpokenArabicDigits': '6599 93 13 10',
+    'UWaveGestureLibrary': '120 315 3 8',
 }
+
+
+def shape_of(name, folder, planned=False):
+    """The Shape of a data set that is here, and in a plan of any of the paper's."""
+    if planned and name in PAPERS:
+        return Shape(*map(int, PAPERS[name].split()))
+    splits = series_of(name, folder)
+    classes = 1 + max(int(y.max()) for _, y in splits.values())
+    return Shape(*splits['train'][0].shape, classes)
 
 
 def read_split(name, split, folder):
@@ -59,17 +70,17 @@ def read_split(name, split, folder):
     read = import_extra('sktime.datasets', 'time series need the package sktime')
     known = Path(read.__file__).parent / 'data' / name
     where = None if known.is_dir() else str(folder)
-    how = dict(return_X_y=True, return_type='nested_univ', extract_path=where)
+    how = dict(return_X_y=True, return_type='df-list', extract_path=where)
     try:
         if where:
             Path(where).mkdir(parents=True, exist_ok=True)
-        frame, labels = read.load_UCR_UEA_dataset(name, split=split, **how)
-        rows = frame.itertuples(index=False)
-        return [np.stack([channel.to_numpy() for channel in row]).T for row in rows], labels
+        frames, labels = read.load_UCR_UEA_dataset(name, split=split, **how)
+        return [frame.to_numpy() for frame in frames], labels
     except Exception as error:  # of its reader, or of its download
-        wanted = f'{name}/{name}_TRAIN.ts and {name}_TEST.ts belong there'
-        reason = f'cannot be read from {folder}, or fetched ({first_line(error)})'
-        raise UserError(f'{name} {reason}: {wanted}') from error
+        raise UserError(
+            f'{name} cannot be read from {folder}, or fetched ({first_line(error)}): '
+            f'{name}/{name}_TRAIN.ts and {name}_TEST.ts belong there'
+        ) from error
 
 
 @cache
@@ -79,49 +90,29 @@ def series_of(name, folder):
     split, 0 behind a series' end; y (n, length) int64, its class at its last step, else -100.
     UserError without sktime, or without the data set.
     """
-    found = {split: read_split(name, split, folder) for split in ('train', 'test')}
-    steps = np.concatenate(found['train'][0])
+    train, labels = read_split(name, 'train', folder)
+    test, more_labels = read_split(name, 'test', folder)
+    steps, n = np.concatenate(train), len(train)
     shift, scale = np.nanmean(steps, 0), np.nanstd(steps, 0)
     scale[scale == 0] = 1.0
-    longest = max(len(series) for part, _ in found.values() for series in part)
-    classes = sorted(set(found['train'][1]))
-    splits = {}
-    for split, (part, labels) in found.items():
-        x = np.zeros((len(part), longest, steps.shape[1]), np.float32)
-        y = np.full((len(part), longest), -100, np.int64)
-        if unseen := set(labels) - set(classes):
-            raise UserError(f'{name}: no series to train on is of class {min(unseen)}')
-        for i, (series, label) in enumerate(zip(part, labels)):
-            x[i, : len(series)] = np.nan_to_num((series - shift) / scale)  # a gap: the mean
-            y[i, len(series) - 1] = classes.index(label)
-        splits[split] = x, y
-    return splits
-
-
-def shape_of(name, folder):
-    """The Shape of a data set that is here."""
-    x, y = series_of(name, folder)['train']
-    return Shape(*x.shape, int(y.max()) + 1)
+    rows = [(series - shift) / scale for series in (*train, *test)]
+    rows = [torch.from_numpy(np.nan_to_num(row)).float() for row in rows]  # a gap: the mean
+    x = pad_sequence(rows, batch_first=True).numpy()
+    y = np.full(x.shape[:2], -100)
+    _, classes = np.unique([*labels, *more_labels], return_inverse=True)
+    y[range(len(rows)), [len(row) - 1 for row in rows]] = classes
+    return dict(train=(x[:n], y[:n]), test=(x[n:], y[n:]))
 
 
 def series_source(knobs, name, folder):
     """The Source of a data set: every epoch a new permutation; the test split to validate."""
-    train_x, train_y = series_of(name, folder)['train']
-    test_x, test_y = series_of(name, folder)['test']
-    n = len(test_x)
+    (x, y), (test_x, test_y) = series_of(name, folder).values()
 
     def read(positions):
-        rows = []
-        for epoch, place in zip(*np.divmod(positions, len(train_x))):
-            generator = np.random.default_rng((knobs.seed, epoch))
-            rows.append(generator.permutation(len(train_x))[place])
-        return train_x[rows], train_y[rows]
+        rows = shuffled(positions, len(x), knobs.seed)
+        return x[rows], y[rows]
 
-    def validation(batch_size, share):
-        mine = np.arange(n)[share.rank :: share.world_size]
-        for rows in np.array_split(mine, -(-n // share.world_size // batch_size)):
-            yield *to_device((test_x[rows], test_y[rows]), share.device), len(rows)
-
+    validation = partial(fixed_batches, lambda rows: (test_x[rows], test_y[rows]), len(test_x))
     return Source(read, validation, bytes_per_token=1.0, tokenizer='')
 
 
@@ -131,18 +122,16 @@ def accuracy(folder, splits):
     x, y = map(torch.from_numpy, splits['test'])
     model, right = load(folder).eval(), 0
     for rows, wanted in zip(x.split(64), y.split(64)):
-        asked = wanted != -100
-        right += (model(rows).logits[asked].argmax(-1) == wanted[asked]).sum().item()
+        right += (model(rows).logits.argmax(-1) == wanted).sum().item()  # not where it is -100
     return right / len(x)
 
 
 def from_language_model(base, config):
     """A model of `config` with the layers and the final norm of the language model in `base`."""
-    model, old = GPT(config), load(base).state_dict()
-    state = model.state_dict()
-    for name in state.keys() - {'wte.weight', 'lm_head.weight'}:
-        state[name] = old[name][: len(state[name])].to(state[name])  # positions: the first ones
-    model.load_state_dict(state)
+    model, old = GPT(config), load(base)
+    model.blocks, model.norm = old.blocks, old.norm
+    if config.pos == 'learned':
+        model.wpe.weight.data = old.wpe.weight.data[: config.block_size].to(torch.float32)
     return model
 
 
@@ -165,30 +154,28 @@ class TimeSeries:
     def stages(self, run):
         """For every data set the teacher; then the target without it and with it."""
         self.folder = str(Path(run.data_dir) / 'timeseries')
-        if not self.datasets or len(set(self.datasets)) < len(self.datasets):
-            raise UserError(f'datasets={",".join(self.datasets)} must be different ones')
         if run.toy:
             self.base, self.datasets = '', ('JapaneseVowels',)
-        planned = run.dry_run
-        for name in self.datasets:
-            known = planned and name in PAPERS
-            shape = PAPERS[name] if known else shape_of(name, self.folder)
-            yield from self.on(name, shape, run)
+        for name in dict.fromkeys(self.datasets):
+            yield from self.on(name, shape_of(name, self.folder, run.dry_run), run)
 
     def on(self, name, shape, run):
         """The stages of one data set."""
-        fields = dict(vocab_size=shape.classes, channels=shape.channels, block_size=shape.length)
-        fields['tied'] = False  # what reads numbers is no head
+        fields = dict(
+            vocab_size=shape.classes,
+            channels=shape.channels,
+            block_size=shape.length,
+            tied=False,  # what reads numbers is no head
+        )
         small = run.model_config(self.teacher_size, **fields)
         config = run.model_config(self.size, **fields)
-        if self.base and not (run.dry_run and not Path(self.base).is_dir()):
-            base = read_config(model_folder(self.base))
+        if self.base:
+            here = not run.dry_run or Path(self.base).is_dir()
+            base = read_config(model_folder(self.base)) if here else config
             if base.pos == 'learned' and base.block_size < shape.length:
                 longest = f'{shape.length} steps, {self.base} has {base.block_size} positions'
                 raise UserError(f'{name} has series of {longest}')
             config = replace(base, **fields)
-        ours, theirs = pair_layers(self.pairing, small.n_layer, config.n_layer)
-        alignment = Alignment(ours, theirs, self.lambda0, self.s_stop)
 
         def make(kind, config, epochs):
             X = config.num_params(head=True)
@@ -196,9 +183,6 @@ class TimeSeries:
             stage.source = partial(series_source, name=name, folder=self.folder)
             stage.knobs = dict(block_size=shape.length)
             stage.labels = dict(dataset=name, model=kind)
-            if self.base and kind != 'teacher':
-                stage.origin = Origin('weights', (Path(self.base).name,))
-                stage.model = partial(from_language_model, self.base, config)
             return stage
 
         stage = make('teacher', small, self.teacher_epochs)
@@ -206,23 +190,25 @@ class TimeSeries:
         if self.teacher_learning_rate:
             stage.knobs['learning_rate'] = self.teacher_learning_rate
         teacher = yield stage
-        yield make('baseline', config, self.epochs)
-        stage = make('let', config, self.epochs)
-        teach(stage, teacher.folder, alignment, small.num_params())
-        yield stage
+        for kind in ('baseline', 'let'):
+            stage = make(kind, config, self.epochs)
+            if self.base:
+                stage.origin = Origin('weights', (Path(self.base).name,))
+                stage.model = partial(from_language_model, self.base, config)
+            if kind == 'let':
+                layers = pair_layers(self.pairing, small.n_layer, config.n_layer)
+                how = Alignment(*layers, self.lambda0, self.s_stop)
+                objective = let_objective(teacher.folder, how, padded=True)
+                teach(stage, 'let', teacher.name, objective, small.num_params(), asdict(how))
+            yield stage
 
     def summary(self, results):
         """Test accuracy on every data set: the teacher's, and means over the seeds (Table 2)."""
         records = []
-        for name in self.datasets:
-            splits = series_of(name, self.folder)
-            for model in ('teacher', 'baseline', 'let'):
-                runs = [
-                    r for r in results if (r.labels['dataset'], r.labels['model']) == (name, model)
-                ]
-                right = [accuracy(r.folder, splits) for r in runs]
+        for name, found in by_label(results, 'dataset').items():
+            for model, runs in by_label(found, 'model').items():
+                right = [accuracy(r.folder, series_of(name, self.folder)) for r in runs]
                 record = {'data set': name, 'model': model, 'accuracy': statistics.mean(right)}
                 record['sd'] = statistics.stdev(right) if len(right) > 1 else None
-                record['test loss'] = statistics.mean(r.val_loss for r in runs)
                 records.append(record)
         return [records]

@@ -59,7 +59,7 @@ def workplace(data_dir, tmp_path_factory):
         save_stage(folder / 'out' / 'col_tiny' / size, GPTConfig.named(size, **shape), 0)
     save_stage(folder / 'out/scaling_tiny/48x2-66k', GPTConfig.named('48x2', **shape), 0)
     save_stage(folder / 'out/let_tiny/teacher', GPTConfig.named('32x2', **shape), 0)
-    save_stage(folder / 'out/let_tiny/let+30/step-112', GPTConfig.named('32x12', **shape), 0)
+    save_stage(folder / 'out/let_tiny/baseline', GPTConfig.named('32x12', **shape), 0)
     rows = [f'scratch,55536,0,{D}e5,0,{3 / D**0.1 + D % 3 / 99}' for D in (1, 2, 4, 8, 16)]
     text = '\n'.join(['method,N,D1,D2,seed,loss', *rows])
     (folder / 'out/scaling_tiny/results.csv').write_text(text)

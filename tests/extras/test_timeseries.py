@@ -18,6 +18,7 @@ import train  # noqa: E402
 from data.loader import Share  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.report import by_label  # noqa: E402
+from extras import timeseries  # noqa: E402
 from extras.timeseries import (  # noqa: E402
     PAPERS,
     accuracy,
@@ -49,7 +50,8 @@ def write_set(folder, name, lengths=(5, 3)):
 
 def test_the_data_are_those_of_the_publication():
     (x, y), (test_x, _) = vowels()['train'], vowels()['test']
-    assert shape_of('JapaneseVowels', 'nowhere') == PAPERS['JapaneseVowels']
+    shape = shape_of('JapaneseVowels', 'nowhere')
+    assert shape == shape_of('JapaneseVowels', 'nowhere', planned=True) == (270, 29, 12, 9)
     assert test_x.shape == (370, 29, 12) and (np.bincount(y[y != -100]) == 30).all()
     lengths = (y != -100).argmax(1) + 1
     real = np.concatenate([row[:n] for row, n in zip(x, lengths)])
@@ -123,8 +125,7 @@ def test_teacher_and_target_learn_two_sets(tmp_path):
 @pytest.mark.parametrize(
     'knobs, word',
     [
-        (['--datasets='], 'must be different'),
-        (['--datasets=JapaneseVowels,JapaneseVowels'], 'must be different'),
+        (['--datasets='], 'this run has no stages'),
         (['--datasets=EthanolConcentration', '--base=BASE'], 'BASE has 64 positions'),
     ],
 )
@@ -134,6 +135,13 @@ def test_mistakes_are_found_before_training(tmp_path, monkeypatch, knobs, word):
     preset = ROOT / 'config' / 'let_timeseries.py'
     with pytest.raises(UserError, match=word):
         train.main([str(preset), *knobs, '--dry_run=True'])
+
+
+def test_what_pads_a_series_is_not_aligned(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timeseries, 'let_objective', lambda *a, **how: seen.append(how))
+    planned('let_timeseries.py', '--dry_run=True', '--seeds=1')
+    assert seen == [dict(padded=True)]
 
 
 def test_the_papers_ten_sets_are_planned_without_them():
