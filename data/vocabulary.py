@@ -172,7 +172,7 @@ def tokenizer_of_model(name):
     found = tokenizer_to_carry(name)
     if not found:
         raise UserError(
-            f'{name} has no tokenizer: put its files there, or name one by --tokenizer='
+            f'{name} has no tokenizer: put its files there, or name one with --tokenizer='
         )
     return found
 
