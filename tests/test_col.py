@@ -400,6 +400,8 @@ def test_the_shapes_of_the_papers_sizes_are_found_by_their_parameters():
     chain = {name: GPTConfig.named(name) for name in ('gpt2', 'gpt2-medium', 'gpt2-large')}
     for name in ('138m', '220m', '277m', '380m', '537m'):
         assert shape_of_size(chain, 1e6 * int(name[:-1])) == GPTConfig.named(name)
+    found = shape_of_size(chain, 209_494_272)  # not 768x24, which has exactly so many
+    assert (found.n_embd, found.n_layer) == (896, 17)
     qwen = {name: GPTConfig.named(name) for name in ('qwen3-0.6b', 'qwen3-1.7b')}
     assert shape_of_size(qwen, 1.09e9).n_embd == GPTConfig.named('1.09b').n_embd
     few = dict(vocab_size=257, block_size=16)
