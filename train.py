@@ -256,7 +256,7 @@ def train_stage(stage, run, hardware, record):
         dtype = str(model.wte.weight.dtype).removeprefix('torch.')
     raw_model = place(model, GPT.on_meta(stage.config) if sharded else None, hardware)
     optimizer = make_optimizer(raw_model, knobs)
-    objective = stage.objective or next_token
+    objective, stage.objective = stage.objective or next_token, None  # its teacher goes with it
     progress = dict(step=0, seconds=0.0, best=-math.inf, dtype=dtype)
     if state.saved_states(folder):
         progress = state.load_state(folder, raw_model, optimizer, objective)
@@ -360,7 +360,6 @@ def train_stage(stage, run, hardware, record):
     result.bits_per_byte = bits_per_byte(val_loss, source.bytes_per_token)
     result.memory = torch.cuda.max_memory_allocated()
     state.save_result(result, keep=knobs.schedule == 'constant')
-    stage.objective = None  # nor its teacher is needed any more
     return result
 
 
