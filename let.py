@@ -84,8 +84,8 @@ def let_objective(teacher, alignment, tokenizers=None, padded=False):
             h_M, h_T = h_M[covered], h_T[covered]
         l_proj = alignment_loss(h_M, h_T, alignment.kind)  # Eq. 4
         with torch.no_grad():
-            cosine = -alignment_loss(h_M, h_T)
-            scalars = dict(data_loss=output.loss, alignment_loss=l_proj, similarity=cosine)
+            cos = l_proj if alignment.kind == 'cosine' else alignment_loss(h_M, h_T)
+            scalars = dict(data_loss=output.loss, alignment_loss=l_proj, similarity=-cos)
             scalars['constant_similarity'] = constant_similarity(h_T)
         return output.loss + lam * l_proj, output.count, scalars
 

@@ -15,7 +15,6 @@ Gradients are those of the parameters that L_proj reaches, the layers up to k.
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
@@ -79,13 +78,11 @@ def measure(model, teacher, batches, pair, probes=0):
     """
     layer, parameters = pair[0], reached(model, pair[0])
 
-    def projection_loss(x, theirs):
-        return alignment_loss(model(x, hidden_at=layer).hidden, theirs)
-
     def gradients(x, y):
         theirs, _ = teacher_states(teacher, x, pair[1])
-        loss = projection_loss(x, theirs)
-        both = [torch.autograd.grad(value, parameters) for value in (loss, model(x, y).loss)]
+        output = model(x, y, hidden_at=layer)
+        loss, gradient = alignment_loss(output.hidden, theirs), torch.autograd.grad
+        both = gradient(loss, parameters, retain_graph=True), gradient(output.loss, parameters)
         return [-loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)]
 
     similarity, constant, ours, data = mean_over(batches, gradients)
@@ -94,7 +91,8 @@ def measure(model, teacher, batches, pair, probes=0):
     record['agreement'] = F.cosine_similarity(ours, data, dim=0).item()
     if probes:
         x, _ = batches[0]
-        loss = partial(projection_loss, x, teacher_states(teacher, x, pair[1])[0])
+        theirs, _ = teacher_states(teacher, x, pair[1])
+        loss = lambda: alignment_loss(model(x, hidden_at=layer).hidden, theirs)
         record['curvature'] = curvature(loss, parameters, probes)
     return record
 
