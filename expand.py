@@ -94,9 +94,10 @@ def copy_units(tensor, axis, dim):
     source = axis.source.to(tensor.device)
     new = tensor.index_select(dim, source.clamp(min=0))
     shape = [-1] + [1] * (tensor.ndim - 1 - dim)
-    fill = axis.fill * tensor.mean(dim, keepdim=True)
-    new = torch.where((source < 0).view(shape), fill, new)
-    return new * axis.factor.to(new).view(shape)
+    if source.min() < 0:
+        fill = axis.fill * tensor.mean(dim, keepdim=True)
+        new = torch.where((source < 0).view(shape), fill, new)
+    return new.mul_(axis.factor.to(new).view(shape))
 
 
 def copied(old, rows, columns, above=None):

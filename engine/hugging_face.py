@@ -134,16 +134,6 @@ def pack(parts, packed, config):
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def unpack(tensor, packed, config, sizes):
-    """The tensor that transformers stores as ours, of `sizes` rows each; views if possible."""
-    if packed == 'by head':
-        parts = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:]).unbind(1)
-        return [part.flatten(0, 1) for part in parts]
-    if packed == 'offset':
-        return [tensor[2:]]
-    return list((tensor.T if packed == 'transposed' else tensor).split(sizes))
-
-
 def find_tensors(config, found, template):
     """
     {transformers' name: the name in the folder} for the tensor names `found` in a folder of a
@@ -187,17 +177,23 @@ def tensors_from_hugging_face(config, tensors, template):
     UserError for what does not fit.
     """
     names, state = find_tensors(config, tensors, template), {}
-    expected = tensors_to_hugging_face(config, template)
     for theirs, stored in layout(config, template).items():
         if not stored.names:
             continue
-        tensor, shape = tensors[names[theirs]], tuple(expected[theirs].shape)
+        tensor, sizes = tensors[names[theirs]], [len(template[name]) for name in stored.names]
         check_finite(names[theirs], tensor)
-        if tuple(tensor.shape) != shape:
+        if stored.packed == 'transposed':
+            tensor = tensor.T
+        elif stored.packed == 'offset':
+            tensor = tensor[2:]
+        wanted = (sum(sizes), *template[stored.names[0]].shape[1:])
+        if tensor.shape != wanted:
             found = tuple(tensor.shape)
-            raise UserError(f'{theirs} has shape {found}, the configuration says {shape}')
-        sizes = [len(template[name]) for name in stored.names]
-        parts = unpack(tensor, stored.packed, config, sizes)
+            raise UserError(f'{theirs} has shape {found}, the configuration says {wanted}')
+        parts = tensor.split(sizes)
+        if stored.packed == 'by head':
+            heads = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:])
+            parts = [part.flatten(0, 1) for part in heads.unbind(1)]
         state |= zip(stored.names, [part.contiguous() for part in parts])
     return state
 
