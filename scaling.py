@@ -26,7 +26,6 @@ corpus of its losses if that is not the base's: losses on different text cannot 
 import itertools
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,15 +35,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from configurator import Natural, NonNegative, Positive, configure
+from configurator import HELP, Natural, NonNegative, configure
 from engine.errors import UserError, first_line, nearest, run_as_program, unknown
 from engine.files import read_json, write_json
 from engine.log import progress_bar
-from engine.report import draw_panels, draw_pictures, format_count, format_si, render, table
-from extras import decisions
-from extras.law_pictures import fit_panels, grow_or_scratch_panel, rival_panels
+from engine.report import Line, Panel, draw_panels, draw_pictures, format_count, format_si, render
 
 # ----------------------------------------------------------------------------------------------
 # laws: (parameters p, log data x) -> the logarithms of the terms whose sum is the loss
@@ -150,14 +146,15 @@ def log_loss(law, theta, x):
 
 
 def predict(law, theta, data):
-    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P), as a tensor."""
-    return torch.from_numpy(np.exp(log_loss(LAWS[law], theta, logarithms(data))))
+    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P), float64."""
+    return np.exp(log_loss(LAWS[law], theta, logarithms(data)))
 
 
 # ----------------------------------------------------------------------------------------------
 # fits: the logarithm of the loss, under a Huber loss with its knee at 1e-3, in float64
 
 DELTA = 1e-3
+QUANTILES = 0.05, 0.95  # of an interval
 STARTS = 8  # of the grid of starts, the nearest to the points, from which a fit is tried
 
 
@@ -194,23 +191,22 @@ def starts_of(law, x, target):
     A grid of starts (S, P): exponents from none to large; amplitudes such that each term is a fifth
     of the mean loss, E half or nine tenths; a saturation within what was seen, and beyond.
     """
-    middle, choices = target.mean(), []
-    for name in law.parameters:
+    middle, choices, amplitudes = target.mean(), [], []
+    for i, name in enumerate(law.parameters):
         if name == 'logDmax':
             seen = (x.D1 if law.terms is saturated_D1 else x.D2).mean()
             choices.append((seen - 1.0, seen + 2.0, seen + 5.0))
-        elif name.startswith('alpha') or name == 'beta':
-            choices.append((0.0, 0.03) if name == 'alpha3' else (0.03, 0.15, 0.6))
+        elif name == 'logE':
+            choices.append((middle - 3.0, middle - 0.7, middle - 0.1))
+        elif name.startswith('log'):
+            choices.append((0.0,))
+            amplitudes.append(i)
         else:
-            shifts = (3.0, 0.7, 0.1) if name == 'logE' else (1.5,)
-            choices.append([middle - shift for shift in shifts])
+            choices.append((0.0, 0.03) if name == 'alpha3' else (0.03, 0.15, 0.6))
     starts = np.array(list(itertools.product(*choices)))
-    amplitudes = [i for i, name in enumerate(law.parameters) if name in ('logA', 'logF', 'logB')]
-    bare = starts.copy()
-    bare[:, amplitudes] = 0.0
-    values = dict(zip(law.parameters, bare.T[..., None]))
+    values = dict(zip(law.parameters, starts.T[..., None]))
     for i, term in zip(amplitudes, law.terms(SimpleNamespace(**values), x)):
-        starts[:, i] -= term.mean(-1)
+        starts[:, i] = middle - 1.5 - term.mean(-1)
     return starts
 
 
@@ -244,12 +240,12 @@ def check_points(law, data):
     """Raise UserError for an unknown law, or points that cannot determine it."""
     if law not in LAWS:
         raise unknown('law', law, LAWS)
-    columns = dict(data, D=[D1 + D2 for D1, D2 in zip(data['D1'], data['D2'])])
+    x = logarithms(data)
     for column in LAWS[law].depends_on:
-        found, least = len(set(columns[column])), 3 if column == 'N' else 2
+        found, least = len(np.unique(x[column])), 3 if column == 'N' else 2
         if found < least:  # of two sizes B N^-beta + E says no more than a constant for each
             raise UserError(f'{law} needs points of {least} different {column}, these have {found}')
-    cells, least = len(groups_of(logarithms(data))), len(LAWS[law].parameters) + 1
+    cells, least = len(groups_of(x)), len(LAWS[law].parameters) + 1
     n = len(data['loss'])
     if n <= least or cells < least:
         raise UserError(
@@ -277,8 +273,9 @@ def fit(law, data, bootstrap=200, seed=0):
         rows = np.concatenate([cells[i] for i in draw.integers(len(cells), size=len(cells))])
         samples.append(solve(shape, x[rows], target[rows], [theta]))
     samples = np.array(samples or [theta])
-    ends = np.quantile(samples, decisions.QUANTILES, axis=0)
+    ends = np.quantile(samples, QUANTILES, axis=0)
     error = partial(left_out_error, shape, x, target, theta=theta)
+    ratio = np.mean(np.divide(data.get('trained_N', math.nan), data['N']))
     return Fit(
         law,
         dict(zip(shape.parameters, theta.tolist())),
@@ -287,17 +284,10 @@ def fit(law, data, bootstrap=200, seed=0):
         rms=root_mean_square(log_loss(shape, theta, x) - target),
         leave_one_out=error(cells),
         seen={k: (float(min(data[k])), float(max(data[k]))) for k in VARIABLES},
-        growth=growth_of(data),
+        growth=float(ratio) if math.isfinite(ratio) else None,
         extrapolation=error([np.concatenate(lowest)]),
         base_left_out=error(bases) if len(bases) > 1 else None,
     )
-
-
-def growth_of(data):
-    """The mean of trained_N / N of points that all say it, else None."""
-    trained = data.get('trained_N', [math.nan])
-    ratios = [large / N for large, N in zip(trained, data['N'])]
-    return statistics.mean(ratios) if all(map(math.isfinite, ratios)) else None
 
 
 def groups_of(rows):
@@ -331,20 +321,361 @@ def published():
     """The paper's fits as Fits; their samples are drawn within the rounding of what is printed."""
     fits = {}
     for method, (law, printed) in PUBLISHED.items():
-        names = LAWS[law].parameters
-        generator = torch.Generator().manual_seed(0)
-        values = torch.tensor([float(text) for text in printed], dtype=torch.float64)
-        digits = [len(text.partition('.')[2]) for text in printed]
-        unit = torch.tensor([10.0**-n for n in digits], dtype=torch.float64)
-        drawn = torch.rand(200, len(names), generator=generator, dtype=torch.float64)
-        rows = torch.cat([values[None], values + unit * (drawn - 0.5)])
-        amplitudes = torch.tensor([name.startswith('log') for name in names])
-        rows = torch.where(amplitudes, rows.log(), rows)
-        first = (0.0 if method == 'scratch' else 2.9e8, 7.4e10)
+        names, values = LAWS[law].parameters, np.array(printed, np.float64)
+        units = [10.0 ** -len(text.partition('.')[2]) for text in printed]
+        drawn = np.random.default_rng(0).uniform(-0.5, 0.5, (200, len(names)))
+        rows = np.concatenate([values[None], values + units * drawn])
+        rows = np.where([name.startswith('log') for name in names], np.log(rows), rows).tolist()
+        first = (0.0 if method.startswith('scratch') else 2.9e8, 7.4e10)
         seen = dict(N=(14_751_680, 1_085_859_424), D1=first, D2=(2.9e8, 2.6e11))
-        parameters = dict(zip(names, rows[0].tolist()))
-        fits[method] = Fit(law, parameters, {}, rows[1:].tolist(), math.nan, math.nan, seen)
+        parameters = dict(zip(names, rows[0]))
+        fits[method] = Fit(law, parameters, {}, rows[1:], math.nan, math.nan, seen)
     return fits
+
+
+# ----------------------------------------------------------------------------------------------
+# decisions (section 5, Appendix E): each comes with what the bootstrap samples of its laws say
+
+TOKENS = np.logspace(3, 20, 171)  # between which crossings are looked for
+BEYOND = 1000  # times what the points of a fit have, as the paper's Figure 10 goes
+GROWTH_FACTOR = {'exp': 2, 'stk2': 2, 'stk4': 4}  # where a fit does not know its own
+
+
+def crossings(reused, fresh):
+    """
+    D* (1 + S,): the last number of tokens at which the loss of starting over, less that of reuse,
+    changes its sign; 0: reuse is never ahead; inf: it still is at the last of TOKENS. reused,
+    fresh: functions of tokens (n,) that give losses (1 + S, n).
+    """
+    from scipy.optimize import brentq  # a second, which not every command needs
+
+    def lead(tokens):
+        pair = fresh(tokens), reused(tokens)
+        rows = min(map(len, pair))
+        return pair[0][:rows] - pair[1][:rows]
+
+    found, ahead = [], lead(TOKENS) > 0
+    for i, row in enumerate(ahead):
+        found.append(math.inf if row[-1] else 0.0)
+        if row.any() and not row[-1]:
+            ends = np.log(TOKENS[np.flatnonzero(row)[-1] :][:2])
+            found[-1] = math.exp(brentq(lambda log_D: lead(np.exp([log_D]))[i, 0], *ends))
+    return np.array(found)
+
+
+def in_words(tokens):
+    """A number of tokens; 'none' for 0 and 'any' for infinity."""
+    return {0.0: 'none', math.inf: 'any'}.get(tokens) or format_count(tokens)
+
+
+def certainty(name, found):
+    """
+    Columns of a table for what the laws give, (1 + S,), the fit itself first: its value, 90% of the
+    samples, and in how many of them it is any number or none.
+    """
+    columns = {name: in_words(found[0])}
+    if len(found) > 2:
+        low, high = np.quantile(found[1:], QUANTILES, method='nearest')
+        columns[f'90% of {name.split()[0]}'] = f'{in_words(low)} to {in_words(high)}'
+        columns['any'], columns['none'] = (f'{np.mean(found[1:] == x):.0%}' for x in (math.inf, 0))
+    return columns
+
+
+def factor_of(method, fitted):
+    """How many times larger than its base a method's model is, of its fit if that knows it."""
+    return fitted.growth or GROWTH_FACTOR.get(method.partition('+')[0], 1)
+
+
+def sunk_cost_limits(scratch, grown, N, factor=2):
+    """
+    D* in tokens (1 + S,) (Eq. 12): a model of factor x N trained from scratch for D* is as good as
+    one grown from N after D* tokens and trained for D* more; beyond, starting over wins.
+    """
+    return crossings(lambda D: grown.losses(N, D, D), lambda D: scratch.losses(factor * N, 0.0, D))
+
+
+def published_sunk_cost_limit(N):
+    """The paper's approximation of D* in tokens (Appendix E.1)."""
+    return 13e12 * (N / 1e11) ** (-0.6 - 0.04 * math.log(N / 1e11))
+
+
+def compute_optimal(law, D1, compute, factor=1):
+    """
+    (D2, N) that minimise a joint law at fixed D1 for C2 = 6 factor N D2 FLOPs (Eq. 13, Appendix
+    E.2; N before growth); 0 and 0 where more tokens never help. law: {parameter: value}.
+    """
+    p = SimpleNamespace(**law)
+    alpha = p.alpha2 - p.alpha3 * math.log(D1)
+    if alpha <= 0 or p.beta <= 0:
+        return 0.0, 0.0
+    log_A = p.logA - p.alpha1 * math.log(D1)
+    log_G = (log_A + math.log(alpha) - p.logB - math.log(p.beta)) / (alpha + p.beta)
+    log_D2 = log_G + p.beta / (alpha + p.beta) * math.log(compute / (6 * factor))
+    D2 = math.exp(min(log_D2, 700))
+    return D2, compute / (6 * factor * D2)
+
+
+def compute_optima(fitted, D1, compute, factor=1):
+    """compute_optimal of a fit and of its samples, float64 (1 + S, 2)."""
+    laws = (dict(zip(fitted.parameters, row)) for row in fitted.rows)
+    return np.array([compute_optimal(law, D1, compute, factor) for law in laws])
+
+
+def of_domain(fits, domain):
+    """The fits whose losses are on one corpus, '' for the base's. Raises UserError for none."""
+    corpora = {method: method.partition('-')[2] for method in fits}
+    if domain not in corpora.values():
+        raise unknown('domain', domain, sorted({corpus or "''" for corpus in corpora.values()}))
+    return {m.partition('-')[0]: f for m, f in fits.items() if corpora[m] == domain}
+
+
+class Choice(NamedTuple):
+    """Something to do with a budget, and the law that predicts its loss."""
+
+    label: str
+    fitted: Fit
+    N: float  # of the law
+    D1: float
+    D2: float
+    trained: float  # parameters N that are trained
+
+    @property
+    def beyond(self):
+        """Which of N, D1 and D2 lie outside the points of its fit, in words."""
+        found = zip(VARIABLES, self[2:5], (self.fitted.seen[name] for name in VARIABLES))
+        return '; '.join(
+            f'{name} = {value:.3g} ({low:.3g} to {high:.3g} seen)'
+            for name, value, (low, high) in found
+            if value and not low * 0.999 <= value <= high * 1.001
+        )
+
+
+def choices_for(fits, N, D1, budget):
+    """The Choices for a budget of FLOPs and a base of N parameters after D1 tokens."""
+    choices, factors = [], [1]
+    for factor in sorted(factor_of(method, fitted) for method, fitted in fits.items()):
+        if factor > 1.01 * factors[-1]:  # those of two methods may differ by a norm's parameters
+            factors.append(factor)
+    for method, fitted in fits.items():
+        factor = factor_of(method, fitted)
+        kind, D2 = 'grow by' if factor > 1 else 'continue', budget / (6 * N)
+        if method.startswith('scratch'):
+            for k in factors:
+                choices.append(Choice('start over', fitted, k * N, 0.0, D2 / k, k * N))
+            if 'cpt' not in fits:  # the same data continue: the law of one stage, for D1 + D2
+                choices.append(Choice('continue', fitted, N, 0.0, D1 + D2, N))
+        else:
+            choices.append(Choice(f'{kind} {method}', fitted, N, D1, D2 / factor, factor * N))
+    covered = []
+    for choice in choices:  # a fit at one size says nothing about others
+        low, high = choice.fitted.seen['N']
+        if low < high or math.isclose(choice.N, low, rel_tol=0.01):
+            covered.append(choice)
+    return covered
+
+
+def advise(fits, N, D1, budget):
+    """
+    Records that answer: a base of N parameters (without embeddings) was trained for D1 tokens,
+    `budget` FLOPs are left: grow it, continue, or start over? The best first. fits: {method: Fit}.
+    Raises UserError if no fit covers this size.
+    """
+    choices = choices_for(fits, N, D1, budget)
+    if not choices:
+        sizes = sorted({f'{fitted.seen["N"][0]:,.0f}' for fitted in fits.values()})
+        raise UserError(f'these fits are for N = {", ".join(sizes)}, not for {N:,.0f}')
+    losses = [c.fitted.losses(c.N, c.D1, c.D2)[:, 0] for c in choices]
+    samples = np.stack([found[1 : min(map(len, losses))] for found in losses])
+    best, records = samples.argmin(0), []
+    for i in sorted(range(len(choices)), key=lambda i: losses[i][0]):
+        c, (low, high) = choices[i], np.quantile(losses[i][1:], QUANTILES)
+        record = {
+            'choice': f'{c.label}, {format_count(c.trained)}',
+            'tokens': budget / (6 * c.trained),
+        }
+        record |= {'predicted loss': losses[i][0], '90% interval': f'{low:.3f} to {high:.3f}'}
+        record['best in'] = f'{np.mean(best == i):.0%}'
+        rivals = [r for r in choices if c.D1 and r.label == 'start over']
+        for rival in (r for r in rivals if math.isclose(r.trained, c.trained, rel_tol=0.02)):
+            reused = lambda D: c.fitted.losses(c.N, c.D1, D)
+            fresh = lambda D: rival.fitted.losses(c.trained, 0.0, D)
+            record |= certainty('D2 up to which it beats starting over', crossings(reused, fresh))
+        records.append(record | {'not seen by the fit': c.beyond or None})
+    return records
+
+
+def spaced(low, high, n=9):
+    """n numbers from low to high, evenly spaced in their logarithms."""
+    return np.geomspace(low, high, n).tolist()
+
+
+def sunk_cost(fits, method, paper=False):
+    """
+    (records, panels) of D* over the size of the base (Eq. 12, Figure 10, right), between which half
+    of the laws lie. fits: {method: Fit}; paper: also the paper's approximation.
+    """
+    scratch, grown = fits['scratch'], fits[method]
+    sizes = spaced(grown.seen['N'][0], BEYOND * grown.seen['N'][1])
+    limits = [sunk_cost_limits(scratch, grown, N, factor_of(method, grown)) for N in sizes]
+    records = []
+    for N, found in zip(sizes, limits):
+        records.append({'N of the base': format_count(N)} | certainty('D* (tokens)', found))
+    panel = Panel('N of the base', 'D* (tokens)', log='xy')
+    labels = 'as fitted', 'a quarter of the laws is below', 'a quarter is above'
+    quarters = [np.quantile(f[1:], (0.25, 0.75), method='nearest') for f in limits]
+    values = np.array([(f[0], *q) for f, q in zip(limits, quarters)]).T
+    for label, style, line in zip(labels, ('o-', ':', ':'), values):
+        panel.lines.append(Line(sizes, line.tolist(), label, style, 'C0'))
+    if paper:
+        approximate = [published_sunk_cost_limit(N) for N in sizes]
+        panel.lines.append(Line(sizes, approximate, 'Appendix E.1', '--', 'C3'))
+    return records, [panel]
+
+
+def optimal(fitted, method, D1):
+    """(records, panels) of the compute-optimal N and D2 over the budget (Eq. 13)."""
+    factor = factor_of(method, fitted)
+    least, most = (6 * factor * N * D2 for N, D2 in zip(fitted.seen['N'], fitted.seen['D2']))
+    budgets = spaced(least, BEYOND * most)
+    found = [compute_optima(fitted, D1, compute, factor) for compute in budgets]
+    if not found[0][0].any():
+        raise UserError(f'at D1 = {D1:g} more tokens never help: no compute-optimal point')
+    names, records = ('D2 (tokens)', 'N of the base'), []
+    for compute, values in zip(budgets, found):
+        record = {'budget (FLOPs)': format_si(compute)}
+        for name, column in zip(names, values.T):
+            record |= certainty(name, column)
+        records.append(record)
+    panels = []
+    for name, values in zip(names, np.array([f[0] for f in found]).T):
+        panel = Panel('budget of the second stage (FLOPs)', name, log='xy')
+        panel.lines.append(Line(budgets, values.tolist(), f'D1 = {format_count(D1)}', 'o-'))
+        panels.append(panel)
+    return records, panels
+
+
+def tail_record(method, data, plain, saturated):
+    """
+    What a limit D2max of the second stage's tokens changes (Eq. 14, Figure 11): a record with the
+    mean square errors at the largest quarter of the D2, and the D2 at which the curves of all bases
+    cross. A longer first stage helps while -alpha1 + alpha3 log D2* < 0, so they do at D2* =
+    e^(alpha1 / alpha3), if D2max is larger. The paper has D2max <= e^(alpha2 / alpha3) as the
+    condition, which is in the record too. plain, saturated: Fits of Eq. 6 and Eq. 14.
+    """
+    N, D1, D2, loss = (np.array(data[column]) for column in (*VARIABLES, 'loss'))
+    different = np.unique(D2)
+    tail = D2 >= different[-max(1, len(different) // 4)]
+    record = {'method': method, 'points': int(tail.sum())}
+    for name, fitted in (('Eq. 6', plain), ('Eq. 14', saturated)):
+        errors = fitted.losses(N[tail], D1[tail], D2[tail])[0] - loss[tail]
+        record[f'MSE of {name}'] = f'{np.mean(errors**2):.2e}'
+    p = SimpleNamespace(**saturated.parameters)
+    record['D2max'], record['curves cross at D2'] = power_of_e(p.logDmax), 'none'
+    if p.alpha3 > 0:
+        record['e^(alpha2/alpha3)'] = power_of_e(p.alpha2 / p.alpha3)
+        crossing = p.alpha1 / p.alpha3  # of log D2*; D2 = 1 / (1 / D2* - 1 / D2max)
+        if 0 < crossing < p.logDmax:
+            log_D2 = crossing - math.log1p(-math.exp(crossing - p.logDmax))
+            record['curves cross at D2'] = power_of_e(log_D2)
+    return record
+
+
+def power_of_e(exponent):
+    """e^exponent, in words."""
+    return f'{math.exp(exponent):.3g}' if abs(exponent) < 700 else f'e^{exponent:.0f}'
+
+
+# ----------------------------------------------------------------------------------------------
+# pictures of laws
+
+STYLES = dict(multiplicative='-', no_interaction='--', additive='-.', hybrid=':', continuous='--')
+
+
+def points_over(data, over, held, value):
+    """(tokens of the stage `over`, losses) of the points whose stage `held` has `value` tokens."""
+    columns = zip(data[held], data[over], data['loss'])
+    return zip(*sorted((tokens, loss) for other, tokens, loss in columns if other == value))
+
+
+def law_panel(data, fits, title, over='D2'):
+    """
+    Loss over the tokens of one stage: the points, a colour for each number of tokens of the other
+    stage, and the curves of some laws, {name: Fit}.
+    """
+    held = 'D1' if over == 'D2' else 'D2'
+    panel = Panel(f'{over} (tokens)', 'loss (nats per token)', title=title, log='xy')
+    for i, value in enumerate(sorted(set(data[held]))):
+        tokens, losses = points_over(data, over, held, value)
+        color, label = f'C{i % 10}', f'{held} = {format_count(value)}'
+        panel.lines.append(Line(tokens, losses, label, 'o', color))
+        grid = spaced(tokens[0], tokens[-1], 50)
+        for law, fitted in fits.items():
+            curve = fitted.losses(data['N'][0], **{held: value, over: grid})[0].tolist()
+            panel.lines.append(Line(grid, curve, '', STYLES[law], color))
+    return panel
+
+
+def power_panels(data, fitted):
+    """Exponent and factor of the power of D2, over D1 (Figure 1)."""
+    p, powers = SimpleNamespace(**fitted.parameters), {}
+    for D1 in sorted(set(data['D1'])):  # a line through log(L - E)
+        D2, losses = map(np.array, points_over(data, 'D2', 'D1', D1))
+        if len(set(D2)) > 1:
+            above = np.maximum(losses - math.exp(p.logE), 1e-9)
+            powers[D1] = np.polyfit(np.log(D2), np.log(above), 1)
+    panels = [
+        Panel('D1 (tokens)', 'exponent of D2', log='x'),
+        Panel('D1 (tokens)', 'factor of the power of D2', log='xy'),
+    ]
+    D1, log_D1 = [*powers], np.log([*powers])
+    measured = np.reshape([*powers.values()], (-1, 2)).T
+    laws = -p.alpha2 + p.alpha3 * log_D1, np.exp(p.logA - p.alpha1 * log_D1)
+    found = measured[0], np.exp(np.minimum(measured[1], 700))
+    for panel, points, law in zip(panels, found, laws):
+        panel.lines = [
+            Line(D1, points.tolist(), 'each D1 alone', 'o'),
+            Line(D1, law.tolist(), 'Eq. 6'),
+        ]
+    return panels
+
+
+def law_pictures(method, data, fits):
+    """
+    Blocks of pictures: the multiplicative law over D2 and D1 (Figures 1, 8) with the power of D2
+    (Figure 1); four laws (Figure 3) and the continuous one (Figure 9). fits: {law: Fit}.
+    """
+    ours = {'multiplicative': fits['multiplicative']}
+    panels = [law_panel(data, ours, 'Eq. 6 and the points')]
+    panels.append(law_panel(data, ours, 'the same over D1', 'D1'))
+    panels += power_panels(data, fits['multiplicative'])
+    *four, _ = STYLES
+    rivals = [law_panel(data, {law: fits[law] for law in four if law in fits}, 'four laws')]
+    if 'continuous' in fits:
+        rivals.append(law_panel(data, {'continuous': fits['continuous']}, 'Eq. 11: D1 + D2'))
+    return [(f'{method}.png', panels), (f'{method}_laws.png', rivals)]
+
+
+def grow_or_scratch(results, fits):
+    """
+    Blocks of a picture for each growth whose grown size was also trained from scratch: growing at
+    several D1 beside starting with the grown size (Figure 4, right).
+    """
+    blocks = []
+    for (method, grown), (other, scratch) in itertools.permutations(fits.items(), 2):
+        (N, most), same_text = grown.seen['N'], method.partition('-')[2] == other.partition('-')[2]
+        wanted = factor_of(method, grown) * N
+        same_size = N == most < wanted and np.allclose(scratch.seen['N'], wanted, rtol=0.02)
+        if same_text and same_size and not scratch.seen['D1'][1]:
+            data = results[method]
+            title = 'grow, or start with the grown size'
+            panel = law_panel(data, {'multiplicative': grown}, title)
+            tokens, losses = points_over(results[other], 'D2', 'D1', 0.0)
+            panel.lines.append(Line(tokens, losses, 'from scratch', 'o', 'black'))
+            grid = spaced(tokens[0], max(*tokens, *data['D2']), 50)
+            curve = scratch.losses(results[other]['N'][0], 0.0, grid)[0].tolist()
+            panel.lines.append(Line(grid, curve, '', '-', 'black'))
+            blocks.append((f'{method}_or_scratch.png', [panel]))
+    return blocks
 
 
 # ----------------------------------------------------------------------------------------------
@@ -402,49 +733,31 @@ def laws_for(data):
 # the command line
 
 
-@dataclass
-class Fitting:
-    """Fit laws to results: scaling.py fit RESULTS.csv."""
-
-    results: str = ''  # CSV with the columns method,N,D1,D2,seed,loss
-    bootstrap: Natural = 200  # resamplings for the intervals; 0: none
-    out: str = ''  # folder for fit.json and pictures; empty: that of the results
-
-
 def fit_results(path, bootstrap=200):
     """
     Fit every method's laws to a results.csv: (blocks for the report, {method: Fit}). bootstrap: as
     in fit().
     """
     results = read_results(path)
-    blocks, failures, best, found = [], [], {}, {}
+    blocks, failures, best, found, tails = [], [], {}, {}, []
     for method, data in results.items():
         fits = found[method] = {}
         for law in progress_bar(laws_for(data), desc=f'laws of {method}'):
-            try:
-                fits[law] = fit(law, data, bootstrap=0)
+            try:  # the first has intervals, and decides
+                fits[law] = fit(law, data, 0 if fits else bootstrap)
             except UserError as error:
                 failures.append(f'{method}: {error}')
-    for method, fits in found.items():
-        if not fits:
-            continue
-        data, law = results[method], next(iter(fits))  # the first has intervals, and decides
-        fits[law] = fit(law, data, bootstrap)
-        points, equation = len(data['loss']), LAWS[law].equation
-        blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fits[law])]
-        best[method] = fits[law]
-        if law == 'multiplicative':
-            blocks.append((f'{method}.png', fit_panels(data, fits[law])))
-            blocks.append((f'{method}_laws.png', rival_panels(data, fits)))
+        for law, fitted in itertools.islice(fits.items(), 1):
+            best[method] = fitted
+            points, equation = len(data['loss']), LAWS[law].equation
+            blocks += [f'{method}, {points} points: {law}, {equation}', fit_records(fitted)]
+            blocks += law_pictures(method, data, fits) if law == 'multiplicative' else []
+        if {'multiplicative', 'saturated_D2'} <= fits.keys():
+            pair = fits['multiplicative'], fits['saturated_D2']
+            tails.append(tail_record(method, data, *pair))
     if not best:
         raise UserError('\n'.join(failures))
-    tails = []
-    for method, laws in found.items():
-        if {'multiplicative', 'saturated_D2'} <= set(laws):
-            pair = laws['multiplicative'], laws['saturated_D2']
-            tails.append(decisions.tail_record(method, results[method], *pair))
-    pictures = grow_or_scratch(results, best)
-    return [*failures, *blocks, *pictures, *error_tables(found), tails], best
+    return [*failures, *blocks, *grow_or_scratch(results, best), *error_tables(found), tails], best
 
 
 LEFT_OUT = {  # errors of a Fit, and at which points they are
@@ -458,35 +771,12 @@ def error_tables(found):
     """A table for each kind of error, RMS of log L in thousandths: {method: {law: Fit}}."""
     tables = []
     for field, title in LEFT_OUT.items():
-        records = []
+        tables.append([])
         for law in LAWS:
-            record = {f'{title}, RMS x 1e-3': law}
-            for method, laws in found.items():
-                error = getattr(laws[law], field) if law in laws else None
-                if error is not None:
-                    record[method] = f'{1e3 * error:.3f}'
-            records += [record] if len(record) > 1 else []
-        tables.append(records)
+            errors = {m: getattr(laws.get(law), field, None) for m, laws in found.items()}
+            shown = {m: f'{1e3 * error:.3f}' for m, error in errors.items() if error is not None}
+            tables[-1] += [{f'{title}, RMS x 1e-3': law} | shown] if shown else []
     return tables
-
-
-def starts_over(scratch, grown, factor):
-    """Whether a law of one size, from scratch, is of what a growth from one size ends at."""
-    (size, last), (small, large) = scratch.seen['N'], grown.seen['N']
-    one_size = size == last and small == large and factor > 1
-    without_base = scratch.seen['D1'][1] == 0
-    return one_size and without_base and math.isclose(size, factor * small, rel_tol=0.02)
-
-
-def grow_or_scratch(results, fits):
-    """Blocks of a picture for each growth whose grown size was also trained from scratch."""
-    blocks = []
-    for (method, grown), (other, scratch) in itertools.product(fits.items(), repeat=2):
-        same_text = method.partition('-')[2] == other.partition('-')[2]
-        if same_text and starts_over(scratch, grown, decisions.factor_of(method, grown)):
-            pair = (results[method], grown), (results[other], scratch)
-            blocks.append((f'{method}_or_scratch.png', [grow_or_scratch_panel(*pair)]))
-    return blocks
 
 
 def write_fits(fits, blocks, out):
@@ -501,12 +791,11 @@ def fit_records(fitted):
     """Records of a fit's parameters with their intervals, amplitudes as they are."""
     records = []
     for name, value in fitted.parameters.items():
-        numbers = [value, *fitted.intervals[name]]
-        if name.startswith('log'):
-            name = name[3:]
+        numbers, bare = [value, *fitted.intervals[name]], name.removeprefix('log')
+        if bare != name:
             numbers = [math.exp(min(number, 700)) for number in numbers]
         value, low, high = (f'{number:.4g}' for number in numbers)
-        records.append({'parameter': name, 'value': value, '90% interval': f'{low} to {high}'})
+        records.append({'parameter': bare, 'value': value, '90% interval': f'{low} to {high}'})
     return records
 
 
@@ -516,149 +805,94 @@ def read_fits(path):
         fits = {method: Fit(**values) for method, values in read_json(path).items()}
         for fitted in fits.values():
             names = LAWS[fitted.law].parameters
-            theta = torch.tensor([list(fitted.parameters.values()), *fitted.samples])
-            assert tuple(fitted.parameters) == names and theta.isfinite().all()
+            theta = np.array(fitted.rows, np.float64)
+            assert tuple(fitted.parameters) == names and np.isfinite(theta).all()
             assert theta.shape == (1 + len(fitted.samples), len(names)) and fitted.samples
-            for name in ('N', 'D1', 'D2'):
-                low, high = fitted.seen[name]
-                assert 0 <= low <= high < math.inf
-            assert fitted.growth is None or 1 <= fitted.growth < math.inf
         assert fits
-    except (ValueError, TypeError, AttributeError, AssertionError, LookupError, RuntimeError) as e:
-        reason = type(e).__name__
-        raise UserError(f'{path} is not a fit.json of scaling.py fit ({reason})') from None
+    except Exception as error:  # damage takes many forms
+        reason = f'not a fit.json of scaling.py fit ({type(error).__name__})'
+        raise UserError(f'{path} is {reason}') from None
     return fits
 
 
-def fit_command(argv):
+@dataclass
+class Question:
+    """What scaling.py's verbs ask: fit, advise, sunk_cost and optimal."""
+
+    results: str = ''  # fit: CSV with the columns method,N,D1,D2,seed,loss
+    bootstrap: Natural = 200  # fit: resamplings for the intervals; 0: none
+    fit: str = ''  # the others: whose laws decide, those of a fit.json, or ...
+    paper: bool = False  # ... the published coefficients
+    domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
+    growth: str = 'stk2'  # sunk_cost, optimal: method of the second stage: cpt, stk2, ...
+    base_params: NonNegative = 0.0  # advise: N of the base model, without embeddings
+    base_tokens: NonNegative = 0.0  # advise, optimal: D1, tokens it was trained on
+    budget: NonNegative = 0.0  # advise: FLOPs to spend, at 6 per parameter and token
+    out: str = ''  # folder for fit.json and pictures; empty: that of the results, or this one
+
+
+def fit_command(options):
     """scaling.py fit RESULTS.csv"""
-    words = ('results',)
-    options, _, _ = configure(argv, Fitting, program='scaling.py fit RESULTS.csv', words=words)
     if not options.results:
         raise UserError('missing argument; usage: scaling.py fit RESULTS.csv')
-    options.out = options.out or str(Path(options.results).parent)
+    out = options.out or str(Path(options.results).parent)
     blocks, fits = fit_results(options.results, options.bootstrap)
     print(render(blocks))  # before anything is written, which may fail
-    write_fits(fits, blocks, options.out)
-    print(f'\nfit.json and pictures are in {options.out}/')
+    write_fits(fits, blocks, out)
+    print(f'\nfit.json and pictures are in {out}/')
 
 
-@dataclass
-class Laws:
-    """Whose laws decide."""
-
-    fit: str = ''  # fit.json of `scaling.py fit`
-    paper: bool = False  # the published coefficients instead
-    domain: str = ''  # corpus whose loss counts, if not the base's (of the paper's: code)
-
-    def read(self):
-        """{method: Fit} of the domain. Raises UserError."""
-        if self.paper == bool(self.fit):
-            raise UserError('whose laws? --fit=FILE or --paper=True')
-        fits = published() if self.paper else read_fits(self.fit)
-        return decisions.of_domain(fits, self.domain)
-
-
-@dataclass
-class Question(Laws):
-    """Grow, continue or start over: scaling.py advise."""
-
-    base_params: NonNegative = 0.0  # N of the base model, without embeddings
-    base_tokens: NonNegative = 0.0  # tokens it was trained on
-    budget: NonNegative = 0.0  # FLOPs to spend, at 6 per parameter and token
-
-
-def advise_command(argv):
-    """scaling.py advise"""
-    options, _, _ = configure(argv, Question, program='scaling.py advise')
-    for knob in ('base_params', 'base_tokens', 'budget'):
+def decide(verb, options):
+    """scaling.py advise, sunk_cost and optimal: print the table, and draw the picture."""
+    if options.paper == bool(options.fit):
+        raise UserError('whose laws? --fit=FILE or --paper=True')
+    needed = dict(advise=('base_params', 'base_tokens', 'budget'), optimal=('base_tokens',))
+    for knob in needed.get(verb, ()):
         if getattr(options, knob) < 1:
             raise UserError(f'missing argument --{knob}=NUMBER')
-    fits = options.read()
-    print(decisions.advise(fits, options.base_params, options.base_tokens, options.budget))
-    budget = format_si(options.budget)
-    print(f'\n{budget}FLOPs; N without embeddings; losses in nats on the data of the fit')
-
-
-@dataclass
-class SunkCost(Laws):
-    """Up to how many tokens growing is ahead of starting over, D* over N: scaling.py sunk_cost."""
-
-    growth: str = 'stk2'  # method whose law is compared with starting over
-    out: str = '.'  # folder for sunk_cost.png
-
-
-def sunk_cost_command(argv):
-    """scaling.py sunk_cost"""
-    options, _, _ = configure(argv, SunkCost, program='scaling.py sunk_cost')
-    fits = options.read()
-    for method in ('scratch', options.growth):
-        law = law_of(fits, method)
-        if law.seen['N'][0] == law.seen['N'][1]:
-            raise UserError(f'the law of {method} is of one size: D* over N needs several')
-    found = decisions.sunk_cost_over_sizes(fits, options.growth)
-    print(table(decisions.sunk_cost_records(found)))
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    approximate = decisions.published_sunk_cost_limit if options.paper else None
-    panels = decisions.sunk_cost_panels(found, approximate)
-    draw_panels(panels, Path(options.out) / 'sunk_cost.png')
-    print(f'\n{seen_sizes(fits[options.growth])}; sunk_cost.png is in {options.out}/')
-
-
-@dataclass
-class Optimum(Laws):
-    """The compute-optimal N and D2 of a second stage (Eq. 13): scaling.py optimal."""
-
-    growth: str = 'stk2'  # method of the second stage: cpt, stk2, ...
-    base_tokens: Positive = 1e10  # D1, of the base
-    out: str = '.'  # folder for optimal.png
-
-
-def optimal_command(argv):
-    """scaling.py optimal"""
-    options, _, _ = configure(argv, Optimum, program='scaling.py optimal')
-    law, D1 = law_of(options.read(), options.growth), options.base_tokens
-    if law.law != 'joint':
-        raise UserError(f'the law of {options.growth} is {law.law}, which says nothing about N')
-    records = decisions.optimal_records(law, options.growth, D1)
-    print(table(records))
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    panels = decisions.optimal_panels(law, options.growth, D1)
-    draw_panels(panels, Path(options.out) / 'optimal.png')
-    print(f'\n{seen_sizes(law)}; optimal.png is in {options.out}/')
-
-
-def seen_sizes(law):
-    """Which sizes a law was fitted to, in words: what lies beyond is a guess."""
-    low, high = law.seen['N']
-    return f'the law was fitted to N from {format_count(low)} to {format_count(high)}'
-
-
-def law_of(fits, method):
-    """The Fit of a method. Raises UserError if there is none."""
-    if method not in fits:
-        raise unknown('law of a method', method, fits)
-    return fits[method]
+    fits = of_domain(published() if options.paper else read_fits(options.fit), options.domain)
+    D1, out = options.base_tokens, Path(options.out or '.')
+    if verb == 'advise':
+        print(render([advise(fits, options.base_params, D1, options.budget)]))
+        budget = format_si(options.budget)
+        print(f'\n{budget}FLOPs; N without embeddings; losses in nats on the data of the fit')
+        return
+    for method in (options.growth, 'scratch')[: 1 + (verb == 'sunk_cost')]:
+        if method not in fits:
+            raise unknown('law of a method', method, fits)
+        if 'N' not in LAWS[fits[method].law].depends_on:
+            raise UserError(f'the law of {method} is of one size, and says nothing about N')
+    if verb == 'sunk_cost':
+        records, panels = sunk_cost(fits, options.growth, options.paper)
+    else:
+        records, panels = optimal(fits[options.growth], options.growth, D1)
+    print(render([records]))
+    out.mkdir(parents=True, exist_ok=True)
+    draw_panels(panels, out / f'{verb}.png')
+    low, high = map(format_count, fits[options.growth].seen['N'])
+    print(f'\nthe law was fitted to N from {low} to {high}; {verb}.png is in {out}/')
 
 
 def main(argv):
     """Command line: a verb, then its arguments."""
     from extras import diagnostics
 
-    verbs = {
-        'fit': fit_command,
-        'advise': advise_command,
-        'sunk_cost': sunk_cost_command,
-        'optimal': optimal_command,
-        'diagnose': diagnostics.diagnose_command,
-        'toy': diagnostics.toy_command,
-    }
-    if not argv or argv[0] in ('-h', '--help'):
+    verbs = ['fit', 'advise', 'sunk_cost', 'optimal', 'diagnose', 'toy']
+    if not argv or argv[0] in HELP:
         print(__doc__)
         sys.exit(0 if argv else 2)
-    if argv[0] not in verbs:
-        raise unknown('verb', argv[0], verbs)
-    verbs[argv[0]](argv[1:])
+    verb, *knobs = argv
+    if verb not in verbs:
+        raise unknown('verb', verb, verbs)
+    if verb in verbs[4:]:
+        getattr(diagnostics, f'{verb}_command')(knobs)
+        return
+    words = ('results',) if verb == 'fit' else ()
+    options, _, _ = configure(knobs, Question, program=f'scaling.py {verb}', words=words)
+    if verb == 'fit':
+        fit_command(options)
+    else:
+        decide(verb, options)
 
 
 if __name__ == '__main__':

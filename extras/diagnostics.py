@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import Count, NonNegative, Positive, Range, configure
-from data.corpus import check_vocabulary, verify_corpus
+from data.corpus import verify_corpus
 from data.loader import Share, validation_batches
 from engine.errors import UserError
 from engine.files import read_json
@@ -37,14 +37,13 @@ PIECES = 20  # of a training curve, whose variances are drawn
 
 def loss_variance(losses, width=20):
     """Mean variance of a training curve within windows of `width`, each less its own trend."""
-    losses = np.asarray(losses, np.float64)
+    from scipy.signal import detrend  # a second, which not every command needs
+
     width = min(width, len(losses))
     if width < 4:
         return math.nan
-    windows = losses[: len(losses) // width * width].reshape(-1, width)
-    x = np.vander(np.arange(width), 2)
-    residual = windows.T - x @ np.linalg.lstsq(x, windows.T, rcond=None)[0]
-    return float((residual**2).sum(0).mean() / (width - 2))
+    windows = np.reshape(losses[: len(losses) // width * width], (-1, width))
+    return float((detrend(windows) ** 2).sum(1).mean() / (width - 2))
 
 
 def hessian_vector_product(loss, parameters, vector):
@@ -140,7 +139,7 @@ def toy_command(argv):
     records = []
     for d1, slope, alpha in zip(D1, slopes, alphas):
         first_order = toy.decay / log_k - toy.decay * toy.growth / log_k**2 * math.log(d1)
-        record = {'D1': f'{d1:.0e}', 'log D1': f'{math.log(d1):.1f}', 'measured exponent': slope}
+        record = {'D1': f'{d1:.0e}', 'measured exponent': slope}
         record |= {'alpha': alpha, 'alpha/(1 + alpha)': alpha / (1 + alpha)}
         records.append(record | {'to first order': first_order})
     print(table(records))
@@ -168,17 +167,17 @@ def training_curves(folder):
     {step, loss, grad_norm, param_norm} of a run, float64 arrays: a stage that continues its
     parent's optimizer state is one run with it.
     """
-    folder = Path(folder)
-    lines = [m for m in read_metrics(folder) if 'loss' in m]
-    curves = {}
-    for name in ('step', 'loss', 'grad_norm', 'param_norm'):
-        curves[name] = np.array([m.get(name, math.nan) for m in lines])
+    import pandas  # a second, which not every command needs
+
+    folder, columns = Path(folder), ['step', 'loss', 'grad_norm', 'param_norm']
+    lines = [line for line in read_metrics(folder) if 'loss' in line]
+    curves = pandas.DataFrame(lines, columns=columns, dtype=float)
     identity = read_json(folder / 'stage.json')
     if identity.get('continues_optimizer'):
         before = training_curves(folder.parent / identity['parent'])
-        curves['step'] = curves['step'] + before['step'][-1]
-        curves = {name: np.concatenate([before[name], curves[name]]) for name in curves}
-    return curves
+        curves['step'] += before['step'][-1]
+        curves = pandas.concat([pandas.DataFrame(before), curves])
+    return {name: curves[name].to_numpy() for name in columns}
 
 
 def diagnose(folder, options):
@@ -186,7 +185,7 @@ def diagnose(folder, options):
     device = choose_device(options.device)
     model = load(folder, device).float().eval()
     corpus = verify_corpus(options.data, options.data_dir)
-    check_vocabulary(corpus, model.config, folder)
+    corpus.check_vocabulary(model.config, folder)
     length = min(options.block_size, model.config.block_size)
     size, n_tokens = min(8, options.samples), options.samples * length
     found = validation_batches(corpus.val, length, size, n_tokens, Share(device))
@@ -225,7 +224,7 @@ def norm_panels(folders):
         pieces = [(float(step[-1]), loss_variance(loss)) for step, loss in pieces if len(loss) > 3]
         if pieces:
             panels[2].lines.append(Line(*map(list, zip(*pieces)), Path(folder).name))
-    return [panel for panel in panels if panel.lines]
+    return panels
 
 
 def curvature_panel(records):
@@ -233,14 +232,14 @@ def curvature_panel(records):
     The largest eigenvalue over D1, a line for each method and D2 of a sweep, the mean over its
     seeds (Figure 15).
     """
-    panel, lines = Panel('D1 (tokens)', 'largest eigenvalue', log='x'), {}
-    for record in filter(lambda record: record.get('D1'), records):
-        label = f'{record["method"]}, D2 = {format_count(record["D2"])}'
-        points = lines.setdefault(label, {})
-        points.setdefault(record['D1'], []).append(record['largest eigenvalue'])
-    for label, points in lines.items():
-        D1s = sorted(points)
-        panel.lines.append(Line(D1s, [float(np.mean(points[D1])) for D1 in D1s], label, 'o-'))
+    import pandas  # a second, which not every command needs
+
+    panel = Panel('D1 (tokens)', 'largest eigenvalue', log='x')
+    found = pandas.DataFrame([record for record in records if record.get('D1')])
+    for (method, D2), rows in found.groupby(['method', 'D2']) if len(found) else ():
+        mean = rows.groupby('D1')['largest eigenvalue'].mean()
+        label = f'{method}, D2 = {format_count(D2)}'
+        panel.lines.append(Line(mean.index.tolist(), mean.tolist(), label, 'o-'))
     return panel
 
 
@@ -254,7 +253,7 @@ def diagnose_command(argv):
     records = [diagnose(folder, options) for folder in folders]
     print(table(records))
     panels = norm_panels([f for f in folders if (Path(f) / 'metrics.jsonl').is_file()])
-    panels += [panel for panel in [curvature_panel(records)] if panel.lines]
+    panels = [panel for panel in (*panels, curvature_panel(records)) if panel.lines]
     if panels:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         draw_panels(panels, Path(options.out) / 'norms.png')

@@ -9,17 +9,15 @@ Every run has a warmup, a stable phase and a decay (WSD), and nothing is trained
 go to results.csv, and scaling.py fits them.
 """
 
-import csv
+import itertools
 import re
-import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from configurator import Count, NonNegative, Positive
 from engine.errors import UserError, unknown
-from engine.files import commit_file
-from engine.log import read_metrics
+from engine.files import write_atomically
 from engine.report import format_si
 from engine.stage import Stage
 from expand import RELATIVE_SIZES, continue_from, grow_stage
@@ -47,48 +45,39 @@ class Sweep:
 
     def stages(self, run):
         """For every size the bases, their second stages, and the runs from scratch."""
-        self.check(run)
+        ways = self.ways(run)
         if run.toy:  # a corner of the grid has all its kinds of stages
-            self.sizes = self.sizes[:2]
-            self.first = self.first[:1]
-            self.second = self.second[:2]
-            self.scratch = self.scratch[:1]
+            self.sizes, self.first = self.sizes[:2], self.first[:1]
+            self.second, self.scratch = self.second[:2], self.scratch[:1]
         for i, size in enumerate(self.sizes):
-            yield from self.of_size(i, size, run)
+            yield from self.of_size(i, size, run, ways)
 
-    def of_size(self, i, name, run):
+    def of_size(self, i, name, run, ways):
         """The grid of one size."""
-        config = run.model_config(name)
-        longest = self.longest[i if len(self.longest) > 1 else 0]
-        series = Series(run, self.knobs_of(i, run))
-        first = {fraction * longest for fraction in self.first}
-        second = {fraction * longest for fraction in self.second}
-        scratch = {fraction * longest for fraction in self.scratch}
-        ways = [Reuse.parse(text, self, run) for text in self.reuse]
-        stable = first if any(way.stable for way in ways) else set()
-        labels = dict(method='scratch', N=config.num_params(), D1=0.0)
-        labels |= dict(trained_N=config.num_params())
-        bases, phases = yield from series.runs(name, config, first, labels, stable)
-        for way in ways:
-            own = replace(series.with_data(way.data), decays=self.decays)
-            own = own.at_low_rate() if way.low else own
-            for D1 in sorted(first):
-                start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
-                if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
-                    start.begin = 0
-                labels = labels | dict(method=f'{way.name}{way.corpus}', D1=D1)
-                labels |= dict(trained_N=start.config.num_params())
-                grid = f'{name}-{format_si(D1)}-{way.name}'
-                yield from own.runs(grid, start.config, second, labels, (), start)
-        if scratch:
-            for kind in sorted({way.kind for way in ways}):
-                way = Reuse.parse(kind, self, run)
-                shape, own = way.shape(config), series.with_data(way.data)
-                labels = dict(method=f'scratch{way.corpus}', N=shape.num_params(), D1=0.0)
-                labels |= dict(trained_N=shape.num_params())
-                again = way.kind == 'cpt' and not way.corpus  # such runs are among the bases
-                lengths = scratch - first if again else scratch
-                yield from own.runs(f'{name}-scratch-{kind}', shape, lengths, labels)
+        config, longest = run.model_config(name), self.longest[i if len(self.longest) > 1 else 0]
+        fractions = self.first, self.second, self.scratch
+        first, second, scratch = ({share * longest for share in shares} for shares in fractions)
+        stable = first if any(way.stable for way in ways) else ()
+        knobs, N = self.knobs_of(i, run), config.num_params()
+        labels = dict(method='scratch', N=N, D1=0.0, trained_N=N)
+        bases, phases = yield from Series(run, knobs).runs(name, config, first, labels, stable)
+        for way, D1 in itertools.product(ways, sorted(first)):
+            own = Series(run, knobs | way.data, self.decays, way.low)
+            start = way.second_stage(config, phases[D1] if way.stable else bases[D1])
+            if self.second_position == 'begin':  # the same data for every D1 (Appendix C.2)
+                start.begin = 0
+            labels = dict(method=way.name + way.corpus, N=N, D1=D1)
+            labels['trained_N'] = start.config.num_params()
+            grid = f'{name}-{format_si(D1)}-{way.name}'
+            yield from own.runs(grid, start.config, second, labels, (), start)
+        for kind in sorted({way.kind for way in ways}) if scratch else ():
+            way = way_of(kind, self.second_data, run)
+            shape, own = way.shape(config), Series(run, knobs | way.data)
+            N = shape.num_params()
+            labels = dict(method=f'scratch{way.corpus}', N=N, D1=0.0, trained_N=N)
+            again = kind == 'cpt' and not way.corpus  # same shape and data as the bases:
+            lengths = scratch - first if again else scratch  # these lengths are there
+            yield from own.runs(f'{name}-scratch-{kind}', shape, lengths, labels)
 
     def knobs_of(self, i, run):
         """The general knobs that size i sets for itself."""
@@ -98,23 +87,23 @@ class Sweep:
             knobs['learning_rate'] = self.learning_rates[i]
         return knobs | dict(warmup=float(self.warmups[i] if self.warmups else run.warmup))
 
-    def check(self, run):
-        """Raise UserError for knobs that do not fit together, before anything is trained."""
-        lengths = dict(longest=1, learning_rates=0, batch_sizes=0, warmups=0)
-        for name, allowed in lengths.items():
+    def ways(self, run):
+        """The ways to reuse a base. Raises UserError for knobs that do not fit together."""
+        for name in ('longest', 'learning_rates', 'batch_sizes', 'warmups'):
             found = len(getattr(self, name))
-            if found not in (allowed, len(self.sizes)):
+            if found not in (name == 'longest', len(self.sizes)):  # one length may serve all
                 raise UserError(f'{name} has {found} values for {len(self.sizes)} sizes')
         for name in ('sizes', 'first', 'second', 'reuse'):
             if not getattr(self, name):
                 raise UserError(f'{name} is empty: a sweep needs one at least')
-        for text in self.reuse:
-            if Reuse.parse(text, self, run).low and not run.min_lr_fraction:
-                raise UserError(f'{text}: with min_lr_fraction=0 nothing is left to learn with')
+        ways = [way_of(name, self.second_data, run) for name in self.reuse]
+        if any(way.low for way in ways) and not run.min_lr_fraction:
+            raise UserError('+low: with min_lr_fraction=0 nothing is left to learn with')
         if run.warmup < 1 and not self.warmups:
             raise UserError(
                 f'in a sweep warmup counts steps, the same for every run: {run.warmup:g}'
             )
+        return ways
 
     @property
     def corpora(self):
@@ -122,46 +111,25 @@ class Sweep:
         return [self.second_data] if self.second_data else []
 
     def summary(self, results):
-        """Write results.csv, fit the laws, and return their tables."""
+        """Write results.csv, fit the laws, and return their tables; or why there is no fit."""
         out = Path(results[0].folder).parent
-        return fit_grid([r for r in results if 'D2' in r.labels], out)[0]
-
-
-def fit_grid(results, out):
-    """
-    Write the results.csv of second stages into a folder, fit the laws, and write them beside it:
-    (blocks for the report, {method: Fit}); no Fit, and the reason, where there are too few points.
-    """
-    write_results(results, out)
-    try:
-        blocks, fits = fit_results(out / 'results.csv')
-    except UserError as error:
-        return [f'no fit: {error}'], {}
-    write_fits(fits, blocks, out)
-    return blocks, fits
+        write_results([r for r in results if 'D2' in r.labels], out)
+        try:
+            blocks, fits = fit_results(out / 'results.csv')
+        except UserError as error:
+            return [f'no fit: {error}']
+        write_fits(fits, blocks, out)
+        return blocks
 
 
 def write_results(results, out):
     """Write the results.csv of second stages, whose labels are columns of it, into a folder."""
-    columns = (*COLUMNS, 'trained_N', 'gradient_norm', 'parameter_norm')
-    temporary = Path(out) / 'results.csv.tmp'
-    with open(temporary, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, columns, extrasaction='ignore')
-        writer.writeheader()
-        decays = 1 + max(result.labels.get('again', 0) for result in results)
-        for result in results:
-            lines = read_metrics(result.folder)
-            norms = [m['grad_norm'] for m in lines if 'grad_norm' in m]
-            row = result.labels | dict(loss=result.val_loss, gradient_norm=statistics.mean(norms))
-            row['seed'] = row['seed'] * decays + row.get('again', 0)
-            writer.writerow(row | dict(parameter_norm=lines[-1]['param_norm']))
-    commit_file(temporary, Path(out) / 'results.csv')
+    import pandas  # a second, which not every command needs
 
-
-def replay_share(method):
-    """The share of the base's data in a second stage: 0.25 of cpt+replay0.25, 0 without a share."""
-    match = re.search(r'\+replay(0?\.\d+)(?![\w.])', method)
-    return float(match[1]) if match else 0.0
+    rows = pandas.DataFrame([r.labels | dict(loss=r.val_loss) for r in results])
+    rows['seed'] = rows.seed * (1 + rows.again.max()) + rows.again
+    content = rows.to_csv(columns=[*COLUMNS, 'trained_N'], index=False)
+    write_atomically(Path(out) / 'results.csv', content)
 
 
 class Reuse(NamedTuple):
@@ -176,32 +144,6 @@ class Reuse(NamedTuple):
     low: bool  # at the learning rate at which the base ended, constant (Figure 7)
     corpus: str  # '-NAME' if the losses are on another corpus than the base's
     data: dict  # general knobs that say what the second stage reads
-
-    @classmethod
-    def parse(cls, name, sweep, run):
-        """The Reuse that is written as 'stk2+stable'. Raises UserError for what does not exist."""
-        kind, *variants = name.split('+')
-        replay = replay_share(name)
-        shares = [variant for variant in variants if replay_share(f'+{variant}')]
-        allowed = {'stable', 'low', *(shares[:1] if kind == 'cpt' else ())}
-        twice = len(set(variants)) < len(variants)
-        if kind not in ('cpt', *RELATIVE_SIZES) or set(variants) - allowed or twice:
-            known = ('cpt', 'cpt+replay0.25', 'cpt+stable', *RELATIVE_SIZES, 'stk2+stable')
-            raise unknown('second stage', name, (*known, 'stk2+low'))
-        stable, low = ('stable' in variants), ('low' in variants)
-        if stable and low:
-            raise UserError(f'{name}: the learning rate of a stable phase is not low yet')
-        second = sweep.second_data
-        if replay and not second:
-            raise UserError(f'{name} needs another corpus to continue on: --second_data=NAME')
-        if kind != 'cpt' or not second:
-            return cls(name, kind, stable, low, '', {})
-        mixture = [second]
-        if replay:
-            mixture = [f'{second}:{1 - replay:g}']
-            mixture += [f'{old}:{replay * weight:g}' for old, weight in run.corpora.items()]
-        data = dict(data=','.join(mixture), val_data=second)
-        return cls(name, kind, stable, low, f'-{second}', data)
 
     def shape(self, config):
         """The GPTConfig that the second stage trains."""
@@ -219,6 +161,34 @@ class Reuse(NamedTuple):
         return stage
 
 
+def way_of(name, second, run):
+    """
+    The Reuse that is written as 'stk2+stable'. second: the corpus of cpt, if not the base's. Raises
+    UserError for what does not exist.
+    """
+    kind, *variants = name.split('+')
+    shares = [variant for variant in variants if re.fullmatch(r'replay0?\.\d+', variant)]
+    allowed = {'stable', 'low', *(shares[:1] if kind == 'cpt' else ())}
+    once = sorted(allowed.intersection(variants))
+    if kind not in ('cpt', *RELATIVE_SIZES) or sorted(variants) != once:
+        known = ('cpt', 'cpt+replay0.25', *RELATIVE_SIZES, 'stk2+stable', 'stk2+low')
+        raise unknown('second stage', name, known)
+    stable, low = ('stable' in variants), ('low' in variants)
+    if stable and low:
+        raise UserError(f'{name}: the learning rate of a stable phase is not low yet')
+    if shares and not second:
+        raise UserError(f'{name} needs another corpus to continue on: --second_data=NAME')
+    if kind != 'cpt' or not second:
+        return Reuse(name, kind, stable, low, '', {})
+    mixture = [second]
+    for share in shares:
+        replay = float(share.removeprefix('replay'))
+        mixture = [f'{second}:{1 - replay:g}']
+        mixture += [f'{old}:{replay * weight:g}' for old, weight in run.corpora.items()]
+    data = dict(data=','.join(mixture), val_data=second)
+    return Reuse(name, kind, stable, low, f'-{second}', data)
+
+
 @dataclass
 class Series:
     """
@@ -229,16 +199,12 @@ class Series:
     run: object
     knobs: dict  # general knobs of all of them
     decays: int = 1  # branches for each length, on data of their own
-    constant: bool = False  # the branches decay no further
+    low: bool = False  # at the rate at which the others end, which decays no further
 
-    def at_low_rate(self):
-        """The same at a constant learning rate, that at which the others end."""
-        rate = self.knobs.get('learning_rate', self.run.learning_rate) * self.run.min_lr_fraction
-        return replace(self, knobs=self.knobs | dict(learning_rate=rate), constant=True)
-
-    def with_data(self, data):
-        """The same with the general knobs that say what is read."""
-        return replace(self, knobs=self.knobs | data)
+    def __post_init__(self):
+        if self.low:
+            rate = self.knobs.get('learning_rate', self.run.learning_rate)
+            self.knobs = self.knobs | dict(learning_rate=rate * self.run.min_lr_fraction)
 
     def runs(self, name, config, ends, labels, stable=(), first=None):
         """
@@ -275,7 +241,7 @@ class Series:
     def branches(self, stage, before):
         """The decay from the Result `before`, once or several times; returns the first Result."""
         stage = continue_from(stage, before, True)
-        schedule = 'constant' if self.constant else 'wsd'
+        schedule = 'constant' if self.low else 'wsd'
         stage.knobs = self.knobs | stage.knobs | dict(schedule=schedule, decay_fraction=1.0)
         results = []
         for i in range(self.decays):
