@@ -1,28 +1,37 @@
 """
-Chain-of-Learngene: distil a short chain of sizes once, then initialise any size in between in
-seconds.
+Chain-of-Learngene: distil a large model into a short chain of smaller ones, once; a model of any
+size in between then starts from its two neighbours.
+
+Paper: Chain-of-Learngene: A Scalable Learngene-based Paradigm for Building and Initializing
+Variable-Sized Small Language Models.
 
     python train.py config/col_tiny.py
     python col.py out/col_tiny out/mine --to=64x3     # a size between two of a finished chain
 
-An ancestor (AnsNet) is distilled into the largest checkpoint of a chain, that into the next
-smaller one, and so on (stepwise, reverse KL, Eq. 1). A descendant (DesNet) of a size between two
-checkpoints starts at
+The ancestor model (AnsNet) teaches the largest checkpoint of the chain, and each checkpoint the
+next smaller one (Eq. 1, the reverse KL). A descendant (DesNet), of a size between two checkpoints,
+starts at
 
-    theta  =  alpha grow(smaller)    +  (1 - alpha) subset(larger)          (LInit, section 3.4)
+    theta  =  alpha expand(smaller)  +  (1 - alpha) subset(larger)          (LInit, section 3.4)
 
-where alpha is the relative distance, 1 at the smaller one. An ancestor of another architecture or
-vocabulary first writes answers, on which a bridge model of the chain's is fine-tuned (Eq. 2).
+with alpha 1 at the smaller checkpoint and 0 at the larger one. A size smaller than the whole chain
+is cut from its smallest checkpoint.
+
+An AnsNet of another architecture or vocabulary cannot teach the chain token by token. It answers
+prompts, a bridge of the chain's architecture is fine-tuned on its answers (Eq. 2), and the bridge
+teaches the chain. Answers, and on-policy distillation, are in extras/minillm.py.
 """
 
 import itertools
+import os
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
-import torch
+import numpy as np
 
 from configurator import (
     Count,
@@ -31,23 +40,18 @@ from configurator import (
     NonNegative,
     Positive,
     Range,
-    SaveDtype,
     configure,
 )
-from data.corpus import check_vocabulary, open_corpus, verify_corpus
-from data.instruct import Examples, supervised_source
-from data.loader import Share, validation_batches
-from data.vocabulary import same_tokenizer, tokenizer_in, tokenizer_to_carry
+from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, read_json, write_json
 from engine.hub import model_folder
-from engine.log import progress_bar
-from engine.loss import evaluate
+from engine.log import read_metrics
 from engine.parallel import choose_device, processes
-from engine.report import format_count, table
+from engine.report import format_count, format_si, steps_to_loss, validation_curve
 from engine.stage import Origin, Result, Stage
 from engine.teacher import planned_config
-from expand import DEPTH, ROLES, WIDTH_FIELDS, grow
+from expand import WIDTH_FIELDS, grow, roles_of
 from let import distil, teacher_flops
 from model import GPT, SIZE_FIELDS, GPTConfig, all_params, load, read_config
 
@@ -57,79 +61,66 @@ from model import GPT, SIZE_FIELDS, GPTConfig, all_params, load, read_config
 
 def default_alpha(small_params, large_params, params):
     """
-    The weight of the smaller checkpoint: relative distance in parameters, within 0 and 1. (Of the
-    readings of "based on the relative distance" the one that gives the paper's 0.9 at 138M.)
+    The weight of the smaller checkpoint: how near a descendant is to it, in parameters. The paper
+    says "based on the relative distance"; of the readings this one gives its 0.9 at 138M.
     >>> round(default_alpha(117, 345, 138), 1)
     0.9
     """
-    if large_params == small_params:
-        return 1.0
-    return min(1.0, max(0.0, (large_params - params) / (large_params - small_params)))
+    return (large_params - params) / (large_params - small_params)
 
 
 def subset(large, config):
     """A model of shape `config` cut out of a larger one: its first layers, heads and units."""
-    check_between(config, large.config, config)
-    D, per_group = config.head_dim, large.config.n_head // large.config.n_kv_head
-    C, mlp = torch.arange(config.n_embd), torch.arange(config.n_mlp)
-    heads = torch.arange(config.n_kv_head)[:, None] * per_group
-    heads = heads + torch.arange(config.n_head // config.n_kv_head)  # the first ones of each group
-    queries = (heads.flatten()[:, None] * D + torch.arange(D)).flatten()
-    kept = {'write': C, 'read': C, 'gain': C, 'mlp': mlp, 'from mlp': mlp}
-    kept |= {'query': queries, 'from query': queries, 'kv': torch.arange(config.n_kv_head * D)}
+    check_part(config, large.config)
     old, state = large.state_dict(), {}
-    for name in GPT.on_meta(config).state_dict():
-        tensor = old[name]
-        stem = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)[0]
-        for dim, role in zip(range(tensor.ndim), ROLES.get(stem, ('gain',))):
-            if role in kept:
-                tensor = tensor.index_select(dim, kept[role].to(tensor.device))
-        if stem == 'wpe':
-            tensor = tensor[: config.block_size]
-        state[name] = tensor.clone()
+    for name, new in GPT.on_meta(config).state_dict().items():
+        stem, kind = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)
+        part = old[name]
+        for dim, role in zip(range(part.ndim), roles_of(stem, kind, tied=False)):
+            if 'query' in (role or ''):  # the first queries of each group
+                part = part.unflatten(dim, (large.config.n_kv_head, -1, config.head_dim))
+                part = part.narrow(dim + 1, 0, config.n_head // config.n_kv_head)
+                part = part.flatten(dim, dim + 2)
+            part = part.narrow(dim, 0, new.shape[dim])
+        state[name] = part.clone()
     return GPT.from_state(config, state)
 
 
-@torch.no_grad()
-def linit(small, large, config, alpha=None, depth='bert2bert'):
+def linit(small, large, config, alpha=None):
     """
-    theta = alpha grow(small) + (1 - alpha) subset(large), of shape `config` between two
-    neighbours of a chain, in the smaller one's dtype. Mixing helps where the larger one has taught
-    the smaller. alpha None: by relative distance in all parameters, tied ones once. depth: how the
-    smaller one's layers are replicated, as in expand.py. A shape below the chain, whose smallest
-    model is given twice, is a part of it. Raises UserError for a shape that does not lie between.
+    LInit: a model of shape `config` between two neighbours of a chain, in the smaller one's dtype.
+    alpha None: by relative distance, over all parameters, tied ones counted once. The paper expands
+    by replicating the last layers (bert2bert) and by "adjusting attention heads and hidden sizes",
+    which we read as function-preserving copies of units (fpi). Two equal neighbours are the
+    smallest checkpoint, given twice: a part of it. Raises UserError for a shape not in between.
     """
-    if small.config.pos == 'learned':
-        config = replace(config, block_size=min(config.block_size, small.config.block_size))
-    if small.config == large.config and not fits(small.config, config):
+    if small.config == large.config:
         return subset(large, config)
-    check_between(small.config, large.config, config)
     if alpha is None:
         alpha = default_alpha(*map(all_params, (small.config, large.config, config)))
-    grown = grow(small, config, 'fpi', depth).state_dict()
-    cut = subset(large, config).state_dict()
-    state = {n: alpha * tensor + (1 - alpha) * cut[n].to(tensor) for n, tensor in grown.items()}
-    return GPT.from_state(config, state)
+    model, cut = grow(small, config, 'fpi', 'bert2bert'), subset(large, config).state_dict()
+    for name, grown in model.state_dict().items():
+        # theta = alpha * grown + (1 - alpha) * cut[name], in place
+        grown.mul_(alpha).add_(cut[name], alpha=1 - alpha)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------
-# shapes between the models of a chain
+# shapes between the checkpoints of a chain
 
 
-def check_between(small, large, config):
-    """Raise UserError unless `config` lies between two shapes that differ in size alone."""
-    for f in fields(GPTConfig):
-        low, high, wanted = (getattr(shape, f.name) for shape in (small, large, config))
-        if f.name in SIZE_FIELDS:
-            if not low <= wanted <= high:
-                raise UserError(f'{f.name} = {wanted} is outside the chain: {low} to {high}')
-        elif f.name not in ('init_std', 'block_size') and not low == wanted == high:
-            found = f'{f.name} is {low!r} and {high!r}, wanted is {wanted!r}'
-            raise UserError(f'a chain of mixed architectures: {found}')
+def check_part(config, large):
+    """Raise UserError unless a model of shape `config` can be cut out of a larger one."""
+    for field, wanted in vars(config).items():
+        found = getattr(large, field)
+        part = wanted <= found if field in SIZE_FIELDS else wanted == found
+        if not part and field not in ('init_std', 'block_size'):
+            raise UserError(f'{field} = {wanted} cannot be cut out of {field} = {found}')
     if config.n_head // config.n_kv_head > large.n_head // large.n_kv_head:
-        wanted = f'{config.n_head} heads on {config.n_kv_head} key heads'
-        found = f'{large.n_head} on {large.n_kv_head}'
-        raise UserError(f'{wanted} cannot be cut out of {found}')
+        raise UserError(
+            f'{config.n_head} heads on {config.n_kv_head} key heads cannot be cut out of '
+            f'{large.n_head} on {large.n_kv_head}'
+        )
 
 
 def fits(small, large):
@@ -137,214 +128,135 @@ def fits(small, large):
     return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
 
 
-def neighbours(shapes, config):
+def between(shapes, wanted):
     """
-    The names of the next smaller and larger of {name: GPTConfig} around a shape; where all are
-    larger, twice that of the smallest, of which it is a part. UserError.
+    (next smaller name, next larger one, GPTConfig) of a size among {name: GPTConfig}: the smaller
+    one's architecture at the wanted size. Of a size smaller than the whole chain both names are
+    that of its smallest checkpoint. Raises UserError for any other size.
     """
-
-    def weight(name):
-        shape = shapes[name]
-        return shape.n_layer * shape.n_embd * (shape.n_head * shape.head_dim + shape.n_mlp)
-
-    smaller = [name for name, shape in shapes.items() if fits(shape, config)]
-    larger = [name for name, shape in shapes.items() if fits(config, shape)]
-    if len(larger) == len(shapes) and not smaller:
-        smaller = [min(larger, key=weight)]
+    ordered = sorted(shapes, key=lambda name: all_params(shapes[name]))
+    larger = [name for name in ordered if fits(wanted, shapes[name])]
+    smaller = [name for name in ordered if fits(shapes[name], wanted)]
+    if larger == ordered:
+        smaller = smaller or larger[:1]
     if not smaller or not larger:
-        wanted = f'{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}'
-        known = [f'{n} ({s.n_layer}, {s.n_head}, {s.n_embd})' for n, s in shapes.items()]
-        raise UserError(f'{wanted} lie outside the chain: {", ".join(known)}')
-    return max(smaller, key=weight), min(larger, key=weight)
+        size = f'{wanted.n_embd}x{wanted.n_layer} with {wanted.n_head} heads'
+        raise UserError(f'{size} lies outside the chain {", ".join(ordered)}')
+    small, large = smaller[-1], larger[0]
+    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
+    check_part(config, shapes[large])
+    return small, large, config
 
 
-def shapes_between(small, large, step):
+def shapes_between(small, large):
     """
-    (how far width and depth lean apart, GPTConfig) of the shapes between two neighbours of a chain:
-    heads, groups and MLP lie as far between the neighbours' as the width, where they are whole.
+    Yield (how far apart relative width and relative depth are, GPTConfig) of the shapes between two
+    neighbours: widths in steps of a head; heads, groups and MLP as far between the neighbours' as
+    the width is, where they come out whole.
     """
     wider, deeper = large.n_embd - small.n_embd, large.n_layer - small.n_layer
-    for more, layers in itertools.product(range(0, wider + 1, step), range(deeper + 1)):
-        sizes, rests = dict(n_embd=small.n_embd + more, n_layer=small.n_layer + layers), 0
-        for field in ('n_head', 'n_kv_head', 'n_mlp'):
+    widths = range(0, wider + 1, small.head_dim)
+    for more, layers in itertools.product(widths, range(deeper + 1)):
+        sizes, rests = dict(n_layer=small.n_layer + layers), 0
+        for field in WIDTH_FIELDS:
             low, high = getattr(small, field), getattr(large, field)
             way, rest = divmod(more * (high - low), wider or 1)
             sizes[field], rests = low + way, rests + rest
         if not rests:
-            lean = abs(more / wider - layers / deeper) if wider and deeper else 0.0
+            lean = abs(more / (wider or 1) - layers / (deeper or 1))
             yield lean, replace(small, **sizes)
 
 
 def shape_of_size(shapes, size):
     """
-    The GPTConfig of a named size; or among {name: GPTConfig} that of WIDTHxLAYERS, or of about so
-    many parameters, embeddings and head included: of all within 1%, else of the closest, the one as
-    far between its neighbours in width as in depth. For the paper's five numbers these are the
-    paper's five shapes. Raises UserError outside the chain.
+    The GPTConfig of a named size; of WIDTHxLAYERS among {name: GPTConfig}; or of a number of
+    parameters, embeddings and head included: among shapes within 1% of it, or else the closest, the
+    one whose relative width is closest to its relative depth. For the paper's five numbers these
+    are the paper's five shapes. Raises UserError outside the chain.
     """
     named = isinstance(size, str)
     if named and not re.fullmatch(r'\d+x\d+', size):
         return GPTConfig.named(size)
     ordered, found = sorted(shapes.values(), key=all_params), []
     for small, large in itertools.pairwise(ordered):
-        even = small.n_embd % 64 == large.n_embd % 64 == 0 and not named  # what hardware likes
-        inside = named or all_params(small) <= size <= all_params(large)
-        for lean, shape in shapes_between(small, large, 64 if even else 1) if inside else ():
+        for lean, shape in shapes_between(small, large):
+            if f'{shape.n_embd}x{shape.n_layer}' == size:
+                return shape
             if not named:
                 found.append((abs(all_params(shape) / size - 1), lean, shape))
-            elif f'{shape.n_embd}x{shape.n_layer}' == size:
-                return shape
-    if named and ordered[0].head_dim == 16:
-        return GPTConfig.named(size)  # a small one, which may lie below the chain
-    if not found:
+    best = min(found, key=lambda row: (max(row[0], 0.01), row[1], row[0]), default=[1])
+    if best[0] > 0.1:
         wanted = size if named else format_count(size)
-        known = [f'{c.n_embd}x{c.n_layer} ({format_count(all_params(c))})' for c in ordered]
-        raise UserError(f'no shape of {wanted} with whole heads lies between {" and ".join(known)}')
-    return min(found, key=lambda row: (max(row[0], 0.01), row[1], row[0]))[-1]
-
-
-def between(shapes, wanted):
-    """(the names of a shape's neighbours, the smaller one's GPTConfig at that size). UserError."""
-    small, large = neighbours(shapes, wanted)
-    config = replace(shapes[small], **{f: getattr(wanted, f) for f in SIZE_FIELDS})
-    least = shapes[small] if fits(shapes[small], config) else config
-    check_between(least, shapes[large], config)
-    return small, large, config
+        raise UserError(f'no shape of {wanted} with whole heads lies within the chain')
+    return best[-1]
 
 
 # ----------------------------------------------------------------------------------------------
-# earlier learngenes
+# what LInit is compared with: functions of AnsNet, neighbours and a descendant's shape
 
 
-KEPT = 3  # layers that are a learngene (Appendix I)
+def single(smallest, config):
+    """The smallest checkpoint of the chain alone, expanded (section 4.2)."""
+    return grow(smallest, config, 'fpi', 'bert2bert')
 
 
-def earlier_learngene(ancestor, n_layer, which):
+def learngene_shape(ansnet, config):
     """
-    A model of n_layer layers by an earlier method, as Appendix I has it. auto (Auto-Learngene): the
-    ancestor's first three layers, random ones after them; van (Vanilla): random ones, then its
-    last three. Embeddings, final norm and head are the ancestor's.
+    The AnsNet's shape with the fewest layers, three at least, that reach a descendant's size: of
+    GPT-2 XL 3, 5 and 7 for 138M, 220M and 277M, as in Table 9.
     """
-    model = GPT(replace(ancestor.config, n_layer=n_layer)).to(ancestor.wte.weight)
-    kept = min(KEPT, n_layer, ancestor.config.n_layer)
-    first, source = (0, 0) if which == 'auto' else (n_layer - kept, ancestor.config.n_layer - kept)
-    old, new = ancestor.state_dict(), model.state_dict()
-    for name in new:
-        match = re.match(r'blocks\.(\d+)\.(.+)', name)
-        layer = int(match[1]) - first if match else 0
-        if not match:
-            new[name] = old[name]
-        elif 0 <= layer < kept:
-            new[name] = old[f'blocks.{source + layer}.{match[2]}']
-    model.load_state_dict(new)
+    shapes = [replace(ansnet, n_layer=n) for n in range(3, ansnet.n_layer + 1)]
+    return next((c for c in shapes if all_params(c) >= all_params(config)), ansnet)
+
+
+def learngene(ansnet, config, first):
+    """
+    Three layers of the AnsNet beside random ones, with its embeddings, final norm and head
+    (Appendix I). first: Auto-Learngene, its first layers; else Vanilla-Learngene, its last ones.
+    """
+    model = subset(ansnet, learngene_shape(ansnet.config, config))
+    model.blocks.load_state_dict(GPT(model.config).blocks.state_dict())
+    kept = slice(3) if first else slice(-3, None)
+    model.blocks[kept].load_state_dict(ansnet.blocks[kept].state_dict())
     return model
 
 
-# ----------------------------------------------------------------------------------------------
-# descendants: how each of them starts
-
-
-@dataclass
-class Descendant:
-    """A size between two checkpoints, and what it may start from."""
-
-    method: Any  # ChainOfLearngene
-    run: Any
-    size: str
-    configs: dict  # {name: GPTConfig}, of ancestor, chain and descendants
-    chain: dict  # {name: Result}, of the ancestor and the chain
-
-    def __post_init__(self):
-        shapes = {name: self.configs[name] for name in self.chain}
-        self.config = self.configs[self.size]
-        self.small, self.large = neighbours(shapes, self.config)
-
-    def stage(self, start, config=None):
-        """A Stage of the recovery training, from random initialisation."""
-        shape, method = config or self.config, self.method
-        X = shape.num_params(head=True)
-        tokens = method.recovery_epochs * method.recovery_tokens
-        stage = Stage(f'{self.size}-{start}', shape, tokens, X)
-        stage.labels = dict(descendant=self.size, start=start)
-        stage.tokenizer = self.chain[self.small].folder
-        stage.knobs = batch_of(method.recovery_batch_size)
-        if method.recovery_learning_rate:
-            stage.knobs['learning_rate'] = method.recovery_learning_rate
-        if method.recovery_epochs > 1:
-            stage.knobs['unique_tokens'] = method.recovery_tokens
-        return stage
-
-    def interpolated(self, start='linit', alpha=None, config=None, build=lambda made: made):
-        """
-        A Stage that starts from LInit, with another alpha than the method's if one is given; or
-        from what `build` makes of it, of the shape `config`.
-        """
-        if alpha is None and self.method.alpha >= 0:
-            alpha = self.method.alpha
-        stage = self.stage(start, config)
-        small, large = self.chain[self.small], self.chain[self.large]
-        shown = 'by distance' if alpha is None else alpha
-        stage.origin = Origin('interpolation', (self.small, self.large), dict(alpha=shown))
-        if not fits(self.configs[self.small], self.config):
-            stage.origin = Origin('subset', (self.small,))
-        stage.parent, stage.also = small, (large,)
-        of = self.config
-        stage.model = lambda: build(linit(load(small.folder), load(large.folder), of, alpha))
-        return stage
-
-
-def single(d):
-    """The smallest checkpoint of the chain alone, expanded (section 4.4)."""
-    name, stage = d.method.chain[-1], d.stage('single')
-    small = stage.parent = d.chain[name]
-    stage.origin = Origin('growth', (name,), dict(width='fpi', depth='bert2bert'))
-    stage.model = lambda: grow(load(small.folder), d.config, 'fpi', 'bert2bert')
-    return stage
-
-
-def learngene(d, which):
-    """An earlier method's, with the fewest layers, three at least, that reach this size."""
-    top, wanted = d.configs['ancestor'], all_params(d.config)
-    k = min(KEPT, top.n_layer)
-    while k < top.n_layer and all_params(replace(top, n_layer=k)) < wanted:
-        k += 1  # of GPT-2 XL 3, 5 and 7 for 138M, 220M and 277M, as in Table 9
-    stage = d.stage(f'{which}-learngene', replace(top, n_layer=k))
-    ancestor = stage.parent = d.chain['ancestor']
-    stage.origin = Origin('layers', ('ancestor',), dict(number=k, chosen_by=which))
-    stage.model = lambda: earlier_learngene(load(ancestor.folder), k, which)
-    return stage
-
-
-def taught(d, start, distillation):
-    """From random initialisation, taught by the ancestor."""
-    stage = d.stage(start)
-    d.method.teach(stage, distillation, d.chain['ancestor'], d.run)
-    return stage
-
-
-def hypercloning(d):
+def cloned_shape(ansnet, config, times):
     """
-    What LInit gives, cloned to twice its width (Appendix K). The paper's sizes, 645M and 2.42B from
-    138M, are not explained there: twice the width of 138M is 475M.
+    The shape of HyperCloning (Appendix K): `times` as wide, and with 10 layers for 7. The paper
+    does not say so; its 645M and 2.42B are 138M with 20 layers of width 1536 and 3072.
     """
-    config = replace(d.config, **{field: 2 * getattr(d.config, field) for field in WIDTH_FIELDS})
-    build = partial(grow, config=config, width='clone')
-    stage = d.interpolated('hypercloning', config=config, build=build)
-    stage.origin.settings['then'] = 'clone'
-    return stage
+    wider = {field: times * getattr(config, field) for field in WIDTH_FIELDS}
+    return replace(config, n_layer=round(config.n_layer * 10 / 7), **wider)
 
 
-STARTS = {
-    'linit': Descendant.interpolated,
-    'random': lambda d: d.stage('random'),
-    'single': single,
-    'auto-learngene': partial(learngene, which='auto'),
-    'van-learngene': partial(learngene, which='van'),
-    'kd': partial(taught, start='kd', distillation='forward'),
-    'seqkd': partial(taught, start='seqkd', distillation='seqkd'),
-    'minillm': partial(taught, start='minillm', distillation='minillm'),
-    'hypercloning': hypercloning,
+def hypercloning(small, large, config, times):
+    """HyperCloning of what LInit gives: whole copies of its units, and its layers replicated."""
+    made = linit(small, large, config)
+    return grow(made, cloned_shape(None, config, times), 'clone', 'bert2bert')
+
+
+class Start(NamedTuple):
+    """What a descendant starts from."""
+
+    build: Callable  # (the models it reads, the descendant's GPTConfig) -> a model
+    reads: str = ''  # of ansnet, small, large (the neighbours) and smallest (of the chain)
+    shape: Callable = lambda ansnet, config: config  # (AnsNet's GPTConfig, descendant's) -> its own
+    taught: str = ''  # a distillation from the AnsNet, in place of next-token prediction
+
+
+BASELINES = {
+    'random': Start(GPT),
+    'single': Start(single, 'smallest'),
+    'auto-learngene': Start(partial(learngene, first=True), 'ansnet', learngene_shape),
+    'van-learngene': Start(partial(learngene, first=False), 'ansnet', learngene_shape),
+    'kd': Start(GPT, taught='forward'),
+    'seqkd': Start(GPT, taught='seqkd'),
+    'minillm': Start(GPT, taught='minillm'),
 }
+for n in (2, 4):
+    cloned = partial(hypercloning, times=n), 'small large', partial(cloned_shape, times=n)
+    BASELINES[f'hypercloning-{n}x'] = Start(*cloned)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -353,329 +265,243 @@ STARTS = {
 
 @dataclass
 class ChainOfLearngene:
-    """Chain-of-Learngene: an ancestor, a chain distilled step by step, descendants in between."""
+    """Chain-of-Learngene: an AnsNet, a chain distilled from it step by step, descendants."""
 
-    ancestor: str = ''  # model folder or hub name; empty: train one of ancestor_size first
-    ancestor_size: str = '64x6'  # its size, if it is trained here, or not here yet for a plan
-    ancestor_tokens: Positive = 1.5e6  # training tokens of that
-    bridge: str = ''  # ancestor of any architecture and vocabulary: it answers, `ancestor` learns
-    bridge_data: str = ''  # supervised set in bridge's vocabulary, on which it is tuned first
-    bridge_answers: Natural = 0  # how many of sft_data's prompts it answers; 0: all
-    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # sizes of the checkpoints, largest first
-    public: tuple[str, ...] = ()  # their public checkpoints, if start is public
-    start: Literal['public', 'subset', 'random'] = 'subset'  # what students start from
-    sft_data: str = ''  # supervised set on which everyone is fine-tuned first; empty: none
+    ansnet: str = '64x6'  # a size, to be trained first; or, with a /, a model folder or hub name
+    ansnet_tokens: Positive = 1.5e6  # training tokens of one that is trained here
+    ansnet_data: str = ''  # sft_data in the vocabulary of an AnsNet that needs a bridge
+    bridge: str = ''  # model folder or hub name between such an AnsNet and the chain; empty: none
+    bridge_epochs: Positive = 10.0  # passes over the AnsNet's answers
+    bridge_batch_size: Count = 8  # sequences in a step of these
+    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # largest first: sizes, which start as parts
+    # of the one above; or, with a /, model folders or hub names, which start as they are
+    sft_data: str = ''  # supervised set for fine-tuning and distillation; empty: text alone
     sft_epochs: Positive = 3.0  # passes over it
-    sft_learning_rate: NonNegative = 0.0  # of fine-tuning and bridge; 0: learning_rate
-    sft_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
+    tuning_learning_rate: NonNegative = 0.0  # the maximum, on supervised sets; 0: learning_rate
     distillation: Literal['reverse', 'minillm', 'forward', 'seqkd'] = 'reverse'  # Eq. 1: reverse
     tokens: Positive = 5e5  # of each distillation; on instructions with padding
-    samples: Count = 256  # minillm: answers in a batch ...
-    inner_epochs: Count = 4  # ... and how often each is used
+    distillation_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
+    samples: Count = 256  # minillm: answers in a batch, which serves 4 inner epochs
     share: Fraction = 0.2  # minillm: of the teacher in the distribution that answers are drawn from
-    clip: Fraction = 0.2  # minillm: of the ratio of new to old probabilities, to either side
-    length: Count = 512  # minillm: tokens of prompt and answer
-    direct: bool = False  # the smallest also from the ancestor (Table 3), at equal tokens
-    score_examples: Natural = 0  # answers by whose Rouge-L the best checkpoint is kept; 0: the last
-    descendants: tuple[str, ...] = ('48x3', '64x2', '64x3')  # sizes in between
-    alpha: Annotated[float, Range(-1, 1)] = -1.0  # of the smaller one; below 0: by distance
+    desnets: tuple[str, ...] = ('48x3', '64x2', '64x3')  # descendants: sizes in between
     alphas: tuple[Fraction, ...] = ()  # LInit with each of these, too (Figure 6)
-    recovery_tokens: NonNegative = 3e5  # of each descendant, on the run's data; 0: as it starts
+    recovery_tokens: tuple[NonNegative, ...] = (3e5,)  # of each descendant, on text; 0: as it is
     recovery_epochs: Count = 1  # passes over these
-    recovery_learning_rate: NonNegative = 0.0  # of that; 0: learning_rate
-    recovery_batch_size: Natural = 0  # sequences in a step of that; 0: batch_size
-    baselines: tuple[Literal[*STARTS], ...] = ('random', 'single')  # what LInit is compared with
+    baselines: tuple[Literal[*BASELINES, 'direct'], ...] = ('random', 'single')  # direct: Table 3
     downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored
     downstream_epochs: Positive = 10.0  # passes over each
-    downstream_learning_rate: NonNegative = 1e-5  # the maximum, on each
-    downstream_batch_size: Natural = 0  # sequences in a step, on each; 0: batch_size
-    answers: Count = 64  # of each set's validation examples that are answered and scored, ...
-    answer_tokens: Count = 48  # ... in at most so many tokens
+    downstream_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
+    answers: Count = 64  # validation examples of each set that are answered and scored
+
+    toy_corpora = dict(sft_data='signatures', downstream=('signatures',), ansnet_data='signatures')
 
     def stages(self, run):
-        """Ancestor and bridge, the chain, the descendants, and their downstream tasks."""
-        self.data_dir, self.device = run.data_dir, choose_device(run.device)
-        configs = self.configs(run)
-        teacher = yield from self.ancestors(run, configs['ancestor'])
-        chain = {'ancestor': teacher}
-        for i, size in enumerate(self.chain):
-            start = None
-            if self.start == 'public':
-                start = Result(self.public[i], self.public[i])
-                if self.sft_data:
-                    start = yield self.tune(f'{size}-sft', configs[size], start, self.sft_data, run)
-            teachers = {size: teacher}
-            if self.direct and size == self.chain[-1] and i:
-                teachers[f'{size}-direct'] = chain['ancestor']
-            for name, t in teachers.items():  # from one start: else that is compared
-                stage = self.student(name, configs[size], teacher, start)
-                stage.labels = dict(checkpoint=name, teacher=t.name)
-                self.teach(stage, self.distillation, t, run)
-                result = yield stage
-                chain.setdefault(size, result)
-            teacher = chain[size]
-        if not run.dry_run and processes()[0] == 0:
-            write_chain(run.out_dir, chain)
-        for size in self.descendants:
-            descendant = Descendant(self, run, size, configs, chain)
-            for start in self.starts():
-                stage = start(descendant)
-                result = yield stage
-                for data in self.downstream:
-                    name = f'{result.name}-on-{data}'
-                    tuned = self.tune(name, stage.config, result, data, run, self.downstream_epochs)
-                    tuned.knobs['learning_rate'] = self.downstream_learning_rate
-                    tuned.knobs |= batch_of(self.downstream_batch_size)
-                    tuned.parent, tuned.labels = result, dict(tuned_on=data)
-                    yield tuned
-
-    def starts(self):
-        """Functions of a Descendant that give its Stages."""
-        swept = [
-            partial(Descendant.interpolated, start=f'alpha-{a:g}', alpha=a) for a in self.alphas
-        ]
-        return [Descendant.interpolated, *swept, *map(STARTS.get, self.baselines)]
-
-    def ancestors(self, run, config):
-        """Train, open or bridge the ancestor, and fine-tune it: its Result."""
-        if self.ancestor and not run.toy:
-            result = given_ancestor(self.ancestor, config, run.dry_run)
-        else:
-            X = config.num_params(head=True)
-            result = yield Stage('ancestor', config, self.ancestor_tokens, X)
-        name, data, epochs = 'ancestor-sft', self.sft_data, 0
-        answering = None
-        if self.bridge:
-            name, epochs = 'bridge', 10.0
-        if self.bridge and not run.toy:
-            answering = yield from self.answering(run)
-            if not run.dry_run:
-                from extras.bridge import pseudo_answers
-
-                out = Path(run.out_dir) / f'bridge-data-{run.seed}'
-                data = pseudo_answers(answering.folder, data, run, out, self.bridge_answers)
-        if data:
-            stage = self.tune(name, config, result, data, run, epochs)
-            stage.parent = result
-            if answering:
-                stage.also = (answering, self.cost_of_answers(answering, config, run))
-            result = yield stage
-        return result
-
-    def answering(self, run):
-        """
-        The Result of the bridge's ancestor, whose answers `ancestor` learns from: fine-tuned first,
-        in its own vocabulary, if bridge_data names a set.
-        """
-        if run.dry_run:
-            config = planned_config(self.bridge)
-        else:
-            config = read_config(model_folder(self.bridge))
-        if not config:  # a plan does not know what its answers cost
-            return Result('bridge-ancestor', self.bridge)
-        result = given_ancestor(self.bridge, config, run.dry_run)
-        result.name = Path(self.bridge).name
-        if self.bridge_data:
-            stage = self.tune('bridge-ancestor', config, result, self.bridge_data, run)
-            stage.parent = result
-            result = yield stage
-        return result
-
-    def cost_of_answers(self, teacher, config, run):
-        """A Result that holds the FLOPs of a teacher's answers to sft_data, each at full length."""
-        asked = examples_in(self.sft_data, run)
-        length = min(run.block_size, config.block_size)
-        flops = 2 * teacher.params * min(self.bridge_answers or asked, asked) * length
-        return Result(f'answers of {teacher.name} in {length} tokens', '', flops=flops)
-
-    def tune(self, name, config, start, data, run, epochs=0.0):
-        """Supervised fine-tuning of the Result `start`; data: a prepared set, or its folder."""
-        knobs = batch_of(self.sft_batch_size)
-        if self.sft_learning_rate:
-            knobs['learning_rate'] = self.sft_learning_rate
-        stage = Stage(name, config, 0.0, config.num_params(head=True), knobs=knobs)
-        use_set(stage, data)
-        data_dir = stage.knobs.get('data_dir', run.data_dir)
-        n = examples_in(Path(data).name, run, data_dir)
-        length = min(run.block_size, config.block_size)
-        stage.tokens = (epochs or self.sft_epochs) * n * length
-        stage.origin = Origin('weights', (start.name,), dict(tuned_on=Path(data).name))
-        stage.model, stage.tokenizer = partial(load, start.folder), start.folder
-        return stage
-
-    def student(self, name, config, teacher, start):
-        """A Stage of a student: `start` is the public checkpoint it begins with, or None."""
-        stage = Stage(name, config, self.tokens, config.num_params(head=True))
-        stage.tokenizer = teacher.folder
-        if start:
-            stage.origin, stage.also = Origin('weights', (start.name,)), (start,)
-            stage.model = partial(load, start.folder)
-        elif self.start == 'subset':
-            stage.origin, stage.also = Origin('subset', (teacher.name,)), (teacher,)
-            stage.model = lambda: subset(load(teacher.folder), config)
-        return stage
-
-    def answer_flops(self, X, X_teacher):
-        """
-        FLOPs of on-policy distillation on answers, for each token of text: about as many tokens of
-        answers are learned from, and both models draw them once for all inner epochs.
-        """
-        return 6 * X + 2 * (X + X_teacher) / self.inner_epochs
-
-    def teach(self, stage, distillation, teacher, run):
-        """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
-        from extras.bridge import answer_scores, pseudo_answers
-        from extras.minillm import MiniLLM, minillm
-
-        stage.teaching = dict(objective=distillation, teacher=teacher.name)
-        stage.also = (*stage.also, teacher)
-        out = Path(run.out_dir)
-        passes = teacher_flops(teacher.params)
-        if distillation == 'seqkd':
-            if not run.dry_run:
-                name, n = out / f'{stage.name}-data-{run.seed}', self.bridge_answers
-                use_set(stage, pseudo_answers(teacher.folder, self.sft_data, run, name, n))
-            stage.also = (*stage.also, self.cost_of_answers(teacher, stage.config, run))
-        elif distillation == 'minillm':
-            stage.teaching |= dict(samples=self.samples, inner_epochs=self.inner_epochs)
-            stage.teaching |= dict(share=self.share, clip=self.clip, length=self.length)
-            stage.teaching['teacher_params'] = teacher.params
-            answers = self.answer_flops(stage.params, teacher.params)
-            stage.more_flops = lambda p, tokens: passes(p, tokens) + answers * p.step * tokens
-            if not run.dry_run:
-                examples = Examples(self.sft_data, run.data_dir, 'train')
-                samples = min(self.samples, 2 * run.batch_size) if run.toy else self.samples
-                how = dict(share=self.share, clip=self.clip, length=self.length)
-                settings = MiniLLM(run.batch_size, run.seed, samples, self.inner_epochs, **how)
-                stage.objective = minillm(teacher.folder, examples, settings)
-        else:
-            stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
-            stage.teaching['teacher_params'], stage.more_flops = teacher.params, passes
-            if self.sft_data:
-                use_set(stage, self.sft_data)
-        if self.score_examples and self.sft_data:
-            stage.teaching['best_of'] = self.score_examples
-            if not run.dry_run:
-                examples = Examples(self.sft_data, run.data_dir, 'val')
-                n = self.score_examples
-                first = range(min(n, len(examples)))
-                scores = lambda m: answer_scores(m, examples, first, self.answer_tokens)
-                stage.observe = lambda m: dict(score=scores(m)[0])
-
-    def configs(self, run):
-        """{name: GPTConfig} of ancestor, chain and descendants. Raises UserError."""
-        self.check(run)
+        """The AnsNet and its bridge, the chain, the descendants and their tasks."""
         if run.toy:
-            self.shrink()
-        configs = {'ancestor': run.model_config(self.ancestor_size)}
-        configs |= {size: run.model_config(size) for size in self.chain}
-        given = {'ancestor': self.ancestor} if self.ancestor and not run.toy else {}
-        if self.start == 'public':
-            given |= dict(zip(self.chain, self.public))
-        for name, model in given.items():
-            if not run.dry_run or Path(model).is_dir():  # else a plan has the size that is named
-                configs[name] = read_config(model_folder(model))
-        if self.start == 'subset':
-            for above, below in zip(('ancestor', *self.chain), self.chain):
-                check_between(configs[below], configs[above], configs[below])
-        shapes = dict(configs)
-        for size in self.descendants:
-            small, _, configs[size] = between(shapes, run.model_config(size))
-            below = not fits(shapes[small], configs[size])
-            if below and ('single' in self.baselines or self.alphas):
-                raise UserError(f'{size} lies below the chain: there is no single, no alpha of it')
-        if not run.dry_run:
-            first = open_corpus(next(iter(run.corpora)), run.data_dir)
-            ours = first.meta['tokenizer']
-            for name in self.corpora:
-                used = Examples(name, run.data_dir, 'train').tokenizer  # it must be a set
-                if name != self.bridge_data and not same_tokenizer(used, ours):
-                    raise UserError(
-                        f'{name} was prepared with the tokenizer {used}, {first.name} with {ours}'
-                    )
-        return configs
+            self.desnets, self.answers = self.desnets[:1], min(8, self.answers)
+        self.run, shapes, chain = run, {}, {}
+        yield from self.ansnets(shapes, chain)
+        yield from self.distilled(shapes, chain)
+        if not (run.dry_run or processes()[0]):
+            folders = {n: os.path.relpath(r.folder, run.out_dir) for n, r in chain.items()}
+            write_json(f'{run.out_dir}/chain.json', folders)
+        yield from self.descendants(shapes, chain)
 
-    def check(self, run):
-        """Raise UserError for knobs that do not fit together, before anything is trained."""
-        methods = {self.distillation, *self.baselines}
-        if 'minillm' in methods and not run.toy and self.samples % run.batch_size:
-            step = f'the {run.batch_size} sequences of a step'
-            raise UserError(f'samples={self.samples} must be a multiple of {step}')
-        if (self.bridge or methods & {'minillm', 'seqkd'}) and not self.sft_data:
-            raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
-        if self.start == 'public' and len(self.public) != len(self.chain):
-            n = f'{len(self.public)} checkpoints for a chain of {len(self.chain)}'
-            raise UserError(f'public has {n}')
+    def ansnets(self, shapes, chain):
+        """Train or open the AnsNet, fine-tune it, and the bridge: the first one of the chain."""
+        data = self.ansnet_data if self.bridge else self.sft_data
+        config, result = opened(self.ansnet, self.run)
+        if not result:
+            result = yield fresh('ansnet', config, self.ansnet_tokens)
+        if data:
+            result = yield self.tuned('ansnet-sft', config, result, data, self.sft_epochs)
+        if not self.bridge:
+            shapes['ansnet'], chain['ansnet'] = config, result
+            return
+        config, start = opened(self.bridge, self.run)
+        how = self.sft_data, self.bridge_epochs, self.bridge_batch_size
+        stage = self.tuned('bridge', config, start, *how)
+        self.teach(stage, 'seqkd', result)
+        shapes['bridge'], chain['bridge'] = config, (yield stage)
 
-    def shrink(self):
-        """What a toy does without: downloads, most descendants, most answers."""
-        if self.start == 'public':
-            self.start = 'random'
-        self.descendants = self.descendants[:1]
-        self.score_examples = min(4, self.score_examples)
-        self.answers = min(8, self.answers)
+    def distilled(self, shapes, chain):
+        """Every checkpoint of the chain, taught by the one before it."""
+        run, data = self.run, self.sft_data
+        for model in self.chain:
+            name, above = size_in(model), [*chain][-1]
+            config, start = opened(model, run, vocab_size=shapes[above].vocab_size)
+            if '/' not in model:
+                check_part(config, shapes[above])
+                start = chain[above]
+            elif start and data:
+                start = yield self.tuned(f'{name}-sft', config, start, data, self.sft_epochs)
+            shapes[name], teachers = config, {name: chain[above]}
+            if 'direct' in self.baselines and model == self.chain[-1]:
+                teachers[f'{name}-direct'] = [*chain.values()][0]
+            for student, teacher in teachers.items():  # they start alike: only the teacher differs
+                stage = fresh(student, config, self.tokens)
+                start_from(stage, 'subset', [start], subset, config)
+                stage.begin, stage.labels = 0, dict(checkpoint=student, teacher=teacher.name)
+                if data:
+                    stage.knobs = self.tuning_knobs(self.distillation_batch_size)
+                self.teach(stage, self.distillation, teacher)
+                if data and run.eval_interval:  # the best by Rouge-L is kept (Appendix C.1)
+                    from extras.minillm import score
 
-    toy_corpora = dict(sft_data='signatures', downstream=('signatures',), bridge_data='signatures')
+                    n = stage.teaching['best_of'] = min(self.answers, 500)
+                    which = data, run.data_dir, slice(n)
+                    stage.observe = lambda model: dict(score=score(model, *which)['Rouge-L'])
+                chain.setdefault(name, (yield stage))
+
+    def tuned(self, name, config, start, data, epochs, batch_size=0):
+        """A Stage of fine-tuning on a supervised set, from the Result `start`; None: random."""
+        from extras.minillm import examples_in, use_set
+
+        length = min(self.run.block_size, config.block_size)
+        stage = fresh(name, config, epochs * length * examples_in(self, data))
+        stage.knobs = self.tuning_knobs(batch_size)
+        use_set(stage, Path(self.run.data_dir) / data)
+        start_from(stage, 'weights', [start], subset, config)
+        return stage
+
+    def tuning_knobs(self, batch_size):
+        """The general knobs of training on a supervised set. batch_size: 0 for the run's."""
+        rate = self.tuning_learning_rate or self.run.learning_rate
+        return dict(learning_rate=rate, batch_size=batch_size or self.run.batch_size)
+
+    def teach(self, stage, distillation, teacher):
+        """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
+        run, data = self.run, self.sft_data
+        stage.also = (*stage.also, teacher)
+        stage.teaching = dict(objective=distillation, teacher=teacher.name)
+        if distillation in ('minillm', 'seqkd'):
+            from extras import minillm
+
+            getattr(minillm, distillation)(stage, teacher, self)
+            return
+        stage.teaching['teacher_params'] = teacher.params
+        stage.more_flops = teacher_flops(teacher.params)
+        stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
+        if data:
+            from extras.minillm import use_set
+
+            use_set(stage, Path(run.data_dir) / data)
+
+    def descendants(self, shapes, chain):
+        """Each descendant, from each start, after each number of recovery tokens; its tasks."""
+        starts = {'linit': Start(linit, 'small large')}
+        for alpha in self.alphas:
+            starts[f'alpha-{alpha:g}'] = Start(partial(linit, alpha=alpha), 'small large')
+        starts |= {name: BASELINES[name] for name in self.baselines if name != 'direct'}
+        top, *_, smallest = chain
+        for size, name, tokens in itertools.product(self.desnets, starts, self.recovery_tokens):
+            start, wanted = starts[name], self.run.model_config(size)
+            small, large, config = between(shapes, wanted)
+            if name == 'single' and not fits(shapes[smallest], config):
+                raise UserError(f'{size} lies below the chain: there is no single of it')
+            several = f'-{format_si(tokens) or 0}' if len(self.recovery_tokens) > 1 else ''
+            shape, passes = start.shape(shapes[top], config), self.recovery_epochs
+            stage = fresh(f'{size}-{name}{several}', shape, passes * tokens)
+            stage.labels = dict(start=name, recovery=tokens)
+            if passes > 1:
+                stage.knobs = dict(unique_tokens=tokens)
+            names = dict(ansnet=top, small=small, large=large, smallest=smallest)
+            models = [chain[names[model]] for model in start.reads.split()]
+            start_from(stage, name, models, start.build, config)
+            if start.taught:
+                self.teach(stage, start.taught, chain[top])
+            result = yield stage
+            for data in self.downstream:
+                how = data, self.downstream_epochs, self.downstream_batch_size
+                task = self.tuned(f'{result.name}-on-{data}', stage.config, result, *how)
+                task.labels = stage.labels | dict(task=data)
+                yield task
 
     @property
     def corpora(self):
         """Supervised sets that the stages read besides the run's data."""
-        return [name for name in (self.sft_data, self.bridge_data, *self.downstream) if name]
+        return list(filter(None, (self.sft_data, self.ansnet_data, *self.downstream)))
 
     def summary(self, results):
-        """
-        The checkpoints of the chain; each descendant's loss at step 0 and after recovery; each
-        tuned one's scores.
-        """
-        from extras import chain_report
+        """Checkpoints; losses of the descendants at step 0 and after recovery; scores on tasks."""
+        tables, curves = ([], [], []), {r.name: validation_curve(r) for r in results}
+        for r in results:
+            labels, record, data = r.labels, {'model': r.name}, r.labels.get('task')
+            start = labels.get('start')
+            if 'checkpoint' in labels:
+                losses = [line['loss'] for line in read_metrics(r.folder) if 'loss' in line]
+                variance = np.var(np.diff(losses)) / 2  # about its trend (Figure 5b)
+                record |= {'taught by': labels['teacher'], 'variance': f'{variance:.2e}'}
+                tables[0].append(record)
+                data = self.sft_data  # Table 3
+            elif data:
+                record['recovery tokens'] = format_count(labels['recovery'])
+                record['loss on answers'] = r.val_loss
+                tables[2].append(record)
+            elif start and not (self.sft_data and start in ('kd', 'seqkd')):  # which learn answers
+                record |= {'N': r.n_params, 'loss at step 0': dict(curves[r.name]).get(0)}
+                record |= {'after recovery': r.val_loss}
+                random = curves.get(r.name.replace(f'-{start}', '-random'))
+                if random and start != 'random':
+                    record['speed-up'] = speed_up(curves[r.name], random)
+                tables[1].append(record | {'FLOPs before': format_si(r.inherited_flops)})
+            if data:
+                from extras.minillm import score
 
-        scores = partial(chain_report.scores, method=self)
-        return [
-            chain_report.checkpoints(results, self.sft_data, scores),
-            chain_report.recoveries(results, bool(self.sft_data)),
-            chain_report.tuned(results, scores),
-        ]
-
-
-def batch_of(sequences):
-    """The knobs of a stage with so many sequences in a step; 0: the run's."""
-    return dict(batch_size=sequences) if sequences else {}
-
-
-def examples_in(data, run, data_dir=''):
-    """How many examples a supervised set has to train on; for a plan as many as Dolly."""
-    return 15_000 if run.dry_run else len(Examples(data, data_dir or run.data_dir, 'train'))
-
-
-def use_set(stage, data):
-    """Let a stage read a supervised set: a prepared one's name, or its folder elsewhere."""
-    path = Path(data)
-    stage.source = partial(supervised_source, name=path.name)
-    stage.knobs['val_data'] = ''
-    if len(path.parts) > 1:
-        stage.knobs['data_dir'] = str(path.parent)
+                model = load(r.folder, choose_device(self.run.device)).eval()
+                record |= score(model, data, self.run.data_dir, slice(-self.answers, None))
+        return tables
 
 
-def given_ancestor(name, config, planned):
+def size_in(model):
+    """The size in a model's name: gpt2 of openai-community/gpt2."""
+    return model.rpartition('/')[2].lower()
+
+
+def opened(model, run, **vocabulary):
     """
-    The Result of an ancestor that exists; a public one's cost is not known. One that is planned
-    with need not be here.
+    (GPTConfig, Result) of a model that exists, whose cost may not be known; the second is None for
+    a size, of the given vocab_size or the run's. A plan goes by the size in a model's name where
+    there is no folder, and so does a toy, which trains it.
     """
-    if (Path(name) / 'result.json').is_file():
-        return Result.of(name)
-    folder = str(name if planned else model_folder(name))
-    # what it costs as a teacher is known
-    return Result('ancestor', folder, config.num_params(), config.num_params(head=True))
+    sized = partial(run.model_config, size_in(model), **vocabulary)
+    if '/' not in model or run.toy:
+        return sized(), None
+    folder = model if run.dry_run else str(model_folder(model))
+    if (Path(folder) / 'result.json').is_file():
+        return read_config(folder), Result.of(folder)
+    config = planned_config(folder) or sized()
+    return config, Result(model, folder, config.num_params(), config.num_params(head=True))
 
 
-def write_chain(out_dir, chain):
-    """Record where the checkpoints are, in chain.json: their folders, or paths outside the run."""
-    folders = {}
-    for name, result in chain.items():
-        folder = Path(result.folder)
-        inside = folder.parent == Path(out_dir)
-        folders[name] = folder.name if inside else str(folder.resolve())
-    write_json(Path(out_dir) / 'chain.json', folders)
+def fresh(name, config, tokens=0.0):
+    """A Stage from random initialisation."""
+    return Stage(name, config, tokens, config.num_params(head=True))
+
+
+def start_from(stage, kind, models, build, config):
+    """Let a stage begin with build(*models, config), of Results; of none, or of None, random."""
+    models = [result for result in models if result]
+    if models:
+        stage.parent, *stage.also = models
+        stage.tokenizer = models[0].folder
+        stage.origin = Origin(kind, tuple(result.name for result in models))
+        stage.model = lambda: build(*(load(result.folder) for result in models), config)
+
+
+# ----------------------------------------------------------------------------------------------
+# the report
+
+
+def speed_up(curve, random):
+    """
+    How many times fewer steps a start needs to the last loss of random initialisation (Figures 4
+    and 7 to 9), read between evaluations. curve, random: [(step, validation loss)] of both.
+    """
+    steps, own = (steps_to_loss(c, random[-1][1]) for c in (random, curve))
+    if own is None:
+        return 'never there'
+    return f'{steps / own:.1f}x' if own else 'there at step 0'
 
 
 # ----------------------------------------------------------------------------------------------
@@ -691,89 +517,54 @@ class Interpolation:
     to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
     params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
-    depth: Literal[*DEPTH] = 'bert2bert'  # how the layers of the smaller one are replicated
-    save_dtype: SaveDtype = 'auto'  # of the weights; auto: those of the smaller one
     data: str = ''  # corpus whose validation loss they have, untrained, beside their neighbours
     data_dir: str = 'data'  # where it is
-    eval_tokens: Natural = 65536  # validation tokens; 0: the whole split
-    device: str = 'auto'  # for losses: cuda, mps or cpu
-
-
-def sizes_of(options):
-    """{name: size or number of parameters} that the options ask for. Raises UserError."""
-    sizes = [(to, to) for to in options.to] + [(format_count(n), n) for n in options.params]
-    if len(dict(sizes)) < len(sizes):
-        raise UserError('two of the sizes have the same name: give them one at a time')
-    return dict(sizes)
 
 
 def chain_folders(folder):
     """{name: folder} of the models of a chain. Raises UserError for fewer than two."""
     listed = Path(folder) / 'chain.json'
+    names = [path.parent.name for path in Path(folder).glob('*/config.json')]
     if listed.is_file():
-        names = [str(name) for name in read_json(listed).values()]
-    else:
-        names = sorted(path.parent.name for path in Path(folder).glob('*/config.json'))
+        names = read_json(listed).values()
     if len(names) < 2:
         raise UserError(f'{folder} holds no chain: {len(names)} models')
     return {Path(name).name: Path(folder) / name for name in names}
 
 
-def place_between(folders, size):
-    """(smaller neighbour, larger one, GPTConfig) of a size or a number of parameters. UserError."""
+def interpolate(folders, size, alpha, target):
+    """
+    Write the model of a size, or of a number of parameters, to the folder `target`: the names of
+    its neighbours among {name: folder}. Raises UserError.
+    """
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, shape_of_size(shapes, size))
-    if not same_tokenizer(tokenizer_in(folders[small]), tokenizer_in(folders[large])):
-        raise UserError(f'{small} and {large} have different tokenizers')
-    return small, large, config
-
-
-def interpolate(options, small, large, config, folder):
-    """Write the model of a shape between the models in two folders."""
-    alpha = None if options.alpha < 0 else options.alpha
-    made = linit(load(small), load(large), config, alpha, options.depth)
-    dtype = getattr(torch, options.save_dtype, None)
-    made.save(folder, tokenizer_to_carry(small), dtype=dtype)
-
-
-def losses_at_step_0(folders, options):
-    """Records of the validation losses of models, {name: folder}, the smallest first."""
-    device, corpus = choose_device(options.device), open_corpus(options.data, options.data_dir)
-    records = []
-    for name, folder in progress_bar(folders.items(), desc='validation losses'):
-        model = load(folder, device).eval()
-        check_vocabulary(corpus, model.config, folder)
-        length = min(512, model.config.block_size)
-        batches = validation_batches(corpus.val, length, 8, options.eval_tokens, Share(device))
-        record = {'model': name, 'N': model.config.num_params()}
-        records.append(record | {'validation loss': evaluate(model, batches)})
-    return sorted(records, key=lambda record: record['N'])
+    with new_folder(target) as unfinished:
+        made = linit(load(folders[small]), load(folders[large]), config, alpha)
+        made.save(unfinished, tokenizer_to_carry(folders[small]))
+    where = f'between {small} and {large}' if small != large else f'a part of {small}'
+    print(f'{target}: {format_count(all_params(config))} parameters in all, {where}')
+    return small, large
 
 
 def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
-    words = ('chain', 'target')
-    options, _, _ = configure(
-        argv, Interpolation, program='col.py CHAIN_FOLDER TARGET', words=words
-    )
-    if not (options.chain and options.target and (options.to or options.params)):
+    program, words = 'col.py CHAIN_FOLDER TARGET', ('chain', 'target')
+    options, _, _ = configure(argv, Interpolation, program=program, words=words)
+    sizes = [(size, size) for size in options.to]
+    sizes += [(format_count(params), params) for params in options.params]
+    if not (options.target and sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
-    if options.data:  # before anything is made
-        verify_corpus(options.data, options.data_dir)
     folders, compared = chain_folders(options.chain), {}
-    wanted = {name: place_between(folders, size) for name, size in sizes_of(options).items()}
-    for name, (small, large, config) in wanted.items():
-        folder = Path(options.target)
-        if len(wanted) > 1:
-            folder /= name
-        with new_folder(folder) as unfinished:
-            interpolate(options, folders[small], folders[large], config, unfinished)
-        n = format_count(config.num_params())
-        where = f'between {small} and {large}' if small != large else f'of {small}'
-        print(f'{folder}: {n} parameters (N), {where}')
-        compared |= {small: folders[small], large: folders[large], name: folder}
+    alpha = None if options.alpha < 0 else options.alpha
+    for name, size in sizes:
+        target = Path(options.target) / (name if len(sizes) > 1 else '')
+        neighbours = interpolate(folders, size, alpha, target)
+        compared |= {n: folders[n] for n in neighbours} | {name: target}
     if options.data:
-        print(f'\n{table(losses_at_step_0(compared, options))}')
+        from extras.minillm import losses_at_step_0
+
+        losses_at_step_0(compared, options.data, options.data_dir)
 
 
 if __name__ == '__main__':

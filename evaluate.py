@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from configurator import Count, Natural, configure
-from data.corpus import check_vocabulary, verify_corpus
+from data.corpus import verify_corpus
 from data.loader import Share, validation_batches
 from data.vocabulary import tokenizer_in
 from engine.errors import UserError, first_line, import_extra, run_as_program
@@ -152,7 +152,7 @@ def evaluate_folders(folders, options):
     device, corpus = choose_device(options.device), verify_corpus(options.data, options.data_dir)
     configs = {name: read_config(model_folder(name)) for name in (*folders, *options.drafts)}
     for name, config in configs.items():
-        check_vocabulary(corpus, config, name)
+        corpus.check_vocabulary(config, name)
     for draft in options.drafts:
         check_same_tokenizer(draft, tokenizer_in(folders[-1]))
     longest = min(config.block_size for config in configs.values())

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from configurator import Count, Natural, NonNegative, Positive, configure
-from data.corpus import check_vocabulary, open_corpus, verify_corpus
+from data.corpus import open_corpus, verify_corpus
 from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import new_folder, write_atomically
@@ -494,7 +494,7 @@ def attention_report(options):
     """
     model = load(options.folder, choose_device(options.device)).eval()
     corpus = verify_corpus(options.data, options.data_dir)
-    check_vocabulary(corpus, model.config, options.folder)
+    corpus.check_vocabulary(model.config, options.folder)
     samples = validation_samples(corpus, options.samples, model)[:, :-1]
     measures = analyse(model, samples) | analyse(model, samples, mask='full')
     records = [{'layer': str(i + 1)} for i in range(model.config.n_layer)]

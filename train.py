@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from col import ChainOfLearngene
 from configurator import Count, Fraction, Natural, NonNegative, Range, SaveDtype, configure
-from data.corpus import OFFLINE, check_vocabulary, open_corpus, verify_corpus
+from data.corpus import OFFLINE, open_corpus, verify_corpus
 from data.instruct import supervised_source
 from data.loader import batches, parse_mixture, text_source
 from data.prepare import prepare_offline
@@ -140,13 +140,13 @@ class Run:
         sizes |= {corpus.name: corpus.meta['vocab_size'] for corpus in self.open_corpora()}
         if len(set(sizes.values())) > 1:
             raise UserError(f'the corpora have different vocabularies: {sizes}')
-        return next(iter(sizes.values()))
+        return max(sizes.values())
 
     def given_config(self, name):
         """The GPTConfig of a model, a folder or hub name, whose tokenizer the corpora must have."""
         config = read_config(model_folder(name))
         for corpus in self.open_corpora():
-            check_vocabulary(corpus, config, name)
+            corpus.check_vocabulary(config, name)
         return config
 
     def model_config(self, size, **changes):
@@ -484,7 +484,7 @@ def main(argv):
     """The command line: train the stages of a method, then report; or print the plan."""
     run, method, origins = configure(argv, Run, METHODS)
     files = [Path(arg).stem for arg in argv if arg.endswith('.py')]
-    name = files[-1] if files else run.method
+    *_, name = run.method, *files
     run.out_dir = run.out_dir or (f'out/toy/{name}' if run.toy else f'out/{name}')
     if getattr(method, 'init_from', '') and 'learning_rate' not in origins:
         run.learning_rate, origins['learning_rate'] = GENTLE, '--init_from'
@@ -492,7 +492,8 @@ def main(argv):
         given, run = run, shrink(run)
         if not all(corpora_of(run, method).values()):  # it need not wait for a download
             run.data, run.val_data = 'pydocs', ''
-            vars(method).update(getattr(method, 'toy_corpora', {}))
+            for knob, name in getattr(method, 'toy_corpora', {}).items():
+                setattr(method, knob, getattr(method, knob) and name)
         origins |= {k: '--toy' for k, v in vars(run).items() if v != getattr(given, k)}
     corpora = corpora_of(run, method)
     missing = [name for name, prepared in corpora.items() if not prepared]

@@ -2,9 +2,7 @@
 # the last two. Sets and text are prepared with Qwen3's tokenizer: --tokenizer=FOLDER.
 from config.col_gpt2 import *
 
-ancestor = 'Qwen/Qwen3-4B'
-ancestor_size = 'qwen3-4b'
-chain = ('qwen3-1.7b', 'qwen3-0.6b')
-public = ('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-0.6B')
-descendants = ('1.09b',)
+ansnet = 'Qwen/Qwen3-4B'
+chain = ('Qwen/Qwen3-1.7B', 'Qwen/Qwen3-0.6B')
+desnets = ('1.09b',)
 downstream = ('boolq', 'arc_easy', 'winogrande')

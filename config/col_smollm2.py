@@ -1,15 +1,13 @@
 # Chain-of-Learngene on a real model, on a CPU: SmolLM2-135M-Instruct of 30 layers is distilled into
 # its first 15, and three depths in between are made without training and recovered (section 3.4).
 # By the forward divergence: 150 steps of the reverse one left text improbable (9.4 nats a token).
-#   docs/models.md makes `smollm2` and `data/pydocs_smollm2`
+#   docs/models.md makes `smollm2` and `data/pydocs_smollm2`; ln -s smollm2 smollm2-135m
 method = 'col'
-ancestor = 'smollm2'
-ancestor_size = 'smollm2-135m'
+ansnet = './smollm2-135m'
 chain = ('smollm2-135mx15',)
-start = 'subset'
 distillation = 'forward'
 tokens = 2e5
-descendants = ('smollm2-135mx18', 'smollm2-135mx22', 'smollm2-135mx26')
+desnets = ('smollm2-135mx18', 'smollm2-135mx22', 'smollm2-135mx26')
 recovery_tokens = 1e5
 baselines = ('single',)
 

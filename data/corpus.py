@@ -29,6 +29,20 @@ class Corpus:
     bytes_per_token: float  # bytes of text per token, on the validation split
     sha256: str  # of the training tokens
 
+    def check_vocabulary(self, config, model):
+        """
+        Raise UserError, with the way out, unless the corpus was made with the tokenizer of `model`,
+        a folder or hub name, or, where that holds none, has ids that a model of this shape knows.
+        """
+        ours, theirs = self.meta['tokenizer'], tokenizer_in(model)
+        if theirs and not same_tokenizer(ours, theirs):
+            raise UserError(
+                f'{model} has another tokenizer than {self.name} ({ours}): prepare its text with  '
+                f'python data/prepare.py {self.meta.get("corpus", self.name)} --tokenizer={theirs} '
+                f'--out=data/NAME  and use --data=NAME'
+            )
+        check_tokenizer(ours, config)
+
 
 def open_corpus(name, data_dir='data'):
     """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
@@ -70,18 +84,3 @@ def verify_corpus(name, data_dir='data'):
         if damage := damage_of(folder / file, expected):
             raise UserError(f'{damage}; delete {folder} and prepare it again')
     return corpus
-
-
-def check_vocabulary(corpus, config, model):
-    """
-    Raise UserError, with the way out, unless a corpus was made with the tokenizer of `model`, a
-    folder or hub name, or, where that holds none, has ids that a model of this shape knows.
-    """
-    ours, theirs = corpus.meta['tokenizer'], tokenizer_in(model)
-    if theirs and not same_tokenizer(ours, theirs):
-        raise UserError(
-            f'{model} has another tokenizer than {corpus.name} ({ours}): prepare its text with  '
-            f'python data/prepare.py {corpus.meta.get("corpus", corpus.name)} --tokenizer={theirs} '
-            f'--out=data/NAME  and use --data=NAME'
-        )
-    check_tokenizer(ours, config)

@@ -63,7 +63,7 @@ SETS = {  # repository, configuration, splits; templates of instruction and inpu
         'option1 option2',
     ),
     'mmlu': (
-        'cais/mmlu all auxiliary_train validation',
+        'cais/mmlu all dev validation',  # 57 x 5 examples to train on, as in the paper
         '{question}',
         '{options}',
         'answer',
@@ -77,6 +77,13 @@ SETS = {  # repository, configuration, splits; templates of instruction and inpu
         'choices',
     ),
     'xlsum': ('csebuetnlp/xlsum english train validation', SUMMARISE, '{text}', 'summary', ''),
+    'xsum': (
+        'EdinburghNLP/xsum default train validation',
+        'Given the following article, please summarize the article.',  # it has no titles
+        '{document}',
+        'summary',
+        '',
+    ),
     'ultrachat': ('HuggingFaceH4/ultrachat_200k default train_sft test_sft',),
     'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized default train_prefs test_prefs',),
 }

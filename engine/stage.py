@@ -26,7 +26,7 @@ from engine.files import read_json, write_json
 class Origin:
     """Where a stage's starting weights come from: data, which `describe` turns into words."""
 
-    kind: str = 'random'  # random, weights, growth, layers, half width, subset, interpolation
+    kind: str = 'random'  # weights, growth, layers, half width, subset; or a DesNet's start: linit
     models: tuple[str, ...] = ()  # names of the models the weights are made from
     settings: dict = field(default_factory=dict)  # how: {'width': 'aki', 'depth': 'stack'}
 

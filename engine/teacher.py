@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import check_vocabulary
 from data.vocabulary import tokenizer_in
 from engine.errors import UserError
 from engine.hub import model_folder
@@ -32,7 +31,7 @@ def open_teacher(name, corpus=None, device='cpu', untrained=False):
     if corpus:
         if not tokenizer_in(name):
             raise UserError(f'{name} has no tokenizer: put its files there')
-        check_vocabulary(corpus, config, name)
+        corpus.check_vocabulary(config, name)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     model = as_initialised(config) if untrained else load(name, device)

@@ -1,135 +1,152 @@
 """
-On-policy distillation as MiniLLM does it (Gu et al.; Chain-of-Learngene, Appendix C.1): the
-student answers prompts itself, now and then with a word of the teacher's choice, and learns from
-the teacher's opinion of what it said.
+Learning from answers to prompts (Chain-of-Learngene, sections 3.1 and 3.2, Appendix C.1): a
+student's own, judged by its teacher as MiniLLM does it (Gu et al.), or the teacher's, as a
+supervised set in any vocabulary; and how good answers are:
+
+    python extras/minillm.py out/col_gpt2/138m-linit-on-dolly --answers=self-inst.jsonl,vicuna.jsonl
+
+On-policy distillation draws answers y from the student q and lets the teacher p judge each token:
 
     grad KL(q || p) = E_{y ~ q} sum_t [ grad KL(q(. | y_<t) || p(. | y_<t))
                                         - R_{t+1} grad log q(y_t | y_<t) ]
 
-with q the student, p the teacher and R_{t+1} = sum over t' > t of log p / q at y_t' (single-step
-decomposition). R is divided by the number of its terms (length normalisation); tokens are drawn
-from share p + (1 - share) q and weighted by q over that; every batch of samples serves several
-epochs, with the ratio of new to old q clipped as in PPO; the cross entropy of pretraining text is
-added. The loop's own batches are that text.
+with R_{t+1} = sum over t' > t of log p / q at y_t' (single-step decomposition). As MiniLLM, we
+divide R by the number of its terms (length normalisation), draw tokens from share p + (1 - share) q
+and weight them by q over that, use every batch of answers for several inner epochs with the ratio
+of new to old q clipped as in PPO, and add the cross entropy of text, which the loop's batches are.
 """
 
-import math
+import statistics
+import sys
+import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
 
+if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from data.instruct import shuffled
+from configurator import configure
+from data.corpus import verify_corpus
+from data.instruct import (
+    Examples,
+    encode_examples,
+    example_encoder,
+    file_records,
+    prompt,
+    refuse,
+    shuffled,
+    supervised_source,
+)
+from data.loader import Share, validation_batches
+from data.prepare import Preparation, fresh_counts, write_corpus
+from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_of_model
 from engine.decoding import Decoding
-from engine.errors import UserError
-from engine.parallel import gather, is_sharded, processes
+from engine.errors import UserError, run_as_program
+from engine.files import read_json
+from engine.log import progress_bar
+from engine.loss import evaluate
+from engine.parallel import choose_device, gather, is_sharded, processes
 from engine.teacher import LazyTeacher
+from model import load
+
+INNER_EPOCHS = 4  # over each batch of answers (Appendix C.1)
 
 
-class Answering(NamedTuple):
-    """How prompts are answered."""
-
-    max_new_tokens: int
-    ends: tuple  # tokens that end an answer; the first fills up
-    temperature: float = 1.0  # 0: greedy
-    share: float = 0.0  # of the teacher in the distribution that is drawn from
-
-
-class Answers(NamedTuple):
-    """Prompts with their answers, (n, T) each; the logarithms are 0 outside the answers."""
-
-    ids: torch.Tensor  # filled up with end-of-text
-    mask: torch.Tensor  # bool: which of them are answers
-    log_q: torch.Tensor  # of the model
-    log_p: torch.Tensor  # of the teacher
-    log_mix: torch.Tensor  # of the distribution that was drawn from
+# ----------------------------------------------------------------------------------------------
+# answers
 
 
 @torch.no_grad()
-def answer(model, prompts, how, teacher=None, generator=None):
+def answer(models, prompts, ends, most, share=0.0, generator=None):
     """
-    Answer prompts (1-d int64 tensors of any lengths) together. The sequences stand side by side
-    from their first token: while one is still in its prompt, what is drawn for it is not used.
+    Answer prompts (1-d int64 tensors of any lengths) together, in at most `most` tokens, until one
+    of the tokens `ends`. models: the student alone, which says the likeliest; or student and
+    teacher, whose `mixture` is drawn from with the generator. The sequences stand side by side from
+    their first token: what is drawn for one that is still in its prompt is not used. Returns ids
+    (n, T) int64, filled up with end-of-text; mask (n, T), which of them are answers; and their log
+    probabilities (models, n, T), 0 elsewhere.
     """
-    device = prompts[0].device
+    device, longest = prompts[0].device, min(m.config.block_size for m in models)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    models = [model] if teacher is None else [model, teacher]
-    longest = min(m.config.block_size for m in models)
-    vocab_size = min(m.config.vocab_size for m in models)  # of one tokenizer, padded differently
-    limit = min(int(lengths.max()) + how.max_new_tokens, longest)
-    ids = torch.full((len(prompts), limit), how.ends[0], device=device)
-    for row, p in zip(ids, prompts):
-        row[: len(p)] = p
+    ids = F.pad(pad_sequence(prompts, True, ends[0]), (0, most), value=ends[0])[:, :longest]
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    log_q, log_p, log_mix = torch.zeros(3, *ids.shape, device=device)
-    done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    ends = torch.tensor(how.ends, device=device)
-    decodings = [Decoding(m, len(ids), limit) for m in models]
-    for t in range(int(lengths.min()), limit):
-        logs = []
-        for decoding in decodings:
-            logits = decoding.following(ids[:, :t]).float()
-            logs.append(logits[:, :vocab_size].log_softmax(-1))
-        mixed = mixture(logs, how.share)
-        if how.temperature == 0:
-            token = mixed.argmax(-1)
+    logs = torch.zeros(len(models), *ids.shape, device=device)
+    done, ends = torch.zeros_like(lengths, dtype=torch.bool), torch.tensor(ends, device=device)
+    decodings = [Decoding(m, *ids.shape) for m in models]
+    V = min(m.config.vocab_size for m in models)  # of one tokenizer, padded differently
+    for t in range(int(lengths.min()), ids.shape[1]):
+        now = [decoding.following(ids[:, :t])[:, :V].float() for decoding in decodings]
+        now = torch.stack(now).log_softmax(-1)
+        if generator is None:
+            token = now[0].argmax(-1)
         else:
-            p = (mixed / how.temperature).softmax(-1)
+            p = mixture(now, share).exp()
             token = torch.multinomial(p, 1, generator=generator)[:, 0]
-        last = lengths + how.max_new_tokens
-        speaking = (t >= lengths) & ~done & (t < last)
+        speaking = (lengths <= t) & (t < lengths + most) & ~done
         ids[:, t] = torch.where(speaking, token, ids[:, t])
         mask[:, t] = speaking
-        drawn = [(log_q, logs[0]), (log_mix, mixed)]
-        if teacher is not None:
-            drawn.append((log_p, logs[1]))
-        for log, values in drawn:
-            chosen = values.gather(-1, token[:, None])[:, 0]
-            log[:, t] = torch.where(speaking, chosen, 0.0)
+        logs[..., t] = now[:, torch.arange(len(ids)), token] * speaking
         done |= speaking & torch.isin(token, ends)
-        if (done | (t + 1 >= last)).all():
+        if (done | (t + 1 >= lengths + most)).all():
             break
-    return Answers(ids, mask, log_q, log_p, log_mix)
+    return ids, mask, logs
 
 
 def mixture(logs, share):
-    """log of share p + (1 - share) q; logs: [log q] or [log q, log p]."""
-    if len(logs) == 1:
-        return logs[0]
-    of_model = math.log1p(-share) if share < 1 else -math.inf
-    of_teacher = math.log(share) if share else -math.inf
-    return torch.logaddexp(logs[0] + of_model, logs[1] + of_teacher)
+    """log of (1 - share) q + share p, of the logarithms (2, ...) of q and p."""
+    weights = logs.new_tensor([1 - share, share]).log()
+    return torch.logaddexp(logs[0] + weights[0], logs[1] + weights[1])
 
 
-def returns(log_ratio, mask, normalised=True):
+def answer_texts(model, tokenizer, prompts):
     """
-    R_{t+1} at every answer token: the sum of log p / q over the answer's later tokens, or their
-    mean. log_ratio (n, T), mask (n, T) bool; 0 at the last token and outside.
+    Yield a GPT's likeliest answer, a text, to each of a list of prompts, ids of its tokenizer, in
+    at most 256 tokens or half of its context.
     """
-    masked = torch.where(mask, log_ratio, 0.0)
-    after = masked.flip(1).cumsum(1).flip(1) - masked
-    if normalised:
-        later = mask.flip(1).cumsum(1).flip(1) - mask.int()
-        after = after / later.clamp(min=1)
-    return torch.where(mask, after, 0.0)
+    longest, device = model.config.block_size, model.wte.weight.device
+    most = min(256, longest // 2)
+    for i in progress_bar(range(0, len(prompts), 16), desc='answers'):
+        asked = [[*p][most - longest :] or [tokenizer.end] for p in prompts[i : i + 16]]
+        rows = [torch.tensor(row, dtype=torch.int64, device=device) for row in asked]
+        ids, mask, _ = answer([model], rows, tokenizer.ends, most)
+        for row, said, before in zip(ids, mask, asked):
+            yield tokenizer.text(row[said].tolist(), before).strip()
+
+
+# ----------------------------------------------------------------------------------------------
+# the student's own answers: MiniLLM
+
+
+def returns(log_ratio, mask):
+    """
+    R_{t+1} at every answer token: the mean of log p / q over the answer's later tokens. log_ratio
+    (n, T), mask (n, T) bool; 0 at the last token and outside.
+    """
+    both = torch.stack((torch.where(mask, log_ratio, 0.0), mask.to(log_ratio)))
+    after, later = both.flip(-1).cumsum(-1).flip(-1) - both  # their sum, and their number
+    return torch.where(mask, after / later.clamp(min=1), 0.0)
 
 
 def policy_loss(logits, teacher_logits, rollout, clip=0.2):
     """
-    (the loss whose gradient is the estimate above, its two parts), sums over answer tokens over
-    `tokens`. logits, teacher_logits (n, T - 1, V) on ids[:, :-1]; rollout: ids, answers, log_q
-    (when drawn), weight and advantage = R_{t+1}, each (n, T); tokens: the answer tokens of n rows,
-    the mean over all rows of the step, so that its gradient is the mean over all its tokens.
+    (the loss whose gradient is the estimate above, its two parts): means over n answers. logits,
+    teacher_logits (n, T - 1, V) on ids[:, :-1]; rollout: ids, log_q (when drawn), weight (0 outside
+    the answers), and R = R_{t+1}, each (n, T).
     """
-    target, mask = rollout['ids'][:, 1:], rollout['answers'][:, 1:]
-    weight = torch.where(mask, rollout['weight'][:, 1:], 0.0) / rollout['tokens'].clamp(min=1)
+    names = 'ids', 'log_q', 'weight', 'R'
+    ids, drawn, weight, R = (rollout[name][:, 1:] for name in names)
+    weight = weight / len(ids)
     V = min(logits.shape[-1], teacher_logits.shape[-1])
-    log_q = logits.float()[..., :V].log_softmax(-1)
-    log_p = teacher_logits.detach().float()[..., :V].log_softmax(-1)
+    both = logits, teacher_logits.detach()
+    log_q, log_p = (x[..., :V].float().log_softmax(-1) for x in both)
     single_step = (weight * (log_q.exp() * (log_q - log_p)).sum(-1)).sum()
-    now = log_q.gather(-1, target[..., None])[..., 0]
-    ratio = (now - rollout['log_q'][:, 1:]).exp()
-    R = rollout['advantage'][:, 1:]
+    ratio = (log_q.gather(-1, ids[..., None])[..., 0] - drawn).exp()
     clipped = torch.minimum(ratio * R, ratio.clamp(1 - clip, 1 + clip) * R)
     long_range = -(weight * clipped).sum()
     return single_step + long_range, dict(single_step=single_step, long_range=long_range)
@@ -137,115 +154,241 @@ def policy_loss(logits, teacher_logits, rollout, clip=0.2):
 
 @dataclass
 class MiniLLM:
-    """The settings of on-policy distillation."""
+    """The objective of on-policy distillation; the answers are a part of a stage's saved state."""
 
+    teacher: str  # model folder
+    examples: Examples  # whose prompts are answered
     batch_size: int  # sequences of a step, over all processes
     seed: int
-    samples: int = 256  # answers in a batch ...
-    inner_epochs: int = 4  # ... which serves this many times
-    share: float = 0.2  # of the teacher in the sampling
-    clip: float = 0.2  # of the ratio of new to old probabilities
-    length: int = 512  # tokens of prompt and answer
-    text: float = 1.0  # weight of the cross entropy on the loop's own batches
+    batches: int = 4  # steps that learn from as many answers, once an inner epoch
+    share: float = 0.2  # of the teacher in the distribution that they are drawn from
 
-    @property
-    def batches(self):
-        """Steps that one pass over the samples takes."""
-        return max(1, self.samples // self.batch_size)
+    def __post_init__(self):
+        self.state, self.lazy = self, LazyTeacher(self.teacher)
+        self.first, self.rollout = -1, {}  # the step at which the answers were drawn
+        self.step = -1
 
-    @property
-    def steps(self):
-        """Steps that a batch of samples serves."""
-        return self.batches * self.inner_epochs
+    def __call__(self, model, x, y, progress):
+        if is_sharded(model):  # every pass is a collective; answers end when they end
+            raise UserError('minillm cannot train shards: it needs --parallel=ddp')
+        theirs = self.lazy.on(x.device)
+        if progress.step != self.step:
+            self.step = progress.step
+            student = getattr(model, 'module', model)  # the bare GPT
+            self.left = self.rows_of_step(getattr(student, '_orig_mod', student), theirs)
+        rows = [self.left.pop() for _ in x]  # of this micro-batch
+        rollout = {name: t[rows].to(x.device) for name, t in self.rollout.items()}
+        ids = rollout['ids'][:, :-1]
+        loss, scalars = policy_loss(model(ids).logits, theirs(ids).logits, rollout)
+        text_loss = model(x, y).loss
+        count = torch.tensor(len(x), device=x.device)
+        return loss + text_loss, count, scalars | dict(text_loss=text_loss)
 
+    def rows_of_step(self, student, teacher):
+        """The rows of the answers from which this process learns in this step."""
+        batches, B = self.batches, self.batch_size // processes()[1]
+        epoch, i = divmod(self.step % (batches * INNER_EPOCHS), batches)
+        first = self.step - epoch * batches - i
+        if first != self.first:
+            self.first, self.rollout = first, self.draw(first, student, teacher)
+        order = np.random.default_rng((self.seed, first, epoch)).permutation(batches * B)
+        return order[i * B : (i + 1) * B].tolist()
 
-class Rollouts:
-    """
-    The answers a stage learns from: a part of its saved state, so that an interrupted run continues
-    with the same.
-    """
-
-    def __init__(self, examples, settings):
-        self.examples, self.settings = examples, settings
-        self.first, self.current = None, None
-        self.step, self.used = None, 0  # rows used within the current step
+    def draw(self, first, student, teacher):
+        """Let the student answer: a rollout of this process's share of the samples."""
+        (rank, world), device = processes(), student.wte.weight.device
+        room, samples = student.config.block_size // 2, self.batches * self.batch_size
+        places = first // INNER_EPOCHS * self.batch_size + np.arange(samples)[rank::world]
+        numbers = shuffled(places, len(self.examples), self.seed)
+        prompts = [torch.from_numpy(self.examples.prompt(i, room)).to(device) for i in numbers]
+        how = self.share, torch.Generator(device).manual_seed(hash((self.seed, first, rank)))
+        ids, mask, logs = answer([student, teacher], prompts, self.examples.ends, room, *how)
+        length = sum(gather(mask.sum().item())) / samples  # of an answer, on average
+        weight = mask * (logs[0] - mixture(logs, self.share)).exp() / length
+        R = returns(logs[1] - logs[0], mask)
+        return dict(ids=ids, log_q=logs[0], weight=weight, R=R)
 
     def state_dict(self):
-        """{name: tensor} of the current batch of answers, and the step at which it began."""
-        return {} if self.first is None else self.current | dict(first=torch.tensor(self.first))
+        """{name: tensor} of the current answers, and the step at which they were drawn."""
+        return self.rollout | dict(first=torch.tensor(self.first))
 
     def load_state_dict(self, state):
         """Go on with what state_dict() returned."""
-        if state:
-            self.first = int(state['first'])
-            self.current = {name: t for name, t in state.items() if name != 'first'}
-
-    def next_rows(self, step, n, student, teacher):
-        """The answers that the next n rows of this process's share of a step learn from."""
-        settings, world, device = self.settings, processes()[1], student.wte.weight.device
-        first = step // settings.steps * settings.steps
-        if self.first != first:
-            self.first, self.current = first, self.draw(first, student, teacher)
-        if self.step != step:
-            self.step, self.used = step, 0
-        turn, place = divmod(step - first, settings.batches)
-        generator = torch.Generator().manual_seed(hash((settings.seed, first, turn)))
-        order = torch.randperm(len(self.current['ids']), generator=generator)
-        size = settings.batch_size // world
-        of_step = order[place * size : (place + 1) * size]
-        rows = of_step[self.used : self.used + n]
-        self.used += n
-        part = {name: t[rows.to(t.device)].to(device) for name, t in self.current.items()}
-        return part | dict(tokens=self.current['tokens'][of_step].sum() * (n / size / world))
-
-    def draw(self, first, student, teacher):
-        """Let the student answer: ids, answers (a mask), log_q, weight and advantage."""
-        settings, (rank, world) = self.settings, processes()
-        device = student.wte.weight.device
-        positions = torch.arange(settings.samples)[rank::world].numpy()
-        positions = positions + first // settings.steps * settings.samples
-        room = min(settings.length, student.config.block_size) // 2
-        prompts = []
-        for i in shuffled(positions, len(self.examples), settings.seed):
-            prompts.append(torch.from_numpy(self.examples.prompt(i, room)).to(device))
-        generator = torch.Generator(device)
-        generator.manual_seed(hash((settings.seed, first, rank)) % 2**63)
-        how = Answering(room, self.examples.ends, share=settings.share)
-        found = answer(student, prompts, how, teacher, generator)
-        weight = torch.where(found.mask, (found.log_q - found.log_mix).exp(), 0.0)
-        advantage = returns(found.log_p - found.log_q, found.mask)
-        tokens = sum(gather(found.mask.sum(1).cpu()))  # of a row, on all processes
-        rollout = dict(ids=found.ids, answers=found.mask, log_q=found.log_q, tokens=tokens)
-        return rollout | dict(weight=weight, advantage=advantage)
+        self.rollout = dict(state)
+        self.first = int(self.rollout.pop('first'))
 
 
-def unwrap(model):
-    """The bare GPT inside what `wrap` returned."""
-    model = getattr(model, 'module', model)
-    return getattr(model, '_orig_mod', model)
-
-
-def minillm(teacher, examples, settings):
+def minillm(stage, teacher, method):
     """
-    The objective of on-policy distillation from a model folder. examples: data.instruct.Examples,
-    whose prompts are answered; settings: MiniLLM.
+    Let a stage learn on-policy from the Result `teacher`. We assume one answer token per text
+    token: 6 X FLOPs to learn it, 2 X_teacher to judge it, 2 (X + X_teacher) to draw it, which is
+    done once for all inner epochs. method: the ChainOfLearngene, whose `samples` are rounded up to
+    whole steps.
     """
-    lazy = LazyTeacher(teacher)
-    rollouts = Rollouts(examples, settings)
+    examples_in(method, method.sft_data)  # there must be some
+    run, X, X_teacher = method.run, stage.params, teacher.params
+    size = stage.knobs.get('batch_size', run.batch_size)
+    batches = -(-method.samples // size)
+    if run.toy:
+        size, batches = min(4, size), 2
+    each = 6 * X + 2 * X_teacher + 2 * (X + X_teacher) / INNER_EPOCHS
+    stage.more_flops = lambda progress, tokens: each * progress.step * tokens
+    stage.teaching |= dict(teacher_params=X_teacher, samples=batches * size, share=method.share)
+    if not run.dry_run:
+        examples = Examples(method.sft_data, run.data_dir, 'train')
+        stage.objective = MiniLLM(teacher.folder, examples, size, run.seed, batches, method.share)
 
-    def objective(model, x, y, progress):
-        if is_sharded(model):  # every pass is a collective; answers end when they end
-            raise UserError('minillm cannot train shards: it needs --parallel=ddp')
-        theirs = lazy.on(x.device)
-        part = rollouts.next_rows(progress.step, len(x), unwrap(model), theirs)
-        ids = part['ids'][:, :-1]
-        with torch.no_grad():
-            teacher_logits = theirs(ids).logits
-        loss, scalars = policy_loss(model(ids).logits, teacher_logits, part, settings.clip)
-        text_loss = model(x, y).loss if settings.text else loss.new_zeros(())
-        scalars |= dict(text_loss=text_loss, answer_tokens=part['answers'].sum() / len(ids))
-        rows = torch.tensor(len(x), device=x.device)
-        return loss + settings.text * text_loss, rows, scalars
 
-    objective.state = rollouts
-    return objective
+# ----------------------------------------------------------------------------------------------
+# the teacher's answers: sequence-level distillation and the bridge
+
+
+EXAMPLES = dict(xsum=204_045, mmlu=285, hellaswag=39_905, winogrande=40_398, boolq=9_427)
+
+
+def examples_in(method, data):
+    """
+    How many training examples a supervised set has; of one that is not prepared, as published.
+    method: the ChainOfLearngene. Raises UserError for a set in another vocabulary than its text.
+    """
+    if not data:
+        raise UserError('answers need prompts: --sft_data=NAME, a supervised set')
+    run = method.run
+    if not (Path(run.data_dir) / data).is_dir():
+        return EXAMPLES.get(data, 15_000)
+    examples, ours = Examples(data, run.data_dir, 'train'), run.source().tokenizer
+    if data != method.ansnet_data and not same_tokenizer(examples.tokenizer, ours):
+        raise UserError(f'{data} was not prepared with the tokenizer of {run.data}, {ours}')
+    return len(examples)
+
+
+def use_set(stage, folder):
+    """Let a stage read a supervised set."""
+    stage.source = partial(supervised_source, name=folder.name)
+    stage.knobs |= dict(val_data='', data_dir=str(folder.parent))
+
+
+def seqkd(stage, teacher, method):
+    """Let a stage learn from a Result's answers to the prompts of sft_data (Eq. 2)."""
+    run, data = method.run, method.sft_data
+    answers = 2 * teacher.params * examples_in(method, data) * run.block_size
+    stage.more_flops = lambda progress, tokens: answers
+    if not run.dry_run:
+        out = Path(run.out_dir) / f'{stage.name}-data-{run.seed}'
+        use_set(stage, pseudo_answers(teacher.folder, data, run, out))
+
+
+def pseudo_answers(teacher, name, run, out):
+    """
+    A supervised set in the folder `out`, made once, of the prompts of the prepared set `name` and
+    the answers of the model in a folder to them (Eq. 2), in the tokenizer of `name`. An interrupted
+    run continues. Returns `out`.
+    """
+    meta = out / 'meta.json'
+    while processes()[0] and not meta.is_file():
+        time.sleep(1)  # one process writes, the others wait for it
+    if meta.is_file():
+        return out
+    examples, progress = Examples(name, run.data_dir, 'train'), Path(f'{out}.partial/progress.json')
+    state = dict(counts=fresh_counts(), read=0)  # prompts that are answered
+    if progress.is_file():
+        state = read_json(progress)
+    ours, theirs = load_tokenizer(examples.tokenizer), load_tokenizer(tokenizer_of_model(teacher))
+    numbers = range(state['read'], 8 if run.toy else len(examples))
+    texts = [ours.decode(examples.prompt(i, 2**31).tolist()) for i in numbers]
+    model = load(teacher, choose_device(run.device)).eval()
+    options = Preparation(name, tokenizer=examples.tokenizer, prompt='plain')
+    encode = example_encoder(options)
+
+    def batches():
+        answered = zip(texts, answer_texts(model, theirs, [*map(theirs.encode, texts)]))
+        for i, (text, said) in enumerate(answered, state['read'] + 1):
+            said = said or '?' * run.toy  # what hardly was trained may say nothing
+            record = dict(prompt=text.removesuffix('\n'), completion=said)
+            rows = [(name, record, i % 20 == 1)] if said else []
+            yield encode_examples(rows, options, refuse, encode), i
+
+    return write_corpus(batches(), 'supervised', options, out, state)
+
+
+# ----------------------------------------------------------------------------------------------
+# how good answers are
+
+
+def losses_at_step_0(folders, data, data_dir):
+    """Print the validation losses of models as they are, {name: folder}, on 65,536 tokens."""
+    corpus, device = verify_corpus(data, data_dir), choose_device('auto')
+    for name, folder in folders.items():
+        model = load(folder, device)
+        corpus.check_vocabulary(model.config, folder)
+        length = min(512, model.config.block_size)
+        batches = validation_batches(corpus.val, length, 8, 2**16, Share(device))
+        print(f'{name}: validation loss {evaluate(model, batches):.4f}')
+
+
+def rouge_l(texts, references):
+    """
+    100 times the mean Rouge-L (Eq. 8, beta = 1) of texts: the F-measure of the longest common
+    subsequence of words of a text and the closest of its list of references.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # a second, which not every command needs
+
+    score = RougeScorer(['rougeL']).score_multi
+    return 100 * statistics.mean(score(r, t)['rougeL'].fmeasure for t, r in zip(texts, references))
+
+
+def score(model, data, data_dir, which):
+    """
+    {Rouge-L, share of exact answers} of a GPT's likeliest answers to the validation examples
+    `which`, a slice, of a prepared set in its tokenizer.
+    """
+    examples = Examples(data, data_dir, 'val')
+    tokenizer, chosen = load_tokenizer(examples.tokenizer), range(len(examples))[which]
+    asked = [examples.prompt(i, 2**31).tolist() for i in chosen]
+    right = [tokenizer.text(ids[said].tolist()).strip() for ids, said in map(examples.fit, chosen)]
+    said = list(answer_texts(model, tokenizer, asked))
+    exact = statistics.mean(map(str.__eq__, said, right))
+    return {'Rouge-L': rouge_l(said, [[text] for text in right]), 'exact answers': exact}
+
+
+def scored_prompts(path):
+    """
+    [(prompt, references)] of a .jsonl or .json file of records with `instruction` and maybe
+    `input`, or a whole `prompt`; and `output`, a text or a list of texts that are all right. Raises
+    UserError.
+    """
+    found = []
+    for where, row in file_records(path):
+        try:
+            right = row['output']
+            right = [right] if isinstance(right, str) else right
+            asked = row.get('prompt') or f'{prompt(row["instruction"], row.get("input"))}\n'
+            found.append((asked + '', [text + '' for text in right or [None]]))
+        except (TypeError, KeyError, AttributeError) as error:
+            refuse(where, error)
+    return found
+
+
+@dataclass
+class Scoring:
+    """Rouge-L of a model's likeliest answers: extras/minillm.py FOLDER --answers=FILE,FILE."""
+
+    model: str = ''  # model folder, or a name on the hub
+    answers: tuple[str, ...] = ()  # .jsonl files of instructions and right answers
+
+
+def main(argv):
+    """Command line: FOLDER, then knobs. Prints the Rouge-L of each file, and the mean."""
+    options, _, _ = configure(argv, Scoring, program='extras/minillm.py FOLDER', words=('model',))
+    tokenizer = load_tokenizer(tokenizer_of_model(options.model))
+    model, scores = load(options.model, choose_device('auto')).eval(), []
+    for path in options.answers:
+        prompts, references = zip(*scored_prompts(path))
+        asked = [tokenizer.encode(prompt) for prompt in prompts]
+        scores.append(rouge_l(answer_texts(model, tokenizer, asked), references))
+        print(f'{path}: Rouge-L {scores[-1]:.2f}')
+    print(f'the average: {statistics.mean(scores):.2f}')
+
+
+if __name__ == '__main__':
+    run_as_program(main)

@@ -191,13 +191,6 @@ def kd_loss(student_logits, teacher_logits, temperature=1.0):
     return temperature**2 * kl_of_logits(teacher, student_logits / temperature).mean()
 
 
-def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) of logits (..., V), the mean over positions."""
-    from engine.loss import kl_of_logits
-
-    return kl_of_logits(student_logits, teacher_logits.detach()).mean()
-
-
 def train_tokenizer(kind, folder, vocab_size=400):
     """Save a small tokenizer in a folder, as a model's has it: byte-level, or lowercase."""
     import tokenizers

@@ -23,7 +23,6 @@ ELSEWHERE = re.compile(
 SMALLER = {  # knobs that a command gets besides its own
     'train': ['--tokens=512', '--eval_tokens=512', '--batch_size=2'],
     'evaluate': ['--eval_tokens=256', '--kl_examples=2', '--draft_prompts=2'],
-    'extras.bridge': ['--answer_tokens=2'],
     'inheritune': ['--samples=2'],
     'data.prepare': ['--out=prepared'],
     'extras.alignment': ['--samples=16', '--block_size=16'],
