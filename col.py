@@ -549,8 +549,8 @@ def interpolate(folders, size, alpha, target):
 
 def main(argv):
     """Command line: CHAIN_FOLDER TARGET, then knobs."""
-    program, words = 'col.py CHAIN_FOLDER TARGET', ('chain', 'target')
-    options, _, _ = configure(argv, Interpolation, program=program, words=words)
+    words = ('chain', 'target')
+    options, _, _ = configure(argv, Interpolation, program='col.py CHAIN TARGET', words=words)
     sizes = [(size, size) for size in options.to]
     sizes += [(format_count(params), params) for params in options.params]
     if not (options.target and sizes):

@@ -139,12 +139,10 @@ def policy_loss(logits, teacher_logits, rollout, clip=0.2):
     teacher_logits (n, T - 1, V) on ids[:, :-1]; rollout: ids, log_q (when drawn), weight (0 outside
     the answers), and R = R_{t+1}, each (n, T).
     """
-    names = 'ids', 'log_q', 'weight', 'R'
-    ids, drawn, weight, R = (rollout[name][:, 1:] for name in names)
+    ids, drawn, weight, R = (rollout[name][:, 1:] for name in ('ids', 'log_q', 'weight', 'R'))
     weight = weight / len(ids)
     V = min(logits.shape[-1], teacher_logits.shape[-1])
-    both = logits, teacher_logits.detach()
-    log_q, log_p = (x[..., :V].float().log_softmax(-1) for x in both)
+    log_q, log_p = (x[..., :V].float().log_softmax(-1) for x in (logits, teacher_logits.detach()))
     single_step = (weight * (log_q.exp() * (log_q - log_p)).sum(-1)).sum()
     ratio = (log_q.gather(-1, ids[..., None])[..., 0] - drawn).exp()
     clipped = torch.minimum(ratio * R, ratio.clamp(1 - clip, 1 + clip) * R)
@@ -290,15 +288,12 @@ def pseudo_answers(teacher, name, run, out):
     if meta.is_file():
         return out
     examples, progress = Examples(name, run.data_dir, 'train'), Path(f'{out}.partial/progress.json')
-    state = dict(counts=fresh_counts(), read=0)  # prompts that are answered
-    if progress.is_file():
-        state = read_json(progress)
+    state = read_json(progress) if progress.is_file() else dict(counts=fresh_counts(), read=0)
     ours, theirs = load_tokenizer(examples.tokenizer), load_tokenizer(tokenizer_of_model(teacher))
     numbers = range(state['read'], 8 if run.toy else len(examples))
     texts = [ours.decode(examples.prompt(i, 2**31).tolist()) for i in numbers]
     model = load(teacher, choose_device(run.device)).eval()
     options = Preparation(name, tokenizer=examples.tokenizer, prompt='plain')
-    encode = example_encoder(options)
 
     def batches():
         answered = zip(texts, answer_texts(model, theirs, [*map(theirs.encode, texts)]))
@@ -306,7 +301,7 @@ def pseudo_answers(teacher, name, run, out):
             said = said or '?' * run.toy  # what hardly was trained may say nothing
             record = dict(prompt=text.removesuffix('\n'), completion=said)
             rows = [(name, record, i % 20 == 1)] if said else []
-            yield encode_examples(rows, options, refuse, encode), i
+            yield encode_examples(rows, options, refuse, example_encoder(options)), i
 
     return write_corpus(batches(), 'supervised', options, out, state)
 
@@ -346,7 +341,7 @@ def score(model, data, data_dir, which):
     tokenizer, chosen = load_tokenizer(examples.tokenizer), range(len(examples))[which]
     asked = [examples.prompt(i, 2**31).tolist() for i in chosen]
     right = [tokenizer.text(ids[said].tolist()).strip() for ids, said in map(examples.fit, chosen)]
-    said = list(answer_texts(model, tokenizer, asked))
+    said = [*answer_texts(model, tokenizer, asked)]
     exact = statistics.mean(map(str.__eq__, said, right))
     return {'Rouge-L': rouge_l(said, [[text] for text in right]), 'exact answers': exact}
 
@@ -360,12 +355,13 @@ def scored_prompts(path):
     found = []
     for where, row in file_records(path):
         try:
-            right = row['output']
-            right = [right] if isinstance(right, str) else right
+            right = [row['output']] if isinstance(row['output'], str) else row['output']
             asked = row.get('prompt') or f'{prompt(row["instruction"], row.get("input"))}\n'
             found.append((asked + '', [text + '' for text in right or [None]]))
         except (TypeError, KeyError, AttributeError) as error:
             refuse(where, error)
+    if not found:
+        raise UserError(f'{path} holds no records')
     return found
 
 
@@ -382,10 +378,10 @@ def main(argv):
     options, _, _ = configure(argv, Scoring, program='extras/minillm.py FOLDER', words=('model',))
     tokenizer = load_tokenizer(tokenizer_of_model(options.model))
     model, scores = load(options.model, choose_device('auto')).eval(), []
-    for path in options.answers:
+    for path in options.answers or ['--answers=FILE,...']:  # which is missing
         prompts, references = zip(*scored_prompts(path))
-        asked = [tokenizer.encode(prompt) for prompt in prompts]
-        scores.append(rouge_l(answer_texts(model, tokenizer, asked), references))
+        said = answer_texts(model, tokenizer, [*map(tokenizer.encode, prompts)])
+        scores.append(rouge_l(said, references))
         print(f'{path}: Rouge-L {scores[-1]:.2f}')
     print(f'the average: {statistics.mean(scores):.2f}')
 

@@ -306,9 +306,9 @@ def test_a_prompt_is_taken_as_it_is_and_an_instruction_as_models_are_tuned(tmp_p
 @pytest.mark.parametrize(
     'line',
     ['{"instruction": "a"}', '{"prompt": 1, "output": "b"}', '{"prompt": "a", "output": []}']
-    + ['[1]', '{'],
+    + ['[1]', '{', ''],
 )
 def test_files_without_prompts_are_refused(tmp_path, line):
     (tmp_path / 'q.jsonl').write_text(line)
-    with pytest.raises(UserError, match='q.jsonl, line 1'):
+    with pytest.raises(UserError, match='q.jsonl(, line 1| holds no)'):
         scored_prompts(str(tmp_path / 'q.jsonl'))
