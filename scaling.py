@@ -442,7 +442,7 @@ class Choice(NamedTuple):
     @property
     def beyond(self):
         """Which of N, D1 and D2 lie outside the points of its fit, in words."""
-        found = zip(VARIABLES, self[2:5], (self.fitted.seen[name] for name in VARIABLES))
+        found = zip(VARIABLES, self[2:5], map(self.fitted.seen.get, VARIABLES))
         return '; '.join(
             f'{name} = {value:.3g} ({low:.3g} to {high:.3g} seen)'
             for name, value, (low, high) in found
@@ -487,14 +487,13 @@ def advise(fits, N, D1, budget):
     losses = [c.fitted.losses(c.N, c.D1, c.D2)[:, 0] for c in choices]
     samples = np.stack([found[1 : min(map(len, losses))] for found in losses])
     best, records = samples.argmin(0), []
-    for i in sorted(range(len(choices)), key=lambda i: losses[i][0]):
+    for i in np.argsort([found[0] for found in losses]):
         c, (low, high) = choices[i], np.quantile(losses[i][1:], QUANTILES)
-        record = {
-            'choice': f'{c.label}, {format_count(c.trained)}',
-            'tokens': budget / (6 * c.trained),
-        }
-        record |= {'predicted loss': losses[i][0], '90% interval': f'{low:.3f} to {high:.3f}'}
-        record['best in'] = f'{np.mean(best == i):.0%}'
+        record = {'choice': f'{c.label}, {format_count(c.trained)}'}
+        record |= {'tokens': budget / (6 * c.trained), 'predicted loss': losses[i][0]}
+        if samples.shape[1] > 1:  # else there is only the fit itself
+            record['90% interval'] = f'{low:.3f} to {high:.3f}'
+            record['best in'] = f'{np.mean(best == i):.0%}'
         rivals = [r for r in choices if c.D1 and r.label == 'start over']
         for rival in (r for r in rivals if math.isclose(r.trained, c.trained, rel_tol=0.02)):
             reused = lambda D: c.fitted.losses(c.N, c.D1, D)
