@@ -205,7 +205,7 @@ def learngene_shape(ansnet, config):
     The AnsNet's shape with the fewest layers, three at least, that reach a descendant's size: of
     GPT-2 XL 3, 5 and 7 for 138M, 220M and 277M, as in Table 9.
     """
-    shapes = [replace(ansnet, n_layer=n) for n in range(3, ansnet.n_layer + 1)]
+    shapes = [replace(ansnet, n_layer=n) for n in range(3, ansnet.n_layer)]
     return next((c for c in shapes if all_params(c) >= all_params(config)), ansnet)
 
 
@@ -361,7 +361,7 @@ class ChainOfLearngene:
         stage = fresh(name, config, epochs * length * examples_in(self, data))
         stage.knobs = self.tuning_knobs(batch_size)
         use_set(stage, Path(self.run.data_dir) / data)
-        start_from(stage, 'weights', [start], subset, config)
+        start_from(stage, 'weights', [start], lambda model, config: model, config)
         return stage
 
     def tuning_knobs(self, batch_size):
@@ -440,7 +440,7 @@ class ChainOfLearngene:
                 tables[2].append(record)
             elif start and not (self.sft_data and start in ('kd', 'seqkd')):  # which learn answers
                 record |= {'N': r.n_params, 'loss at step 0': dict(curves[r.name]).get(0)}
-                record |= {'after recovery': r.val_loss}
+                record['after recovery'] = r.val_loss
                 random = curves.get(r.name.replace(f'-{start}', '-random'))
                 if random and start != 'random':
                     record['speed-up'] = speed_up(curves[r.name], random)

@@ -503,28 +503,22 @@ def advise(fits, N, D1, budget):
     return records
 
 
-def spaced(low, high, n=9):
-    """n numbers from low to high, evenly spaced in their logarithms."""
-    return np.geomspace(low, high, n).tolist()
-
-
 def sunk_cost(fits, method, paper=False):
     """
     (records, panels) of D* over the size of the base (Eq. 12, Figure 10, right), between which half
     of the laws lie. fits: {method: Fit}; paper: also the paper's approximation.
     """
     scratch, grown = fits['scratch'], fits[method]
-    sizes = spaced(grown.seen['N'][0], BEYOND * grown.seen['N'][1])
+    sizes = np.geomspace(grown.seen['N'][0], BEYOND * grown.seen['N'][1], 9)
     limits = [sunk_cost_limits(scratch, grown, N, factor_of(method, grown)) for N in sizes]
     records = []
     for N, found in zip(sizes, limits):
         records.append({'N of the base': format_count(N)} | certainty('D* (tokens)', found))
     panel = Panel('N of the base', 'D* (tokens)', log='xy')
     labels = 'as fitted', 'a quarter of the laws is below', 'a quarter is above'
-    quarters = [np.quantile(f[1:], (0.25, 0.75), method='nearest') for f in limits]
-    values = np.array([(f[0], *q) for f, q in zip(limits, quarters)]).T
-    for label, style, line in zip(labels, ('o-', ':', ':'), values):
-        panel.lines.append(Line(sizes, line.tolist(), label, style, 'C0'))
+    rows = [(f[0], *np.quantile(f[1:], (0.25, 0.75), method='nearest')) for f in limits]
+    for label, style, line in zip(labels, ('o-', ':', ':'), zip(*rows)):
+        panel.lines.append(Line(sizes, line, label, style, 'C0'))
     if paper:
         approximate = [published_sunk_cost_limit(N) for N in sizes]
         panel.lines.append(Line(sizes, approximate, 'Appendix E.1', '--', 'C3'))
@@ -533,9 +527,11 @@ def sunk_cost(fits, method, paper=False):
 
 def optimal(fitted, method, D1):
     """(records, panels) of the compute-optimal N and D2 over the budget (Eq. 13)."""
+    if fitted.law != 'joint':
+        raise UserError(f'the law of {method} is {fitted.law}: it has no N and D1')
     factor = factor_of(method, fitted)
     least, most = (6 * factor * N * D2 for N, D2 in zip(fitted.seen['N'], fitted.seen['D2']))
-    budgets = spaced(least, BEYOND * most)
+    budgets = np.geomspace(least, BEYOND * most, 9)
     found = [compute_optima(fitted, D1, compute, factor) for compute in budgets]
     if not found[0][0].any():
         raise UserError(f'at D1 = {D1:g} more tokens never help: no compute-optimal point')
@@ -546,9 +542,9 @@ def optimal(fitted, method, D1):
             record |= certainty(name, column)
         records.append(record)
     panels = []
-    for name, values in zip(names, np.array([f[0] for f in found]).T):
+    for name, values in zip(names, zip(*(f[0] for f in found))):
         panel = Panel('budget of the second stage (FLOPs)', name, log='xy')
-        panel.lines.append(Line(budgets, values.tolist(), f'D1 = {format_count(D1)}', 'o-'))
+        panel.lines.append(Line(budgets, values, f'D1 = {format_count(D1)}', 'o-'))
         panels.append(panel)
     return records, panels
 
@@ -607,9 +603,9 @@ def law_panel(data, fits, title, over='D2'):
         tokens, losses = points_over(data, over, held, value)
         color, label = f'C{i % 10}', f'{held} = {format_count(value)}'
         panel.lines.append(Line(tokens, losses, label, 'o', color))
-        grid = spaced(tokens[0], tokens[-1], 50)
+        grid = np.geomspace(tokens[0], tokens[-1], 50)
         for law, fitted in fits.items():
-            curve = fitted.losses(data['N'][0], **{held: value, over: grid})[0].tolist()
+            curve = fitted.losses(data['N'][0], **{held: value, over: grid})[0]
             panel.lines.append(Line(grid, curve, '', STYLES[law], color))
     return panel
 
@@ -632,8 +628,8 @@ def power_panels(data, fitted):
     found = measured[0], np.exp(np.minimum(measured[1], 700))
     for panel, points, law in zip(panels, found, laws):
         panel.lines = [
-            Line(D1, points.tolist(), 'each D1 alone', 'o'),
-            Line(D1, law.tolist(), 'Eq. 6'),
+            Line(D1, points, 'each D1 alone', 'o'),
+            Line(D1, law, 'Eq. 6'),
         ]
     return panels
 
@@ -670,8 +666,8 @@ def grow_or_scratch(results, fits):
             panel = law_panel(data, {'multiplicative': grown}, title)
             tokens, losses = points_over(results[other], 'D2', 'D1', 0.0)
             panel.lines.append(Line(tokens, losses, 'from scratch', 'o', 'black'))
-            grid = spaced(tokens[0], max(*tokens, *data['D2']), 50)
-            curve = scratch.losses(results[other]['N'][0], 0.0, grid)[0].tolist()
+            grid = np.geomspace(tokens[0], max(*tokens, *data['D2']), 50)
+            curve = scratch.losses(results[other]['N'][0], 0.0, grid)[0]
             panel.lines.append(Line(grid, curve, '', '-', 'black'))
             blocks.append((f'{method}_or_scratch.png', [panel]))
     return blocks
@@ -807,6 +803,9 @@ def read_fits(path):
             theta = np.array(fitted.rows, np.float64)
             assert tuple(fitted.parameters) == names and np.isfinite(theta).all()
             assert theta.shape == (1 + len(fitted.samples), len(names)) and fitted.samples
+            for low, high in (fitted.seen[name] for name in VARIABLES):
+                assert 0 <= low <= high < math.inf
+            assert fitted.growth is None or 1 <= fitted.growth < math.inf
         assert fits
     except Exception as error:  # damage takes many forms
         reason = f'not a fit.json of scaling.py fit ({type(error).__name__})'

@@ -163,8 +163,8 @@ class MiniLLM:
 
     def __post_init__(self):
         self.state, self.lazy = self, LazyTeacher(self.teacher)
-        self.first, self.rollout = -1, {}  # the step at which the answers were drawn
-        self.step = -1
+        self.first = self.step = -1  # at which the answers were drawn, and which uses them
+        self.rollout = {}
 
     def __call__(self, model, x, y, progress):
         if is_sharded(model):  # every pass is a collective; answers end when they end
