@@ -223,21 +223,6 @@ def test_text_read_in_pieces_has_the_logits_of_the_whole():
         torch.testing.assert_close(torch.cat(parts, 1), model(x).logits)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(pos='learned'), dict(n_kv_head=1)])
-@torch.no_grad()
-def test_a_pass_whose_positions_are_data_is_the_same(changes):
-    """What a GPU records and replays: shapes that do not change, and a mask."""
-    config = GPTConfig.named('32x2', vocab_size=61, block_size=64)
-    model, x = GPT(dataclasses.replace(config, **changes)).double(), tokens(2, 12)
-    cache = Decoding(model, 2, 12).cache
-    first = model(x[:, :5], cache=cache).logits
-    cache.at, parts = torch.arange(5, 8), [first]
-    for piece in (x[:, 5:8], x[:, 8:11]):
-        parts.append(model(piece, cache=cache).logits)
-        cache.at = cache.at + 3  # a recording writes into the same tensor
-    torch.testing.assert_close(torch.cat(parts, 1), model(x[:, :11]).logits)
-
-
 def test_generation_stops_and_is_seeded():
     model, x = small(), tokens(2, 5)
     samples = []
