@@ -560,18 +560,19 @@ def grow_stage(stage, smaller, **how):
     """Let a stage start from the model of the Result `smaller`, grown. how: as of `grow`."""
     stage.parent, stage.origin = smaller, Origin('growth', (smaller.name,), how)
     stage.model = lambda: grow(load(smaller.folder), stage.config, **how)
+    return stage
 
 
 def continue_from(stage, before, with_optimizer):
     """
-    Let a stage continue the Result `before`: its last state, which a stage at a constant rate
+    A stage that continues the Result `before`: its last state, which a stage at a constant rate
     keeps, with the optimizer; or its weights alone, with a new warmup.
     """
-    stage.parent, stage.origin = before, Origin('weights', (before.name,))
+    origin, model = Origin('weights', (before.name,)), partial(load, before.folder)
+    stage = replace(stage, parent=before, origin=origin, model=model)
     if with_optimizer:
-        stage.origin.kind, stage.knobs = 'last state', dict(warmup=0.0)
-    else:
-        stage.model = partial(load, before.folder)
+        origin.kind, stage.model = 'last state', None
+        stage.knobs = stage.knobs | dict(warmup=0.0)
     return stage
 
 
@@ -585,9 +586,9 @@ def trunk_and_branch(stage, decay_fraction):
     trunk.knobs = stage.knobs | dict(schedule='constant')
     trunk.labels = dict(size=stage.labels['size'], trunk=True)
     before = yield trunk
-    branch = replace(stage, tokens=decay_fraction * stage.tokens, model=None, also=())
+    branch = replace(stage, tokens=decay_fraction * stage.tokens, also=())
     branch = continue_from(branch, before, with_optimizer=True)
-    branch.knobs |= stage.knobs | dict(decay_fraction=1.0)
+    branch.knobs |= dict(decay_fraction=1.0)
     member = yield branch
     return before, member
 

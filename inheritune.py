@@ -47,7 +47,6 @@ from engine.report import (
     compare_variants,
     draw_panels,
     mean_line,
-    pyplot,
     render,
     save_figure,
 )
@@ -517,9 +516,11 @@ def attention_report(options):
 
 def draw_maps(maps, path):
     """Draw of four layers the most attentive head, the mean over the sequences (Figure 2)."""
-    layers, plt = np.unique(np.linspace(0, len(maps) - 1, 4, dtype=int)), pyplot()
-    figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.2), squeeze=False)
-    for ax, layer in zip(axes[0], layers):
+    from matplotlib.figure import Figure  # a second, which not every command needs
+
+    layers = np.unique(np.linspace(0, len(maps) - 1, 4, dtype=int))
+    figure = Figure((4 * len(layers), 3.2), layout='tight')
+    for ax, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers):
         head = attention_rank(maps[layer]).double().mean(0).argmax()
         image = ax.imshow(maps[layer][:, head].mean(0).numpy())
         ax.set(xlabel='key position', ylabel=f'query position, layer {layer + 1}, head {head + 1}')

@@ -13,7 +13,6 @@ interrupted one continues where it was saved: after any interruption the same co
 """
 
 import contextlib
-import copy
 import gc
 import math
 import time
@@ -56,12 +55,10 @@ from engine.parallel import (
 from engine.report import duration, plan_text, report
 from engine.stage import Origin, Planned, Progress, Result, Stage, describe, next_token
 from expand import GrowthComparison, Progressive
-from extras.dpo import PostTraining
-from extras.sweep import Sweep
-from extras.timeseries import TimeSeries
 from inheritune import Inheritune
 from let import LET
 from model import GPT, GPTConfig, load, read_config
+from scaling import Sweep
 
 Beta = Annotated[float, Range(0, 1 - 1e-9)]
 
@@ -220,11 +217,14 @@ METHODS = {
     'growth': GrowthComparison,
     'inheritune': Inheritune,
     'let': LET,
-    'timeseries': TimeSeries,
     'sweep': Sweep,
     'col': ChainOfLearngene,
-    'posttrain': PostTraining,
 }
+if Path(__file__).with_name('extras').is_dir():  # appendices, without which all of these run
+    from extras.dpo import PostTraining
+    from extras.timeseries import TimeSeries
+
+    METHODS |= dict(timeseries=TimeSeries, posttrain=PostTraining)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def plan(run, method):
         planned.append(Planned(stage, knobs, steps, result))
         return result
 
-    for _ in stages_of(copy.deepcopy(method), run, pretend):  # it may change itself
+    for _ in stages_of(method, run, pretend):
         pass
     return planned
 

@@ -4,17 +4,16 @@
 #   python data/prepare.py slimpajama --tokenizer=FOLDER
 #   python data/prepare.py starcoder --tokenizer=FOLDER
 # FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens.
-# The table's other columns of continual pretraining: --second_data=openwebmath (Math);
-# --reuse=cpt+replay0.25 --scratch= (CPT (rep), a quarter of the second stage's data is the base's);
-# --reuse=cpt+stable --scratch= (CPT (sta), from the stable phase, without warming up again)
+# The table's other columns of continual pretraining: --second_data=openwebmath (Math), and
+# --variants=replay,stable --scratch= (CPT (rep), a quarter of whose second stage is the base's
+# data; CPT (sta), from the stable phase, without warming up again)
 method = 'sweep'
+size = '0.1b'
 reuse = ('cpt',)
 second_data = 'starcoder'
-scratch = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-sizes = ('0.1b',)
-longest = (17600 * 512 * 1024,)
+longest = 17600 * 512 * 1024
 first = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-second = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+second = scratch = first
 
 data = 'slimpajama'
 block_size = 1024

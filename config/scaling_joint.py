@@ -1,15 +1,20 @@
 # Scaling laws of model reuse (Liew and Kato), section 4.1 and Table 7: the joint law in D1, D2 and
-# N, continual pretraining on code, six sizes and their longest runs (Table 4).
+# N of continual pretraining on code. It is fitted to runs of six sizes (Table 4): 1b-reuse and,
+# each with an --out_dir=out/scaling_joint_SIZE of its own,
+#   --size=15m --longest=2.307e9 --batch_size=128 --learning_rate=8e-3 --warmup=200
+#   --size=44m --longest=4.614e9 --batch_size=256 --learning_rate=4e-3 --warmup=200
+#   --size=0.1b --longest=9.227e9 --batch_size=512 --learning_rate=4e-3 --warmup=200
+#   --size=0.2b --longest=1.845e10 --batch_size=512 --learning_rate=2e-3 --warmup=400
+#   --size=0.5b --longest=3.691e10 --batch_size=512
+# after which
+#   python scaling.py fit out/scaling_joint*/results.csv
 # Appendix D.3, stacking: --reuse=stk2 --second_data=
+# Table 5, benchmarks of the largest base:
+#   python evaluate.py out/scaling_joint/1b-reuse-73.8G config/tasks_scaling.py --data=slimpajama
 from config.scaling_cpt_code import *
 
-sizes = ('15m', '44m', '0.1b', '0.2b', '0.5b', '1b-reuse')
-longest = tuple(
-    steps * batch * 1024
-    for steps, batch in zip(
-        (17600, 17600, 17600, 35200, 70400, 70400), (128, 256, 512, 512, 512, 1024)
-    )
-)
-batch_sizes = (128, 256, 512, 512, 512, 1024)
-learning_rates = (8e-3, 4e-3, 4e-3, 2e-3, 4e-4, 4e-4)
-warmups = (200, 200, 200, 400, 800, 800)
+size = '1b-reuse'
+longest = 70400 * 1024 * 1024
+batch_size = 1024
+learning_rate = 4e-4
+warmup = 800

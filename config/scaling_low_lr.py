@@ -4,6 +4,7 @@ from config.scaling_cpt_code import *
 
 first = (1.0,)
 second = (1 / 16, 1 / 8, 1 / 4)
-reuse = ('cpt', 'cpt+low', 'stk2', 'stk2+low')
+reuse = ('cpt', 'stk2')
+variants = ('low',)
 second_data = 'starcoder'
 scratch = ()

@@ -1,9 +1,11 @@
 # Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a base of 15M stacked and
 # trained on up to 2,000 tokens for each parameter of the base, every decay three times.
+# Table 9 and Figure 11, 0.5B to 1B: --size=0.5b --longest=3.69e10 --batch_size=512
+#   --learning_rate=4e-4 --warmup=800 --first=0.25,0.5,1,2 --second=4,5,6,7 --decays=1
 from config.scaling_cpt_code import *
 
-sizes = ('15m',)
-longest = (17600 * 128 * 1024,)
+size = '15m'
+longest = 17600 * 128 * 1024
 first = (1 / 8, 3 / 16, 1 / 4, 1 / 2, 1.0, 4.0)
 second = (4.0, 8.0, 12.0)
 decays = 3

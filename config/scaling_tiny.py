@@ -2,8 +2,8 @@
 # grids of continual pretraining on code and of stacking, and the stacked shape from scratch; then
 # the laws of its Table 1 fitted to them.
 method = 'sweep'
-sizes = ('48x2',)
-longest = (2**20,)
+size = '48x2'
+longest = 2**20
 first = (0.125, 0.25, 0.5, 1.0)
 second = (0.0625, 0.125, 0.25, 0.5)
 reuse = ('cpt', 'stk2')

@@ -76,15 +76,14 @@ def format_cell(column, value):
 
 def table(records):
     """Records, dicts of one or more columns, as a Markdown table with aligned columns."""
-    columns = list(dict.fromkeys(column for record in records for column in record))
+    columns = [*dict.fromkeys(itertools.chain(*records))]
     rows = [columns, *([format_cell(c, r.get(c)) for c in columns] for r in records)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    width, *widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ['-' * width, *('-' * (w - 1) + ':' for w in widths)])
     lines = []
     for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append(f'| {" | ".join([first.ljust(widths[0]), *cells])} |')
-    rule = ['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])]
-    lines.insert(1, f'|{"|".join(rule)}|')
+        cells = [first.ljust(width), *map(str.rjust, others, widths)]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -92,10 +91,10 @@ def interval(values):
     """The 95% confidence interval of the mean of some numbers, None for fewer than two."""
     if len(values) < 2:
         return None
-    from scipy.stats import t  # a second, which not every command needs
+    from scipy.stats import sem, t  # a second, which not every command needs
 
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    mean, half = statistics.mean(values), t.ppf(0.975, len(values) - 1) * sem(values)
+    return mean - half, mean + half
 
 
 def by_label(results, label):
@@ -166,26 +165,16 @@ class Panel:
 WHOLE_AXES = ('layer', 'step')  # axes on which there is nothing between whole numbers
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files only."""
-    os.environ['MPLBACKEND'] = 'Agg'  # a notebook's may not exist here, and stop the import
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_panels(panels, path):
     """Draw Panels side by side into a PNG file, atomically."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4), squeeze=False)
-    for ax, panel in zip(axes[0], panels):
+    from matplotlib.figure import Figure  # a second, which not every command needs
+
+    figure = Figure((1 + 5 * len(panels), 4), layout='tight')
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for line in panel.lines:
             (drawn,) = ax.plot(line.x, line.y, line.style, label=line.label, color=line.color)
             if line.band is not None:
-                ends = [[y + sign * b for y, b in zip(line.y, line.band)] for sign in (-1, 1)]
+                ends = line.y - line.band, line.y + line.band
                 ax.fill_between(line.x, *ends, alpha=0.25, color=drawn.get_color())
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.ylim:
@@ -195,18 +184,26 @@ def draw_panels(panels, path):
         ax.set_title(panel.title, fontsize=9)
         ax.grid(alpha=0.25)
         for which in panel.log:
-            ax.set(**{f'{which}scale': 'log'})
+            log_scale(ax, which)
         if ax.get_legend_handles_labels()[1]:
             size = 8 if len(panel.lines) <= 20 else 5
             ax.legend(fontsize=size, loc='upper left', bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
+def log_scale(ax, which):
+    """Make an axis, 'x' or 'y', logarithmic, with ticks as our tables write numbers: 100k, 2B."""
+    ax.set(**{f'{which}scale': 'log'})
+    axis, (low, high) = getattr(ax, f'{which}axis'), getattr(ax, f'get_{which}lim')()
+    if high < 1000 * low:  # else one at each power of ten
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.set_major_formatter(lambda number, position: format_count(number))
+    axis.set_minor_formatter(lambda number, position: '')
+
+
 def save_figure(figure, path):
     """Write a figure to a PNG file, atomically."""
-    figure.tight_layout()
     figure.savefig(f'{path}.tmp', format='png', dpi=140)
-    pyplot().close(figure)
     commit_file(f'{path}.tmp', path)
 
 

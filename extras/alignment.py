@@ -31,7 +31,7 @@ from engine.log import progress_bar
 from engine.parallel import choose_device, to_device
 from engine.report import table
 from engine.teacher import as_initialised, open_teacher
-from extras.diagnostics import hessian_vector_product, mean_over, norm
+from extras.diagnostics import hessian_vector_product
 from let import alignment_loss, constant_similarity, pair_layers, teacher_states
 from model import GPTConfig
 
@@ -66,8 +66,9 @@ def curvature(loss, parameters, probes):
     """
     generator, squares = torch.Generator().manual_seed(0), []
     for _ in range(probes):
-        v = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-        squares.append(norm(hessian_vector_product(loss, parameters, v)) ** 2)
+        v = torch.cat([torch.randn(p.shape, generator=generator).flatten() for p in parameters])
+        product = hessian_vector_product(loss, parameters, v.to(parameters[0]))
+        squares.append(product.double().square().sum().item())
     return math.sqrt(sum(squares) / probes)
 
 
@@ -85,7 +86,10 @@ def measure(model, teacher, batches, pair, probes=0):
         both = gradient(loss, parameters, retain_graph=True), gradient(output.loss, parameters)
         return [-loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)]
 
-    similarity, constant, ours, data = mean_over(batches, gradients)
+    totals = [0.0] * 4
+    for x, y in batches:
+        totals = [total + part for total, part in zip(totals, gradients(x, y))]
+    similarity, constant, ours, data = (total / len(batches) for total in totals)
     record = {'layer': layer, 'similarity': similarity.item(), 'of a constant': constant.item()}
     record |= {'gradient of L_proj': ours.norm().item(), 'gradient of CE': data.norm().item()}
     record['agreement'] = F.cosine_similarity(ours, data, dim=0).item()

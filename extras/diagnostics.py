@@ -11,47 +11,34 @@ of the loss curve and the largest eigenvalue of the Hessian show no clear trend.
 """
 
 import math
-from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configurator import Count, NonNegative, Positive, Range, configure
 from data.corpus import verify_corpus
 from data.loader import Share, validation_batches
 from engine.errors import UserError
 from engine.files import read_json
 from engine.log import progress_bar, read_metrics
 from engine.parallel import choose_device
-from engine.report import Line, Panel, draw_panels, format_count, table
+from engine.report import Line, Panel
 from engine.stage import Result
 from model import load
 
-PIECES = 20  # of a training curve, whose variances are drawn
-
-
-def loss_variance(losses, width=20):
-    """Mean variance of a training curve within windows of `width`, each less its own trend."""
-    from scipy.signal import detrend  # a second, which not every command needs
-
-    width = min(width, len(losses))
-    if width < 4:
-        return math.nan
-    windows = np.reshape(losses[: len(losses) // width * width], (-1, width))
-    return float((detrend(windows) ** 2).sum(1).mean() / (width - 2))
+# ----------------------------------------------------------------------------------------------
+# models
 
 
 def hessian_vector_product(loss, parameters, vector):
-    """H v for the Hessian H of loss(), a scalar tensor, in parameters that it depends on."""
+    """H v for the Hessian H of loss(), a scalar, in parameters that it depends on; v a vector."""
+    flat = lambda parts: torch.cat([part.flatten() for part in parts])
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
-        gradient = torch.autograd.grad(loss(), parameters, create_graph=True)
-        slope = sum((g * v).sum() for g, v in zip(gradient, vector))
-        return torch.autograd.grad(slope, parameters)
+        slope = flat(torch.autograd.grad(loss(), parameters, create_graph=True)) @ vector
+        return flat(torch.autograd.grad(slope, parameters))
 
 
 def plain_cross_entropy(model, x, y):
@@ -59,202 +46,132 @@ def plain_cross_entropy(model, x, y):
     return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
 
 
-def norm(vector):
-    """The Euclidean norm of a list of tensors."""
-    return math.sqrt(sum(v.double().square().sum().item() for v in vector))
-
-
-def mean_over(batches, function):
-    """The mean over batches of a function that returns a list of tensors."""
-    total = None
-    for batch in batches:
-        parts = [part / len(batches) for part in function(*batch)]
-        total = parts if total is None else [a + b for a, b in zip(total, parts)]
-    return total
-
-
-def largest_eigenvalue(model, batches, iterations=10, seed=0):
+def largest_eigenvalue(model, batches, iterations=10):
     """
     The eigenvalue of the Hessian of the mean cross entropy over `batches` of (x, y) that is
     largest in size, with its sign, by power iteration (the paper: 10 iterations, 128 samples).
     """
-    generator = torch.Generator().manual_seed(seed)
-    parameters = list(model.parameters())
-    vector = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    value = math.nan
-
-    def product_on(x, y):
-        return hessian_vector_product(lambda: plain_cross_entropy(model, x, y), parameters, vector)
-
+    parameters, generator = [*model.parameters()], torch.Generator().manual_seed(0)
+    product = torch.randn(sum(p.numel() for p in parameters), generator=generator)
+    product = product.to(parameters[0])
     for _ in progress_bar(range(iterations), desc='power iteration'):
-        length = norm(vector)
-        vector = [v / length for v in vector]
-        product = mean_over(batches, product_on)
-        value = sum((p.double() * v.double()).sum().item() for p, v in zip(product, vector))
-        vector = product
-    return value
-
-
-# ----------------------------------------------------------------------------------------------
-# the toy model
-
-
-@dataclass
-class Toy:
-    """The toy model of section 5.3: scaling.py toy."""
-
-    branching: Annotated[float, Range(1.01)] = 4.0  # k, before the first stage
-    decay: Positive = 1.0  # lambda: P(depth) ~ exp(-lambda depth)
-    growth: NonNegative = 0.05  # delta: k grows as D1^delta
-    features: Annotated[int, Range(1000)] = 1000000  # ranks that are summed over
-
-
-def toy_exponents(D1, toy):
-    """
-    Features are nodes of a tree whose branching factor k = branching x D1^growth the first stage
-    has widened; the one of rank r is met with probability ~ r^-(1 + alpha), alpha = decay / log k,
-    and known once it was met (Hutter): after D2 samples the loss is sum P (1 - P)^D2. Returns for
-    every D1 the slope of -log loss in log D2 and alpha, float64 arrays; the slope is alpha /
-    (1 + alpha), which is alpha where alpha is small.
-    """
-    D2 = np.logspace(2, 4, 9)
-    rank = np.arange(1, toy.features + 1, dtype=np.float64)
-    slopes, alphas = [], []
-    for d1 in D1:
-        alpha = toy.decay / math.log(toy.branching * d1**toy.growth)
-        p = rank ** -(1 + alpha)
-        p /= p.sum()
-        loss = np.array([(p * np.exp(d2 * np.log1p(-p))).sum() for d2 in D2])
-        slopes.append(-np.polyfit(np.log(D2), np.log(loss), 1)[0])
-        alphas.append(alpha)
-    return np.array(slopes), np.array(alphas)
-
-
-def toy_command(argv):
-    """scaling.py toy"""
-    toy, _, _ = configure(argv, Toy, program='scaling.py toy')
-    D1 = np.logspace(0, 8, 9)
-    slopes, alphas = toy_exponents(D1, toy)
-    log_k = math.log(toy.branching)
-    records = []
-    for d1, slope, alpha in zip(D1, slopes, alphas):
-        first_order = toy.decay / log_k - toy.decay * toy.growth / log_k**2 * math.log(d1)
-        record = {'D1': f'{d1:.0e}', 'measured exponent': slope}
-        record |= {'alpha': alpha, 'alpha/(1 + alpha)': alpha / (1 + alpha)}
-        records.append(record | {'to first order': first_order})
-    print(table(records))
-
-
-# ----------------------------------------------------------------------------------------------
-# models
-
-
-@dataclass
-class Diagnosis:
-    """Norms, variance and curvature of models: scaling.py diagnose FOLDER [FOLDER ...]."""
-
-    data: str = 'pydocs'  # prepared corpus for curvature and gradient, its validation split
-    data_dir: str = 'data'  # where prepared corpora are
-    samples: Count = 128  # sequences
-    block_size: Count = 128  # tokens in each
-    iterations: Count = 10  # of power iteration
-    out: str = '.'  # folder for norms.png: norms and variance along training, curvature over D1
-    device: str = 'auto'  # cuda or cpu
+        vector, product = product / product.norm(), 0
+        for x, y in batches:
+            loss = partial(plain_cross_entropy, model, x, y)
+            product = product + hessian_vector_product(loss, parameters, vector)
+    return (vector @ product).item() / len(batches)
 
 
 def training_curves(folder):
     """
-    {step, loss, grad_norm, param_norm} of a run, float64 arrays: a stage that continues its
+    loss, grad_norm and param_norm of a run over its steps, a DataFrame: a stage that continues its
     parent's optimizer state is one run with it.
     """
     import pandas  # a second, which not every command needs
 
     folder, columns = Path(folder), ['step', 'loss', 'grad_norm', 'param_norm']
     lines = [line for line in read_metrics(folder) if 'loss' in line]
-    curves = pandas.DataFrame(lines, columns=columns, dtype=float)
+    curves = pandas.DataFrame(lines, columns=columns, dtype=float).set_index('step')
     identity = read_json(folder / 'stage.json')
     if identity.get('continues_optimizer'):
         before = training_curves(folder.parent / identity['parent'])
-        curves['step'] += before['step'][-1]
-        curves = pandas.concat([pandas.DataFrame(before), curves])
-    return {name: curves[name].to_numpy() for name in columns}
+        curves.index += before.index[-1]
+        curves = pandas.concat([before, curves])
+    return curves
 
 
-def diagnose(folder, options):
-    """One model's record: gradient norm, parameter norm, curvature, and its training curve's."""
-    device = choose_device(options.device)
+def measure(folder, options):
+    """A record of a finished stage: norms of its gradient in training and of it, curvature."""
+    labels, curves = Result.of(folder).labels, training_curves(folder)
+    device = choose_device('auto')
     model = load(folder, device).float().eval()
-    corpus = verify_corpus(options.data, options.data_dir)
+    corpus, length = verify_corpus(options.data, options.data_dir), model.config.block_size
     corpus.check_vocabulary(model.config, folder)
-    length = min(options.block_size, model.config.block_size)
-    size, n_tokens = min(8, options.samples), options.samples * length
-    found = validation_batches(corpus.val, length, size, n_tokens, Share(device))
+    n_tokens = options.samples * length
+    found = validation_batches(corpus.val, length, 8, n_tokens, Share(device))
+    record = {'model': Path(folder).name}
+    record |= {key: labels.get(key, math.nan) for key in ('method', 'D1', 'D2')}  # of a sweep
+    record['gradient norm'] = curves.grad_norm[len(curves) // 2 :].mean()  # of the second half
+    record['parameter norm'] = curves.param_norm.iloc[-1]
+    record['variance of the loss'] = curves.loss.diff().var() / 2  # of the noise of a step
     batches = [(x, y) for x, y, _ in found]
-    parameters = list(model.parameters())
-    gradient = mean_over(batches, lambda x, y: torch.autograd.grad(model(x, y).loss, parameters))
-    record = {'model': Path(folder).name, 'gradient norm': norm(gradient)}
-    if (Path(folder) / 'result.json').is_file():  # of a sweep
-        labels = Result.of(folder).labels
-        record |= {key: labels[key] for key in ('method', 'D1', 'D2') if key in labels}
-    record['parameter norm'] = norm(parameters)
-    record['largest eigenvalue'] = largest_eigenvalue(model, batches, options.iterations)
-    if (Path(folder) / 'metrics.jsonl').is_file():
-        curves = training_curves(folder)
-        half = len(curves['grad_norm']) // 2
-        record['variance of the loss curve'] = loss_variance(curves['loss'])
-        record['gradient norm in training'] = float(np.nanmean(curves['grad_norm'][half:]))
-    return record
+    return record | {'largest eigenvalue': largest_eigenvalue(model, batches)}
 
 
 def norm_panels(folders):
     """
     Gradient and parameter norms, and the variance of the loss, over the steps, a line per run
-    (Figures 4, 12, 13 and 14).
+    (Figures 4, 12, 13 and 14), over windows of a fortieth of it: single steps are noise.
     """
-    panels = [Panel('step', what) for what in ('gradient norm', 'parameter norm')]
-    panels.append(Panel('step', 'variance of the loss', log='y'))
+    panels = {}
     for folder in folders:
         curves = training_curves(folder)
-        width = max(1, len(curves['step']) // 40)  # of a moving average: single steps are noise
-        steps = curves['step'][width - 1 :].tolist()
-        for panel, key in zip(panels, ('grad_norm', 'param_norm')):
-            smooth = np.convolve(curves[key], np.ones(width) / width, 'valid').tolist()
-            panel.lines.append(Line(steps, smooth, Path(folder).name))
-        pieces = zip(*(np.array_split(curves[key], PIECES) for key in ('step', 'loss')))
-        pieces = [(float(step[-1]), loss_variance(loss)) for step, loss in pieces if len(loss) > 3]
-        if pieces:
-            panels[2].lines.append(Line(*map(list, zip(*pieces)), Path(folder).name))
-    return panels
+        window = max(4, len(curves) // 40)
+        smooth = curves[['grad_norm', 'param_norm']].rolling(window).mean()
+        smooth['variance of the loss'] = curves.loss.diff().rolling(window).var() / 2
+        for name in smooth:
+            line = Line(smooth.index, smooth[name], Path(folder).name)
+            panels.setdefault(name, Panel('step', name)).lines.append(line)
+    return [*panels.values()]
 
 
-def curvature_panel(records):
+def curvature_panel(records, data):
     """
-    The largest eigenvalue over D1, a line for each method and D2 of a sweep, the mean over its
-    seeds (Figure 15).
+    The largest eigenvalue on a corpus over D1, a line for each method of a sweep, the mean over
+    seeds and D2; of models from scratch, which are the bases, over their own tokens (Figure 15).
     """
-    import pandas  # a second, which not every command needs
+    import pandas
 
-    panel = Panel('D1 (tokens)', 'largest eigenvalue', log='x')
-    found = pandas.DataFrame([record for record in records if record.get('D1')])
-    for (method, D2), rows in found.groupby(['method', 'D2']) if len(found) else ():
-        mean = rows.groupby('D1')['largest eigenvalue'].mean()
-        label = f'{method}, D2 = {format_count(D2)}'
-        panel.lines.append(Line(mean.index.tolist(), mean.tolist(), label, 'o-'))
+    panel = Panel('D1 (tokens)', f'largest eigenvalue on {data}', log='x')
+    found = pandas.DataFrame(records)
+    found['D1'] = found.D1.where(found.D1 > 0, found.D2)
+    means = found.pivot_table('largest eigenvalue', 'D1', 'method')
+    panel.lines = [Line(means.index, means[method], method, 'o-') for method in means]
     return panel
 
 
-def diagnose_command(argv):
-    """scaling.py diagnose FOLDER [FOLDER ...]"""
-    folders = list(takewhile(lambda arg: arg[:1] != '-', argv))
-    knobs = argv[len(folders) :]
-    options, _, _ = configure(knobs, Diagnosis, program='scaling.py diagnose FOLDER ...')
+def diagnose(folders, options):
+    """Blocks of scaling.py diagnose FOLDER [FOLDER ...], finished stages. Raises UserError."""
     if not folders:
         raise UserError('missing arguments; usage: scaling.py diagnose FOLDER [FOLDER ...]')
-    records = [diagnose(folder, options) for folder in folders]
-    print(table(records))
-    panels = norm_panels([f for f in folders if (Path(f) / 'metrics.jsonl').is_file()])
-    panels = [panel for panel in (*panels, curvature_panel(records)) if panel.lines]
-    if panels:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        draw_panels(panels, Path(options.out) / 'norms.png')
-        print(f'\nnorms.png is in {options.out}/')
+    records = [measure(folder, options) for folder in folders]
+    panels = [*norm_panels(folders), curvature_panel(records, options.data)]
+    return [records, ('norms.png', panels)]
+
+
+# ----------------------------------------------------------------------------------------------
+# the toy model (section 5.3)
+
+BRANCHING, DECAY, WIDENING = 1e3, 0.5, 0.05  # k, lambda and delta: small exponents, as in the paper
+
+
+def toy_exponents(D1):
+    """
+    Features are nodes of a tree whose branching factor BRANCHING x D1^WIDENING the first stage has
+    widened; the one of rank r is met with probability ~ r^-(1 + alpha), alpha = DECAY / log of that
+    factor, and known once it was met (Hutter): after D2 samples the loss is sum P (1 - P)^D2, here
+    over a million ranks and an integral over those beyond, which D2 = 1e4 samples hardly meet.
+    Returns for every D1 the slope of -log loss in log D2 and alpha, float64 arrays; the slope is
+    alpha / (1 + alpha), which is alpha where alpha is small.
+    """
+    rank, D2, slopes = np.arange(1.0, 1e6), np.logspace(2, 4, 9), []
+    alphas = DECAY / (math.log(BRANCHING) + WIDENING * np.log(D1))
+    for alpha in alphas:
+        beyond, p = 1e6**-alpha / alpha, rank ** -(1 + alpha)
+        met = np.log1p(-p / (p.sum() + beyond))
+        loss = [(p * np.exp(tokens * met)).sum() + beyond for tokens in D2]
+        slopes.append(-np.polyfit(np.log(D2), np.log(loss), 1)[0])
+    return np.array(slopes), alphas
+
+
+def toy(files, options):
+    """Blocks of scaling.py toy: exponents over D1, and how far the theory of small ones holds."""
+    D1, log_k = np.logspace(0, 8, 9), math.log(BRANCHING)
+    straight = DECAY / log_k * (1 - WIDENING * np.log(D1) / log_k)
+    names = 'log10 D1', 'measured exponent', 'alpha', 'alpha - theta log D1'
+    limit = math.exp(0.1**0.5 * log_k / WIDENING)
+    return [
+        [dict(zip(names, row)) for row in zip(range(9), *toy_exponents(D1), straight)],
+        f'alpha falls as log D1 up to D1 = {limit:.0e}, where the first order is 10% off; the '
+        'measured exponent is alpha / (1 + alpha), alpha only where it is small',
+    ]

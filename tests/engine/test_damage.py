@@ -109,17 +109,6 @@ def run(data_dir, tmp_path_factory):
         Path(scaling.__file__).parent / 'data' / 'published_reuse_losses.csv',
         folder / 'results.csv',
     )
-    law = scaling.LAWS['multiplicative']
-    fitted = dict(
-        law='multiplicative',
-        parameters=dict.fromkeys(law.parameters, 0.5),
-        intervals={},
-        samples=[[0.5] * len(law.parameters)],
-        rms=0.1,
-        leave_one_out=0.1,
-        seen=dict.fromkeys(('N', 'D1', 'D2'), (1.0, 2.0)),
-    )
-    (folder / 'fit.json').write_text(json.dumps(dict(cpt=fitted)))
     return folder
 
 
@@ -150,7 +139,6 @@ READERS = {
     ),
     'signatures/train.marks': read_set,
     'results.csv': lambda f: scaling.read_results(f / 'results.csv'),
-    'fit.json': lambda f: scaling.read_fits(f / 'fit.json'),
 }
 
 
