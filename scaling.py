@@ -593,11 +593,13 @@ def read_results(path):
     rows[WORDS] = rows[WORDS].fillna('')
     rows['trained_N'] = rows.trained_N.fillna(rows.N * rows.method.map(GROWTH).fillna(1))
     given = np.where(rows.method == 'scratch', rows.D1 == 0, rows.D1 >= 1e3) & (rows.D2 >= 1e3)
-    wrong = ~(given & (rows.N > 0) & (rows.loss > 0))
+    wrong = ~(given & (rows.N > 0) & (rows.loss > 0) & (rows.trained_N >= rows.N))
+    wrong |= ~(rows[NUMBERS] < math.inf).all(axis=1) | rows.duplicated([*WORDS, *COLUMNS[1:-1]])
     if wrong.any():
         raise UserError(
-            f'{path}, row {wrong.argmax() + 2}: N and loss must be positive, and D1 and D2 tokens, '
-            '1000 or more (not billions of them); D1 = 0 is for the method scratch alone'
+            f'{path}, row {wrong.argmax() + 2}: N and loss must be positive, D1 and D2 tokens, '
+            '1000 or more (not billions of them), D1 = 0 of the method scratch alone, trained_N '
+            'at least N; no number missing or infinite, no row with all of another'
         )
     return rows
 
@@ -802,8 +804,9 @@ class Sweep:
         import pandas
 
         points = [r.labels | dict(loss=r.val_loss) for r in results if 'D2' in r.labels]
-        path = Path(results[0].folder).parent / 'results.csv'
-        write_atomically(path, pandas.DataFrame(points).to_csv(index=False))
+        rows, path = pandas.DataFrame(points), Path(results[0].folder).parent / 'results.csv'
+        rows['seed'] = rows.seed * (1 + rows.again.max()) + rows.again
+        write_atomically(path, rows.to_csv(index=False))
         try:
             return fit_results(read_results(path))
         except UserError as error:

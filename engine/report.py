@@ -79,11 +79,12 @@ def table(records):
     columns = [*dict.fromkeys(itertools.chain(*records))]
     rows = [columns, *([format_cell(c, r.get(c)) for c in columns] for r in records)]
     width, *widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ['-' * width, *('-' * (w - 1) + ':' for w in widths)])
     lines = []
     for first, *others in rows:
         cells = [first.ljust(width), *map(str.rjust, others, widths)]
         lines.append(f'| {" | ".join(cells)} |')
+    rule = ['-' * (width + 2), *('-' * (w + 1) + ':' for w in widths)]
+    lines.insert(1, f'|{"|".join(rule)}|')
     return '\n'.join(lines)
 
 

@@ -116,7 +116,7 @@ def test_command_line(tmp_path):
     )
     assert (
         process.returncode == 0
-        and process.stdout.count('\n--- ') == 1
+        and process.stdout.count('--- ') == 2
         and '| drafted' in process.stdout
     ), process.stderr
     for argument, word in (

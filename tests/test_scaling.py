@@ -326,6 +326,10 @@ HEAD = 'method,N,D1,D2,seed,loss\n'
         (HEAD + 'stk2,1e8,1e9,1e9,0,3\nstk2,1e8,2,5,0,3\n', 'row 3.*not billions'),
         (HEAD + 'stk2,1e8,0,1e9,0,3\n', 'row 2.* scratch alone'),
         (HEAD + 'scratch,1e8,1e9,1e9,0,3\n', 'row 2.* scratch alone'),
+        (HEAD + 'stk2,1e8,1e9,1e9,,3\n', 'row 2.* missing'),
+        (HEAD + 'stk2,1e8,1e9,1e9,0,inf\n', 'row 2.* infinite'),
+        (HEAD + 'stk2,1e8,1e9,1e9,0,3\nstk2,1e8,1e9,1e9,0,2\n', 'row 3.* all of another'),
+        (HEAD[:-1] + ',trained_N\nexp,1e8,1e9,1e9,0,3,9e7\n', 'row 2.* at least N'),
         ('\xff\x00', 'separated by commas'),
     ],
 )

@@ -149,6 +149,7 @@ def test_second_stages_decay_several_times_on_data_of_their_own(data_dir, tmp_pa
     rows = pandas.read_csv(tmp_path / 'results.csv')
     losses = rows[rows.method == 'stk2'].loss
     assert losses.nunique() == 3 and losses.max() - losses.min() < 0.5
+    assert rows[rows.method == 'stk2'].seed.tolist() == [0, 1, 2]
     assert len(list(tmp_path.glob('*stk2-stable-*'))) == 1
 
 

@@ -46,7 +46,7 @@ def test_counts_as_the_field_writes_them():
 
 def test_table_is_aligned_markdown():
     records = [{'a': 'ccc', 'bb': 1}]
-    assert table(records) == '| a   | bb |\n| --- | -: |\n| ccc |  1 |'
+    assert table(records) == '| a   | bb |\n|-----|---:|\n| ccc |  1 |'
 
 
 def test_cost_of_a_family(tmp_path):
