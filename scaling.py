@@ -175,12 +175,9 @@ def predict(law, theta, data):
 # ----------------------------------------------------------------------------------------------
 # fits: the logarithm of the loss, under a Huber loss with its knee at 1e-3, in float64
 
-DELTA = 1e-3
 QUANTILES = 0.05, 0.95  # of an interval
 EXPONENTS = 0.03, 0.15, 0.6  # from which a fit starts; and of the other parameters:
 STARTS = dict(A=[0], B=[0], F=[0], alpha3=(0, 0.03), Dmax=(12, 17, 22, 40), E=(-3, -0.7, -0.1))
-TRIED = 8  # of all their combinations, those nearest to the points
-ALL = slice(None)
 
 
 class Fit(NamedTuple):
@@ -193,19 +190,19 @@ class Fit(NamedTuple):
     @property
     def parameters(self):
         """{name: value}, of those in LOGS the logarithm."""
-        return dict(zip(LAWS[self.law].parameters.split(), self.rows[0].tolist()))
+        return dict(zip(LAWS[self.law].parameters.split(), self.rows[0]))
 
     @property
     def growth(self):
         """Size of the model that is trained / size of its base."""
         return (self.data.trained_N / self.data.N).mean()
 
-    def losses(self, N, D1, D2, rows=ALL):
+    def losses(self, N, D1, D2):
         """
-        Losses (1 + S, n) of the law at its parameters, and then at its samples, or at some of these
-        rows; at a size N and D1 and D2 tokens, numbers or float64 (n,).
+        Losses (1 + S, n) of the law at its parameters, and then at its samples, at a size N and D1
+        and D2 tokens, numbers or float64 (n,).
         """
-        return predict(self.law, self.rows[rows], dict(N=[N], D1=D1, D2=D2))
+        return predict(self.law, self.rows, dict(N=[N], D1=D1, D2=D2))
 
 
 def cells_of(data):
@@ -222,7 +219,7 @@ def starts_of(law, data):
     names, middle = LAWS[law].parameters.split(), np.log(data.loss).mean()
     starts = np.array([*itertools.product(*(STARTS.get(name, EXPONENTS) for name in names))])
     starts[:, -1] += middle
-    amplitudes = [i for i, name in enumerate(names) if name in LOGS[:3]]
+    amplitudes = [i for i, name in enumerate(names) if name in 'ABF']
     for i, term in zip(amplitudes, terms_of(law, starts, logarithms(data))):
         starts[:, i] = middle - 1.5 - term.mean(-1)
     return starts
@@ -234,8 +231,8 @@ def solve(law, data, starts):
 
     x, target = logarithms(data), np.log(data.loss.to_numpy())
     residuals = lambda theta: log_loss(law, theta, x) - target
-    near = sorted(starts, key=lambda start: np.abs(residuals(start)).mean())[:TRIED]
-    how = dict(loss='huber', f_scale=DELTA, x_scale='jac', ftol=1e-10, xtol=1e-10, gtol=1e-10)
+    near = sorted(starts, key=lambda start: np.abs(residuals(start)).mean())[:8]
+    how = dict(loss='huber', f_scale=1e-3, x_scale='jac', ftol=1e-10, xtol=1e-10, gtol=1e-10)
     found = [least_squares(residuals, start, max_nfev=400, **how) for start in near]
     return min(found, key=lambda result: result.cost).x
 
@@ -276,7 +273,7 @@ def left_out_error(fitted, left_out):
     for group in left_out:
         points = fitted.data.iloc[group]
         errors.append(np.log(predict(fitted.law, without(fitted, group), points) / points.loss))
-    return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+    return np.sqrt(np.mean(np.concatenate(errors) ** 2))
 
 
 def leave_one_out(law, data):
@@ -333,16 +330,16 @@ def crossings(lead):
     """
     D* (1 + S,): the last number of tokens at which `lead`, the loss of starting over less that of
     reuse, changes its sign; 0: reuse is never ahead; inf: it still is at the last of TOKENS.
-    lead(tokens, rows) -> (1 + S, n), or of some rows, as of `Fit.losses`.
+    lead(tokens (n,)) -> (1 + S, n), as of `Fit.losses`.
     """
     from scipy.optimize import brentq  # a second, which not every command needs
 
     found = []
-    for i, ahead in enumerate(lead(TOKENS, ALL) > 0):
+    for i, ahead in enumerate(lead(TOKENS) > 0):
         found.append(math.inf if ahead[-1] else 0.0)
         if ahead.any() and not ahead[-1]:
             ends = np.log(TOKENS[np.flatnonzero(ahead)[-1] :][:2])
-            found[-1] = math.exp(brentq(lambda log_D: lead(np.exp(log_D), [i]).item(), *ends))
+            found[-1] = math.exp(brentq(lambda log_D: lead(np.exp(log_D))[i].item(), *ends))
     return np.array(found)
 
 
@@ -370,7 +367,7 @@ def sunk_cost_limits(scratch, grown, N):
     as good as one grown from N after D* tokens and trained for D* more; beyond, starting over wins.
     """
     size = grown.growth * N
-    return crossings(lambda D, rows: scratch.losses(size, 0, D, rows) - grown.losses(N, D, D, rows))
+    return crossings(lambda D: scratch.losses(size, 0, D) - grown.losses(N, D, D))
 
 
 def published_sunk_cost_limit(N):
@@ -402,9 +399,9 @@ class Choice(NamedTuple):
     D1: float
     trained: float  # parameters N that are trained
 
-    def losses(self, D2, rows=ALL):
+    def losses(self, D2):
         """As of `Fit`, after D2 tokens."""
-        return self.fitted.losses(self.N, self.D1, D2, rows)
+        return self.fitted.losses(self.N, self.D1, D2)
 
 
 def choices_for(fits, N, D1):
@@ -442,15 +439,20 @@ def advise(fits, N, D1, budget):
     tokens = [budget / (6 * choice.trained) for choice in choices]
     losses = np.array([choice.losses(D2)[:, 0] for choice, D2 in zip(choices, tokens)])
     for i in losses[:, 0].argsort():
-        choice, record = choices[i], {'choice': choices[i].label, 'N': choices[i].trained}
-        record |= {'tokens': tokens[i], 'predicted loss': losses[i, 0]}
+        choice = choices[i]
+        record = {
+            'choice': choice.label,
+            'N': choice.trained,
+            'tokens': tokens[i],
+            'predicted loss': losses[i, 0],
+        }
         if losses.shape[1] > 1:
             low, high = np.quantile(losses[i], QUANTILES)
             record['90% interval'] = f'{low:.3f} to {high:.3f}'
             record['best in'] = f'{np.mean(losses.argmin(0) == i):.0%}'
         for rival in choices if choice.D1 else ():
             if not rival.D1 and rival.trained == choice.trained:
-                lead = lambda D, rows: rival.losses(D, rows) - choice.losses(D, rows)
+                lead = lambda D: rival.losses(D) - choice.losses(D)
                 record |= certainty('beats starting over up to', crossings(lead))
         here, seen = [choice.N, choice.D1, tokens[i]], choice.fitted.data[CELL]
         if not seen.D1.any():  # its D2 are all of the tokens
@@ -464,14 +466,15 @@ def sunk_cost(scratch, grown):
     """Blocks of D* over the size of the base (Eq. 12, Figure 10, right)."""
     sizes = np.geomspace(grown.data.N.min(), BEYOND * grown.data.N.max(), 9)
     limits = [sunk_cost_limits(scratch, grown, N) for N in sizes]
-    records = []
-    for N, found in zip(sizes, limits):
-        records.append({'N of the base': format_count(N)} | certainty('D* (tokens)', found))
-    panel = Panel('N of the base', 'D* (tokens)', log='xy')
-    panel.lines = [
+    records = [
+        {'N of the base': format_count(N)} | certainty('D* (tokens)', found)
+        for N, found in zip(sizes, limits)
+    ]
+    lines = [
         Line(sizes, [found[0] for found in limits], 'as fitted', 'o-'),
         Line(sizes, published_sunk_cost_limit(sizes), 'Appendix E.1', '--'),
     ]
+    panel = Panel('N of the base', 'D* (tokens)', lines, log='xy')
     return [records, ('sunk_cost.png', [panel])]
 
 
@@ -525,11 +528,9 @@ def power_panels(fitted):
     panels, (x, *found) = [], np.array(alone).T
     for values, name in zip(found, ('exponent of D2', 'log of the factor of its power')):
         straight = np.polyval(np.polyfit(x, values, 1), x)
-        panels.append(Panel('D1 (tokens)', name, log='x'))
-        panels[-1].lines = [
-            Line(np.exp(x), values, 'each D1 alone (Eq. 2)', 'o'),
-            Line(np.exp(x), straight, 'a line in log D1 (Eq. 3)', '--'),
-        ]
+        points = Line(np.exp(x), values, 'each D1 alone (Eq. 2)', 'o')
+        line = Line(np.exp(x), straight, 'a line in log D1 (Eq. 3)', '--')
+        panels.append(Panel('D1 (tokens)', name, [points, line], log='x'))
     return panels
 
 
@@ -540,13 +541,12 @@ def held_out_panel(fitted):
     """
     lowest, loss = lowest_tenth(fitted.data), fitted.data.loss.to_numpy()
     predicted = predict(fitted.law, without(fitted, lowest), fitted.data)
-    panel = Panel(LOSS, f'loss predicted by {fitted.law}')
-    panel.lines = [
+    lines = [
         Line(loss, loss, 'equal', '-', 'black'),
         Line(loss, predicted, 'fitted', 'o', 'C0'),
         Line(loss[lowest], predicted[lowest], 'held out, the lowest tenth', 'o', 'C1'),
     ]
-    return panel
+    return Panel(LOSS, f'loss predicted by {fitted.law}', lines)
 
 
 def law_pictures(name, fits, scratch):
@@ -560,8 +560,7 @@ def law_pictures(name, fits, scratch):
     blocks = [(f'{name}.png', panels)]
     if law == 'multiplicative':
         panels += [law_panel(ours), law_panel(ours, 'D1'), *power_panels(first)]
-        shown = [ours | {rival: fits[rival] for rival in row if rival in fits} for row in RIVALS]
-        rivals = [law_panel(some) for some in shown]
+        rivals = [law_panel(ours | {r: fits[r] for r in row if r in fits}) for row in RIVALS]
         blocks.append((f'{name}_laws.png', rivals))
         if scratch:
             rivals.append(law_panel(ours))
@@ -573,7 +572,7 @@ def law_pictures(name, fits, scratch):
 # results.csv, and what is fitted to it
 
 WORDS = ['method', 'variant', 'corpus']  # the last two, and trained_N, may be missing
-COLUMNS = ['method', 'N', 'D1', 'D2', 'seed', 'loss']
+COLUMNS = ['method', *CELL, 'seed', 'loss']
 NUMBERS = [*COLUMNS[1:], 'trained_N']
 
 
@@ -700,15 +699,16 @@ def error_records(fits, scratch):
     import pandas
 
     records, (first, *_) = [], fits.values()
-    data, cells, lowest = first.data, cells_of(first.data), lowest_tenth(first.data)
+    data = first.data
     if scratch:
         before_growth = scratch.data.assign(N=scratch.data.N / first.growth)
         together = fit(first.law, pandas.concat([data, before_growth]), bootstrap=0)
         fits = fits | {f'{first.law}, of scratch and reuse together': together}
     tail = data[data.D2 >= data.D2.quantile(0.75)]
     for name, fitted in fits.items():
+        cells, lowest = cells_of(data), [lowest_tenth(data)]
         record = {'RMS x 1e-3': name, 'cells left out': 1e3 * left_out_error(fitted, cells)}
-        record['lowest tenth left out'] = 1e3 * left_out_error(fitted, [lowest])
+        record['lowest tenth left out'] = 1e3 * left_out_error(fitted, lowest)
         errors = predict(fitted.law, fitted.rows[0], tail) - tail.loss
         records.append(record | {'MSE at the largest D2': (errors**2).mean()})
     return records
@@ -755,11 +755,11 @@ class Sweep:
         lengths, n = (self.first, self.second, self.scratch), 2 if run.toy else None
         first, second, scratch = ({part * self.longest for part in some[:n]} for some in lengths)
         bases = yield from family(self.start(run), first, run)
-        ways = itertools.product(self.reuse, ('', *self.variants), sorted(first))
-        for kind, variant, D1 in ways:
+        variants = '', *self.variants
+        for kind, variant, D1 in itertools.product(self.reuse, variants, sorted(first)):
             if kind == 'cpt' or variant != 'replay':  # the data of growth are the base's
-                start = self.start(run, kind, variant, D1, bases)
-                yield from family(start, second, run, self.decays)
+                first_stage = self.start(run, kind, variant, D1, bases)
+                yield from family(first_stage, second, run, self.decays)
         for kind in self.reuse:
             if kind != 'cpt' or self.second_data:  # else the bases are these runs
                 yield from family(self.start(run, kind), scratch, run)
@@ -846,12 +846,10 @@ def family(first, ends, run, decays=1):
         knobs, tokens = stage.knobs | dict(schedule='wsd', decay_fraction=1.0), (last - stop) * step
         for again in range(decays):
             name = f'{first.name}-{format_si(end)}{f"-again{again}" if again else ""}'
-            begin, labels = (
-                before.position + again * tokens,
-                first.labels | dict(D2=end, again=again),
-            )
-            branch = replace(stage, name=name, tokens=tokens, knobs=knobs, begin=begin)
-            result = yield replace(branch, labels=labels)
+            branch = replace(stage, name=name, tokens=tokens, knobs=knobs)
+            branch.labels = first.labels | dict(D2=end, again=again)
+            branch.begin = before.position + again * tokens
+            result = yield branch
             results.setdefault(end, (result, before))
     return results
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
 
 from data.corpus import verify_corpus
 from data.loader import Share, validation_batches
@@ -35,10 +36,10 @@ from model import load
 
 def hessian_vector_product(loss, parameters, vector):
     """H v for the Hessian H of loss(), a scalar, in parameters that it depends on; v a vector."""
-    flat = lambda parts: torch.cat([part.flatten() for part in parts])
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
-        slope = flat(torch.autograd.grad(loss(), parameters, create_graph=True)) @ vector
-        return flat(torch.autograd.grad(slope, parameters))
+        gradient = torch.autograd.grad(loss(), parameters, create_graph=True)
+        slope = parameters_to_vector(gradient) @ vector
+        return parameters_to_vector(torch.autograd.grad(slope, parameters))
 
 
 def plain_cross_entropy(model, x, y):
@@ -72,9 +73,9 @@ def training_curves(folder):
     folder, columns = Path(folder), ['step', 'loss', 'grad_norm', 'param_norm']
     lines = [line for line in read_metrics(folder) if 'loss' in line]
     curves = pandas.DataFrame(lines, columns=columns, dtype=float).set_index('step')
-    identity = read_json(folder / 'stage.json')
-    if identity.get('continues_optimizer'):
-        before = training_curves(folder.parent / identity['parent'])
+    origin = read_json(folder / 'stage.json', origin=dict)['origin']
+    if origin.get('kind') == 'last state':
+        before = training_curves(folder.parent / origin['models'][0])
         curves.index += before.index[-1]
         curves = pandas.concat([before, curves])
     return curves
@@ -87,14 +88,13 @@ def measure(folder, options):
     model = load(folder, device).float().eval()
     corpus, length = verify_corpus(options.data, options.data_dir), model.config.block_size
     corpus.check_vocabulary(model.config, folder)
-    n_tokens = options.samples * length
-    found = validation_batches(corpus.val, length, 8, n_tokens, Share(device))
+    found = validation_batches(corpus.val, length, 8, options.samples * length, Share(device))
+    batches = [batch[:2] for batch in found]
     record = {'model': Path(folder).name}
     record |= {key: labels.get(key, math.nan) for key in ('method', 'D1', 'D2')}  # of a sweep
     record['gradient norm'] = curves.grad_norm[len(curves) // 2 :].mean()  # of the second half
     record['parameter norm'] = curves.param_norm.iloc[-1]
     record['variance of the loss'] = curves.loss.diff().var() / 2  # of the noise of a step
-    batches = [(x, y) for x, y, _ in found]
     return record | {'largest eigenvalue': largest_eigenvalue(model, batches)}
 
 
@@ -103,16 +103,18 @@ def norm_panels(folders):
     Gradient and parameter norms, and the variance of the loss, over the steps, a line per run
     (Figures 4, 12, 13 and 14), over windows of a fortieth of it: single steps are noise.
     """
-    panels = {}
+    found = {}
     for folder in folders:
         curves = training_curves(folder)
         window = max(4, len(curves) // 40)
         smooth = curves[['grad_norm', 'param_norm']].rolling(window).mean()
         smooth['variance of the loss'] = curves.loss.diff().rolling(window).var() / 2
-        for name in smooth:
-            line = Line(smooth.index, smooth[name], Path(folder).name)
-            panels.setdefault(name, Panel('step', name)).lines.append(line)
-    return [*panels.values()]
+        found[Path(folder).name] = smooth
+    panels = []
+    for name in smooth:
+        lines = [Line(smooth.index, smooth[name], run) for run, smooth in found.items()]
+        panels.append(Panel('step', name, lines))
+    return panels
 
 
 def curvature_panel(records, data):
@@ -122,12 +124,11 @@ def curvature_panel(records, data):
     """
     import pandas
 
-    panel = Panel('D1 (tokens)', f'largest eigenvalue on {data}', log='x')
     found = pandas.DataFrame(records)
     found['D1'] = found.D1.where(found.D1 > 0, found.D2)
     means = found.pivot_table('largest eigenvalue', 'D1', 'method')
-    panel.lines = [Line(means.index, means[method], method, 'o-') for method in means]
-    return panel
+    lines = [Line(means.index, means[method], method, 'o-') for method in means]
+    return Panel('D1 (tokens)', f'largest eigenvalue on {data}', lines, log='x')
 
 
 def diagnose(folders, options):

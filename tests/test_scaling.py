@@ -245,10 +245,10 @@ def test_a_crossing_is_the_last_one_and_never_and_always_are_two_answers():
     reused = np.array([[3.0, 0.1], [0.5, 0.0], [1.0, 0.0]])
     fresh = np.array([[10.0, 0.2], [1.0, 0.0], [0.5, 0.0]])
 
-    def losses(law, D, rows):
-        return law[rows][:, :1] * np.atleast_1d(D) ** -law[rows][:, 1:]
+    def losses(law, D):
+        return law[:, :1] * np.atleast_1d(D) ** -law[:, 1:]
 
-    found = crossings(lambda D, rows: losses(fresh, D, rows) - losses(reused, D, rows))
+    found = crossings(lambda D: losses(fresh, D) - losses(reused, D))
     assert found.tolist() == [pytest.approx((10 / 3) ** 10), math.inf, 0.0]
     columns = certainty('D*', found)
     assert columns == {'D*': '169k', '90% of D*': 'none to any', 'any': '33%', 'none': '33%'}

@@ -5,6 +5,7 @@ model's exponent.
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import scaling
 from engine.errors import UserError
-from engine.stage import Result
+from engine.stage import Origin, Result
 from extras.diagnostics import (
     curvature_panel,
     hessian_vector_product,
@@ -70,14 +71,14 @@ def test_curvature_of_bases_is_over_their_own_tokens():
 
 
 def test_a_run_in_pieces_is_one_curve(tmp_path):
-    for name, parent, continues, steps in (
-        ('a', None, False, 3),
-        ('b', 'a', True, 2),
-        ('c', 'b', False, 2),
+    for name, parent, kind, steps in (
+        ('a', '', 'random', 3),
+        ('b', 'a', 'last state', 2),
+        ('c', 'b', 'weights', 2),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'stage.json').write_text(
-            json.dumps(dict(parent=parent, continues_optimizer=continues))
+            json.dumps(dict(origin=asdict(Origin(kind, (parent,)))))
         )
         (tmp_path / name / 'metrics.jsonl').write_text(
             '\n'.join(
@@ -97,7 +98,7 @@ def test_commands(tmp_path, data_dir, capsys):
         Result(name, str(folder), labels=dict(method='cpt', D1=1e5, D2=6e4)).write()
         lines = [dict(step=i, loss=5 + i % 2, grad_norm=1.0, param_norm=2.0) for i in range(9)]
         (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
-        (folder / 'stage.json').write_text('{}')
+        (folder / 'stage.json').write_text(json.dumps(dict(origin=asdict(Origin()))))
     folders = [str(path) for path in sorted((tmp_path / 'run').iterdir())]
     knobs = [f'--data_dir={data_dir}', '--samples=4']
     scaling.main(['diagnose', *folders, *knobs])
