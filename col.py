@@ -517,8 +517,6 @@ class Interpolation:
     to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
     params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
     alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
-    data: str = ''  # corpus whose validation loss they have, untrained, beside their neighbours
-    data_dir: str = 'data'  # where it is
 
 
 def chain_folders(folder):
@@ -534,8 +532,8 @@ def chain_folders(folder):
 
 def interpolate(folders, size, alpha, target):
     """
-    Write the model of a size, or of a number of parameters, to the folder `target`: the names of
-    its neighbours among {name: folder}. Raises UserError.
+    Write the model of a size, or of a number of parameters, to the folder `target`, from its
+    neighbours among {name: folder}. Raises UserError.
     """
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, shape_of_size(shapes, size))
@@ -544,7 +542,7 @@ def interpolate(folders, size, alpha, target):
         made.save(unfinished, tokenizer_to_carry(folders[small]))
     where = f'between {small} and {large}' if small != large else f'a part of {small}'
     print(f'{target}: {format_count(all_params(config))} parameters in all, {where}')
-    return small, large
+    print(f'their losses:  python evaluate.py {target} {folders[small]} {folders[large]}')
 
 
 def main(argv):
@@ -555,16 +553,10 @@ def main(argv):
     sizes += [(format_count(params), params) for params in options.params]
     if not (options.target and sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
-    folders, compared = chain_folders(options.chain), {}
     alpha = None if options.alpha < 0 else options.alpha
     for name, size in sizes:
         target = Path(options.target) / (name if len(sizes) > 1 else '')
-        neighbours = interpolate(folders, size, alpha, target)
-        compared |= {n: folders[n] for n in neighbours} | {name: target}
-    if options.data:
-        from extras.minillm import losses_at_step_0
-
-        losses_at_step_0(compared, options.data, options.data_dir)
+        interpolate(chain_folders(options.chain), size, alpha, target)
 
 
 if __name__ == '__main__':

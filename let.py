@@ -39,7 +39,7 @@ from engine.log import read_metrics
 from engine.loss import Distillation
 from engine.report import by_label, compare_variants, interval, mean_curve, steps_to_loss
 from engine.stage import Stage, next_token
-from engine.teacher import LazyTeacher, open_teacher, planned_config
+from engine.teacher import lazy_teacher, open_teacher, planned_config
 from model import GPTConfig
 
 # ----------------------------------------------------------------------------------------------
@@ -66,16 +66,16 @@ def let_objective(teacher, alignment, tokenizers=None, padded=False):
     last target are padding, and are left out of L_proj. From S_stop on, and with lambda0 = 0, this
     is next-token prediction to the bit, and the teacher is freed.
     """
-    lazy = LazyTeacher(teacher, alignment.untrained)
+    opened = lazy_teacher(teacher, alignment.untrained)
 
     def objective(model, x, y, progress):
         s, S_stop = progress.step, progress.step_of(alignment.s_stop)
         lam = alignment.lambda0 * max(0.0, S_stop - s) / (S_stop or 1.0)  # Eq. 5
         if not lam:
-            lazy.forget()
+            opened.cache_clear()
             return next_token(model, x, y, progress)
         with torch.no_grad():
-            h_T, covered = teacher_states(lazy.on(x.device), x, alignment.teacher_layer, tokenizers)
+            h_T, covered = teacher_states(opened(x.device), x, alignment.teacher_layer, tokenizers)
             if padded:
                 covered = (y != -100).flip(1).cumsum(1).flip(1) > 0
         output = model(x, y, hidden_at=alignment.target_layer)
@@ -198,13 +198,13 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=1.0, reverse=False):
     all) it is next-token prediction (SALT's n_KD); 1: never (RKD). reverse: KL(student || teacher)
     (Chain-of-Learngene, Eq. 1). Targets of -100, prompts, do not count.
     """
-    lazy = LazyTeacher(teacher)
+    opened = lazy_teacher(teacher)
 
     def objective(model, x, y, progress):
         if progress.step >= progress.step_of(s_stop):
-            lazy.forget()
+            opened.cache_clear()
             return next_token(model, x, y, progress)
-        theirs = lazy.on(x.device)
+        theirs = opened(x.device)
         with torch.no_grad():
             hidden = theirs.norm(teacher_states(theirs, x)[0])
         settings = (alpha, temperature, reverse)
@@ -331,7 +331,7 @@ class LET:
                 raise unknown('variant', kind, KINDS)
             settings = []
             for key, _, value in (pair.partition('=') for pair in pairs):
-                settings.append((f'variant {name}', 's_stop' if key == 'stop' else key, value))
+                settings.append((f'variant {name}', key, value))
             own = {key: LET.__annotations__[key] for key in KINDS[kind]}
             found[name] = kind, replace(self, **check(settings, own, {}))
         return found
@@ -400,7 +400,8 @@ def against(runs, baseline):
     if missed := shares.count(None):
         record['steps to its loss'] = f'not reached by {missed} of {len(shares)}'
     elif pairs:
-        low_high = '({:.2f} to {:.2f})'.format(*interval(shares)) if len(pairs) > 1 else ''
+        limits = interval(shares)
+        low_high = '({:.2f} to {:.2f})'.format(*limits) if limits else ''
         record['steps to its loss'] = f'{statistics.mean(shares):.2f}x {low_high}'
     logged = [[m for m in read_metrics(r.folder) if 'similarity' in m][-1:] for r in runs]
     for name in ('similarity', 'constant_similarity') if all(logged) else ():

@@ -7,7 +7,7 @@
 # its selection of data). Figures, by their variants:
 #   3, 4    --variants=let,let,pairing=L2M,let,pairing=L2L   and M2E, M2M, M2L
 #   5, 6    --variants=let,lambda0=0.01,let,lambda0=0.3,let,lambda0=1.0,let,lambda0=3.0
-#   10, 12  --variants=let,stop=3000    --variants=let,pairing=L1F1,let,pairing=L1F5
+#   10, 12  --variants=let,s_stop=3000    --variants=let,pairing=L1F1,let,pairing=L1F5
 #   Table 5 --variants=let,alignment=logsum,let,alignment=cca
 # Other teachers, each with its corpus prepared by its own tokenizer as above:
 #   --teacher=facebook/opt-125m --data=pile_opt             Figures 2 and 8; with pile_smollm2 the

@@ -1,7 +1,7 @@
 # What growth by the papers' operators does to a model that people have: SmolLM2-135M, 9 heads wide
 # and 30 layers deep, grows to 12 heads and 34 layers, and trains on for a few steps on Python's
 # documentation. A quarter of an hour on two CPU cores.
-#   python extras/from_gguf.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2   # or any folder, hub name
+#   python -m extras.from_gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2   # or any folder, hub name
 #   python data/prepare.py pydocs --tokenizer=smollm2 --out=data/pydocs_smollm2
 # --target=stk2: the depth that doubles; --target=1152x30: the width; --tokens=5e4: it heals longer.
 method = 'growth'

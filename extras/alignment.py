@@ -8,17 +8,14 @@ for the layer k of a target model and the layer of the teacher that each pairing
 
 Gradients are those of the parameters that L_proj reaches, the layers up to k.
 
-    python extras/alignment.py out/let_tiny/teacher --target=32x12 --probes=8
-    python extras/alignment.py out/let_tiny/teacher --target=out/let_tiny/baseline
+    python -m extras.alignment out/let_tiny/teacher --target=32x12 --probes=8
+    python -m extras.alignment out/let_tiny/teacher --target=out/let_tiny/baseline
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
@@ -64,12 +61,12 @@ def curvature(loss, parameters, probes):
     The Frobenius norm of the Hessian of loss() in some parameters (Appendix I, of L_proj):
     |H|_F^2 = E |H v|^2 over vectors v of independent entries of variance 1.
     """
-    generator, squares = torch.Generator().manual_seed(0), []
+    generator, squares = torch.Generator().manual_seed(0), 0.0
     for _ in range(probes):
         v = torch.cat([torch.randn(p.shape, generator=generator).flatten() for p in parameters])
         product = hessian_vector_product(loss, parameters, v.to(parameters[0]))
-        squares.append(product.double().square().sum().item())
-    return math.sqrt(sum(squares) / probes)
+        squares += product.double().square().sum().item()
+    return math.sqrt(squares / probes)
 
 
 def measure(model, teacher, batches, pair, probes=0):
@@ -77,19 +74,16 @@ def measure(model, teacher, batches, pair, probes=0):
     The record of a pair of layers, (the target's, the teacher's). batches: (x, y) of sequences;
     probes: vectors on which the curvature of the first batch is estimated.
     """
-    layer, parameters = pair[0], reached(model, pair[0])
-
-    def gradients(x, y):
-        theirs, _ = teacher_states(teacher, x, pair[1])
-        output = model(x, y, hidden_at=layer)
-        loss, gradient = alignment_loss(output.hidden, theirs), torch.autograd.grad
-        both = gradient(loss, parameters, retain_graph=True), gradient(output.loss, parameters)
-        return [-loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)]
-
+    layer, parameters, gradient = pair[0], reached(model, pair[0]), torch.autograd.grad
     totals = [0.0] * 4
     for x, y in batches:
-        totals = [total + part for total, part in zip(totals, gradients(x, y))]
-    similarity, constant, ours, data = (total / len(batches) for total in totals)
+        theirs, _ = teacher_states(teacher, x, pair[1])
+        output = model(x, y, hidden_at=layer)
+        loss = alignment_loss(output.hidden, theirs)
+        both = gradient(loss, parameters, retain_graph=True), gradient(output.loss, parameters)
+        found = -loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)
+        totals = [total + part / len(batches) for total, part in zip(totals, found)]
+    similarity, constant, ours, data = totals
     record = {'layer': layer, 'similarity': similarity.item(), 'of a constant': constant.item()}
     record |= {'gradient of L_proj': ours.norm().item(), 'gradient of CE': data.norm().item()}
     record['agreement'] = F.cosine_similarity(ours, data, dim=0).item()
@@ -112,16 +106,17 @@ def open_target(options, corpus, device):
 def main(argv):
     """Command line: TEACHER, then knobs."""
     words = ('teacher',)
-    options, _, _ = configure(argv, Options, program='extras/alignment.py TEACHER', words=words)
+    options, _, _ = configure(
+        argv, Options, program='python -m extras.alignment TEACHER', words=words
+    )
     device, corpus = choose_device('auto'), verify_corpus(options.data, options.data_dir)
     teacher = open_teacher(options.teacher, corpus, device)
     model = open_target(options, corpus, device)
-    depths, batches = (teacher.config.n_layer, model.config.n_layer), []
+    depths = teacher.config.n_layer, model.config.n_layer
     pairs = dict.fromkeys(pair_layers(pairing, *depths) for pairing in options.pairings)
     order = Order(min(options.block_size, model.config.block_size))
-    for start in range(0, options.samples, MICRO_BATCH):
-        rows = sequences([corpus], [1.0], order, range(start, start + MICRO_BATCH))
-        batches.append(to_device(rows, device))
+    rows, n = sequences([corpus], [1.0], order, range(options.samples)), MICRO_BATCH
+    batches = [to_device(rows[i : i + n], device) for i in range(0, options.samples, n)]
     bar = progress_bar(pairs)
     print(table([measure(model, teacher, batches, pair, options.probes) for pair in bar]))
 

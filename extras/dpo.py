@@ -4,7 +4,7 @@ first, then preferences (Progressive training, Appendix E).
 
     python train.py config/posttrain_tiny.py
     python train.py config/posttrain_8b.py
-    python extras/mt_bench.py out/posttrain_8b/progressive_8b-8b-dpo    # for the judge of Table 9
+    python -m extras.mt_bench out/posttrain_8b/progressive_8b-8b-dpo    # for the judge of Table 9
 
 With pi the model and pi_ref a frozen copy of what it started as, c the answer to x that is
 preferred and r the other one,
@@ -28,7 +28,7 @@ from data.loader import Source, fixed_batches, some_of
 from engine.errors import UserError
 from engine.files import read_json
 from engine.stage import Origin, Stage
-from engine.teacher import LazyTeacher
+from engine.teacher import lazy_teacher
 from model import load
 
 
@@ -41,12 +41,15 @@ def log_probability(model, x, y):
 
 
 def dpo(reference, beta=0.1):
-    """The objective. reference: a LazyTeacher, the frozen pi_ref. Inputs as of `pair_source`."""
+    """
+    The objective. reference: the frozen pi_ref, a folder or a GPT. Inputs as of `pair_source`.
+    """
+    opened = lazy_teacher(reference)
 
     def objective(model, x, y, progress):
         x, y = x.flatten(0, 1), y.flatten(0, 1)
         with torch.no_grad():
-            ref_logp = log_probability(reference.on(x.device), x, y)
+            ref_logp = log_probability(opened(x.device), x, y)
         logp = log_probability(model, x, y)
         chosen, rejected = (logp - ref_logp).view(-1, 2).unbind(1)  # log pi / pi_ref
         margin = beta * (chosen - rejected)
@@ -126,7 +129,7 @@ class PostTraining:
             stage.knobs = dict(learning_rate=self.dpo_learning_rate)
             stage.teaching = dict(objective='dpo', beta=self.beta, pairs=self.preferences)
             stage.teaching['teacher_params'] = X
-            stage.objective = dpo(LazyTeacher(tuned.folder), self.beta)
+            stage.objective = dpo(tuned.folder, self.beta)
             stage.source = partial(pair_source, self.preferences)
             yield stage
 

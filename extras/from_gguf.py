@@ -2,18 +2,16 @@
 A GGUF file, as llama.cpp and its kin read it, turned into a model folder with its tokenizer and
 chat template; quantised weights become what they stand for, in float32 or bfloat16.
 
-    python extras/from_gguf.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    python -m extras.from_gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
-transformers' own reader does the work, with the package gguf: both are in requirements-extras.txt.
+transformers' own reader does the work, with the packages gguf and accelerate: all three are in
+requirements-extras.txt.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from configurator import configure
 from engine.errors import UserError, first_line, import_extra, run_as_program
 from engine.files import new_folder, read_json, write_json
@@ -36,7 +34,6 @@ def convert(source, target, dtype='float32'):
     when it is complete. Raises UserError for what is not a model that load() reads.
     """
     gguf = import_extra('gguf', 'GGUF files need the package gguf')
-    import_extra('accelerate', 'GGUF files need the package accelerate')
     transformers = import_extra('transformers', 'GGUF files need the package transformers')
     transformers.logging.set_verbosity_error()
     file = dict(pretrained_model_name_or_path=Path(source).parent, gguf_file=Path(source).name)
@@ -69,8 +66,8 @@ def tidy_tokenizer(folder, vocab_size):
 
 def main(argv):
     """Command line: FILE FOLDER, then knobs."""
-    usage = dict(program='extras/from_gguf.py FILE FOLDER', words=('source', 'target'))
-    options, _, _ = configure(argv, Conversion, **usage)
+    words, program = ('source', 'target'), 'python -m extras.from_gguf FILE FOLDER'
+    options, _, _ = configure(argv, Conversion, program=program, words=words)
     if not options.target:
         raise UserError('missing arguments; usage: from_gguf.py FILE FOLDER')
     convert(options.source, options.target, options.dtype)

@@ -3,7 +3,7 @@ Learning from answers to prompts (Chain-of-Learngene, sections 3.1 and 3.2, Appe
 student's own, judged by its teacher as MiniLLM does it (Gu et al.), or the teacher's, as a
 supervised set in any vocabulary; and how good answers are:
 
-    python extras/minillm.py out/col_gpt2/138m-linit-on-dolly --answers=self-inst.jsonl,vicuna.jsonl
+    python -m extras.minillm out/col_gpt2/138m-linit-on-dolly --answers=self-inst.jsonl,vicuna.jsonl
 
 On-policy distillation draws answers y from the student q and lets the teacher p judge each token:
 
@@ -17,14 +17,10 @@ of new to old q clipped as in PPO, and add the cross entropy of text, which the 
 """
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -32,7 +28,6 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from configurator import configure
-from data.corpus import verify_corpus
 from data.instruct import (
     Examples,
     encode_examples,
@@ -43,16 +38,14 @@ from data.instruct import (
     shuffled,
     supervised_source,
 )
-from data.loader import Share, validation_batches
 from data.prepare import Preparation, fresh_counts, write_corpus
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_of_model
 from engine.decoding import Decoding
 from engine.errors import UserError, run_as_program
 from engine.files import read_json
 from engine.log import progress_bar
-from engine.loss import evaluate
 from engine.parallel import choose_device, gather, is_sharded, processes
-from engine.teacher import LazyTeacher
+from engine.teacher import lazy_teacher
 from model import load
 
 INNER_EPOCHS = 4  # over each batch of answers (Appendix C.1)
@@ -162,14 +155,14 @@ class MiniLLM:
     share: float = 0.2  # of the teacher in the distribution that they are drawn from
 
     def __post_init__(self):
-        self.state, self.lazy = self, LazyTeacher(self.teacher)
+        self.state, self.opened = self, lazy_teacher(self.teacher)
         self.first = self.step = -1  # at which the answers were drawn, and which uses them
         self.rollout = {}
 
     def __call__(self, model, x, y, progress):
         if is_sharded(model):  # every pass is a collective; answers end when they end
             raise UserError('minillm cannot train shards: it needs --parallel=ddp')
-        theirs = self.lazy.on(x.device)
+        theirs = self.opened(x.device)
         if progress.step != self.step:
             self.step = progress.step
             student = getattr(model, 'module', model)  # the bare GPT
@@ -310,17 +303,6 @@ def pseudo_answers(teacher, name, run, out):
 # how good answers are
 
 
-def losses_at_step_0(folders, data, data_dir):
-    """Print the validation losses of models as they are, {name: folder}, on 65,536 tokens."""
-    corpus, device = verify_corpus(data, data_dir), choose_device('auto')
-    for name, folder in folders.items():
-        model = load(folder, device)
-        corpus.check_vocabulary(model.config, folder)
-        length = min(512, model.config.block_size)
-        batches = validation_batches(corpus.val, length, 8, 2**16, Share(device))
-        print(f'{name}: validation loss {evaluate(model, batches):.4f}')
-
-
 def rouge_l(texts, references):
     """
     100 times the mean Rouge-L (Eq. 8, beta = 1) of texts: the F-measure of the longest common
@@ -375,7 +357,9 @@ class Scoring:
 
 def main(argv):
     """Command line: FOLDER, then knobs. Prints the Rouge-L of each file, and the mean."""
-    options, _, _ = configure(argv, Scoring, program='extras/minillm.py FOLDER', words=('model',))
+    options, _, _ = configure(
+        argv, Scoring, program='python -m extras.minillm FOLDER', words=('model',)
+    )
     tokenizer = load_tokenizer(tokenizer_of_model(options.model))
     model, scores = load(options.model, choose_device('auto')).eval(), []
     for path in options.answers or ['--answers=FILE,...']:  # which is missing

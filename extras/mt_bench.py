@@ -2,7 +2,7 @@
 A model's answers to the questions of MT-Bench (Zheng et al.; Progressive training, Appendix E), in
 the format that FastChat's judge reads.
 
-    python extras/mt_bench.py out/posttrain_8b/progressive_8b-8b-dpo --questions=question.jsonl
+    python -m extras.mt_bench out/posttrain_8b/progressive_8b-8b-dpo --questions=question.jsonl
 
 question.jsonl comes with FastChat: a line for each question, with question_id, category and turns.
 A question's turns are one conversation, in which the model sees its own first answer. The judge
@@ -10,12 +10,9 @@ itself, a model behind an interface that costs money, is FastChat's business.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == '__main__':  # run as a file, Python looks beside it, not in the project's root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
 from configurator import Count, configure
@@ -45,7 +42,9 @@ class Answering:
 
 def main(argv):
     """Command line: FOLDER, then knobs."""
-    options, _, _ = configure(argv, Answering, program='extras/mt_bench.py', words=('model',))
+    options, _, _ = configure(
+        argv, Answering, program='python -m extras.mt_bench', words=('model',)
+    )
     questions = list(file_records(options.questions))
     model = load(options.model, choose_device(options.device)).eval()
     tokenizer = load_tokenizer(tokenizer_of_model(options.model))

@@ -173,8 +173,10 @@ class TimeSeries:
             here = not run.dry_run or Path(self.base).is_dir()
             base = read_config(model_folder(self.base)) if here else config
             if base.pos == 'learned' and base.block_size < shape.length:
-                longest = f'{shape.length} steps, {self.base} has {base.block_size} positions'
-                raise UserError(f'{name} has series of {longest}')
+                raise UserError(
+                    f'{name} has series of {shape.length} steps, {self.base} has '
+                    f'{base.block_size} positions'
+                )
             config = replace(base, **fields)
 
         def make(kind, config, epochs):

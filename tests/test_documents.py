@@ -83,7 +83,7 @@ def save_stage(folder, config, number):
     Result(folder.name, str(folder), position=number, **numbers).write()
     line = dict(step=1, tokens=8, flops=48.0, loss=5.5, grad_norm=1.0, param_norm=1.0)
     (folder / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
-    (folder / 'stage.json').write_text('{}')
+    (folder / 'stage.json').write_text('{"origin": {}}')
 
 
 def test_there_are_commands():
@@ -102,7 +102,8 @@ def test_the_quick_start_in_python_runs_as_it_is_printed(workplace, monkeypatch,
 def test_a_command_of_the_documents_works(command, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    words = [name for word in shlex.split(command)[1:] for name in glob.glob(word) or [word]]
+    given = [word for word in shlex.split(command)[1:] if word != '-m']
+    words = [name for word in given for name in glob.glob(word) or [word]]
     program = words.pop(0).removesuffix('.py').replace('/', '.')
     key = f'{program} {words[0]}' if program == 'scaling' else program
     if program == 'train' and words[0].startswith('config/'):

@@ -287,7 +287,7 @@ def arguments(data_dir, out, *more):
     return [*words.split(), *more]
 
 
-CONTROL = 'let,untrained=True,lambda0=1.0,stop=0.25'
+CONTROL = 'let,untrained=True,lambda0=1.0,s_stop=0.25'
 VARIANTS = ('baseline', 'let', 'let,lambda0=0', 'let,pairing=L2M,alignment=logsum', CONTROL)
 VARIANTS += ('rkd', 'salt')
 
@@ -451,7 +451,7 @@ def test_a_given_teacher_is_opened_before_training(compared, data_dir, tmp_path,
         train.main(arguments(data_dir, tmp_path / 'other', f'--teacher={tmp_path / "unnamed"}'))
     load(teacher).save(tmp_path / 'damaged', 'bytes')
     (tmp_path / 'damaged' / 'model.safetensors').write_bytes(b'\0' * 100)
-    with pytest.raises(UserError, match='damaged/model.safetensors is damaged'):
+    with pytest.raises(UserError, match='damaged/model.safetensors cannot be read'):
         train.main(arguments(data_dir, tmp_path / 'other', f'--teacher={tmp_path / "damaged"}'))
 
 

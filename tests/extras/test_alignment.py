@@ -73,13 +73,13 @@ def test_command_line(data_dir, tmp_path):
     GPT(GPTConfig.named('16x2', **shape)).save(tmp_path / 'teacher', 'bytes')
     GPT(GPTConfig.named('32x3', **shape)).save(tmp_path / 'target', 'bytes')
     argv = [str(tmp_path / 'teacher'), f'--data_dir={data_dir}', '--samples=16', '--block_size=32']
-    program = 'extras/alignment.py'
-    fresh = run_command(program, *argv, '--target=32x6', '--probes=2')
+    program = '-m', 'extras.alignment'
+    fresh = run_command(*program, *argv, '--target=32x6', '--probes=2')
     assert fresh.returncode == 0, fresh.stderr
     header, _, *rows = [line for line in fresh.stdout.splitlines() if line.startswith('|')]
     assert 'curvature' in header and 'of a constant' in header
     assert [int(row.split('|')[1]) for row in rows] == [3, 6]  # early and middle are one here
-    trained = run_command(program, *argv, f'--target={tmp_path / "target"}', '--pairings=L2F2')
+    trained = run_command(*program, *argv, f'--target={tmp_path / "target"}', '--pairings=L2F2')
     assert trained.returncode == 0 and 'curvature' not in trained.stdout
     for more, word in (
         (['--pairings=L1F9', '--target=32x6'], 'the target has 6 layers'),

@@ -92,7 +92,7 @@ def small():
 
 def test_a_gguf_file_becomes_a_model_folder(tmp_path, small):
     write_gguf(tmp_path / 'small.gguf', small)
-    process = run_command('extras/from_gguf.py', tmp_path / 'small.gguf', tmp_path / 'model')
+    process = run_command('-m', 'extras.from_gguf', tmp_path / 'small.gguf', tmp_path / 'model')
     assert process.returncode == 0, process.stderr
     made, x = load(tmp_path / 'model'), torch.randint(256, (2, 20))
     assert torch.allclose(made(x).logits, small(x).logits, atol=1e-5)

@@ -284,7 +284,7 @@ def test_the_command_scores_files_by_the_closest_of_their_references(tmp_path):
     for name, rows in (('right', right), ('wrong', wrong)):
         (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     files = [str(tmp_path / f'{name}.jsonl') for name in ('right', 'wrong')]
-    process = run_command('extras/minillm.py', tmp_path / 'm', f'--answers={",".join(files)}')
+    process = run_command('-m', 'extras.minillm', tmp_path / 'm', f'--answers={",".join(files)}')
     assert process.returncode == 0, process.stderr
     scores = [float(line.split()[-1]) for line in process.stdout.splitlines()]
     expected = rouge_l([row['output'][1][:-5] for row in right], [row['output'] for row in right])

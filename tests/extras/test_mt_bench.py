@@ -26,7 +26,8 @@ def folder(tmp_path):
 
 def test_answers_are_what_the_judge_reads(folder):
     process = run_command(
-        'extras/mt_bench.py',
+        '-m',
+        'extras.mt_bench',
         folder / 'small',
         f'--questions={folder}/question.jsonl',
         f'--out={folder}/answers.jsonl',
@@ -63,5 +64,5 @@ def test_the_second_turn_sees_the_first_answer(folder, monkeypatch):
 
 
 def test_a_missing_file_of_questions_is_one_line():
-    process = run_command('extras/mt_bench.py', 'nowhere', '--questions=nowhere.jsonl')
+    process = run_command('-m', 'extras.mt_bench', 'nowhere', '--questions=nowhere.jsonl')
     assert process.returncode == 2 and 'nowhere.jsonl' in process.stderr
