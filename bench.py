@@ -8,8 +8,7 @@ Variants take turns in one process, so that their ratios hold on a noisy machine
     python bench.py --size=gpt2 --variants=baseline,nanogpt --nanogpt=FOLDER
     python bench.py --what=generation --batch_size=1               # beside transformers'
 
-Every step is one of train.py's with one micro-batch of random tokens. MFU counts 6 N FLOPs a token
-for the weights of layers and head, and 12 L H D T for attention in full, as it is mostly quoted.
+Every step is one of train.py's with one micro-batch of random tokens.
 """
 
 import os
@@ -160,7 +159,7 @@ def take_turns(calls, tokens, rounds):
 
 
 def steps(options, hardware):
-    """Records of the training steps of the variants, on a GPU with memory at the peak and MFU."""
+    """Records of the training steps of the variants, on a GPU with memory at the peak."""
     calls, memory, on_gpu = {}, {}, hardware.device.type == 'cuda'
     for name in options.variants:
         before = torch.cuda.memory_allocated()  # 0 without a GPU
@@ -170,13 +169,9 @@ def steps(options, hardware):
         if on_gpu:
             memory[name] = torch.cuda.max_memory_allocated() - before
             torch.cuda.reset_peak_memory_stats()
-    tokens, c = options.batch_size * options.block_size, options.config(options.size)
-    records = take_turns(calls, tokens, options.rounds)
-    flops = 6 * c.num_params(head=True) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+    records = take_turns(calls, options.batch_size * options.block_size, options.rounds)
     for record in records if on_gpu else ():
         record['memory'] = memory[record['variant']]
-        if hardware.peak_flops:
-            record['of peak'] = record['tokens/s'] * flops / hardware.peak_flops
     return records
 
 

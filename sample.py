@@ -81,15 +81,15 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
         known, q = idx.shape[1], []
         for _ in range(min(draft_tokens, goal - known - 1)):  # the model adds one more
             # after full acceptance the draft has not read the last two tokens: read both again
-            unread = idx[:, drafting.cache.length :].clamp(max=rows - 1)
+            unread = idx[:, drafting.length :].clamp(max=rows - 1)
             logits = F.pad(drafting.read(unread)[0, -1], (0, more), value=-math.inf)
             q.append(probabilities(logits, *how))
             idx = torch.cat((idx, torch.multinomial(q[-1], 1)[None]), 1)
-        logits = reading.read(idx[:, reading.cache.length :])[0, -len(q) - 1 :]
+        logits = reading.read(idx[:, reading.length :])[0, -len(q) - 1 :]
         accepted, token = accept(probabilities(logits, *how), q, idx[0, known:])
         idx = torch.cat((idx[:, : known + accepted], token[None]), 1)
         for decoding in (reading, drafting):  # forget what was rejected
-            decoding.cache.length = min(decoding.cache.length, known + accepted)
+            decoding.length = min(decoding.length, known + accepted)
         drafted, taken = drafted + len(q), taken + accepted
         if len(before_end(idx[0, known:], stop)) < idx.shape[1] - known:
             break

@@ -17,7 +17,7 @@ import gc
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,7 +35,7 @@ from data.vocabulary import tokenizer_to_carry
 from engine.errors import UserError, run_as_program
 from engine.files import locked
 from engine.hub import model_folder
-from engine.log import Log, Meter, check_finite_loss, speed
+from engine.log import Log, Meter, check_finite_loss
 from engine.loss import bits_per_byte, evaluate
 from engine.optimizer import learning_rate, make_optimizer, mean_over_terms
 from engine.parallel import (
@@ -103,7 +103,6 @@ class Run:
     micro_batch_size: Natural = 0  # sequences a process trains at once; 0: as many as fit
     recompute: bool = False  # compute activations again in the backward pass: less memory
     log_interval: Count = 10  # steps between lines of metrics.jsonl, and waits for the GPU
-    wandb: str = ''  # project of Weights & Biases to which they are sent
     save_minutes: NonNegative = 10.0  # between saved states
     max_minutes: NonNegative = 0.0  # save and stop after this long, to be continued; 0: never
     # planning
@@ -231,10 +230,10 @@ if Path(__file__).with_name('extras').is_dir():  # appendices, without which all
 # the loop
 
 
-def train_stage(stage, run, hardware, record):
+def train_stage(stage, run, hardware):
     """
-    Train a stage, continue it where it was saved, or find it finished: returns its Result. `record`
-    is called when the folder is known to be this stage's. Every process runs all of this.
+    Train a stage, continue it where it was saved, or find it finished: returns its Result. Every
+    process runs all of this.
     """
     from engine import state  # a plan need not wait for torch's checkpoints
 
@@ -282,7 +281,6 @@ def train_stage(stage, run, hardware, record):
     set_threads(hardware.device, stage.config, micro_batch_size * knobs.block_size)
     log, meter = Log(stage, knobs, steps, start, hardware.is_main), Meter()
     if hardware.is_main:
-        record()
         batch = f'{steps:,} steps of {knobs.batch_size} x {knobs.block_size} tokens'
         where = f'from step {start:,}, {strategy} on {hardware.world_size} processes'
         print(f'{stage.name}: {describe(stage)}, {batch}, {where}', flush=True)
@@ -329,7 +327,7 @@ def train_stage(stage, run, hardware, record):
         if evaluating or last or save or done % knobs.log_interval == 0:
             line = dict(step=done, tokens=done * step_tokens)
             line |= dict(flops=stage.flops(Progress(done, steps), step_tokens), lr=rate)
-            line |= meter.read() | speed(stage, step_tokens / step_seconds, hardware)
+            line |= meter.read() | dict(tokens_per_second=round(step_tokens / step_seconds))
             norm = get_total_norm(raw_model.parameters())
             line['param_norm'] = (norm.full_tensor() if sharded else norm).item()
             check_finite_loss(line, folder)  # before anything is saved
@@ -352,7 +350,7 @@ def train_stage(stage, run, hardware, record):
     if any(gather((folder / 'best').is_dir())):
         raw_model.load_state_dict(load(folder / 'best', hardware.device).state_dict())
     val_loss = validation_loss()
-    log.close(val_loss=val_loss)
+    log.bar.close()
     state.save_model(raw_model, folder, tokenizer, save_dtype)
     if knobs.schedule == 'constant':  # a trunk: its branches continue the state of its end
         state.save_state(folder, raw_model, optimizer, progress)
@@ -501,8 +499,6 @@ def main(argv):
         epoch = 0 if missing else epoch_tokens(run)
         print(plan_text(run, plan(run, method), epoch, missing))
         return
-    from engine.state import record_session
-
     hardware, knobs = find_hardware(run), asdict(run) | asdict(method)
     if hardware.is_main:
         for knob, where in origins.items():
@@ -514,10 +510,9 @@ def main(argv):
         if not run.toy:  # what a plan refuses, and on a CPU what would take years
             flops = sum(planned.result.flops for planned in plan(run, method))
             duration(flops, on_cpu=hardware.device.type == 'cpu')
-    record = cache(partial(record_session, run, hardware, argv, knobs, origins))
     barrier()
     catch_signals()
-    train = partial(train_stage, run=run, hardware=hardware, record=record)
+    train = partial(train_stage, run=run, hardware=hardware)
     lock = locked(run.out_dir) if hardware.is_main else contextlib.nullcontext()
     with attention_kernels(hardware.device), lock:
         results = [result for _, result in stages_of(method, run, train)]

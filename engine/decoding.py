@@ -3,14 +3,22 @@
 import torch
 
 
-class Cache:
-    """Keys and values of up to `room` positions. Setting `length` back forgets the last ones."""
+class Decoding:
+    """
+    A model reading on, with the keys and values of up to `room` positions. Setting `length` back
+    forgets the last ones.
+    """
 
-    def __init__(self, config, batch, room, device, dtype):
+    def __init__(self, model, batch, room):
+        config, weight = model.config, model.wte.weight
+        dtype, kind = weight.dtype, weight.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         shape = (config.n_layer, batch, config.n_kv_head, room, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.model, self.k = model, torch.zeros(shape, dtype=dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
         self.length = 0  # positions filled
+        self.seen = 0  # tokens, of those that following() is given
         self.mask = None  # which positions the added ones (T) see, where not the usual ones
 
     def begin(self, count):
@@ -28,23 +36,11 @@ class Cache:
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-
-class Decoding:
-    """A model reading on, up to `room` positions, with its cache."""
-
-    def __init__(self, model, batch, room):
-        weight = model.wte.weight
-        device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        self.model, self.cache = model, Cache(model.config, batch, room, device, dtype)
-        self.seen = 0  # tokens, of those that following() is given
-
     @torch.no_grad()
     def read(self, idx):
         """The logits (B, T, V) of the tokens idx (B, T), which follow what was read."""
-        logits = self.model(idx, cache=self.cache).logits
-        self.cache.length += idx.shape[1]
+        logits = self.model(idx, cache=self).logits
+        self.length += idx.shape[1]
         return logits
 
     def following(self, idx):
@@ -53,8 +49,8 @@ class Decoding:
         more than the context holds, its later half is read anew.
         """
         longest = self.model.config.block_size
-        if self.cache.length + idx.shape[1] - self.seen > longest:
-            self.cache.length, self.seen = 0, max(0, idx.shape[1] - max(1, longest // 2))
+        if self.length + idx.shape[1] - self.seen > longest:
+            self.length, self.seen = 0, max(0, idx.shape[1] - max(1, longest // 2))
         logits = self.read(idx[:, self.seen :])[:, -1]
         self.seen = idx.shape[1]
         return logits

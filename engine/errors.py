@@ -29,23 +29,21 @@ def run_as_program(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit either
         sys.exit(128 + 13)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
-        where = f': {error.filename}' if error.filename else ''
-        print(f'error: {error.strerror}{where}', file=sys.stderr)
-        sys.exit(2)
+        message = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
     except RuntimeError as error:
         if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
             raise
-        print(f'error: {first_line(error)}: try a smaller --micro_batch_size', file=sys.stderr)
-        sys.exit(2)
+        message = f'{first_line(error)}: try a smaller --micro_batch_size'
     except KeyboardInterrupt:
         sys.stdout.flush()
         print('\ninterrupted', file=sys.stderr, flush=True)
         os._exit(130)  # a file that torch had half written may abort the end of Python
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
 
 
 def nearest(name, known):

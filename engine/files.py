@@ -1,7 +1,7 @@
 """
 Files that are complete or absent, and folders that can be checked: `checksums.json`, a manifest,
-records the size and SHA-256 of the files in a folder and the run they belong to, so that a
-truncated, changed or exchanged file is reported before it is used.
+records the SHA-256 of the files in a folder and the run they belong to, so that a truncated,
+changed or exchanged file is reported before it is used.
 """
 
 import contextlib
@@ -45,11 +45,8 @@ def write_atomically(path, text):
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    with open(temporary, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.write_bytes(content)
+    commit_file(temporary, path)
 
 
 def write_json(path, content):
@@ -125,12 +122,12 @@ def checksum(path):
 
 
 def measure_files(paths):
-    """{name: [bytes, SHA-256]} of files, flushed to the disk first."""
+    """{name: SHA-256} of files, flushed to the disk first."""
     entries = {}
     for path in map(Path, paths):
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
-        entries[path.name] = [path.stat().st_size, checksum(path)]
+        entries[path.name] = checksum(path)
     return entries
 
 
@@ -161,13 +158,10 @@ def read_manifest(folder):
     return content
 
 
-def damage_of(path, expected, size=None):
-    """What is wrong with a file of this SHA-256 and size in bytes, as a sentence, or ''."""
+def damage_of(path, expected):
+    """What is wrong with a file of this SHA-256, as a sentence, or ''."""
     if not path.is_file():
         return f'{path} is missing'
-    found = path.stat().st_size
-    if size not in (None, found):
-        return f'{path} is damaged: it has {found:,} bytes instead of {size:,}'
     if checksum(path) != expected:
         return f'{path} is damaged: it does not match the checksum that was recorded for it'
     return ''
@@ -185,7 +179,7 @@ def find_damage(folder, owner=None, rank=0, world_size=1):
         return str(error)
     if owner is not None and manifest['owner'] != owner:
         return f'{folder} belongs to another run'
-    for name, (size, expected) in sorted(manifest['files'].items())[rank::world_size]:
-        if damage := damage_of(Path(folder) / name, expected, size):
+    for name, expected in sorted(manifest['files'].items())[rank::world_size]:
+        if damage := damage_of(Path(folder) / name, expected):
             return damage
     return ''

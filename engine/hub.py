@@ -1,10 +1,9 @@
 """The Hugging Face hub: models by name, and errors within seconds where it cannot be reached."""
 
 import functools
+import multiprocessing
 import re
-import threading
-import urllib.error
-import urllib.request
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from engine.errors import UserError
@@ -18,23 +17,13 @@ WAY_OUT = (
 
 def within(seconds, function, what, way_out=WAY_OUT):
     """function(); UserError, `what`, if it raises something or has not returned after `seconds`."""
-    outcome = {}
-
-    def call():
-        try:
-            outcome['value'] = function()
-        except Exception as error:
-            outcome['error'] = error
-
-    thread = threading.Thread(target=call, daemon=True)  # a call that hangs must not block exit
-    thread.start()
-    thread.join(seconds)
-    if 'value' in outcome:
-        return outcome['value']
-    reason = f'no answer within {seconds} s'
-    if 'error' in outcome:
-        reason = type(outcome['error']).__name__
-    raise UserError(f'{what} ({reason}); {way_out}')
+    try:
+        with ThreadPool(1) as pool:  # a call that hangs does not keep the program from ending
+            return pool.apply_async(function).get(seconds)
+    except multiprocessing.TimeoutError:
+        raise UserError(f'{what} (no answer within {seconds} s); {way_out}') from None
+    except Exception as error:  # whatever it raises
+        raise UserError(f'{what} ({type(error).__name__}); {way_out}') from None
 
 
 def reach_hub(what, way_out=WAY_OUT):
@@ -42,17 +31,11 @@ def reach_hub(what, way_out=WAY_OUT):
     Raise UserError within seconds if the hub does not answer: its own client retries for minutes
     where packets are dropped. Offline mode (HF_HUB_OFFLINE) asks nothing: the cache decides.
     """
+    import requests
     from huggingface_hub import constants
 
-    def ask():
-        request = urllib.request.Request(constants.ENDPOINT, method='HEAD')
-        try:
-            urllib.request.urlopen(request, timeout=8)
-        except urllib.error.HTTPError:
-            pass  # it answered, which is all that was asked
-        return True
-
     if not constants.HF_HUB_OFFLINE:
+        ask = functools.partial(requests.head, constants.ENDPOINT, timeout=8)  # any answer will do
         within(10, ask, f'the Hugging Face hub, needed for {what}, cannot be reached', way_out)
 
 

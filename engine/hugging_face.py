@@ -7,6 +7,7 @@ can be read; what we save opens there.
 
 import contextlib
 import errno
+import math
 import re
 import tempfile
 import tomllib
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.errors import UserError, first_line, unknown
@@ -44,7 +46,7 @@ def read_families():
     for name, table in tables.items():
         like = tables.get(table.pop('like', ''), {})  # an earlier one, which is whole
         for part in ('names', 'fields', 'switches', 'demands'):
-            entries = {**like.get(part, {}), **table.get(part, {})}
+            entries = like.get(part, {}) | table.get(part, {})
             table[part] = {key: value for key, value in entries.items() if value != ''}
         tables[name] = like | table
     return {name: Family(**table) for name, table in tables.items()}
@@ -61,24 +63,17 @@ FROM_ACTIVATIONS = {
 }
 LLAMA3 = 'factor low_freq_factor high_freq_factor original_max_position_embeddings'.split()
 TIED_BY_DEFAULT = {'gpt2', 'opt'}
-READ_AS = {'mistral': 'llama'}  # the same function under another name
 BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # no weights
 
 
 def family_of(config):
     """The model type of the transformers architecture that computes the same as ours, or None."""
-    if config.channels:
-        return None
-    heads_fill_width = config.n_head * config.head_dim == config.n_embd
-    plain_heads = heads_fill_width and config.n_kv_head == config.n_head
-    candidates = ['llama', 'qwen2', 'qwen3']
-    if plain_heads and config.act in ACTIVATIONS:
-        if config.act == 'relu' and config.bias:
-            candidates.append('opt')
-        candidates += ['gpt2', 'gpt_neox']
-    for model_type in candidates:
-        switches = FAMILIES[model_type].switches
-        if all(getattr(config, field) == value for field, value in switches.items()):
+    plain = config.n_head * config.head_dim == config.n_embd == config.n_kv_head * config.head_dim
+    for model_type, family in FAMILIES.items():
+        same = all(getattr(config, field) == value for field, value in family.switches.items())
+        heads = plain or 'head_dim' in family.fields
+        act = config.act in ACTIVATIONS or 'act' not in family.fields
+        if same and heads and act and not config.channels:
             return model_type
     return None
 
@@ -125,50 +120,45 @@ def layout(config, names):
 def pack(parts, packed, config):
     """Our tensors as the one that transformers stores."""
     if packed == 'by head':  # GPT-NeoX: q, k and v of a head stand together
-        heads = [p.view(config.n_head, 1, config.head_dim, *p.shape[1:]) for p in parts]
-        return torch.cat(heads, 1).flatten(0, 2)
-    if packed == 'transposed':
-        return torch.cat([part.T for part in parts], 1)
+        heads = [part.unflatten(0, (config.n_head, -1)) for part in parts]
+        return torch.stack(heads, 1).flatten(0, 2)
     if packed == 'offset':  # OPT's positions begin at row 2
-        parts = [parts[0].new_zeros(2, parts[0].shape[1]), *parts]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return F.pad(parts[0], (0, 0, 2, 0))
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.T if packed == 'transposed' else whole
 
 
-def find_tensors(config, found, template):
-    """
-    {transformers' name: the name in the folder} for the tensor names `found` in a folder of a
-    model with the tensors `template`. Raises UserError listing missing and surplus tensors.
-    """
-    known = {name: name for name in found if not BUFFERS.search(name)}
-    if family_of(config) == 'gpt2' and not any(n.startswith('transformer.') for n in known):
-        prefixed = {f'transformer.{name}': name for name in known if name != 'lm_head.weight'}
-        known = prefixed | {name: name for name in known if name == 'lm_head.weight'}
-    if config.tied:  # some save the head too
-        known = {n: o for n, o in known.items() if n not in ('lm_head.weight', 'embed_out.weight')}
-    stored = layout(config, template)
-    missing = [theirs for theirs in stored if stored[theirs].names and theirs not in known]
-    surplus = [theirs for theirs in known if theirs not in stored]
-    problems = []
-    for what, names in (('missing', missing), ('surplus', surplus)):
-        if names:
-            more = ', ...' if len(names) > 6 else ''
-            problems.append(f'tensors {what}: {", ".join(sorted(names)[:6])}{more}')
-    if problems:
-        raise UserError('; '.join(problems))
-    return {theirs: known[theirs] for theirs in stored if theirs in known}
+def unpack(tensor, sizes, packed, config):
+    """Our tensors, of as many rows as `sizes` says, in the one that transformers stores."""
+    if packed == 'by head':
+        heads = tensor.unflatten(0, (config.n_head, 3, -1))
+        return [part.flatten(0, 1) for part in heads.unbind(1)]
+    if packed == 'offset':
+        return [tensor[2:]]
+    return (tensor.T if packed == 'transposed' else tensor).split(sizes)
 
 
 def tensors_to_hugging_face(config, state):
     """Our tensors, {name: tensor}, as transformers stores them."""
     tensors = {}
-    for theirs, stored in layout(config, state).items():
-        if stored.names:
-            parts = [state[name] for name in stored.names]
-            tensors[theirs] = pack(parts, stored.packed, config).contiguous()
+    for theirs, (names, packed) in layout(config, state).items():
+        if names:
+            parts = [state[name] for name in names]
+            tensors[theirs] = pack(parts, packed, config).contiguous()
         else:
             weight = tensors[theirs.replace('.bias', '.weight')]
             tensors[theirs] = weight.new_zeros(weight.shape[-1])
     return tensors
+
+
+def with_usual_names(config, tensors):
+    """The tensors of a folder without buffers, named as today's transformers name them."""
+    known = [name for name in tensors if not BUFFERS.search(name)]
+    if config.tied:  # some save the head too
+        known = [name for name in known if not name.startswith(('lm_head.', 'embed_out.'))]
+    old = family_of(config) == 'gpt2' and 'wte.weight' in known  # without their common prefix
+    prefix = {name: 'transformer.' if old and name != 'lm_head.weight' else '' for name in known}
+    return {prefix[name] + name: tensors[name] for name in known}
 
 
 def tensors_from_hugging_face(config, tensors, template):
@@ -176,25 +166,20 @@ def tensors_from_hugging_face(config, tensors, template):
     Our tensors, with the names and shapes of `template` (on meta), from a folder's. Raises
     UserError for what does not fit.
     """
-    names, state = find_tensors(config, tensors, template), {}
-    for theirs, stored in layout(config, template).items():
-        if not stored.names:
-            continue
-        tensor, sizes = tensors[names[theirs]], [len(template[name]) for name in stored.names]
-        check_finite(names[theirs], tensor)
-        if stored.packed == 'transposed':
-            tensor = tensor.T
-        elif stored.packed == 'offset':
-            tensor = tensor[2:]
-        wanted = (sum(sizes), *template[stored.names[0]].shape[1:])
-        if tensor.shape != wanted:
-            found = tuple(tensor.shape)
-            raise UserError(f'{theirs} has shape {found}, the configuration says {wanted}')
-        parts = tensor.split(sizes)
-        if stored.packed == 'by head':
-            heads = tensor.view(config.n_head, 3, config.head_dim, *tensor.shape[1:])
-            parts = [part.flatten(0, 1) for part in heads.unbind(1)]
-        state |= zip(stored.names, [part.contiguous() for part in parts])
+    tensors, stored, state = with_usual_names(config, tensors), layout(config, template), {}
+    wanted = [theirs for theirs, (names, _) in stored.items() if names]
+    for what, some in (('missing', {*wanted} - {*tensors}), ('surplus', {*tensors} - {*stored})):
+        if some:
+            raise UserError(f'{len(some)} tensors {what}: {", ".join(sorted(some)[:6])}')
+    for theirs in wanted:
+        (names, packed), tensor = stored[theirs], tensors[theirs]
+        check_finite(theirs, tensor)
+        ours = [template[name] for name in names]
+        shape, found = tuple(pack(ours, packed, config).shape), tuple(tensor.shape)
+        if found != shape:
+            raise UserError(f'{theirs} has shape {found}, the configuration says {shape}')
+        parts = unpack(tensor, [len(part) for part in ours], packed, config)
+        state |= zip(names, [part.contiguous() for part in parts])
     return state
 
 
@@ -259,9 +244,8 @@ def config_from_hugging_face(content):
         fields = content['nanofamily']
         return fields | dict(rope_scaling=tuple(fields.get('rope_scaling', ())))
     model_type = str(content.get('model_type'))
-    model_type = READ_AS.get(model_type, model_type)
     if model_type not in FAMILIES:
-        raise unknown('model type that can be read', model_type, [*FAMILIES, *READ_AS])
+        raise unknown('model type that can be read', model_type, FAMILIES)
     family = FAMILIES[model_type]
     check_supported(model_type, content)
     fields = dict(family.switches, vocab_size=content['vocab_size'])
@@ -291,10 +275,9 @@ def check_supported(model_type, content):
     if model_type == 'opt' and 'word_embed_proj_dim' in content:
         if content['word_embed_proj_dim'] != content['hidden_size']:
             raise UserError('opt with a word_embed_proj_dim other than its width cannot be read')
-    if content.get('model_type') == 'mistral' and content.get('sliding_window') is not None:
-        window = content['sliding_window']
-        if window < content['max_position_embeddings']:
-            raise UserError(f'mistral with a sliding window of {window} tokens cannot be read')
+    window = content.get('sliding_window') or math.inf
+    if model_type == 'mistral' and window < content['max_position_embeddings']:
+        raise UserError(f'mistral with a sliding window of {window} tokens cannot be read')
     if model_type == 'llama':
         if content.get('mlp_bias', False) != content.get('attention_bias', False):
             raise UserError('llama with biases in attention or MLP alone cannot be read')
@@ -302,7 +285,7 @@ def check_supported(model_type, content):
 
 def rope_from_hugging_face(content):
     """RoPE's fields, which config.json has held in three ways over the years."""
-    rope = {**(content.get('rope_scaling') or {}), **(content.get('rope_parameters') or {})}
+    rope = (content.get('rope_scaling') or {}) | (content.get('rope_parameters') or {})
     theta = content.get('rope_theta', content.get('rotary_emb_base', 1e4))
     fraction = rope.get('partial_rotary_factor', content.get('rotary_pct', 0.25))
     fields = dict(rope_theta=float(rope.get('rope_theta', theta)), rotary_fraction=float(fraction))
@@ -325,8 +308,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def weight_files(folder):
     """
     The files with a model's weights: safetensors, or pickles where there is nothing else. Raises
-    UserError where they are missing, some of those that the index names, or changed since they
-    were written.
+    UserError where there are none, or they changed since they were written.
     """
     folder = Path(folder)
     if (folder / 'checksums.json').is_file() and (damage := find_damage(folder)):
@@ -337,43 +319,32 @@ def weight_files(folder):
             return [folder / name]
         if index.is_file():
             listed = read_json(index, weight_map=dict)['weight_map'].values()
-            files = [folder / Path(str(file)).name for file in sorted(set(map(str, listed)))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise UserError(
-                    f'{folder} is incomplete: {len(missing)} of its {len(files)} files of weights '
-                    f'are missing ({missing[0]})'
-                )
-            return files
+            return sorted({folder / Path(str(file)).name for file in listed})
     raise UserError(f'{folder} has no weights (model.safetensors)')
 
 
-def load_pickle(file, device='cpu'):
+def read_file(file, device='cpu'):
     """
-    {name: tensor} of a pickle, as older repositories of the hub have: read by torch's reader that
-    knows tensors and nothing else, so that no code of the file runs. Raises UserError.
+    {name: tensor} of a file of weights: safetensors, or a pickle, as older repositories of the hub
+    have, read by torch's reader that knows tensors and nothing else, so that no code of the file
+    runs. Raises UserError.
     """
-    mapped = zipfile.is_zipfile(file)  # older ones cannot be read lazily
     try:
-        found = torch.load(file, map_location=device, weights_only=True, mmap=mapped)
+        if file.suffix != '.bin':
+            return load_file(file, str(device))
+        found = torch.load(file, device, weights_only=True, mmap=zipfile.is_zipfile(file))
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            raise TypeError('it holds other things than tensors by name')
+        return found
     except Exception as error:  # damage and refused content raise all kinds
-        raise UserError(f'{file} cannot be read: {first_line(error)}') from None
-    if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
-        raise UserError(f'{file} holds other things than tensors by name')
-    return found
+        raise UserError(f'{file} cannot be read: {first_line(error)}') from error
 
 
 def read_tensors(folder, device='cpu'):
     """{name: tensor} of all weights of a model folder. Raises UserError."""
     tensors = {}
     for file in weight_files(folder):
-        if file.suffix == '.bin':
-            tensors |= load_pickle(file, device)
-            continue
-        try:
-            tensors |= load_file(file, device=str(device))
-        except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
-            raise UserError(f'{file} is damaged: {first_line(error)}') from error
+        tensors |= read_file(file, device)
     return tensors
 
 
@@ -381,11 +352,10 @@ def has_other_head(folder):
     """Whether the files of a folder hold a head that is not the token embedding."""
     found, folder = {}, Path(folder)
     for file in [*folder.glob('model*.safetensors')] or [*folder.glob('pytorch_model*.bin')]:
-        with contextlib.suppress(SafetensorError):  # damage, which read_tensors names
-            tensors = load_pickle(file) if file.suffix == '.bin' else safe_open(file, 'pt')
-            for name in filter(HEADS.search, tensors.keys()):
-                tensor = tensors[name] if file.suffix == '.bin' else tensors.get_tensor(name)
-                found[name] = tensor.bfloat16()  # of one matrix, one may be rounded
+        with contextlib.suppress(UserError):  # damage, which read_tensors names
+            tensors = read_file(file)  # mapped, not copied
+            for name in filter(HEADS.search, tensors):
+                found[name] = tensors[name].bfloat16()  # of one matrix, one may be rounded
     return len(found) == 2 and not torch.equal(*found.values())
 
 

@@ -37,20 +37,12 @@ def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
     targets (...) int64; teacher: a Distillation or None. Matrix products run in autocast's dtype,
     everything else at least in float32.
     """
-    device = hidden.device.type
-    dtype = hidden.dtype
+    device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    teacher_hidden = teacher_weight = None
-    alpha, temperature, reverse = 1.0, 1.0, False
-    if teacher:
-        teacher_hidden, teacher_weight, alpha, temperature, reverse = teacher
-        teacher_hidden = teacher_hidden.detach().flatten(0, -2)
-        teacher_weight = teacher_weight.detach()
-    how = (alpha, temperature, reverse, dtype, learning)
     flat, targets = hidden.flatten(0, -2), targets.flatten()
-    return _FusedLoss.apply(flat, weight, targets, teacher_hidden, teacher_weight, how)
+    return _FusedLoss.apply(flat, weight, targets, teacher, dtype, learning)
 
 
 def padded_head(weight, dtype):
@@ -96,12 +88,12 @@ def reverse_divergence(student, teacher):
 
 
 class _FusedLoss(torch.autograd.Function):
-    """hidden (n, C), weight (V, C), targets (n,), the teacher's hidden and head or None."""
+    """hidden (n, C), weight (V, C), targets (n,), a Distillation or None; dtype of products."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, teacher_hidden, teacher_weight, how):
-        alpha, temperature, reverse, dtype, learning = how
-        taught = teacher_hidden is not None
+    def forward(ctx, hidden, weight, targets, teacher, dtype, learning):
+        given = teacher or Distillation(None, None, alpha=1.0)
+        teacher_hidden, teacher_weight, alpha, temperature, reverse = given
         V, most = len(weight), LOGITS.get(hidden.device.type, LOGITS['cuda'])
         step = max(256, most // V)  # positions whose logits exist at once
         exact = torch.promote_types(dtype, torch.float32)
@@ -109,7 +101,7 @@ class _FusedLoss(torch.autograd.Function):
         shares = shares / shares.sum().clamp(min=1)  # of each position in the mean
         data_loss = divergence = shares.new_zeros(())
         head = weight if weight.dtype == dtype else padded_head(weight, dtype)
-        teacher_head = teacher_weight[:V].to(dtype) if taught else head
+        teacher_head = teacher_weight[:V].to(dtype) if teacher else head
         common = len(teacher_head)  # one tokenizer, heads padded differently
         diverge = reverse_divergence if reverse else forward_divergence
         d_hidden = torch.empty_like(hidden)
@@ -121,10 +113,10 @@ class _FusedLoss(torch.autograd.Function):
             logits = (h @ head.T).to(exact)
             logits[:, V:] = -torch.inf  # the padding
             at_target = logits.gather(-1, target)
-            if taught:
-                theirs = (teacher_hidden[rows].to(dtype) @ teacher_head.T).to(exact)
+            if teacher:
+                theirs = teacher_hidden.flatten(0, -2)[rows].to(dtype) @ teacher_head.T
                 ours = logits[:, :common] / temperature
-                apart, value = diverge(ours, theirs.div_(temperature))
+                apart, value = diverge(ours, theirs.to(exact).div_(temperature))
                 divergence = divergence + temperature**2 * (value * share).sum()
             # in place from here: this is the largest tensor of the step, and memory is the limit
             highest = logits.amax(-1, keepdim=True)
@@ -135,7 +127,7 @@ class _FusedLoss(torch.autograd.Function):
                 continue
             # the slope of the cross entropy in each logit: its probability, less 1 at the target
             slope = less_at(target, p.mul_(alpha * share / total), alpha * share)
-            if taught:
+            if teacher:
                 slope[:, :common] += apart.mul_((1 - alpha) * temperature * share)
             slope = slope.to(dtype)
             d_hidden[rows] = slope @ head
@@ -174,7 +166,7 @@ def evaluate(model, batches):
     model.train(was_training)
     counts = torch.tensor(counts, dtype=torch.float64)
     sums = [(torch.stack(losses).cpu().double() @ counts).item(), counts.sum().item()]
-    loss, targets = torch.tensor(gather(sums), dtype=torch.float64).sum(0).tolist()
+    loss, targets = map(sum, zip(*gather(sums)))
     return loss / targets
 
 

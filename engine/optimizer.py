@@ -40,8 +40,8 @@ def make_optimizer(model, knobs):
         dict(params=[p for p in trained if p.ndim >= 2], weight_decay=knobs.weight_decay),
         dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0),
     ]
-    fused, betas = trained[0].device.type in ('cuda', 'cpu'), (knobs.beta1, knobs.beta2)
-    return torch.optim.AdamW(groups, lr=knobs.learning_rate, betas=betas, fused=fused)
+    betas = knobs.beta1, knobs.beta2
+    return torch.optim.AdamW(groups, lr=knobs.learning_rate, betas=betas, fused=True)
 
 
 def mean_over_terms(model, terms, full):

@@ -11,7 +11,6 @@ import platform
 import signal
 import sys
 import time
-import warnings
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -56,17 +55,6 @@ def barrier():
 # ----------------------------------------------------------------------------------------------
 # hardware
 
-# FLOP/s of dense bfloat16 matrix products (before Ampere: float16) by the makers' data sheets;
-# of two names that fit, the first counts
-PEAK_FLOPS = {
-    'B200': 2250e12,
-    'H200': 989e12,
-    'H100 PCIe': 756e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'RTX 4090': 165e12,
-}
-
 
 class Hardware(NamedTuple):
     """What this process trains on, and until when."""
@@ -81,37 +69,34 @@ class Hardware(NamedTuple):
     is_main: bool  # whether this is the process that writes files and prints
     deadline: float  # seconds since 1970 at which max_minutes are over
     memory: float  # bytes of a GPU that training may fill; infinite elsewhere
-    peak_flops: float | None  # FLOP/s of the GPU by its data sheet; None where MFU is not defined
 
 
 def attention_kernels(device):
     """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
     if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
         return contextlib.nullcontext()
-    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    order = [SDPBackend.CUDNN_ATTENTION, flash, efficient, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    names = 'CUDNN_ATTENTION', 'FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'MATH'
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
 def choose_device(name):
-    """The torch.device of a knob; auto: a CUDA GPU, else Apple's, else the CPU. UserError."""
+    """The torch.device of a knob; auto: a GPU, of whatever make, else the CPU. UserError."""
     if name == 'auto':
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        name = 'cuda' if torch.cuda.is_available() else name
+        name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     if name == 'cuda':
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
     return device
 
 
 def find_hardware(run):
     """Choose the device and join the processes that torchrun started. Raises UserError."""
-    device, memory, dtype, peak_flops = choose_device(run.device), math.inf, torch.float32, None
-    on_gpu, model = device.type == 'cuda', platform.machine()
+    device, memory, model = choose_device(run.device), math.inf, platform.machine()
+    on_gpu, fast = device.type == 'cuda', run.dtype == 'bfloat16'
     if on_gpu:
         torch.cuda.set_device(device)
     try:
@@ -129,23 +114,20 @@ def find_hardware(run):
         torch.set_float32_matmul_precision('high')
         memory = min(gather(0.85 * torch.cuda.get_device_properties(device).total_memory))
         model = torch.cuda.get_device_name(device)
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if run.dtype == 'auto' and fast else dtype
-    dtype = torch.bfloat16 if run.dtype == 'bfloat16' else dtype
-    if dtype == torch.bfloat16:
-        peak_flops = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in model), None)
+        if run.dtype == 'auto':
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if fast else torch.float32
     return Hardware(
         device,
         f'{device} ({model})',
         dtype,
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        torch.autocast(device.type, dtype, enabled=fast),
         on_gpu if run.compile == 'auto' else run.compile == 'True',
         rank,
         world_size,
-        is_main=rank == 0,
-        deadline=time.time() + 60 * run.max_minutes if run.max_minutes else math.inf,
-        memory=memory,
-        peak_flops=peak_flops,
+        rank == 0,
+        time.time() + 60 * run.max_minutes if run.max_minutes else math.inf,
+        memory,
     )
 
 
@@ -256,9 +238,8 @@ def choose_batch(knobs, stage, hardware):
     limit = 2**17 if hardware.device.type == 'cuda' else 2**13  # tokens; more gains nothing
     shards = world_size if strategy == 'fsdp' else 1
     for size in range(min(share, limit // knobs.block_size), 1, -1):
-        if share % size == 0:
-            if hardware.memory == math.inf or sum(estimate(size, shards)) < hardware.memory:
-                return strategy, size
+        if share % size == 0 and sum(estimate(size, shards)) < hardware.memory:
+            return strategy, size
     return strategy, 1
 
 
@@ -276,9 +257,9 @@ def place(model, shards, hardware):
         torch.cuda.reset_peak_memory_stats()  # the memory of a stage is counted from here
     if shards is None:
         return model.to(device, torch.float32)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh(device.type, (hardware.world_size,))
     policy = MixedPrecisionPolicy(
@@ -286,15 +267,12 @@ def place(model, shards, hardware):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's tables stay float32
     )
-    for block in shards.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    shards = fully_shard(shards, mesh=mesh, mp_policy=policy).to_empty(device=device)
-    tensors = model.state_dict() if model else {}
-    with torch.no_grad():
-        for name, parameter in shards.named_parameters():
-            whole = tensors.get(name, torch.empty(parameter.shape)).to(device, torch.float32)
-            dealt = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-            parameter.to_local().copy_(dealt.to_local())
+    for part in (*shards.blocks, shards):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    shards.to_empty(device=device)
+    whole = model.float().state_dict() if model else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(shards, whole, options=options)
     return shards
 
 
@@ -312,11 +290,7 @@ def wrap(model, strategy, knobs, hardware):
     ddp_model = torch.compile(model) if hardware.compile else model
     if hardware.world_size == 1:
         return ddp_model
-    with warnings.catch_warnings():  # torch 2.13 renamed an argument that older ones need
-        warnings.simplefilter('ignore', FutureWarning)
-        return DistributedDataParallel(
-            ddp_model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+    return DistributedDataParallel(ddp_model, gradient_as_bucket_view=True)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import statistics
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,17 +21,17 @@ from model import all_params
 # numbers and tables
 
 
-def format_si(number, letters=('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z', 'Y')):
+def format_si(number, letters=' kMGTPEZY'):
     """1234567 -> '1.23M', with SI letters; the empty string for zero."""
     if not number:
         return ''
     power = max(0, min(len(letters) - 1, int(math.log10(abs(number)) // 3)))
-    return f'{number / 1000**power:.3g}{letters[power]}'
+    return f'{number / 1000**power:.3g}{letters[power].strip()}'
 
 
 def format_count(number):
     """Parameters or tokens as the field writes them: 8.44B."""
-    return format_si(number, ('', 'k', 'M', 'B', 'T'))
+    return format_si(number, ' kMBT')
 
 
 def format_bytes(number):
@@ -43,14 +42,7 @@ def format_bytes(number):
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
 BYTES = ('GPU memory', 'memory')
-PERCENT = (
-    'saved',
-    'saved at equal loss',
-    'acceptance rate',
-    'accuracy',
-    'exact answers',
-    'of peak',
-)
+PERCENT = ('saved', 'saved at equal loss', 'acceptance rate', 'accuracy', 'exact answers')
 
 
 def format_cell(column, value):
@@ -89,13 +81,12 @@ def table(records):
 
 
 def interval(values):
-    """The 95% confidence interval of the mean of some numbers, None for fewer than two."""
-    if len(values) < 2:
+    """The 95% confidence interval of a mean of numbers; None for fewer than two different ones."""
+    if len({*values}) < 2:
         return None
     from scipy.stats import sem, t  # a second, which not every command needs
 
-    mean, half = statistics.mean(values), t.ppf(0.975, len(values) - 1) * sem(values)
-    return mean - half, mean + half
+    return t.interval(0.95, len(values) - 1, statistics.mean(values), sem(values))
 
 
 def by_label(results, label):
@@ -113,11 +104,10 @@ def difference(results, others, name):
     interval: {'against NAME': ..., '95% interval': ...}; {} without a pair.
     """
     reference = {r.labels['seed']: r.val_loss for r in others}
-    paired = [r for r in results if r.labels['seed'] in reference]
-    found = [r.val_loss - reference[r.labels['seed']] for r in paired]
+    found = [r.val_loss - reference[s] for r in results if (s := r.labels['seed']) in reference]
     if not found:
         return {}
-    limits = interval(found) if any(found) else None
+    limits = interval(found)
     limits = limits and '{:+.3f} to {:+.3f}'.format(*limits)
     return {f'against {name}': statistics.mean(found), '95% interval': limits}
 
@@ -177,25 +167,24 @@ def draw_panels(panels, path):
             if line.band is not None:
                 ends = line.y - line.band, line.y + line.band
                 ax.fill_between(line.x, *ends, alpha=0.25, color=drawn.get_color())
-        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
-        if panel.xlabel in WHOLE_AXES:
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(panel.title, fontsize=9)
+        ax.xaxis.get_major_locator().set_params(integer=panel.xlabel in WHOLE_AXES)
         ax.grid(alpha=0.25)
         for which in panel.log:
             log_scale(ax, which)
         if ax.get_legend_handles_labels()[1]:
-            size = 8 if len(panel.lines) <= 20 else 5
+            size = min(8, 160 / len(panel.lines))
             ax.legend(fontsize=size, loc='upper left', bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
 def log_scale(ax, which):
     """Make an axis, 'x' or 'y', logarithmic, with ticks as our tables write numbers: 100k, 2B."""
-    ax.set(**{f'{which}scale': 'log'})
-    axis, (low, high) = getattr(ax, f'{which}axis'), getattr(ax, f'get_{which}lim')()
+    getattr(ax, f'set_{which}scale')('log')
+    axis = getattr(ax, f'{which}axis')
+    low, high = axis.get_view_interval()
     if high < 1000 * low:  # else one at each power of ten
         axis.get_major_locator().set_params(subs=(1, 2, 5))
     axis.set_major_formatter(lambda number, position: format_count(number))
@@ -260,8 +249,8 @@ def training_curve(result, points=80):
 
 def loss_panel(results):
     """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
-    panel = Panel('cumulative training FLOPs', 'loss (nats per token)')
-    panel.title = 'lines: training loss; dots: validation loss'
+    title = 'lines: training loss; dots: validation loss'
+    panel = Panel('cumulative training FLOPs', 'loss (nats per token)', title=title)
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
     for r in results:  # a size has one colour, dashed where it was trained alone to compare
         color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'
@@ -319,7 +308,7 @@ def steps_to_loss(curve, loss):
     """
     if curve[-1][1] > loss:
         return None
-    for (before, high), (after, low) in reversed([*itertools.pairwise(curve)]):
+    for (after, low), (before, high) in itertools.pairwise(reversed(curve)):
         if high > loss:
             return before + (after - before) * (high - loss) / (high - low)
     return curve[0][0]
@@ -352,7 +341,6 @@ def mean_line(results, label, start=0):
 GPU_FLOPS = 4e14  # FLOP/s that an H100 sustains, for a plan
 CPU_FLOPS = 5e10  # what a core sustains: a guess from machines of these years
 CPU_DAYS = 60  # that a run on a CPU may take
-WIDTH = 110  # columns of a plan
 
 
 def duration(flops, on_cpu=False):
@@ -395,10 +383,9 @@ def plan_text(run, planned, epoch, missing):
         raise UserError('this run has no stages')
     first = [row for row in planned if not row[0].labels.get('seed')]
     lines = [table([plan_record(*row) for row in first]), '']
-    lines += [textwrap.fill(f'{s.name}: {describe(s)}', WIDTH) for s, *_ in first]
-    again = f' of {run.seeds} seeds, each with all of these stages' if run.seeds > 1 else ''
+    lines += [f'{stage.name}: {describe(stage)}' for stage, *_ in first]
     flops, drawn = sum(r.flops for *_, r in planned), max(r.position for *_, r in planned)
-    lines.append(f'\nthis run{again}: {format_si(flops)}FLOPs, {duration(flops)}')
+    lines.append(f'\nthis run, seeds {run.seeds}: {format_si(flops)}FLOPs, {duration(flops)}')
     *_, last = planned[-1]
     if last.baseline_flops and last.inherited_flops:
         spent, alone = last.total_flops, last.baseline_flops
@@ -409,8 +396,7 @@ def plan_text(run, planned, epoch, missing):
     passes = f', {drawn / epoch:.2g} passes over them' if epoch else ''
     lines.append(f'data: {format_count(drawn)} tokens of {run.data}{passes}')
     if missing:
-        size = format_bytes(2 * min(drawn, run.unique_tokens or drawn))
-        lines.append(f'not prepared yet: {", ".join(missing)} ({size} of tokens)')
+        lines.append(f'not prepared yet: {", ".join(missing)}')
     kept = [
         4 * all_params(stage.config) * (1 + steps // (knobs.keep_every or steps + 1))
         for stage, knobs, steps, _ in planned

@@ -1,23 +1,22 @@
 """
 What a stage's folder holds: stage.json says what the stage is, state-000001000/ is a resumable
 state, result.json is written last. A state is complete under its name or absent, has a manifest
-with checksums, and is saved and loaded by all processes together.
+with checksums, and is saved and loaded by all processes together; it is safetensors, no pickle.
 """
 
 import json
 import os
-import pickle
-import re
 import shutil
-import time
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader as Reader
+from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from engine.errors import UserError, first_line
@@ -43,8 +42,7 @@ KEPT = 2  # states: the one before the newest, in case that is damaged
 # knobs that may change when a stage continues: where and how fast it is trained, not what
 MACHINE_KNOBS = set(
     'out_dir data_dir eval_interval micro_batch_size device dtype compile parallel recompute '
-    'log_interval save_minutes max_minutes keep_every wandb verify dry_run '
-    'seeds'.split()
+    'log_interval save_minutes max_minutes keep_every verify dry_run seeds'.split()
 )
 
 
@@ -103,7 +101,8 @@ def finished_before(folder, identity):
     barrier()  # everyone has looked
     if not found and processes()[0] == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / 'stage.json', identity)
+        began = dict(command=sys.argv, torch=torch.__version__)
+        write_json(Path(folder) / 'stage.json', identity | began)
     barrier()
     if not (Path(folder) / 'result.json').is_file():
         return None
@@ -146,24 +145,6 @@ def save_result(result, keep):
     barrier()
 
 
-def record_session(run, hardware, argv, knobs, origins):
-    """Add a session to run.json, with the machine and versions behind its numbers."""
-    path = Path(run.out_dir) / 'run.json'
-    session = dict(
-        command=['train.py', *argv],
-        set_by=origins,
-        device=hardware.name,
-        torch=torch.__version__,
-        started=time.strftime('%Y-%m-%d %H:%M:%S %z'),
-    )
-    try:
-        sessions = read_json(path, sessions=list)['sessions']
-    except (OSError, UserError):
-        sessions = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(knobs=knobs, sessions=[*sessions, session]))
-
-
 # ----------------------------------------------------------------------------------------------
 # saving and loading states
 
@@ -183,17 +164,16 @@ def remove_states(folder, keep):
 
 def training_state(model, optimizer, objective=None):
     """
-    (the tensors of a resumable state, the optimizer's settings). Of an objective with a state of
-    its own each process has a part.
+    (the tensors of a resumable state, the optimizer's settings). `own`: random states, and of an
+    objective with a state of its own the part of this process.
     """
     weights, optimizer_state = get_state_dict(model, optimizer)
-    random = dict(cpu=torch.get_rng_state())
+    own = dict(cpu=torch.get_rng_state())
     if torch.cuda.is_available():
-        random['cuda'] = torch.cuda.get_rng_state()
-    tensors = dict(model=weights, optimizer=optimizer_state['state'], random=random)
-    own = getattr(objective, 'state', None)
-    if own:
-        tensors['objective'] = {f'{processes()[0]}.{k}': v for k, v in own.state_dict().items()}
+        own['cuda'] = torch.cuda.get_rng_state()
+    if kept := getattr(objective, 'state', None):
+        own |= {f'{processes()[0]}.{name}': v for name, v in kept.state_dict().items()}
+    tensors = dict(model=weights, optimizer=optimizer_state['state'], own=own)
     return tensors, optimizer_state['param_groups']
 
 
@@ -211,30 +191,25 @@ def save_state(folder, model, optimizer, progress, objective=None):
     barrier()  # nobody writes before that is done
     files, failure = {}, ''
     try:
-        dcp.save(training_state(model, optimizer, objective)[0], checkpoint_id=unfinished)
+        tensors, _ = training_state(model, optimizer, objective)
+        dcp.save(tensors, storage_writer=Writer(unfinished, save_distributed=True))
         files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
     except (Exception, CheckpointException) as error:
         if len(SIGNALS) > 1:  # a second Ctrl-C, whatever torch made of it
             raise KeyboardInterrupt from None
         failure = root_cause(error)
     shares = gather((files, failure))
-    failure = max(failure for _, failure in shares)
-    if rank == 0 and not failure:
-        files = {name: entry for files, _ in shares for name, entry in files.items()}
-        try:
-            write_manifest(unfinished, files, owner_of(folder), progress=progress)
-            shutil.rmtree(target, ignore_errors=True)  # saved twice at one step
-            os.replace(unfinished, target)
-        except OSError as error:
-            failure = root_cause(error)
-    failure = gather(failure)[0]
-    if failure:
+    if failure := max(failure for _, failure in shares):
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f'{target} could not be saved ({failure}); what was saved before is kept: when there '
             'is room, the same command continues'
         )
     if rank == 0:
+        files = {name: entry for files, _ in shares for name, entry in files.items()}
+        write_manifest(unfinished, files, owner_of(folder), progress=progress)
+        shutil.rmtree(target, ignore_errors=True)  # saved twice at one step
+        os.replace(unfinished, target)
         remove_states(folder, KEPT)
     barrier()
 
@@ -266,70 +241,37 @@ def load_state(folder, model, optimizer, objective=None):
         good = f'{intact[-1]}, which is intact' if intact else 'the beginning of the stage'
         raise UserError(f'{damage}. Remove {newest}, and the same command continues from {good}')
     state, settings = training_state(model, optimizer)
-    state['objective'] = {}
-    read_state(newest, state)
+    own = read_state(newest, state)
     set_state_dict(
         model,
         optimizer,
         model_state_dict=state['model'],
         optim_state_dict=dict(state=state['optimizer'], param_groups=settings),
     )
-    if own := getattr(objective, 'state', None):
+    if kept := getattr(objective, 'state', None):
         mine = f'{processes()[0]}.'
-        parts = {k.removeprefix(mine): v for k, v in state['objective'].items()}
-        own.load_state_dict({k: v for k, v in parts.items() if '.' not in k})
-    torch.set_rng_state(state['random']['cpu'].cpu())
-    if 'cuda' in state['random']:
-        torch.cuda.set_rng_state(state['random']['cuda'].cpu())
+        kept.load_state_dict({k.removeprefix(mine): own[k] for k in own if k.startswith(mine)})
+    torch.set_rng_state(own['cpu'])
+    if 'cuda' in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own['cuda'])
     return read_manifest(newest)['progress']
 
 
 def read_state(path, state):
     """
-    Fill `state`, nested dicts of tensors, from a saved one that is intact; a part that is empty
-    gets all there is. Raises UserError for one that cannot be read.
+    Fill `state`, nested dicts of tensors, from a saved one that is intact; returns its part `own`,
+    whatever that holds. Raises UserError for one that cannot be read.
     """
     try:
-        saved = StateReader(path).read_metadata().state_dict_metadata
-        for part in [name for name in state if not state[name]]:
-            for key, found in saved.items():
-                if key.startswith(f'{part}.'):
-                    tensor = torch.empty(found.size, dtype=found.properties.dtype)
-                    state[part][key.removeprefix(f'{part}.')] = tensor
-        if 'random.cuda' not in saved:  # saved where there was no GPU
-            state.get('random', {}).pop('cuda', None)
-        dcp.load(state, storage_reader=StateReader(path))
+        saved, own = Reader(path).read_metadata().state_dict_metadata, {}
+        for key, found in saved.items():
+            if key.startswith('own.'):
+                tensor = torch.empty(found.size, dtype=found.properties.dtype)
+                own[key.removeprefix('own.')] = tensor
+        dcp.load(state | dict(own=own), storage_reader=Reader(path))
+        return own
     except (Exception, CheckpointException) as error:
         raise UserError(
             f'{path} is intact but cannot be read ({root_cause(error)}): was it saved by other '
             'versions of torch or of this code?'
         ) from error
-
-
-class StateReader(dcp.FileSystemReader):
-    """dcp's reader; its index is a pickle, of which only an index's own classes are allowed."""
-
-    def read_metadata(self, *args, **kwargs):
-        """The index of the state."""
-        with open(self.path / '.metadata', 'rb') as file:
-            metadata = IndexUnpickler(file).load()
-        metadata.storage_meta = getattr(metadata, 'storage_meta', None) or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class IndexUnpickler(pickle.Unpickler):
-    """An unpickler that knows tensors and how they are stored, and nothing else."""
-
-    allowed = re.compile(
-        r'torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(Metadata|'
-        r'MetadataIndex|StorageMeta|TensorStorageMetadata|TensorProperties|ChunkStorageMetadata|'
-        r'_MEM_FORMAT_ENCODING))|torch\.(Size|bool|[a-z]+\d+)|'
-        r'torch\.serialization\._get_layout|pathlib\.(_local\.)?\w*Path'
-    )
-
-    def find_class(self, module, name):
-        """The class of this name, if an index may contain it."""
-        if self.allowed.fullmatch(f'{module}.{name}'):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f'{module}.{name} is not allowed in a state')

@@ -1,5 +1,6 @@
 """Frozen models that teach."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,21 +46,11 @@ def as_initialised(config):
         return GPT(config)
 
 
-class LazyTeacher:
-    """A teacher that is opened when the first batch comes, and forgotten when it is done."""
-
-    def __init__(self, name_or_model, untrained=False):
-        self.name_or_model, self.untrained, self.model = name_or_model, untrained, None
-
-    def on(self, device):
-        """The model, opened on the device."""
-        if self.model is None:
-            given = self.name_or_model
-            self.model = (
-                given if callable(given) else open_teacher(given, None, device, self.untrained)
-            )
-        return self.model
-
-    def forget(self):
-        """Free its memory."""
-        self.model = None
+def lazy_teacher(name_or_model, untrained=False):
+    """
+    device -> a teacher, which is opened by the first call, at the first batch; its `cache_clear()`
+    forgets it. name_or_model: what open_teacher reads, or a GPT.
+    """
+    if callable(name_or_model):
+        return cache(lambda device: name_or_model)
+    return cache(lambda device: open_teacher(name_or_model, None, device, untrained))

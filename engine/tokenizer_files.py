@@ -32,11 +32,9 @@ ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')  # of
 
 def bytes_encoding():
     """The 256 bytes and <|endoftext|> = 256 as a tiktoken Encoding."""
-    ranks = {bytes([i]): i for i in range(256)}
-    special = {'<|endoftext|>': 256}
-    return tiktoken.Encoding(
-        'bytes', pat_str=r'[\s\S]{1,16}', mergeable_ranks=ranks, special_tokens=special
-    )
+    how = dict(mergeable_ranks={bytes([i]): i for i in range(256)})
+    how['special_tokens'] = {'<|endoftext|>': 256}
+    return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,16}', **how)
 
 
 def find_encoding(name):
@@ -130,8 +128,8 @@ def from_merges(folder):
 
 def is_tokenizer(folder):
     """Whether a folder has a tokenizer that load_tokenizer opens."""
-    ways = (('tokenizer.json',), ('vocab.json', 'merges.txt'))
-    return any(all((Path(folder) / name).is_file() for name in names) for names in ways)
+    names = {file.name for file in tokenizer_files(folder)}
+    return 'tokenizer.json' in names or names >= {'vocab.json', 'merges.txt'}
 
 
 def has_chat_template(name):
@@ -146,11 +144,11 @@ def read_settings(folder, *names):
     return {key: v for file in files if file.is_file() for key, v in read_json(file).items()}
 
 
-def named_tokens(folder):
-    """{'eos_token': its text, ...} of tokenizer_config.json, or of special_tokens_map.json."""
-    settings = read_settings(folder, 'tokenizer_config.json', 'special_tokens_map.json')
-    texts = {k: v.get('content') if isinstance(v, dict) else v for k, v in settings.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+def named_token(folder, kind):
+    """The text of the eos_token, say, of tokenizer_config.json or special_tokens_map.json; None."""
+    found = read_settings(folder, 'tokenizer_config.json', 'special_tokens_map.json').get(kind)
+    text = found.get('content') if isinstance(found, dict) else found
+    return text if isinstance(text, str) else None
 
 
 def write_tokenizer(name, folder):
@@ -201,7 +199,7 @@ def end_ids(folder):
     The ids that end a text or an answer: the eos_token that a folder names, which is what is
     written, then those of generation_config.json; else that of a usual name.
     """
-    vocab, named = vocabulary(folder), named_tokens(folder).get('eos_token')
+    vocab, named = vocabulary(folder), named_token(folder, 'eos_token')
     more = read_settings(folder, 'generation_config.json').get('eos_token_id')
     ends = [vocab.get(named), *(more if isinstance(more, list) else [more])]
     ends = [i for i in dict.fromkeys(ends) if i in vocab.values()]

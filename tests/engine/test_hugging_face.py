@@ -227,7 +227,7 @@ def test_sharded_and_half_precision_folders(tmp_path, name):
     one = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'many', dtype=torch.bfloat16)
     assert torch.equal(one.get_input_embeddings().weight, model.wte.weight)
     next((tmp_path / 'many').glob('*.safetensors')).unlink()
-    with pytest.raises(UserError, match='files of weights are missing'):
+    with pytest.raises(UserError, match='cannot be read: FileNotFoundError'):
         load(tmp_path / 'many')
 
 
@@ -321,7 +321,7 @@ def test_weights_are_saved_in_files_with_an_index(tmp_path, monkeypatch):
     assert read.dtype == torch.bfloat16
     assert torch.equal(read.get_input_embeddings().weight, loaded.wte.weight)
     (tmp_path / 'many' / files[1]).unlink()
-    with pytest.raises(UserError, match=f'1 of its {len(files)} files.*{files[1]}'):
+    with pytest.raises(UserError, match=f'{files[1]} cannot be read: FileNotFoundError'):
         load(tmp_path / 'many')
     model.save(tmp_path / 'many')  # again: the index is whole
     monkeypatch.undo()

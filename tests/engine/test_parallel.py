@@ -320,8 +320,3 @@ def test_an_environment_without_torchrun_is_explained(data_dir, environment, tmp
     process = run_command('train.py', f'--out_dir={tmp_path}/run', '--device=cpu', **environment)
     assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
     assert 'start several processes with torchrun' in process.stderr
-
-
-def test_the_peak_of_a_gpu_is_its_data_sheets():
-    here = find_hardware(Run(device='cpu', dtype='bfloat16'))
-    assert here.peak_flops is None

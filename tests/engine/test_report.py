@@ -149,7 +149,7 @@ def test_variants_are_compared_seed_by_seed(tmp_path):
 
 
 def test_an_interval_is_students():
-    assert interval([1.0]) is None
+    assert interval([1.0]) is None and interval([1.0, 1.0]) is None
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (low, high) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-3)
 
