@@ -395,17 +395,6 @@ def test_the_command_makes_any_size_between_two(chain, data_dir, tmp_path, capsy
         col.main([str(tmp_path), str(tmp_path / 'other'), '--to=64x2'])
 
 
-@pytest.mark.parametrize('family', ['gpt2', 'pythia', 'llama'])
-def test_on_disk_it_is_what_it_is_in_memory_for_every_layout(family, tmp_path):
-    small, large = shaped(family, 2, 2), shaped(family, 4, 4, seed=1)
-    small.save(tmp_path / 'chain' / 'a')
-    large.save(tmp_path / 'chain' / 'b')
-    col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), '--to=18x3', '--alpha=0.3'])
-    made, sizes = load(tmp_path / 'made'), dict(n_embd=18, n_layer=3, n_head=3, n_kv_head=3)
-    assert made.config == replace(small.config, n_mlp=30, **sizes)
-    assert same(made, linit(small, large, made.config, 0.3))
-
-
 def test_the_shapes_of_the_papers_sizes_are_found_by_their_parameters():
     chain = {name: GPTConfig.named(name) for name in ('gpt2', 'gpt2-medium', 'gpt2-large')}
     for name in ('138m', '220m', '277m', '380m', '537m'):
@@ -442,18 +431,6 @@ def test_a_width_between_two_of_a_chain_has_whole_heads(tmp_path):
             col.main([str(tmp_path / 'chain'), str(tmp_path / 'made'), f'--to={to}'])
     tiny = {name: GPTConfig.named(name) for name in ('64x2', '128x6')}
     assert shape_of_size(tiny, '96x4').n_head == 6
-
-
-def test_a_chain_that_was_interrupted_goes_on_to_the_same(chain, data_dir, tmp_path):
-    stops = 0
-    common = [*ON_POLICY, '--chain=32x3', '--desnets=', '--baselines=']
-    while not (tmp_path / 'run' / '32x3' / 'result.json').exists():
-        try:
-            train.main(arguments(data_dir, tmp_path / 'run', *common, '--max_minutes=1e-9'))
-        except SystemExit:
-            stops += 1
-        assert stops < 90
-    assert stops > 20 and same(load(tmp_path / 'run' / '32x3'), load(chain / '32x3'))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from engine.errors import UserError
 from engine.loss import evaluate
 from engine.stage import Result, describe
 from expand import (
-    GrowthComparison,
     Progressive,
     allocate_tokens,
     deepen,
@@ -115,18 +114,6 @@ def test_fpi_and_aki_are_products_with_copy_matrices(shape, depth, width):
 # depth
 
 
-def test_stacking_twice_is_stacking_fourfold():
-    model = small()
-    twice, once = deepen(deepen(model, 6, 'stack'), 12, 'stack'), deepen(model, 12, 'stack')
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(twice.state_dict().values(), once.state_dict().values(), strict=True)
-    )
-    assert torch.equal(
-        once.state_dict()['blocks.10.attn.q.weight'], model.state_dict()['blocks.1.attn.q.weight']
-    )
-
-
 def test_copied_layers_share_no_memory():
     deep = deepen(small(qk_norm=True), 6, 'stack')
     pointers = [p.data_ptr() for p in deep.parameters()]
@@ -135,26 +122,6 @@ def test_copied_layers_share_no_memory():
 
 # ----------------------------------------------------------------------------------------------
 # both
-
-
-@pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('width', ['fpi', 'aki'])
-def test_a_grown_model_is_complete_trainable_and_of_the_dtype_it_was(shape, width):
-    model = small(**SHAPES[shape]).float()
-    target = dataclasses.replace(double_width(model.config), n_layer=5)
-    big = grow(model, target, width, 'bert2bert')
-    assert big.config == target and {p.dtype for p in big.parameters()} == {torch.float32}
-    big(tokens(), tokens()).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in big.parameters())
-
-
-def test_growing_to_the_same_size_changes_nothing():
-    model = small()
-    same = grow(model, model.config)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True)
-    )
 
 
 @pytest.mark.parametrize(
@@ -179,14 +146,6 @@ def test_a_query_head_is_never_lost():
         UserError, match='lose query heads'
     ):  # the second group would keep 3 of its 4 queries
         widen(model, grown(model, n_head=9, n_kv_head=3), 'fpi')
-
-
-@pytest.mark.parametrize(
-    'call', [lambda m: grow(m, m.config, width='akj'), lambda m: grow(m, m.config, depth='stak')]
-)
-def test_unknown_operators_name_the_nearest(call):
-    with pytest.raises(UserError, match='did you mean (aki|stack)'):
-        call(small())
 
 
 def test_an_operator_of_ones_own_is_a_width_and_a_variant(data_dir, tmp_path):
@@ -253,26 +212,6 @@ def test_grown_models_open_in_transformers_with_the_same_logits(tmp_path, shape)
     torch.testing.assert_close(
         theirs(x).logits, model(x).logits, atol=2e-4, rtol=0
     )  # lossless, in float32
-
-
-def test_an_interrupted_growth_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    model = small().float()
-    model.save(tmp_path / 'small')
-    words = [str(tmp_path / 'small'), str(tmp_path / 'large'), '--to=stk2']
-
-    def pull_the_plug(folder, tensors):
-        (folder / 'model.safetensors').write_bytes(b'half')
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr('model.write_tensors', pull_the_plug)
-        with pytest.raises(KeyboardInterrupt):
-            expand.main(words)
-    assert not (tmp_path / 'large').exists() and not (tmp_path / 'large.partial').exists()
-    expand.main(words)
-    assert load(tmp_path / 'large').config.n_layer == 2 * model.config.n_layer
-    with pytest.raises(UserError, match='exists: choose another'):
-        expand.main(words)
 
 
 def test_growing_on_the_command_line(tmp_path):
@@ -455,26 +394,6 @@ def test_the_largest_gets_what_a_budget_leaves():
         planned(shares=(1, 1, 1, 1), budget=0.6)
 
 
-def test_a_trunk_with_its_branch_is_one_run_under_wsd_bit_for_bit(data_dir, tmp_path):
-    general = [
-        f'--data_dir={data_dir}',
-        '--schedule=wsd',
-        '--decay_fraction=0.25',
-        '--warmup=3',
-        '--block_size=16',
-        '--eval_tokens=512',
-        '--device=cpu',
-    ]
-    family = ['--method=progressive', '--sizes=16x1,16x2', '--scratch_tokens=5120,5120']
-    family += ['--shares=1,1', '--noise=0.1']
-    train.main([*general, *family, f'--out_dir={tmp_path / "family"}'])
-    train.main([*general, '--size=16x1', '--tokens=5120', f'--out_dir={tmp_path / "one"}'])
-    branch, whole = (load(tmp_path / run / '16x1') for run in ('family', 'one'))
-    assert all(map(torch.equal, branch.state_dict().values(), whole.state_dict().values()))
-    results = {name: Result.of(tmp_path / 'family' / name) for name in ('16x1-trunk', '16x1')}
-    assert results['16x1'].val_loss < results['16x1-trunk'].val_loss
-
-
 def test_stages_of_the_tiny_family():
     stages = planned(compare='independent')
     assert [s.name for s, _ in stages] == [
@@ -500,12 +419,6 @@ def test_stages_of_the_tiny_family():
     assert stages[3][0].parent.position == sum(
         r.tokens for _, r in stages[:3]
     )  # the data goes on from size to size
-
-
-def test_independent_training_at_the_runs_learning_rate():
-    stages = planned(compare='independent', learning_rates=(4e-3,) * 4)
-    assert stages[0][0].knobs['learning_rate'] == 4e-3
-    assert 'learning_rate' not in stages[-1][0].knobs
 
 
 @pytest.mark.parametrize(
@@ -597,12 +510,3 @@ def test_a_trained_base_grows_by_every_operator(data_dir, tmp_path, capsys):
     first = json.loads((Path(found.folder) / 'metrics.jsonl').read_text().splitlines()[0])
     batches = validation_batches(open_corpus('pydocs', data_dir).val, 16, 8, 512)
     assert first['val_loss'] == pytest.approx(evaluate(load(tmp_path / 'base'), batches), abs=1e-6)
-
-
-def test_an_unknown_operator_is_refused_before_training():
-    for knobs, words in (
-        (dict(widths=('losless',)), 'did you mean lossless'),
-        (dict(depths=('stac',)), 'did you mean stack'),
-    ):
-        with pytest.raises(UserError, match=words):
-            list(stages_of(GrowthComparison(**knobs), Run(block_size=128), None))

@@ -136,14 +136,6 @@ def test_what_is_observed_leaves_the_model_and_the_random_state_alone(data_dir):
     assert len(seen) == 7 and {len(values) for values in seen.values()} == {3}
 
 
-def test_samples_are_of_the_validation_split_and_always_the_same(data_dir):
-    corpus, model = open_corpus('pydocs', data_dir), small(vocab_size=257, block_size=10)
-    samples = validation_samples(corpus, 3, model)
-    text = corpus.val.tobytes()
-    assert samples.shape == (3, 11) and torch.equal(samples, validation_samples(corpus, 3, model))
-    assert all(sample.numpy().astype(corpus.val.dtype).tobytes() in text for sample in samples)
-
-
 # ----------------------------------------------------------------------------------------------
 # inheriting
 
@@ -276,17 +268,6 @@ def test_it_gives_up_at_the_references_size_or_where_it_is_told_to():
     assert [s.config.n_layer for s in planned([1.5, 2.0], n=3, max_n=3)[0]] == [8, 3]
 
 
-def test_a_reference_that_was_trained_for_longer_is_not_matched_at_once(data_dir, tmp_path):
-    knobs = ['--method=inheritune', '--size=16x4', '--tokens=4096', '--child_tokens=64']
-    knobs += [f'--data_dir={data_dir}', '--block_size=16', '--eval_tokens=512', '--batch_size=2']
-    train.main([*knobs, '--regrow=continue', f'--out_dir={tmp_path}/run'])
-    assert 'in round 2' in (tmp_path / 'run' / 'report.md').read_text()
-    found = {name: Result.of(tmp_path / 'run' / name) for name in ('reference', '2-layers')}
-    assert found['2-layers'].val_loss > found['reference'].val_loss
-    again = json.loads((tmp_path / 'run' / '4-layers' / 'stage.json').read_text())
-    assert again['origin']['models'] == ['reference', '2-layers']
-
-
 def test_growing_keeps_the_trained_layers_and_adds_the_references_next(tmp_path):
     reference, trained = small(n_layer=6), small(n_layer=2, init_std=0.1)
     results = []
@@ -312,16 +293,6 @@ def test_growing_keeps_the_trained_layers_and_adds_the_references_next(tmp_path)
 def test_what_cannot_be_is_refused(knobs, words):
     with pytest.raises(UserError, match=words):
         planned([1.0], **knobs)
-
-
-def test_a_run_is_refused_before_anything_is_trained(data_dir, tmp_path):
-    small(n_layer=4).save(tmp_path / 'one')
-    knobs = ['--method=inheritune', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/run']
-    with pytest.raises(UserError, match='has 196 tokens for which the model, of 61, has no'):
-        train.main([*knobs, f'--reference={tmp_path}/one'])
-    with pytest.raises(UserError, match='stacking needs a child'):
-        train.main([*knobs, '--size=16x2', '--baselines=stacking'])
-    assert not (tmp_path / 'run').exists()
 
 
 def test_a_given_reference_is_measured_as_the_children_are(data_dir, tmp_path):
@@ -399,14 +370,6 @@ def test_baselines_start_from_the_layers_and_parts_they_name(data_dir, tmp_path)
         same |= dict(mlp=block.mlp.up.weight.equal(old.mlp.up.weight))
         same |= dict(norms=block.norm1.weight.equal(old.norm1.weight))
         assert [part for part, kept in same.items() if kept] == name.split('+')
-
-
-def test_seeds_that_end_at_different_depths_are_compared_with_either_child():
-    losses = [1.5, 1.4, 1.6, 1.5, 1.7, 1.4, 1.6]
-    _, blocks = planned(losses, baselines=('random',), seeds=2)
-    assert 'in round 1' in blocks[0] and 'in round 2' in blocks[1]
-    columns = [{column for record in block for column in record} for block in blocks[3:5]]
-    assert 'against 4-layers' in columns[0] and 'against 6-layers' in columns[1]
 
 
 def test_every_seed_has_a_reference_and_baselines_of_its_own():

@@ -96,14 +96,6 @@ def test_table_6_gives_its_coefficients_back(name):
     assert found.losses(1, data.D1, data.D2)[0] == pytest.approx(data.loss, abs=1e-6)
 
 
-def test_table_7s_joint_law_gives_its_coefficients_back():
-    truth = dict(zip(LAWS['joint'].parameters.split(), PAPER['stk2'].rows[0]))
-    data = grid('joint', truth, n=4, sizes=(14_751_680, 98_323_840, 1_085_859_424))
-    found = fit('joint', data, bootstrap=0).parameters
-    for name in ('alpha1', 'alpha2', 'alpha3', 'beta'):
-        assert found[name] == pytest.approx(truth[name], rel=0.05)
-
-
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """90% intervals of alpha1, alpha2 and alpha3 in six noisy grids: of 18, about 16."""
     covered = 0

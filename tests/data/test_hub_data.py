@@ -199,20 +199,3 @@ def test_a_corpus_whose_server_stops_is_continued(tmp_path, name):
     if name == 'pile':
         held_out = len(''.join(texts[:900:3])) + 300
         assert [len(found) // 2 for found in outcomes['whole']][1] == held_out
-
-
-def test_a_set_whose_server_stops_is_one_line_and_then_begun_again(tmp_path):
-    file, row = ANSWERS['boolq']
-    rows = [numbered(row, i * 7919) for i in range(5000)]
-    folder = tmp_path / 'datasets' / SETS['boolq'][0].split()[0]
-    for split in ('train', 'validation'):
-        write_rows(folder / 'data' / f'{split}-00000-of-00001-broken.parquet', rows)
-    with StandInHub(tmp_path) as hub:
-        process = prepare(hub, 'boolq', tmp_path / 'boolq', HF_HUB_DOWNLOAD_TIMEOUT='2')
-        assert process.returncode == 1 and 'Traceback' not in process.stderr
-        assert 'boolq cannot be read' in process.stderr
-        assert not (tmp_path / 'boolq').exists()
-        hub.mend()
-        process = prepare(hub, 'boolq', tmp_path / 'boolq')
-    assert process.returncode == 0, process.stderr
-    assert len(Examples('boolq', tmp_path, 'train')) == 5000

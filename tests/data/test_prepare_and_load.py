@@ -42,15 +42,6 @@ def test_permute_is_a_permutation_and_depends_on_the_seed(n):
     assert n < 100 or not np.array_equal(permute(np.arange(n), n, 1), permute(np.arange(n), n, 2))
 
 
-def test_permute_needs_no_table_and_looks_random():
-    n = 10**12
-    index = permute(np.arange(5000), n, 3)
-    assert index.min() >= 0 and index.max() < n and len(set(index)) == 5000
-    assert (
-        abs(np.corrcoef(np.arange(5000), index)[0, 1]) < 0.05 and abs(index.mean() / n - 0.5) < 0.02
-    )
-
-
 def test_an_epoch_sees_every_window_once_and_the_next_one_in_another_order():
     first, second = (offsets(np.arange(e * 12, e * 12 + 12), 100, Order(8, seed=5)) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(0, 96, 8)) and not np.array_equal(
@@ -420,20 +411,3 @@ def test_files_of_ones_own_become_a_corpus(tmp_path, what, monkeypatch):
     else:
         assert b'199 of the book' in val and b'199 of the play' in val
         assert b'0 of the book' in train and b'0 of the play' in train
-
-
-def test_other_files_of_a_folder_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'v1.5').mkdir()
-    (tmp_path / 'v1.5' / 'notes.md').write_text('Not this.')
-    for path in ('v1.5/a.txt', 'b.txt'):
-        (tmp_path / path).write_text('Some lines\nof some text.\n' * 20)
-    (tmp_path / 'v1.5' / 'up').symlink_to(tmp_path / 'v1.5')  # followed once
-    assert prepare.own_files('v1.5,b.txt') == ['b.txt', 'v1.5/a.txt']
-    assert prepare.local_name('v1.5/') == 'v1.5'
-
-
-def test_corpora_are_called_after_their_files():
-    names = {'texts/book.txt': 'book', 'novels/*.txt': 'novels', 'novels/**/*.txt': 'novels'}
-    names |= {'*.jsonl': 'local', 'a.txt,b.txt': 'a', 'folder/': 'folder'}
-    assert {pattern: prepare.local_name(pattern) for pattern in names} == names

@@ -274,15 +274,6 @@ def test_nothing_is_written_over_a_model(trained, tmp_path):
     assert (run / '32x2' / 'model.safetensors').read_bytes() == before
 
 
-def test_a_folder_that_is_a_link_to_itself_is_refused(run, data_dir, tmp_path):
-    (tmp_path / 'loop').symlink_to('loop')
-    grown = ['expand.py', run / 'run' / '16x2', tmp_path / 'loop', '--to=32x2']
-    trained = ['train.py', '--toy', f'--out_dir={tmp_path}/loop', f'--data_dir={data_dir}']
-    for command in (trained, grown):
-        process = run_command(*command)
-        assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
-
-
 def test_two_processes_do_not_write_to_one_folder(tmp_path, data_dir):
     """A corpus is waited for; a run that another process trains is refused."""
     texts = write_texts(tmp_path / 'texts', 'txt')

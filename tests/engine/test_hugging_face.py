@@ -13,8 +13,8 @@ from test_model import small, tokens
 
 from engine import hugging_face
 from engine.errors import UserError
-from engine.hugging_face import config_to_hugging_face, family_of, tensors_to_hugging_face
-from model import GPTConfig, load
+from engine.hugging_face import tensors_to_hugging_face
+from model import load
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.set_verbosity_error()
@@ -243,23 +243,6 @@ def test_openai_layout_of_gpt2_is_read(tmp_path):
     }
     save_file(old | {'h.0.attn.bias': torch.ones(1, 1, 4, 4)}, tmp_path / 'model.safetensors')
     compare(model, load(tmp_path), 1e-4)
-
-
-def test_family_of_every_kind():
-    kinds = {
-        'llama': {},
-        'qwen2': dict(qkv_bias=True),
-        'qwen3': dict(qk_norm=True),
-        'gpt2': dict(norm='layer', act='gelu', pos='learned'),
-        'opt': dict(norm='layer', act='relu', pos='learned', bias=True),
-        'gpt_neox': dict(norm='layer', act='gelu_exact', parallel=True, bias=True),
-        None: dict(norm='layer', act='swiglu'),
-    }
-    for model_type, changes in kinds.items():
-        config = GPTConfig(n_layer=1, n_head=2, n_embd=16, **changes)
-        assert family_of(config) == model_type and config_to_hugging_face(config)['model_type'] == (
-            model_type or 'nanofamily'
-        )
 
 
 @pytest.mark.parametrize(

@@ -112,16 +112,6 @@ def test_a_bit_of_the_checksums_themselves_is_missed_by_nobody(tmp_path, half):
     )
 
 
-def test_what_a_crash_left_of_a_state_goes_with_the_next(data_dir, tmp_path, half):
-    shutil.copytree(half.parent, tmp_path / 'run')
-    (tmp_path / 'run' / '16x2' / 'state-000000009.tmp').mkdir()
-    folder = stopped(data_dir, tmp_path / 'run', 1)
-    assert not list(folder.glob('*.tmp')) and [path.name[-1] for path in saved_states(folder)] == [
-        '3',
-        '4',
-    ]
-
-
 def test_a_stage_whose_parent_has_no_known_loss_continues(tmp_path):
     identity = {'before': [['ancestor', float('nan')]]}
     for _ in range(2):
@@ -134,17 +124,6 @@ def test_a_child_of_another_parent_is_refused(data_dir, tmp_path):
     shutil.rmtree(tmp_path / '16x2')
     with pytest.raises(UserError, match='32x2 holds a stage with other settings .before was'):
         train.main([*family, '--learning_rates=0.003,0.001'])
-
-
-def test_a_state_of_another_run_is_refused_and_the_beginning_offered(data_dir, tmp_path, half):
-    folder = stopped(data_dir, tmp_path, 1, '--seed=3')
-    shutil.rmtree(folder / 'state-000000001')
-    shutil.copytree(half / 'state-000000003', folder / 'state-000000003')
-    with pytest.raises(
-        UserError,
-        match='state-000000003 belongs to another run. Remove .* continues from the beginning',
-    ):
-        train.main(arguments(data_dir, tmp_path, '--seed=3'))
 
 
 def test_a_state_is_tensors_and_runs_nothing_that_its_files_say(tmp_path, half):
@@ -227,14 +206,6 @@ def test_a_damaged_model_of_a_finished_stage_is_named(data_dir, tmp_path, whole,
         (tmp_path / 'run' / '16x2' / name).write_text('[]')  # a bit of a text may not matter
     with pytest.raises(UserError, match=f'{name} is damaged'):
         train.main(arguments(data_dir, tmp_path / 'run'))
-
-
-def test_a_model_of_another_run_is_refused(data_dir, tmp_path, whole):
-    train.main(arguments(data_dir, tmp_path, '--seed=3'))
-    for name in ('model.safetensors', 'result.json', 'checksums.json'):
-        shutil.copy(whole / name, tmp_path / '16x2' / name)
-    with pytest.raises(UserError, match='belongs to another run'):
-        train.main(arguments(data_dir, tmp_path, '--seed=3'))
 
 
 # ----------------------------------------------------------------------------------------------
