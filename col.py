@@ -553,10 +553,11 @@ def main(argv):
     sizes += [(format_count(params), params) for params in options.params]
     if not (options.target and sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
+    folders = chain_folders(options.chain)  # before any is made, perhaps among them
     alpha = None if options.alpha < 0 else options.alpha
     for name, size in sizes:
         target = Path(options.target) / (name if len(sizes) > 1 else '')
-        interpolate(chain_folders(options.chain), size, alpha, target)
+        interpolate(folders, size, alpha, target)
 
 
 if __name__ == '__main__':

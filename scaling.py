@@ -705,8 +705,8 @@ def error_records(fits, scratch):
         together = fit(first.law, pandas.concat([data, before_growth]), bootstrap=0)
         fits = fits | {f'{first.law}, of scratch and reuse together': together}
     tail = data[data.D2 >= data.D2.quantile(0.75)]
+    cells, lowest = cells_of(data), [lowest_tenth(data)]
     for name, fitted in fits.items():
-        cells, lowest = cells_of(data), [lowest_tenth(data)]
         record = {'RMS x 1e-3': name, 'cells left out': 1e3 * left_out_error(fitted, cells)}
         record['lowest tenth left out'] = 1e3 * left_out_error(fitted, lowest)
         errors = predict(fitted.law, fitted.rows[0], tail) - tail.loss

@@ -73,7 +73,7 @@ def chat_encoder(folder):
         first, last = np.array(encoded.offsets).T
         marks = sum((first < stop) & (last > start) for start, stop in spans)
         more = [] if ended else [end]
-        return encoded.ids + more, [*marks.tolist(), *(1 for _ in more)]
+        return encoded.ids + more, marks.tolist() + [1] * len(more)
 
     return encode
 

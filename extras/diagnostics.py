@@ -112,7 +112,7 @@ def norm_panels(folders):
         found[Path(folder).name] = smooth
     panels = []
     for name in smooth:
-        lines = [Line(smooth.index, smooth[name], run) for run, smooth in found.items()]
+        lines = [Line(run.index, run[name], label) for label, run in found.items()]
         panels.append(Panel('step', name, lines))
     return panels
 
