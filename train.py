@@ -388,7 +388,7 @@ def shrink(knobs):
         knobs,
         seeds=min(2, knobs.seeds),
         batch_size=min(4, knobs.batch_size),
-        eval_tokens=2048,
+        eval_tokens=512,
         unique_tokens=min(256, knobs.unique_tokens),  # half a stage's: epochs come to their second
         warmup=1,
         log_interval=1,
