@@ -1,17 +1,17 @@
 """
-What the tests share: a small prepared corpus, and a way to run the project's commands as a person
-does.
+What the tests share: a small prepared corpus, and the project's commands, as a person types them.
 """
 
 import argparse
-import contextlib
+import importlib
 import inspect
+import io
 import itertools
 import json
 import os
-import random
+import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import typing
@@ -23,135 +23,137 @@ os.environ.setdefault(
     'HF_HUB_OFFLINE', '1'
 )  # before anything imports the hub client: no test needs a network
 
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from engine.files import checksum  # noqa: E402
+from engine.errors import run_as_program  # noqa: E402
 
 torch.set_num_threads(1)
 
-
-def write_corpus(folder, train, val, vocab_size=257):
-    """Write token arrays as a prepared corpus into `folder`."""
-    folder.mkdir(parents=True)
-    splits, checksums = {}, {}
-    for split, tokens in (('train', train), ('val', val)):
-        file = folder / f'{split}.bin'
-        np.asarray(tokens, np.uint16).tofile(file)
-        splits[split] = dict(tokens=len(tokens), bytes=len(tokens), documents=1)
-        checksums[file.name] = checksum(file)
-    meta = dict(corpus=folder.name, tokenizer='bytes', vocab_size=vocab_size, dtype='uint16')
-    (folder / 'meta.json').write_text(json.dumps(meta | dict(splits=splits, checksums=checksums)))
+SLOW = re.compile('crash|parallel|hub|preset|documents|harness|report_and_advice')
 
 
-def write_examples(folder, rows, kind='supervised'):
-    """A prepared set of bytes, of rows (where, record, is it for validation)."""
-    from data.instruct import encode_examples, example_encoder, refuse
-    from data.prepare import Preparation, fresh_counts, write_corpus
+def pytest_collection_modifyitems(items):
+    """The fast ones first."""
+    items.sort(key=lambda item: bool(SLOW.search(item.nodeid)))
 
-    options = Preparation(corpus=folder.name, tokenizer='bytes', prompt='plain')
-    examples = encode_examples(rows, options, refuse, example_encoder(options))
-    write_corpus([(examples, None)], kind, options, folder, dict(counts=fresh_counts(), read=None))
+
+@pytest.fixture(autouse=True)
+def alike():
+    """Every test begins with the same random state, and leaves Ctrl-C to pytest."""
+    torch.manual_seed(0)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+# ----------------------------------------------------------------------------------------------
+# commands
+
+
+def call(line, input=''):
+    """
+    `python LINE` without a new process, which would import torch again: the finished command, with
+    what it printed. `input` is typed.
+    """
+    program, *arguments = shlex.split(line)
+    name = arguments.pop(0) if program == '-m' else program.removesuffix('.py').replace('/', '.')
+    streams = [
+        io.TextIOWrapper(io.BytesIO(text.encode()), 'utf-8', write_through=True)
+        for text in (input, '', '')
+    ]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        for stream, replaced in zip(('stdin', 'stdout', 'stderr'), streams):
+            patch.setattr(sys, stream, replaced)
+        patch.setattr(sys, 'argv', [program, *arguments])
+        run_as_program(importlib.import_module(name).main)
+    output = [stream.buffer.getvalue().decode() for stream in streams[1:]]
+    return subprocess.CompletedProcess(line, end.value.code or 0, *output)
+
+
+def succeeds(line):
+    """Call a command that does not fail; returns what it printed."""
+    command = call(line)
+    assert command.returncode == 0, command.stderr
+    return command.stdout
+
+
+def refuses(line, words):
+    """Call a command that ends with one line that holds a pattern, and with exit code 2."""
+    command = call(line)
+    assert command.returncode == 2 and re.search(words, command.stderr), command
+    assert command.stderr.count('\n') == 1, command.stderr
+
+
+def run_command(line, **environment):
+    """`python LINE` in a process of its own; returns it, finished, with its output as text."""
+    return subprocess.run(
+        [sys.executable, *shlex.split(line)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+    )
+
+
+def run_processes(number, line):
+    """`python LINE` as `number` processes that train together, as torchrun starts them."""
+    how = f'--standalone --local-addr=127.0.0.1 --nproc_per_node={number}'
+    return run_command(f'-m torch.distributed.run {how} {line}')
+
+
+def metrics(folder):
+    """The lines of a stage's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def same_weights(one, other):
+    """Are two models, or those of two folders, alike to the bit?"""
+    from model import load
+
+    one, other = (m if isinstance(m, torch.nn.Module) else load(m) for m in (one, other))
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# ----------------------------------------------------------------------------------------------
+# data
+
+
+def write_lines(path, rows):
+    """Rows as JSON lines; returns the path."""
+    path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    return str(path)
 
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
     """
-    A folder of two corpora of real text that need not be made: some of the files that came with
-    Python.
+    Two corpora of real text, files that came with Python, and two sets: what its functions are for,
+    as answers (`signatures`) and as preferences.
     """
+    from data.prepare import Preparation, prepare
+
     folder = tmp_path_factory.mktemp('data')
-    for name, modules in dict(
-        pydocs=[argparse, inspect, typing], pycode=[json.decoder, subprocess]
-    ).items():
-        text = np.frombuffer(
-            b'\n'.join(Path(module.__file__).read_bytes() for module in modules), np.uint8
-        )
-        write_corpus(folder / name, text[4000:], text[:4000])
-    pairs = [  # and of instructions: names of Python's own functions -> their documentation
+    for name, module in dict(pydocs=argparse, pycode=subprocess).items():
+        (folder / f'{name}.txt').write_text(inspect.getsource(module))
+    pairs = [
         (name, inspect.getdoc(function).split('\n')[0])
         for module in (argparse, inspect, typing, json, subprocess)
         for name, function in inspect.getmembers(module, callable)
         if inspect.getdoc(function)
     ]
-    rows = [
-        ('', dict(prompt=name, completion=line), i % 8 == 0) for i, (name, line) in enumerate(pairs)
-    ]
-    write_examples(folder / 'signatures', rows)
-    rows = [
-        ('', dict(prompt=name, chosen=line, rejected=other), len(name) % 8 == 0)
+    write_lines(folder / 'signatures.jsonl', [dict(prompt=n, completion=line) for n, line in pairs])
+    preferences = [
+        dict(prompt=name, chosen=line, rejected=other)
         for (name, line), (_, other) in itertools.pairwise(pairs)
     ]
-    write_examples(folder / 'preferences', rows, 'preferences')
+    write_lines(folder / 'preferences.jsonl', preferences)
+    for path in [*folder.iterdir()]:
+        how = dict(tokenizer='bytes', prompt='plain', val_fraction=0.125)
+        prepare(Preparation(str(path), str(path.with_suffix('')), **how))
     return folder
-
-
-def run_command(*arguments, timeout=120, input='', **environment):
-    """
-    Run `python ARGUMENTS` in the project's folder, `input` typed; returns the finished process
-    with its output as text.
-    """
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        input=input,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
-    )
-
-
-def free_port():
-    """
-    A port where processes can meet: below those that the system hands out by itself, which a test
-    on another core could get between this choice and its use.
-    """
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.socket() as found:
-            found.bind(('127.0.0.1', port))
-            return port
-
-
-def run_processes(number, *arguments, timeout=120, **environment):
-    """
-    Run `python ARGUMENTS` as `number` processes that train together; returns their outputs. None
-    of them may fail; to be saved and stopped (75) is no failure.
-    """
-    port = str(free_port())
-    environment = {
-        **os.environ,
-        'OMP_NUM_THREADS': '1',
-        'PYTHONFAULTHANDLER': '1',
-        'WORLD_SIZE': str(number),
-        'MASTER_ADDR': '127.0.0.1',
-        'MASTER_PORT': port,
-        **environment,
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
-        )
-        for rank in range(number)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in started]
-    except subprocess.TimeoutExpired:
-        for process in started:
-            process.send_signal(signal.SIGABRT)  # each prints where it hangs
-        outputs = [process.communicate(timeout=20)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode in (0, 75) for process in started), '\n'.join(outputs)
-    return outputs
 
 
 DOCUMENTS = [
@@ -167,9 +169,7 @@ def write_texts(folder, kind):
         for i, text in enumerate(DOCUMENTS):
             (folder / f'{i:03d}.txt').write_text(text, encoding='utf-8')
     elif kind == 'jsonl':
-        (folder / 'a.jsonl').write_text(
-            ''.join(json.dumps(dict(text=t, other=1)) + '\n' for t in DOCUMENTS), encoding='utf-8'
-        )
+        write_lines(folder / 'a.jsonl', [dict(text=text, other=1) for text in DOCUMENTS])
     else:
         import pyarrow.parquet
 
@@ -181,14 +181,6 @@ TEXT = 3 * (
     'Naïve café: 数学は楽しい 🙂🙃! The cat sat on the mat; 12 + 34 = 46.\n'
     '\tdef f(x): return "ß"  # Привет\n'
 )
-
-
-def kd_loss(student_logits, teacher_logits, temperature=1.0):
-    """T^2 KL(teacher / T || student / T) of logits (..., V), the mean over positions."""
-    from engine.loss import kl_of_logits
-
-    teacher = teacher_logits.detach() / temperature
-    return temperature**2 * kl_of_logits(teacher, student_logits / temperature).mean()
 
 
 def train_tokenizer(kind, folder, vocab_size=400):

@@ -5,26 +5,28 @@ else; what is longer than a sequence; every convention of records.
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
-import torch
+from conftest import refuses, succeeds, train_tokenizer, write_lines
 
-import train
 from data.instruct import (
+    SETS,
     Examples,
     conversations,
     file_records,
+    filled,
     kind_of,
     prompt,
-    shuffled,
     supervised_source,
 )
-from data.loader import Share
 from data.prepare import Preparation, prepare
+from data.vocabulary import load_tokenizer
 from engine.errors import UserError
 from engine.stage import Result
-from model import GPT, load
+from model import GPT, GPTConfig
+from train import Run
 
 
 def test_prompts_are_appendix_cs():
@@ -33,25 +35,55 @@ def test_prompts_are_appendix_cs():
     assert prompt('f(x)', '', 'plain') == 'f(x)' and prompt('a', 'b', 'plain') == 'a\nb'
 
 
+OPTIONS = 'A. x\nB. y'
+
+
+@pytest.mark.parametrize(
+    'name, row, expected',
+    [
+        ('dolly', '{"instruction": "a", "context": "b", "response": "c"}', ('a', 'b', 'c')),
+        (
+            'boolq',
+            '{"question": "is it", "passage": "b", "answer": true}',
+            ('is it? Answer true or false.', 'b', 'true'),
+        ),
+        (
+            'hellaswag',
+            '{"ctx": "b", "endings": ["x", "y"], "label": "1"}',
+            (f'Which ending follows?\n{OPTIONS}', 'b', 'B'),
+        ),
+        (
+            'winogrande',
+            '{"sentence": "b", "option1": "x", "option2": "y", "answer": "1"}',
+            (f'What does _ stand for?\n{OPTIONS}', 'b', 'A'),
+        ),
+        ('mmlu', '{"question": "a", "choices": ["x", "y"], "answer": 1}', ('a', OPTIONS, 'B')),
+        (
+            'arc_easy',
+            '{"question": "a", "answerKey": "A",'
+            '"choices": {"text": ["x", "y"], "label": ["A", "B"]}}',
+            ('a', OPTIONS, 'A'),
+        ),
+    ],
+)
+def test_rows_of_public_sets_are_filled_in(name, row, expected):
+    found = filled(json.loads(row), *SETS[name][1:])
+    assert (found['instruction'], found['input'], found['output']) == expected
+
+
 def made(folder, rows, **how):
     """The set of rows that are written to a file, on bytes: (train, val) Examples."""
-    folder.mkdir(exist_ok=True)
-    (folder / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    path = write_lines(folder / 'mine.jsonl', rows)
     how = dict(val_fraction=0.2, tokenizer='bytes') | how
-    prepare(Preparation(str(folder / 'mine.jsonl'), str(folder / 'mine'), **how))
+    prepare(Preparation(path, str(folder / 'mine'), **how))
     return [Examples('mine', folder, split) for split in ('train', 'val')]
 
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sets')
-    made(
-        folder,
-        [
-            dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'It is {i}.')
-            for i in range(60)
-        ],
-    )
+    rows = [dict(instruction=f'Say {i}', input='x' * (i % 5), output=f'{i}.') for i in range(60)]
+    made(folder, rows)
     return folder
 
 
@@ -63,114 +95,124 @@ def test_only_answers_are_asked_for(prepared):
     seen = []
     for split in ('train', 'val'):
         examples = Examples('mine', prepared, split)
-        x, y = examples.rows(np.arange(len(examples)), 64)
-        for inputs, targets in zip(x, y):
-            answer = words(targets[targets != -100])
-            n = int(answer.removeprefix('It is ').removesuffix('.'))
+        for x, y in zip(*examples.rows(np.arange(len(examples)), 64)):
+            answer = words(y[y != -100])
+            n = int(answer[:-1])
             before = prompt(f'Say {n}', 'x' * (n % 5), 'plain') + '\n'
-            assert words(inputs).startswith(before + answer)
-            assert (targets != -100).argmax() == len(before) - 1
-            assert targets[targets != -100][-1] == 256
+            assert words(x).startswith(before + answer) and y[y != -100][-1] == 256
+            assert (y != -100).argmax() == len(before) - 1
             seen.append(n)
     assert sorted(seen) == list(range(60))
 
 
+def said(*texts):
+    turns = zip(('user', 'assistant') * 3, texts)
+    return [dict(role=role, content=text) for role, text in turns]
+
+
 def test_every_answer_of_a_conversation_is_a_target(tmp_path):
-    talk = [('user', 'q'), ('assistant', 'one'), ('user', 'more'), ('assistant', 'two')]
-    rows = [
-        dict(messages=[dict(role=role, content=f'{text} {i:2}') for role, text in talk])
-        for i in range(20)
-    ]
+    rows = [dict(messages=said('q', f'one {i:2}', 'more', f'two {i:2}')) for i in range(20)]
     examples, _ = made(tmp_path, rows)
     (x,), (y,) = examples.rows([0], 64)
     assert [words(part)[:3] for part in np.split(y[y != -100], [7])] == ['one', 'two']
-    assert (y == 256).sum() == 2 and words(x).startswith('q ')
-    (short,), (wanted,) = examples.rows([0], 12)  # loses its end, not what its first answer needs
-    assert words(short) == words(x)[: len(words(short))] and 256 in wanted
+    assert (y == 256).sum() == 2 and words(x).startswith('q\n')
 
 
 def test_what_is_asked_at_length_loses_its_middle_and_cuts_are_said(tmp_path, capsys):
+    more = 'And so on. ' * 100
     rows = [
-        dict(instruction='Summarise.', input=f'Lead {i}. ' + 'And so on. ' * 100, output='Short.')
+        dict(instruction='Summarise.', input=f'Lead {i}. {more}', output='Short.')
         for i in range(10, 30)
     ]
     examples, _ = made(tmp_path, rows, prompt='paper')
-    for ids in examples.rows(range(len(examples)), 600)[0]:
-        assert words(ids).startswith('Below is an instruction') and ids[-1] < 256
-        assert 'Summarise.\n\nInput:\nLead' in words(ids)
-        assert words(ids).endswith('so on. \n\nResponse:\nShort.')
+    text = words(examples.rows([0], 600)[0][0])
+    assert text.startswith('Below is an instruction') and 'Summarise.\n\nInput:\nLead' in text
+    assert text.endswith('so on. \n\nResponse:\nShort.')
     assert len(examples.prompt(0, 40)) == 40
-    supervised_source(train.Run(data='mine', data_dir=str(tmp_path), block_size=600))
+    supervised_source(Run(data='mine', data_dir=str(tmp_path), block_size=600))
     assert f'{len(examples)} of {len(examples)} examples are cut to 600' in capsys.readouterr().out
 
 
-def test_prompts_do_not_teach(prepared):
-    """The gradient is that of the answers' cross entropy alone."""
-    torch.manual_seed(0)
-    model = GPT(train.Run(data_dir='nowhere').model_config('16x1', block_size=64))
-    x, y = map(torch.from_numpy, Examples('mine', prepared, 'train').rows([3, 4], 64))
-    logits = model(x).logits.log_softmax(-1)
-    asked = y != -100
-    assert model(x, y).loss.item() == pytest.approx(
-        -logits[asked].gather(-1, y[asked][:, None]).mean().item(), rel=1e-5
-    )
-
-
-def test_every_epoch_has_every_example_once():
-    first, second = shuffled(np.arange(10), 10, 1), shuffled(np.arange(10, 20), 10, 1)
-    assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
-
-
-def test_fine_tuning_is_a_run_like_any_other(prepared, tmp_path):
-    common = [f'--data_dir={prepared}', '--data=mine', '--block_size=48', '--batch_size=4']
-    common += ['--device=cpu', '--learning_rate=0.01']
-    train.main([*common, '--size=16x1', '--tokens=4000', f'--out_dir={tmp_path / "a"}'])
-    more = [f'--init_from={tmp_path / "a" / "16x1"}', '--tokens=2000', f'--out_dir={tmp_path}/b']
-    train.main([*common, *more])
-    first, second = (tmp_path / name for name in ('a/16x1', 'b/16x1-continued'))
-    assert Result.of(second).val_loss < Result.of(first).val_loss < 4
-    assert load(second).config.vocab_size == 257
-    shutil.copytree(prepared / 'mine', prepared / 'other')
-    two = ['--data=mine,other', '--size=16x1', '--tokens=100', f'--out_dir={tmp_path / "c"}']
-    with pytest.raises(UserError, match='cannot be mixed'):
-        train.main([*common, *two])
-
-
-def test_text_and_instructions_are_told_apart(prepared, data_dir):
-    assert kind_of(dict(text='a')) == kind_of([1]) == 'text'
+def test_fine_tuning_is_a_run_like_any_other(prepared, data_dir, tmp_path):
+    line = f'train.py --data_dir={prepared} --block_size=48 --batch_size=4 --learning_rate=0.01'
+    succeeds(f'{line} --data=mine --size=16x1 --tokens=4000 --out_dir={tmp_path}/a')
+    more = f'--data=mine --init_from={tmp_path}/a/16x1 --tokens=2000 --out_dir={tmp_path}/b'
+    succeeds(f'{line} {more}')
+    first, second = (Result.of(tmp_path / name) for name in ('a/16x1', 'b/16x1-continued'))
+    assert second.val_loss < first.val_loss < 4
+    shutil.copytree(prepared / 'mine', prepared / 'other', dirs_exist_ok=True)
+    refuses(f'{line} --data=mine,other --size=16x1 --out_dir={tmp_path}/c', 'cannot be mixed')
     with pytest.raises(UserError, match='is a set of text, not supervised'):
         Examples('pydocs', data_dir, 'train')
-    source = supervised_source(train.Run(data='mine', data_dir=str(prepared), block_size=32))
-    assert sum(count for *_, count in source.validation(4, Share())) == sum(
-        count for rank in (0, 1) for *_, count in source.validation(4, Share('cpu', rank, 2))
-    )
-
-
-def said(*texts):
-    return [dict(role=role, content=text) for role, text in zip(('user', 'assistant'), texts)]
 
 
 @pytest.mark.parametrize(
     'record, expected',
     [
         (dict(prompt='2 + 2 =', completion='4'), said('2 + 2 =', '4')),
-        (dict(messages=said('Hello', 'Hi')), said('Hello', 'Hi')),
-        (dict(instruction='a', input=None, output='b'), said('a', 'b')),
         (dict(prompt=said('a'), completion=said('a', 'b')[1:]), said('a', 'b')),
         (dict(prompt='a', chosen=said('a', 'b'), rejected=said('a', 'c')), said('a', 'b')),
     ],
 )
-@pytest.mark.parametrize('suffix', ['jsonl', 'json'])
-def test_records_of_other_conventions(tmp_path, record, expected, suffix):
-    path, records = tmp_path / f'own.{suffix}', [record] * 3
-    lines = '\n'.join(map(json.dumps, records))
-    path.write_text(lines if suffix == 'jsonl' else json.dumps(records, indent=1))
-    for _, row in file_records(str(path)):
+def test_records_of_other_conventions(tmp_path, record, expected):
+    assert kind_of(dict(text='a')) == kind_of([1]) == 'text'
+    (tmp_path / 'a.json').write_text(json.dumps([record] * 3, indent=1))
+    for _, row in file_records(str(tmp_path / 'a.json')):
         assert kind_of(row) != 'text' and conversations(row, 'auto')[0] == expected
 
 
-def test_what_follows_the_last_answer_is_left_out(tmp_path):
-    answer = [*said('', 'a')[1:], *said('thanks')]
-    rows = [dict(prompt=said(f'q {i}'), completion=answer) for i in range(20)]
-    ids, asked = made(tmp_path, rows)[0].fit(0)
-    assert ids[-1] == 256 and words(ids[asked]) == 'a'
+# ----------------------------------------------------------------------------------------------
+# chat templates
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """(a model's folder with a chat template, the path of 41 conversations)."""
+    tokenizers = pytest.importorskip('tokenizers')
+    pytest.importorskip('transformers')
+    name = train_tokenizer('byte-level', tmp_path / 'm')
+    tokenizer = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json')
+    tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>'])
+    tokenizer.save(f'{name}/tokenizer.json')
+    settings = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    (tmp_path / 'm' / 'tokenizer_config.json').write_text(settings)
+    (tmp_path / 'm' / 'chat_template.jinja').write_text(CHATML)
+    shape = dict(vocab_size=load_tokenizer(name).vocab_size, block_size=256)
+    GPT(GPTConfig.named('16x1', **shape)).save(tmp_path / 'm', name)
+    brief = dict(role='system', content='Be brief.')
+    talks = [said(f'q {i}', f'a {i}', 'more', 'b') for i in range(40)]
+    talks.append(said('what is <|im_end|>?', 'an end'))
+    rows = [dict(messages=[brief, *talk]) for talk in talks]
+    return name, write_lines(tmp_path / 'talk.jsonl', rows)
+
+
+def test_a_chat_is_trained_in_the_format_in_which_it_is_used(tmp_path, chat):
+    import transformers
+
+    name, path = chat
+    out = succeeds(f'data/prepare.py {path} --tokenizer={name} --out={tmp_path}/talk')
+    assert '1 rows cannot be used and are left out; the first: ' in out
+    assert 'line 41: UserError: a message holds the control token <|im_end|>' in out
+    theirs = transformers.AutoTokenizer.from_pretrained(name)
+    ids, asked = Examples('talk', tmp_path, 'train').fit(0)
+    begins = '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq '
+    assert theirs.decode(ids).startswith(begins)
+    answers = theirs.decode(ids[asked]).split('<|im_end|>')
+    assert [answer[:1] for answer in answers] == ['a', 'b', '']
+    line = f'train.py --init_from={name} --data_dir={tmp_path} --data=talk --tokens=512'
+    out = succeeds(f'{line} --block_size=24 --batch_size=2 --out_dir={tmp_path}/run')
+    assert 'examples are cut to 24 tokens' in out
+    made = tmp_path / 'run' / 'm-continued'
+    end = json.loads((made / 'generation_config.json').read_text())['eos_token_id']
+    assert theirs.convert_ids_to_tokens(end) == '<|im_end|>'
+    assert end in load_tokenizer(str(made)).ends and (made / 'chat_template.jinja').is_file()
+
+
+def test_a_template_without_transformers_is_one_line(tmp_path, chat, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    words = 'need the package transformers: pip install'
+    refuses(f'data/prepare.py {chat[1]} --tokenizer={chat[0]} --out={tmp_path}/talk', words)

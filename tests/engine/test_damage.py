@@ -1,10 +1,9 @@
 """
-Whatever a file or a command line holds: it is read, or there is one clear error. Nothing else,
-and nothing is executed.
+Whatever a file holds: it is read, or there is one clear error that names it. Nothing else, and
+nothing is executed.
 """
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -13,107 +12,67 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, write_texts
+from conftest import ROOT, call, refuses, succeeds, write_texts
 from safetensors.torch import load_file, save_file
 
-import expand
 import scaling
 from data.corpus import open_corpus, verify_corpus
 from data.instruct import Examples
 from engine.errors import UserError
-from engine.files import find_damage, locked, read_json
+from engine.files import find_damage, locked
 from engine.log import read_metrics, truncate_metrics
 from engine.stage import Result
 from engine.state import read_identity
 from extras.diagnostics import training_curves
 from model import GPT, GPTConfig, load
-from train import main
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1e308,
-    float('inf'),
-    float('nan'),
-    '',
-    'x',
-    'ü' * 50,
-    '../..',
-    [],
-    {},
-    [1],
-    [[[]]],
-    {'a': None},
-]
+TINY = 'train.py --size=16x2 --block_size=16 --batch_size=4 --tokens=128 --eval_tokens=64'
+
+
+@pytest.fixture(scope='module')
+def files(data_dir, tmp_path_factory):
+    """Files of every kind that is read: a run's, a set's, a fit's."""
+    folder = tmp_path_factory.mktemp('files')
+    succeeds(f'{TINY} --log_interval=1 --data_dir={data_dir} --out_dir={folder}/run')
+    succeeds(f'expand.py {folder}/run/16x2 {folder}/run/16x4 --to=16x4')
+    shutil.copytree(data_dir / 'signatures', folder / 'signatures')
+    shutil.copy(ROOT / 'data' / 'published_reuse_losses.csv', folder / 'results.csv')
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# any content
+
+ODD = [None, True, -1, 0, 10**30, 1e308, float('inf'), float('nan'), '', 'x', 'ü' * 50, '../..']
+ODD += [[], {}, [1], [[[]]], {'a': None}]
+TEXTS = [b'', b'null', b'[]', b'{}', b'3', b'"text"', b'\xff\xfe', b'\x00' * 64, b'[' * 100_000]
 
 
 def odd_json(content, chance):
     """JSON like `content` with one value exchanged for an odd one, or dropped."""
-    content = json.loads(json.dumps(content))
-    place = content
+    content = place = json.loads(content)
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = chance.choice(keys)
-        if not (isinstance(place[key], (dict, list)) and place[key]) or chance.random() < 0.3:
+        key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if not (isinstance(place[key], dict | list) and place[key]) or chance.random() < 0.3:
             break
         place = place[key]
+    place[key] = chance.choice(ODD)
     if chance.random() < 0.2:
         del place[key]
-    else:
-        place[key] = chance.choice(ODD)
     return json.dumps(content).encode()
 
 
 def damaged(content, chance):
     """Some bytes, more or less like `content`."""
-    kind = chance.randrange(6)
-    if kind == 0:
-        return chance.randbytes(chance.randrange(200))
-    if kind == 1:
-        return content[: chance.randrange(len(content) + 1)]
-    if kind == 2:
-        return b'[' * 100_000
-    if kind == 3:
-        return chance.choice(
-            [b'', b'null', b'[]', b'{}', b'3', b'"text"', b'\xff\xfe', b'\x00' * 64]
-        )
     content = bytearray(content)
     for _ in range(chance.randrange(1, 6)):
         content[chance.randrange(len(content))] = chance.randrange(256)
-    return bytes(content)
+    cut = content[: chance.randrange(len(content) + 1)]
+    return bytes(chance.choice([content, content, cut, chance.choice(TEXTS)]))
 
 
-@pytest.fixture(scope='module')
-def run(data_dir, tmp_path_factory):
-    """Files of every kind that is read: a run's, a corpus's, a fit's."""
-    folder = tmp_path_factory.mktemp('files')
-    main(
-        [
-            '--size=16x2',
-            '--block_size=16',
-            '--batch_size=4',
-            '--tokens=128',
-            '--eval_tokens=64',
-            '--device=cpu',
-            f'--data_dir={data_dir}',
-            f'--out_dir={folder / "run"}',
-            '--log_interval=1',
-        ]
-    )
-    shutil.copytree(folder / 'run' / '16x2', folder / 'stage')
-    shutil.copytree(data_dir / 'signatures', folder / 'signatures')
-    shutil.copy(
-        Path(scaling.__file__).parent / 'data' / 'published_reuse_losses.csv',
-        folder / 'results.csv',
-    )
-    return folder
-
-
-def read_checksums(folder):
-    damage = find_damage(folder / 'stage', None)
+def read_manifest(folder):
+    damage = find_damage(folder / 'run' / '16x2', None)
     if damage:
         raise UserError(damage)
 
@@ -123,14 +82,17 @@ def read_set(folder):
 
 
 READERS = {
-    'stage/result.json': lambda f: Result.of(f / 'stage'),
-    'stage/stage.json': lambda f: (read_identity(f / 'stage'), training_curves(f / 'stage')),
-    'stage/checksums.json': read_checksums,
-    'stage/config.json': lambda f: load(f / 'stage'),
-    'stage/model.safetensors': lambda f: load(f / 'stage'),
-    'stage/metrics.jsonl': lambda f: (
-        truncate_metrics(f / 'stage' / 'metrics.jsonl', 3),
-        read_metrics(f / 'stage'),
+    'run/16x2/result.json': lambda f: Result.of(f / 'run/16x2'),
+    'run/16x2/stage.json': lambda f: (
+        read_identity(f / 'run/16x2'),
+        training_curves(f / 'run/16x2'),
+    ),
+    'run/16x2/checksums.json': read_manifest,
+    'run/16x2/config.json': lambda f: load(f / 'run/16x2'),
+    'run/16x2/model.safetensors': lambda f: load(f / 'run/16x2'),
+    'run/16x2/metrics.jsonl': lambda f: (
+        truncate_metrics(f / 'run/16x2/metrics.jsonl', 3),
+        read_metrics(f / 'run/16x2'),
     ),
     'signatures/meta.json': lambda f: (
         open_corpus('signatures', f),
@@ -142,158 +104,118 @@ READERS = {
 }
 
 
-def test_metrics_without_a_line_are_damaged(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_text('')
-    with pytest.raises(UserError, match='metrics.jsonl is damaged'):
-        read_metrics(tmp_path)
-
-
 @pytest.mark.parametrize('name', READERS)
-def test_files_of_any_content_are_read_or_named(run, tmp_path, name):
-    chance, read = random.Random(name), READERS[name]
-    shutil.copytree(run, tmp_path / 'f')
+def test_files_of_any_content_are_read_or_named(files, tmp_path, name):
+    chance, read, refused = random.Random(name), READERS[name], 0
+    shutil.copytree(files, tmp_path / 'f')
     path = tmp_path / 'f' / name
     content = path.read_bytes()
     read(tmp_path / 'f')
-    refused = 0
-    for i in range(150):
-        path.write_bytes(
-            odd_json(json.loads(content), chance)
-            if name.endswith('.json') and i % 2
-            else damaged(content, chance)
-        )
+    for i in range(100):
+        change = odd_json if name.endswith('.json') and i % 2 else damaged
+        path.write_bytes(change(content, chance))
         try:
             read(tmp_path / 'f')
         except UserError as error:
             named = (path.name, path.parent.name, 'no tokenizer')  # which meta.json names
             assert any(name in str(error) for name in named), error
             refused += 1
-    assert refused > 20 or name == 'stage/metrics.jsonl'  # of which good lines are kept
-
-
-def test_read_json_says_what_is_wrong(tmp_path):
-    (tmp_path / 'a.json').write_text('{"n": "3"}')
-    assert read_json(tmp_path / 'a.json') == dict(n='3')
-    with pytest.raises(UserError, match="a.json is damaged .*n is '3'"):
-        read_json(tmp_path / 'a.json', n=int)
+    assert refused > 15 or path.name == 'metrics.jsonl'  # of which good lines are kept
 
 
 # ----------------------------------------------------------------------------------------------
-# models that are used although something is wrong with them
+# commands
 
 
 def flip_a_bit(path):
-    """Change one bit in the middle of a file, and neither its size nor its time."""
-    times, content = path.stat(), bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory, data_dir):
-    """A trained model in its run's folder."""
-    out = tmp_path_factory.mktemp('trained')
-    knobs = ['--size=16x2', '--tokens=512', '--block_size=32', f'--data_dir={data_dir}']
-    main([*knobs, f'--out_dir={out}'])
-    return out / '16x2'
+def empty(path):
+    path.write_bytes(b'')
 
 
-COMMANDS = [
-    ('evaluate.py', '{}', '--eval_tokens=64'),
-    ('sample.py', '--model={}', '--max_new_tokens=2'),
-    ('expand.py', '{}', '{}-grown', '--to=stk2'),
-    ('inheritune.py', '{}', '--samples=2', '--out={}-attention'),
-    ('inheritune.py', '{}', '{}-child', '--n=1'),
-    ('train.py', '--init_from={}', '--block_size=32', '--tokens=64', '--out_dir={}-run'),
-]
+def remove(path):
+    path.unlink()
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=lambda c: f'{c[0]}-{len(c)}')
-def test_a_flipped_bit_in_a_model_is_found_by_every_command(trained, tmp_path, data_dir, command):
-    folder = tmp_path / 'model'
-    shutil.copytree(trained, folder)
-    flip_a_bit(folder / 'model.safetensors')
-    more = (
-        []
-        if command[0] in ('sample.py', 'expand.py') or '--n=1' in command
-        else [f'--data_dir={data_dir}']
-    )
-    process = run_command(*[part.format(folder) for part in command], *more)
-    assert process.returncode == 2, process.stdout
-    assert 'model.safetensors is damaged' in process.stderr and 'Traceback' not in process.stderr
-    assert sorted(path.name for path in tmp_path.iterdir() if 'run' not in path.name) == ['model']
+AGAIN = f'{TINY} --log_interval=1 --data_dir=. --out_dir=run'
 
 
-def test_weights_that_cannot_be_right_are_refused_in_memory_and_on_disk(tmp_path):
+@pytest.mark.parametrize(
+    'name, damage, line',
+    [
+        ('run/16x2/model.safetensors', flip_a_bit, 'evaluate.py run/16x2 --data_dir=.'),
+        ('run/16x2/model.safetensors', flip_a_bit, 'sample.py --model=run/16x2'),
+        ('run/16x2/model.safetensors', flip_a_bit, 'expand.py run/16x2 new --to=stk2'),
+        ('run/16x2/model.safetensors', flip_a_bit, 'inheritune.py run/16x2 --data_dir=.'),
+        ('run/16x2/model.safetensors', flip_a_bit, 'inheritune.py run/16x2 new --n=1'),
+        ('run/16x2/model.safetensors', flip_a_bit, 'col.py run new --to=16x3'),
+        ('run/16x2/model.safetensors', flip_a_bit, f'{TINY} --init_from=run/16x2 --data_dir=.'),
+        ('run/16x2/model.safetensors', flip_a_bit, AGAIN),
+        ('run/16x2/config.json', flip_a_bit, AGAIN),
+        ('run/16x2/result.json', empty, AGAIN),
+        ('run/16x2/checksums.json', empty, AGAIN),
+        ('run/16x2/config.json', remove, 'sample.py --model=run/16x2'),
+        ('pydocs/train.bin', flip_a_bit, f'{TINY} --data_dir=. --verify=True --out_dir=new'),
+        ('pydocs/val.bin', remove, f'{TINY} --data_dir=. --out_dir=new'),
+        ('pydocs/train.bin', lambda path: path.write_bytes(b'123'), f'{TINY} --data_dir=.'),
+        ('pydocs/meta.json', empty, 'evaluate.py run/16x2 --data_dir=.'),
+    ],
+)
+def test_damage_is_found_by_every_command(
+    files, data_dir, tmp_path, monkeypatch, name, damage, line
+):
+    shutil.copytree(files / 'run', tmp_path / 'run')
+    shutil.copytree(data_dir / 'pydocs', tmp_path / 'pydocs')
+    damage(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    command = call(line)
+    assert command.returncode == 2 and command.stderr.count('\n') == 1, command
+    assert Path(name).name in command.stderr and not (tmp_path / 'new').exists()
+
+
+def test_weights_that_cannot_be_right_are_refused(tmp_path):
     model = GPT(GPTConfig.named('16x2', vocab_size=257, block_size=32))
-    model.save(tmp_path / 'good', 'bytes')
-    whole = load_file(tmp_path / 'good' / 'model.safetensors')
-    name = 'model.layers.1.mlp.up_proj.weight'
-    damages = {
-        'nan': whole[name].index_fill(0, torch.tensor([3]), float('nan')),
-        'short': whole[name][:-1].clone(),
-        'long': torch.cat((whole[name], whole[name][:1])),
-        'whole numbers': whole[name].to(torch.int8),
-    }
-    words = dict(nan='not finite', short='has shape', long='has shape')
-    for kind, tensor in damages.items():
-        folder = tmp_path / kind
-        shutil.copytree(tmp_path / 'good', folder)
-        save_file(whole | {name: tensor}, folder / 'model.safetensors')
-        expected = words.get(kind, 'is int8, not one of')
-        with pytest.raises(UserError, match=expected):
-            load(folder)
-        with pytest.raises(UserError, match=expected):
-            expand.main([str(folder), str(tmp_path / f'{kind}-grown'), '--to=stk2'])
-        assert not (tmp_path / f'{kind}-grown').exists()
-
-
-def test_a_model_of_mixed_precision_has_that_of_its_embeddings(tmp_path):
-    GPT(GPTConfig.named('16x2', vocab_size=257, block_size=32)).save(tmp_path)
-    mixed = load_file(tmp_path / 'model.safetensors')
-    for name in mixed:
-        if 'norm' not in name:
-            mixed[name] = mixed[name].bfloat16()
-    save_file(mixed, tmp_path / 'model.safetensors')
-    assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
-
-
-def test_nothing_is_written_over_a_model(trained, tmp_path):
-    run = tmp_path / 'run'
-    shutil.copytree(trained, run / '16x2')
-    expand.main([str(trained), str(run / '32x2'), '--to=32x2'])
-    before = (run / '32x2' / 'model.safetensors').read_bytes()
-    for command in (
-        ('col.py', run, run / '32x2', '--to=32x2'),
-        ('expand.py', run / '16x2', run / '32x2', '--to=32x2'),
-        ('inheritune.py', run / '16x2', run / '32x2', '--n=1'),
+    model.save(tmp_path, 'bytes')
+    path, name = tmp_path / 'model.safetensors', 'model.layers.1.mlp.up_proj.weight'
+    whole = load_file(path)
+    for tensor, words in (
+        (whole[name].index_fill(0, torch.tensor([3]), float('nan')), 'not finite'),
+        (whole[name][:-1].clone(), 'has shape'),
+        (whole[name].to(torch.int8), 'is int8, not one of'),
     ):
-        process = run_command(*command)
-        assert process.returncode == 2 and '32x2 exists' in process.stderr
+        save_file(whole | {name: tensor}, path)
+        refuses(f'expand.py {tmp_path} {tmp_path}/grown --to=stk2', words)
+
+
+def test_nothing_is_written_over_a_model(files, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(files / 'run' / '16x2', run / '16x2')
+    succeeds(f'expand.py {run}/16x2 {run}/32x2 --to=32x2')
+    before = (run / '32x2' / 'model.safetensors').read_bytes()
+    for line in (
+        f'col.py {run} {run}/32x2 --to=32x2',
+        f'expand.py {run}/16x2 {run}/32x2 --to=32x2',
+        f'inheritune.py {run}/16x2 {run}/32x2 --n=1',
+    ):
+        refuses(line, '32x2 exists')
     assert (run / '32x2' / 'model.safetensors').read_bytes() == before
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path, data_dir):
     """A corpus is waited for; a run that another process trains is refused."""
     texts = write_texts(tmp_path / 'texts', 'txt')
-    command = ['data/prepare.py', texts, f'--out={tmp_path}/corpus', '--tokenizer=bytes']
-    start = lambda *arguments: subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    both = [start(*command) for _ in range(2)]
-    outputs = [process.communicate(timeout=100) for process in both]
+    line = f'data/prepare.py {texts} --out={tmp_path}/corpus --tokenizer=bytes'
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, *line.split()], **how) for _ in range(2)]
+    outputs = [process.communicate(timeout=100)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert any('is prepared already' in out for out, _ in outputs)
+    assert any('is prepared already' in output for output in outputs)
     verify_corpus('corpus', tmp_path)
     with locked(tmp_path / 'run'):
-        knobs = ['--size=16x1', '--tokens=64', '--block_size=16', f'--data_dir={data_dir}']
-        process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run')
-        assert process.returncode == 2
-        assert 'run is being written by another process' in process.stderr
-    process = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run')
-    assert process.returncode == 0, process.stderr
+        line = f'{TINY} --data_dir={data_dir} --out_dir={tmp_path}/run'
+        refuses(line, 'run is being written by another process')
+    succeeds(line)

@@ -6,16 +6,13 @@ import shutil
 import pytest
 import tiktoken
 import torch
-from conftest import TEXT, run_command, train_tokenizer
+from conftest import TEXT, succeeds, train_tokenizer
 
 from data.vocabulary import load_tokenizer, same_tokenizer, tokenizer_in
-from engine import tokenizer_files
-from engine.errors import UserError
 from engine.tokenizer_files import fingerprint, tokenizer_json
 from model import GPT, GPTConfig, load
 
 transformers = pytest.importorskip('transformers')
-
 
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -23,23 +20,29 @@ GPT2_PATTERN = (
 ODD = TEXT + " we'll it's 12345   \n\n\t x\n ¿qué? \u200b\u00a0 🙂‍↔️ \x00 end "
 
 
+def forget():
+    for function in (load_tokenizer, tokenizer_json, fingerprint):
+        function.cache_clear()
+
+
 @pytest.fixture
-def encoding(monkeypatch):
-    """An encoding as tiktoken's gpt2 is, with a vocabulary that needs no download."""
-    ranks = {bytes([(i * 7) % 256]): i for i in range(256)}  # not in the order of the bytes
-    words = [b' t', b'he', b' the', b'in', b' c', b' ca', b' cat', b'\n\n', '数'.encode()[:2]]
-    for word in [*words, '数'.encode(), b'12', b'ca', b'll', b"'ll"]:
-        ranks.setdefault(word, len(ranks))
-    special = {'<|endoftext|>': len(ranks)}
-    made = tiktoken.Encoding(
-        'r50k_base', pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
-    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: made)
-    for function in (load_tokenizer, tokenizer_json, fingerprint):
-        function.cache_clear()
-    yield made
-    for function in (load_tokenizer, tokenizer_json, fingerprint):
-        function.cache_clear()
+def make_encoding(monkeypatch):
+    """A function: an encoding of tiktoken's, of a pattern and words, that needs no download."""
+
+    def make(name, pattern, *words):
+        ranks = {bytes([(i * 7) % 256]): i for i in range(256)}  # not in the order of the bytes
+        for word in words:
+            ranks.setdefault(word, len(ranks))
+        special = {'<|endoftext|>': len(ranks)}
+        made = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: made)
+        forget()
+        return made
+
+    yield make
+    forget()
 
 
 def test_bytes_open_in_transformers(tmp_path):
@@ -52,14 +55,26 @@ def test_bytes_open_in_transformers(tmp_path):
     assert tokenizer_in(tmp_path) == 'bytes'
 
 
-def test_an_encoding_of_tiktoken_opens_in_transformers(tmp_path, encoding):
+def test_an_encoding_of_tiktoken_opens_in_transformers(tmp_path, make_encoding):
+    words = [b' t', b'he', b' the', b'in', b' c', b' ca', b' cat', b'\n\n', '数'.encode()[:2]]
+    words += ['数'.encode(), b'12', b'ca', b'll', b"'ll"]
+    encoding = make_encoding('r50k_base', GPT2_PATTERN, *words)
     GPT(GPTConfig.named('16x1', vocab_size=encoding.n_vocab)).save(tmp_path, 'r50k_base')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = theirs(ODD).input_ids
     assert ids == encoding.encode_ordinary(ODD) and len(ids) < len(ODD.encode())
     assert theirs.decode(ids) == ODD and theirs.eos_token_id == encoding.eot_token
     assert same_tokenizer('r50k_base', str(tmp_path))
-    assert not same_tokenizer('bytes', 'r50k_base')
+
+
+def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them(make_encoding):
+    """cl100k_base's possessive {1,3}+ means another thing to the package tokenizers."""
+    tokenizers = pytest.importorskip('tokenizers')
+    pattern = r'\p{N}{1,3}+|[^\p{N}]'
+    made = make_encoding('cl100k_base', pattern, b'12', b'123', b'45', b'34', b'1234')
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json('cl100k_base')))
+    for text in ('1234567', '12 345', '45123412'):
+        assert theirs.encode(text).ids == made.encode_ordinary(text), text
 
 
 def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path):
@@ -70,79 +85,33 @@ def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path)
     size = load_tokenizer(source).vocab_size
     GPT(GPTConfig.named('16x1', vocab_size=size)).save(tmp_path / 'model', source)
     shutil.rmtree(source)
-    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
-    assert config['eos_token_id'] == 0
-    assert str(tmp_path) not in (tmp_path / 'model' / 'config.json').read_text()
+    config = (tmp_path / 'model' / 'config.json').read_text()
+    assert json.loads(config)['eos_token_id'] == 0 and str(tmp_path) not in config
     assert (tmp_path / 'model' / 'chat_template.jinja').read_text() == '{{ messages }}'
     assert tokenizer_in(tmp_path / 'model') == str(tmp_path / 'model')
 
 
 def test_two_vocabularies_of_one_size_are_not_the_same(tmp_path):
     one, other = (train_tokenizer('byte-level', tmp_path / name) for name in 'ab')
-    assert same_tokenizer(one, other)
+    assert same_tokenizer(one, other) and not same_tokenizer('bytes', one)
     path = tmp_path / 'b' / 'tokenizer.json'
     content = json.loads(path.read_text())
     content['model']['merges'].reverse()
     path.write_text(json.dumps(content))
-    for function in (fingerprint, tokenizer_json):
-        function.cache_clear()
+    forget()
     assert not same_tokenizer(one, other)
-    content['added_tokens'][0]['id'] = 'seven'
-    for damaged in ({'model': 3}, content):
-        path.write_text(json.dumps(damaged))
-        for function in (fingerprint, tokenizer_json):
-            function.cache_clear()
-        with pytest.raises(UserError, match='b/tokenizer.json is damaged'):
-            same_tokenizer(one, other)
 
 
 def test_trained_and_grown_models_are_whole_for_transformers(tmp_path, data_dir):
     """Trained by train.py, grown by expand.py, interpolated by col.py: each opens elsewhere."""
-    knobs = ['--size=16x2', '--tokens=512', '--block_size=32', f'--data_dir={data_dir}']
-    run = run_command('train.py', *knobs, f'--out_dir={tmp_path}/run', '--save_dtype=bfloat16')
-    assert run.returncode == 0, run.stderr
-    grow = run_command('expand.py', f'{tmp_path}/run/16x2', f'{tmp_path}/run/16x4', '--to=16x4')
-    assert grow.returncode == 0, grow.stderr
-    made = run_command('col.py', tmp_path / 'run', tmp_path / 'made', '--to=16x3')
-    assert made.returncode == 0, made.stderr
-    x = torch.tensor([list(b'Return the')])
+    line = f'train.py --size=16x2 --tokens=512 --block_size=32 --data_dir={data_dir}'
+    succeeds(f'{line} --out_dir={tmp_path}/run --save_dtype=bfloat16')
+    succeeds(f'expand.py {tmp_path}/run/16x2 {tmp_path}/run/16x4 --to=16x4')
+    succeeds(f'col.py {tmp_path}/run {tmp_path}/made --to=16x3')
     for folder in (tmp_path / 'run' / '16x2', tmp_path / 'run' / '16x4', tmp_path / 'made'):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert theirs.dtype == torch.bfloat16
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         ids = tokenizer('Return the', return_tensors='pt').input_ids
-        assert torch.equal(ids, x)
-        difference = theirs.float()(ids).logits - load(folder).float()(x).logits
+        difference = theirs.float()(ids).logits - load(folder).float()(ids).logits
         assert difference.abs().max() < 1e-4
-
-
-def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them():
-    """cl100k_base's possessive {1,3}+ means another thing to the package tokenizers."""
-    tokenizers = pytest.importorskip('tokenizers')
-    ranks = {bytes([i]): i for i in range(256)}
-    for token in (b'12', b'123', b'45', b'34', b'1234'):
-        ranks[token] = len(ranks)
-    made = tiktoken.Encoding(
-        'digits',
-        pat_str=r'\p{N}{1,3}+|[^\p{N}]',
-        mergeable_ranks=ranks,
-        special_tokens={'<|endoftext|>': len(ranks)},
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_files, 'find_encoding', lambda name: made)
-        patch.setattr(tokenizer_files, 'is_encoding', lambda name: True)
-        content = tokenizer_json.__wrapped__('digits')
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    for text in ('1234567', '12 345', '45123412'):
-        assert theirs.encode(text).ids == made.encode_ordinary(text), text
-
-
-def test_an_encoding_that_cannot_be_downloaded_costs_no_model(tmp_path, monkeypatch, capsys):
-    def offline(name):
-        raise ConnectionError('no network')
-
-    monkeypatch.setattr(tiktoken, 'get_encoding', offline)
-    tokenizer_json.cache_clear()
-    GPT(GPTConfig.named('16x1', vocab_size=257)).save(tmp_path, 'cl100k_base')
-    assert 'has no tokenizer.json' in capsys.readouterr().out
-    assert tokenizer_in(tmp_path) == 'cl100k_base' and load(tmp_path)
