@@ -15,7 +15,8 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 # what is tried elsewhere: it needs a network, a GPU, nanoGPT, a compiler, or SmolLM2's weights
 ELSEWHERE = re.compile(
-    r'mt_bench|compile|smollm2|tasks[=_]|out/a |prepare\.py (fineweb_edu|dolly|NAME)|--data=dolly'
+    r'mt_bench|compile|smollm2|tasks[=_]|out/a |out/larger$|--data=dolly|'
+    r'prepare\.py (fineweb_edu|dolly|NAME)'
 )
 SMALLER = {  # knobs that a command gets besides its own
     'train.py config': ' --dry_run',  # at toy size they run in test_train.py
