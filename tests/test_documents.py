@@ -77,7 +77,7 @@ def workplace(data_dir, tmp_path_factory):
 
 
 def test_there_are_commands():
-    assert len(commands()) > 50
+    assert len(commands()) > 40
 
 
 def test_the_quick_start_in_python_runs_as_it_is_printed(workplace, monkeypatch, capsys):
