@@ -103,11 +103,6 @@ def run_processes(number, line):
     return run_command(f'-m torch.distributed.run {how} {line}')
 
 
-def metrics(folder):
-    """The lines of a stage's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
-
-
 def same_weights(one, other):
     """Are two models, or those of two folders, alike to the bit?"""
     from model import load
@@ -115,6 +110,13 @@ def same_weights(one, other):
     one, other = (m if isinstance(m, torch.nn.Module) else load(m) for m in (one, other))
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def flip_a_bit(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -183,22 +185,25 @@ TEXT = 3 * (
 )
 
 
-def train_tokenizer(kind, folder, vocab_size=400):
-    """Save a small tokenizer in a folder, as a model's has it: byte-level, or lowercase."""
+def train_tokenizer(folder, *control, vocab_size=400, change=lambda tokenizer: None):
+    """
+    Save a small byte-level tokenizer in a folder, as a model's has it, with control tokens besides
+    the end-of-text, and changed. Returns the folder's name.
+    """
     import tokenizers
 
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    if kind == 'lowercase':  # forgets capitals
-        tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=['<|endoftext|>'],
         initial_alphabet=byte_level.alphabet(),
     )
     tokenizer.train_from_iterator([TEXT[:60], 'The mat and the cat sat'] * 3, trainer)
+    tokenizer.add_special_tokens([*control])
+    change(tokenizer)
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))
     return str(folder)

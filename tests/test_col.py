@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import metrics, refuses, same_weights, succeeds
+from conftest import refuses, same_weights, succeeds
 from test_model import SHAPES, small
 from test_train import plan_of
 
 import col
 from col import between, default_alpha, learngene, linit, shape_of_size, speed_up, subset
 from engine.errors import UserError
+from engine.log import read_metrics
 from engine.stage import Progress, Result
 from expand import grow
 from model import GPT, GPTConfig, all_params, load
@@ -225,9 +226,9 @@ def test_everything_is_trained_and_reported(chain):
         assert {f'32x2-{start}', f'32x2-{start}-on-signatures'} <= names
     report = (chain / 'report.md').read_text()
     assert 'loss at step 0' in report and 'Rouge-L' in report and 'variance' in report
-    assert any('score' in line for line in metrics(chain / '16x2'))
+    assert any('score' in line for line in read_metrics(chain / '16x2'))
     starts = ('linit', 'single', 'random')
-    first = [metrics(chain / f'32x2-{start}')[0]['val_loss'] for start in starts]
+    first = [read_metrics(chain / f'32x2-{start}')[0]['val_loss'] for start in starts]
     assert max(first) == first[-1]  # a descendant begins better than random
 
 
@@ -261,5 +262,5 @@ def test_descendants_without_recovery_are_what_they_start_from(data_dir, tmp_pat
     assert same_weights(part, subset(one, part.config))
     result = Result.of(tmp_path / '32x2-linit')
     assert result.tokens == result.flops == 0
-    assert [line['step'] for line in metrics(tmp_path / '32x2-linit')] == [0]
+    assert [line['step'] for line in read_metrics(tmp_path / '32x2-linit')] == [0]
     refuses(f'{line}single', '16x1 lies below the chain')

@@ -112,7 +112,7 @@ def test_presets_of_tasks_name_tasks_of_the_harness():
 
 def test_a_corpus_of_another_tokenizer_is_refused_with_the_command(tmp_path, data_dir):
     """Ids of bytes all exist in a larger vocabulary: a loss would be printed, and mean nothing."""
-    folder = train_tokenizer('byte-level', tmp_path / 'bpe')
+    folder = train_tokenizer(tmp_path / 'bpe')
     size = load_tokenizer(folder).vocab_size
     GPT(GPTConfig.named('16x1', vocab_size=size, block_size=32)).save(tmp_path / 'bpe', folder)
     words = (

@@ -6,13 +6,14 @@ costs, the baselines, plans of the paper's runs, and the command.
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, refuses, succeeds
+from conftest import refuses, succeeds
 from test_model import SHAPES, small, tokens
 from test_train import plan_of
 
 from data.corpus import open_corpus
 from data.loader import validation_batches
 from engine.errors import UserError
+from engine.log import read_metrics
 from engine.loss import evaluate
 from engine.stage import Result
 from inheritune import (
@@ -311,7 +312,7 @@ def test_a_run_with_seeds_reports_losses_costs_and_attention(data_dir, tmp_path)
     succeeds(f'{line} --seeds=2 --eval_interval=2 --baselines=random,half-width')
     report = (tmp_path / 'report.md').read_text()
     assert 'against 5-layers' in report and 'lazy.png' in report
-    lines, model = metrics(tmp_path / '5-layers'), load(tmp_path / '5-layers')
+    lines, model = read_metrics(tmp_path / '5-layers'), load(tmp_path / '5-layers')
     assert [line['step'] for line in lines if 'attention' in line] == [0, 2, 4]
     samples = validation_samples(open_corpus('pydocs', data_dir), 8, model)[:, :-1]
     name = 'rank k*, causal attention'

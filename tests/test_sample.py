@@ -100,6 +100,6 @@ def test_a_conversation_follows_the_models_template(tmp_path):
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     GPT(GPTConfig.named('16x1', vocab_size=400, block_size=32)).save(tmp_path / 'model', 'bytes')
-    other = train_tokenizer('byte-level', tmp_path / 'other', 300)
+    other = train_tokenizer(tmp_path / 'other', vocab_size=300)
     line = f'sample.py --model={tmp_path}/model --tokenizer={other}'
     refuses(line, 'has another tokenizer than')

@@ -9,7 +9,6 @@ import torch
 from conftest import (
     ROOT,
     call,
-    metrics,
     refuses,
     run_command,
     run_processes,
@@ -20,6 +19,7 @@ from conftest import (
 import train
 from data.corpus import open_corpus
 from data.loader import validation_batches
+from engine.log import read_metrics
 from engine.loss import evaluate
 from engine.optimizer import learning_rate, make_optimizer
 from engine.parallel import find_hardware
@@ -75,7 +75,7 @@ def test_weight_decay_is_for_matrices_only():
 
 def test_a_run_learns_and_its_folder_explains_it(whole, data_dir):
     folder = whole[1]
-    result, lines = Result.of(folder), metrics(folder)
+    result, lines = Result.of(folder), read_metrics(folder)
     assert [m['step'] for m in lines] == list(range(2, 21, 2))
     assert lines[-1]['loss'] < lines[0]['loss'] - 0.5
     assert result.tokens == result.position == 1280
@@ -108,7 +108,7 @@ def test_targets_count_alike_in_any_micro_batch_on_any_number_of_processes(data_
         more = f'--micro_batch_size={size} --out_dir={out}'
         run = succeeds if processes == 1 else lambda line: run_processes(2, line)
         run(f'{line} {more}')
-        found.append([(m['loss'], m['grad_norm']) for m in metrics(out / '16x2')])
+        found.append([(m['loss'], m['grad_norm']) for m in read_metrics(out / '16x2')])
     for other in found[1:]:
         assert other == [pytest.approx(pair, rel=1e-4) for pair in found[0]]
 
@@ -119,7 +119,7 @@ def test_trained_weights_are_trained_on_gently_unless_a_rate_is_given(whole, dat
     for more, rate in (('/a', 1e-4), ('/b --learning_rate=1e-9', 1e-9)):
         assert 'weights of' in succeeds(line + more)
         folder = tmp_path / more[1] / '16x2-continued'
-        assert max(m['lr'] for m in metrics(folder)) == pytest.approx(rate, rel=0.05)
+        assert max(m['lr'] for m in read_metrics(folder)) == pytest.approx(rate, rel=0.05)
     assert Result.of(folder).val_loss == pytest.approx(Result.of(whole[1]).val_loss, abs=1e-5)
     succeeds(f'{line}/toy --toy')
     assert load(tmp_path / 'toy' / '64x4').config.n_embd == 16  # of its own shape
@@ -129,7 +129,7 @@ def test_gradients_are_clipped(data_dir, tmp_path):
     """So hard here that AdamW does not move."""
     line = f'{TINY} --data_dir={data_dir} --out_dir={tmp_path} --grad_clip=1e-20 --weight_decay=0'
     succeeds(f'{line} --eval_interval=19')
-    first, last = (m['val_loss'] for m in metrics(tmp_path / '16x2') if 'val_loss' in m)
+    first, last = (m['val_loss'] for m in read_metrics(tmp_path / '16x2') if 'val_loss' in m)
     assert first == pytest.approx(last, abs=1e-6)
 
 
@@ -234,6 +234,13 @@ def test_mistakes_are_found_before_training(data_dir, tmp_path, knobs, words):
     assert not list(tmp_path.rglob('stage.json'))
 
 
+def test_batches_and_contexts_that_do_not_fit_are_refused(whole, data_dir, tmp_path):
+    line = f'{TINY} --data_dir={data_dir} --out_dir={tmp_path}'
+    words = 'reads 16 tokens at most: --block_size=16'
+    refuses(f'{line} --init_from={whole[1]} --block_size=64', words)
+    refuses(f'{line} --micro_batch_size=3', 'cannot be divided')
+
+
 # ----------------------------------------------------------------------------------------------
 # presets and plans
 
@@ -295,10 +302,3 @@ def test_the_method_in_the_readme_runs_as_it_is_printed(data_dir, tmp_path):
     process = run_command(line, PYTHONPATH=str(ROOT))
     assert process.returncode == 0, process.stderr
     assert load(out / 'second').config.n_layer == 2 * load(out / 'first').config.n_layer
-
-
-def test_batches_and_contexts_that_do_not_fit_are_refused(whole, data_dir, tmp_path):
-    line = f'{TINY} --data_dir={data_dir} --out_dir={tmp_path}'
-    words = 'reads 16 tokens at most: --block_size=16'
-    refuses(f'{line} --init_from={whole[1]} --block_size=64', words)
-    refuses(f'{line} --micro_batch_size=3', 'cannot be divided')

@@ -172,12 +172,9 @@ CHATML = (
 @pytest.fixture
 def chat(tmp_path):
     """(a model's folder with a chat template, the path of 41 conversations)."""
-    tokenizers = pytest.importorskip('tokenizers')
+    pytest.importorskip('tokenizers')
     pytest.importorskip('transformers')
-    name = train_tokenizer('byte-level', tmp_path / 'm')
-    tokenizer = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json')
-    tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>'])
-    tokenizer.save(f'{name}/tokenizer.json')
+    name = train_tokenizer(tmp_path / 'm', '<|im_start|>', '<|im_end|>')
     settings = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     (tmp_path / 'm' / 'tokenizer_config.json').write_text(settings)
     (tmp_path / 'm' / 'chat_template.jinja').write_text(CHATML)

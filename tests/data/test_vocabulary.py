@@ -18,16 +18,6 @@ from model import GPT, GPTConfig
 tokenizers = pytest.importorskip('tokenizers')
 
 
-def tokenizer_folder(folder, *specials, change=lambda tokenizer: None):
-    """A folder with a byte-level tokenizer.json that has these control tokens."""
-    name = train_tokenizer('byte-level', folder)
-    tokenizer = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json')
-    tokenizer.add_special_tokens([*specials])
-    change(tokenizer)
-    tokenizer.save(f'{name}/tokenizer.json')
-    return name
-
-
 def test_bytes_tokenizer_is_the_tiktoken_encoding_it_says_it_is():
     encode, decode, vocab_size, (end,), *_ = load_tokenizer('bytes')
     assert list(encode(TEXT)) == bytes_encoding().encode_ordinary(TEXT)
@@ -40,14 +30,14 @@ def test_truncation_and_padding_of_a_file_are_not_obeyed(tmp_path):
         tokenizer.enable_truncation(16)
         tokenizer.enable_padding(length=1000)
 
-    tokenizer = load_tokenizer(tokenizer_folder(tmp_path / 't', change=change))
+    tokenizer = load_tokenizer(train_tokenizer(tmp_path / 't', change=change))
     assert tokenizer.decode(list(tokenizer.encode(TEXT))) == TEXT
     assert [len(ids) for ids in tokenizer.encode_batch([TEXT, 'a'])][1] == 1
 
 
 @pytest.mark.parametrize('text', ['it ends with <|endoftext|> here', '<|im_end|>'])
 def test_control_tokens_that_a_text_mentions_are_characters(tmp_path, text):
-    name = tokenizer_folder(tmp_path / 't', '<|im_end|>')
+    name = train_tokenizer(tmp_path / 't', '<|im_end|>')
     for tokenizer in (load_tokenizer(name), load_tokenizer('bytes')):
         assert not {0, 256, 400} & {*tokenizer.encode(text)}
         assert tokenizer.decode([int(i) for i in tokenizer.encode(text)]) == text
@@ -59,7 +49,7 @@ def test_a_bos_is_written_once_and_at_the_beginning(tmp_path):
         ids = [('<s>', tokenizer.token_to_id('<s>'))]
         tokenizer.post_processor = template('<s> $A', special_tokens=ids)
 
-    name = tokenizer_folder(tmp_path / 't', '<s>', change=change)
+    name = train_tokenizer(tmp_path / 't', '<s>', change=change)
     bos = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json').token_to_id('<s>')
     path = write_lines(tmp_path / 'a.jsonl', [dict(text=f'cat {i}') for i in range(40)])
     out = prepare(Preparation(path, f'{path}.out', name, val_fraction=0.2))
@@ -81,7 +71,7 @@ E_OF_S = '<｜end▁of▁sentence｜>'  # DeepSeek's
     ],
 )
 def test_the_end_of_a_text_is_what_the_folder_names(tmp_path, files, ends):
-    name = train_tokenizer('byte-level', tmp_path / 't')
+    name = train_tokenizer(tmp_path / 't')
     content = json.loads((tmp_path / 't' / 'tokenizer.json').read_text())
     for i, token in enumerate((E_OF_S, '</s>'), 400):
         content['added_tokens'].append(content['added_tokens'][0] | dict(id=i, content=token))
@@ -93,7 +83,7 @@ def test_the_end_of_a_text_is_what_the_folder_names(tmp_path, files, ends):
 
 def test_vocab_and_merges_alone_open_and_travel(tmp_path):
     """As OPT's folder has them."""
-    name = train_tokenizer('byte-level', tmp_path / 't')
+    name = train_tokenizer(tmp_path / 't')
     tokenizer = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json')
     GPT(GPTConfig.named('16x1', vocab_size=400)).save(tmp_path / 'm')
     tokenizer.model.save(str(tmp_path / 'm'))
@@ -102,7 +92,7 @@ def test_vocab_and_merges_alone_open_and_travel(tmp_path):
 
 
 def test_a_token_beyond_the_embedding_is_named_with_the_way_out(tmp_path):
-    size = load_tokenizer(tokenizer_folder(tmp_path / 'm', '[PAD]')).vocab_size
+    size = load_tokenizer(train_tokenizer(tmp_path / 'm', '[PAD]')).vocab_size
     GPT(GPTConfig.named('16x1', vocab_size=size - 1)).save(tmp_path / 'm')
     words = r'\[PAD\].*delete them from "added_tokens"'
     refuses(f'sample.py --model={tmp_path}/m', words)
@@ -115,7 +105,7 @@ def test_a_token_beyond_the_embedding_is_named_with_the_way_out(tmp_path):
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tokenizers')
-    return dict(bytes='bytes', bpe=train_tokenizer('byte-level', folder / 'bpe'))
+    return dict(bytes='bytes', bpe=train_tokenizer(folder / 'bpe'))
 
 
 def encode(name, text):

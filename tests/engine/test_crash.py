@@ -11,15 +11,15 @@ import random
 import time
 import traceback
 from multiprocessing import get_context
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
-from conftest import metrics, same_weights, write_texts
+from conftest import same_weights, write_texts
 
 import train
 from data import prepare
+from engine.log import read_metrics
 from engine.stage import Result
 from engine.state import saved_states
 
@@ -28,7 +28,7 @@ FAMILY = '--method=progressive --sizes=16x2,32x2 --scratch_tokens=320,640 --sche
 FAMILY += ' --block_size=16 --batch_size=4 --eval_tokens=512 --eval_interval=7 --save_minutes=1e-9'
 
 
-def call(log, function, argument):
+def work(log, function, argument):
     """In a process of its own: call a function, say nothing, write what goes wrong to a file."""
     torch.set_num_threads(1)
     with open(log, 'a') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -55,7 +55,7 @@ def prepare_corpus(out):
 def family(out):
     """What a family is, and its curves: those of a run in which no step is missing or twice."""
     for name, states in (('16x2-trunk', 1), ('16x2', 0), ('32x2', 0)):
-        steps = [line['step'] for line in metrics(out / name)]
+        steps = [line['step'] for line in read_metrics(out / name)]
         assert steps == sorted(set(steps)) and len(saved_states(out / name)) == states
     return [Result.of(out / name).val_loss for name in ('16x2-trunk', '16x2', '32x2')]
 
@@ -83,13 +83,13 @@ def test_the_same_command_goes_on_after_a_kill_at_any_moment(
 
     def run(out, seconds=None):
         """The exit code of the function, which is killed after so many seconds."""
-        process = context.Process(target=call, args=(log, function, out))
+        process = context.Process(target=work, args=(log, function, out))
         process.start()
         process.join(seconds)
         if process.is_alive():
             os.kill(process.pid, kill)
         process.join()
-        assert process.exitcode in (0, -kill, 128 + kill), Path(log).read_text()[-3000:]
+        assert process.exitcode in (0, -kill, 128 + kill), log.read_text()[-3000:]
         return process.exitcode
 
     run(tmp_path / 'first')  # imports

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, refuses, succeeds, write_texts
+from conftest import ROOT, call, flip_a_bit, refuses, succeeds, write_texts
 from safetensors.torch import load_file, save_file
 
 import scaling
@@ -125,12 +125,6 @@ def test_files_of_any_content_are_read_or_named(files, tmp_path, name):
 
 # ----------------------------------------------------------------------------------------------
 # commands
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def empty(path):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import call, metrics, run_processes, succeeds
+from conftest import call, run_processes, succeeds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import UserError
-from engine.log import Meter
+from engine.log import Meter, read_metrics
 from engine.optimizer import make_optimizer
 from engine.parallel import choose_batch, find_hardware, wrap
 from engine.stage import Progress, Result, Stage, next_token
@@ -20,7 +20,7 @@ TINY = f'train.py {TINY} --log_interval=1 --learning_rate=0.01 --eval_interval=1
 
 def same_curves(one, other):
     one, other = one / '16x2', other / '16x2'
-    for a, b in zip(metrics(one), metrics(other), strict=True):
+    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
         a['tokens_per_second'] = b.setdefault('tokens_per_second', 0)
         assert a == pytest.approx(b, rel=1e-4), a['step']
     tensors = (load(folder).state_dict().values() for folder in (one, other))
@@ -54,7 +54,7 @@ def test_shards_in_bfloat16_with_recomputed_activations_train_alike(data_dir, tm
     line = f'{TINY} --tokens=320 --data_dir={data_dir} --out_dir={tmp_path}'
     succeeds(f'{line}/one')
     run_processes(2, f'{line}/two --parallel=fsdp --dtype=bfloat16 --recompute=True')
-    losses = [[m.get('loss') for m in metrics(tmp_path / n / '16x2')] for n in ('one', 'two')]
+    losses = [[m.get('loss') for m in read_metrics(tmp_path / n / '16x2')] for n in ('one', 'two')]
     assert losses[0][1:] == pytest.approx(losses[1][1:], rel=0.02)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import call, run_command, same_weights, succeeds
+from conftest import call, flip_a_bit, run_command, same_weights, succeeds
 
 from engine.state import saved_states
 
@@ -44,12 +44,6 @@ def copy(stopped, data_dir, tmp_path):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def another_step(path):

@@ -78,7 +78,7 @@ def test_numbers_in_groups_of_three_are_cut_as_tiktoken_cuts_them(make_encoding)
 
 
 def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path):
-    source = train_tokenizer('byte-level', tmp_path / 'source')
+    source = train_tokenizer(tmp_path / 'source')
     (tmp_path / 'source' / 'chat_template.jinja').write_text('{{ messages }}')
     settings = dict(eos_token=dict(content='<|endoftext|>'))
     (tmp_path / 'source' / 'tokenizer_config.json').write_text(json.dumps(settings))
@@ -92,7 +92,7 @@ def test_a_folders_tokenizer_goes_with_the_model_and_no_path_is_stored(tmp_path)
 
 
 def test_two_vocabularies_of_one_size_are_not_the_same(tmp_path):
-    one, other = (train_tokenizer('byte-level', tmp_path / name) for name in 'ab')
+    one, other = (train_tokenizer(tmp_path / name) for name in 'ab')
     assert same_tokenizer(one, other) and not same_tokenizer('bytes', one)
     path = tmp_path / 'b' / 'tokenizer.json'
     content = json.loads(path.read_text())

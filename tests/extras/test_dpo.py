@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import call, metrics, refuses, succeeds, write_lines
+from conftest import call, refuses, succeeds, write_lines
 
 from data.instruct import Examples
 from data.prepare import Preparation, prepare
 from engine.errors import UserError
+from engine.log import read_metrics
 from engine.stage import Progress, Result
 from extras.dpo import dpo, pair_source
 from model import GPT, GPTConfig
@@ -119,6 +120,6 @@ def test_a_family_is_tuned_and_then_prefers_and_goes_on_where_it_stopped(tmp_pat
     # two sequences a pair, and as many through pi_ref, forward alone
     X, T = tuned.params, preferring.tokens
     assert preferring.flops == pytest.approx((6 * 2 + 2 * 2) * X * T)
-    first, *_, last = metrics(tmp_path / 'out' / 'other-16x2-dpo')
+    first, *_, last = read_metrics(tmp_path / 'out' / 'other-16x2-dpo')
     assert first['loss'] == pytest.approx(math.log(2), rel=1e-3)
     assert last['loss'] < 0.3 and last['accuracy'] > 0.9  # letters win

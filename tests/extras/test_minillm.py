@@ -140,7 +140,7 @@ def test_answers_serve_four_epochs_and_a_run_that_goes_on(on_policy):
 
 def test_answers_of_a_tuned_ansnet_in_another_vocabulary_teach_a_bridge(data_dir, tmp_path):
     """It answers as it was tuned, another vocabulary learns that, and the ledger has the cost."""
-    big = train_tokenizer('byte-level', tmp_path / 'big', 300)
+    big = train_tokenizer(tmp_path / 'big', vocab_size=300)
     for name, size in (('big', 300), ('small', 257)):
         shape = dict(vocab_size=size, block_size=64)
         GPT(GPTConfig.named('16x1', **shape)).save(tmp_path / name)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 pytest.importorskip('sktime')
-from conftest import ROOT, metrics, refuses, succeeds  # noqa: E402
+from conftest import ROOT, refuses, succeeds  # noqa: E402
 from test_train import plan_of  # noqa: E402
 
 from engine.errors import UserError  # noqa: E402
+from engine.log import read_metrics  # noqa: E402
 from engine.report import by_label  # noqa: E402
 from extras.timeseries import (  # noqa: E402
     PAPERS,
@@ -73,7 +74,7 @@ def test_teacher_and_target_learn_two_sets(tmp_path):
     line += f' --learning_rate=0.01 --out_dir={tmp_path}/run --data_dir={tmp_path}/data'
     succeeds(line)
     let = tmp_path / 'run' / 'JapaneseVowels-let'
-    assert accuracy(let, vowels()) > 0.6 and 'similarity' in metrics(let)[0]
+    assert accuracy(let, vowels()) > 0.6 and 'similarity' in read_metrics(let)[0]
     report = (tmp_path / 'run' / 'report.md').read_text()
     assert json.loads((let / 'stage.json').read_text())['origin']['models'] == ['base']
     assert all(f'| {name} ' in report for name in ('JapaneseVowels', 'Mine'))
