@@ -50,12 +50,12 @@ from engine.files import new_folder
 from engine.log import progress_bar
 from engine.loss import kl_of_logits
 from engine.report import (
-    Panel,
     by_label,
     compare_variants,
+    curve_panels,
     difference,
     family_cost,
-    mean_line,
+    mean_curve,
     steps_to_loss,
     training_curve,
 )
@@ -639,13 +639,12 @@ class GrowthComparison:
 
     def summary(self, results):
         """The ranking, with the difference from one variant, seed by seed, and the curves."""
-        panel = Panel('tokens of the second stage', 'validation loss')
-        records = compare_variants(results, self.against)
-        for record, runs in zip(records, by_label(results, 'variant').values()):
-            panel.lines.append(mean_line(runs, record['variant']))
-            record['at step 0'] = panel.lines[-1].y[0]
+        records, groups = compare_variants(results, self.against), by_label(results, 'variant')
+        for record in records:
+            _, record['at step 0'] = mean_curve(groups[record['variant']])[0]
         ranked = sorted(records, key=lambda record: record['val loss'])
-        return [ranked, ('growth.png', [panel])]
+        groups.pop('random')  # so far above the operators that it would hide what tells them apart
+        return [ranked, ('growth.png', curve_panels(groups))]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ from engine.report import (
     Panel,
     by_label,
     compare_variants,
+    curve_panels,
     draw_panels,
-    mean_line,
     render,
     save_figure,
 )
@@ -404,8 +404,10 @@ class Inheritune:
             costs = mean(r.flops for r in runs), mean(r.total_flops for r in runs)
             record |= zip(('N', 'own FLOPs', 'with all ancestors'), (runs[0].n_params, *costs))
         against = [compare_variants(results, name) for name in finals]
-        panels = attention_panels({name: groups[name] for name in ('reference', *finals)})
-        pictures = [('losses.png', loss_panels(groups)), ('lazy.png', panels[:3])]
+        shown = ['reference', *finals]
+        panels = attention_panels({name: groups[name] for name in shown})
+        convergence = curve_panels(groups)  # Figures 3, 5 to 8
+        pictures = [('losses.png', convergence), ('lazy.png', panels[:3])]
         return [*verdicts, records, *against, *pictures, ('gradients.png', panels[3:])]
 
 
@@ -423,17 +425,6 @@ def verdict(reference, child):
         f'{child.name} {matches} the reference in round {child.labels["round"]} ({losses}), with '
         f'{whole:.0%} fewer parameters, {layers:.0%} without embeddings and head'
     )
-
-
-def loss_panels(groups):
-    """Convergence (Figures 3, 5 to 8): six variants a panel, the reference and a child in each."""
-    panels, names = [], list(groups)
-    for i in range(2, max(3, len(names)), 6):
-        panel = Panel('training tokens', 'validation loss (nats per token)')
-        for name in names[:2] + names[i : i + 6]:
-            panel.lines.append(mean_line(groups[name], name, 1))  # not from step 0
-        panels.append(panel)
-    return panels
 
 
 def layer_panels(seen):

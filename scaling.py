@@ -471,10 +471,10 @@ def sunk_cost(scratch, grown):
         for N, found in zip(sizes, limits)
     ]
     lines = [
-        Line(sizes, [found[0] for found in limits], 'as fitted', 'o-'),
+        Line(sizes, [found[0] or math.nan for found in limits], 'these laws', 'o-'),
         Line(sizes, published_sunk_cost_limit(sizes), 'Appendix E.1', '--'),
     ]
-    panel = Panel('N of the base', 'D* (tokens)', lines, log='xy')
+    panel = Panel('N of the base (parameters)', 'D* (tokens)', lines, log='xy')
     return [records, ('sunk_cost.png', [panel])]
 
 
@@ -491,17 +491,22 @@ def optimal(grown, D1):
 # ----------------------------------------------------------------------------------------------
 # pictures of laws
 
-RIVALS = ('no_interaction', 'additive', 'hybrid'), ('continuous',), ('saturated_D2',)
+RIVALS = ('no_interaction', 'additive', 'hybrid'), ('continuous', 'saturated_D2')
 LOSS = 'loss (nats per token)'
 
 
 def law_panel(fits, over='D2'):
     """
     Loss over the tokens of one stage: the points, a colour for each number of tokens of the other
-    stage, and the curves of some laws, a style for each. fits: {law: Fit}, of the same points.
+    stage, and the curves of laws, a style for each. Where laws are compared, only the smallest and
+    the largest of these numbers is drawn. fits: {law: Fit}, of the same points.
     """
     panel, held = Panel(f'{over} (tokens)', LOSS, log='x'), 'D1' if over == 'D2' else 'D2'
-    for i, (value, points) in enumerate(next(iter(fits.values())).data.groupby(held)):
+    curves = []
+    groups = [*next(iter(fits.values())).data.groupby(held)]
+    if len(fits) > 1:
+        groups = groups[0], groups[-1]
+    for i, (value, points) in enumerate(groups):
         color, label = f'C{i % 10}', f'{held} = {format_count(value)}'
         if not value:
             color, label = 'black', 'from scratch'
@@ -509,7 +514,8 @@ def law_panel(fits, over='D2'):
         grid = np.geomspace(points[over].min(), points[over].max(), 50)
         for (law, fitted), style in zip(fits.items(), ('-', '--', '-.', ':')):
             curve = fitted.losses(1, **{held: value, over: grid})[0]
-            panel.lines.append(Line(grid, curve, '' if i else law, style, color))
+            curves.append(Line(grid, curve, '' if i else law, style, color))
+    panel.lines += curves
     return panel
 
 
@@ -526,10 +532,10 @@ def power_panels(fitted):
     if len(alone) < 2:
         return []
     panels, (x, *found) = [], np.array(alone).T
-    for values, name in zip(found, ('exponent of D2', 'log of the factor of its power')):
+    for values, name in zip(found, ('exponent of D2 (-alpha)', 'log of its factor A')):
         straight = np.polyval(np.polyfit(x, values, 1), x)
-        points = Line(np.exp(x), values, 'each D1 alone (Eq. 2)', 'o')
-        line = Line(np.exp(x), straight, 'a line in log D1 (Eq. 3)', '--')
+        points = Line(np.exp(x), values, 'each D1 alone (Eq. 2)', 'o', 'C0')
+        line = Line(np.exp(x), straight, 'a line in log D1 (Eq. 3)', '--', 'C1')
         panels.append(Panel('D1 (tokens)', name, [points, line], log='x'))
     return panels
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from engine.errors import UserError
 
 SCRIPTS = ('Skylion007/openwebtext', 'csebuetnlp/xlsum')  # datasets runs none: their parquet twins
-FOLDERS = ('bigcode/starcoderdata',)  # their configurations are folders
 WAY_OUT = (
     'offline, use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
 )
@@ -46,7 +45,7 @@ def hub_source(repository, configuration, split):
         return dict(path='parquet', data_files=files, split='train')
     if '.' in split:  # the names of its files
         return dict(path=repository, data_files=split, split='train')
-    if repository in FOLDERS:
+    if repository == 'bigcode/starcoderdata':  # its configurations are folders
         return dict(path=repository, data_dir=configuration, split=split)
     return dict(path=repository, name=configuration, split=split)
 

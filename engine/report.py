@@ -148,47 +148,46 @@ class Panel:
     xlabel: str
     ylabel: str
     lines: list = field(default_factory=list)
-    title: str = ''
     log: str = ''  # the logarithmic axes: 'x', 'y' or 'xy'
     ylim: tuple | None = None
 
 
-WHOLE_AXES = ('layer', 'step')  # axes on which there is nothing between whole numbers
-
-
 def draw_panels(panels, path):
-    """Draw Panels side by side into a PNG file, atomically."""
-    from matplotlib.figure import Figure  # a second, which not every command needs
+    """
+    Draw Panels, two in a row, into a PNG file, atomically. A label has the same colour in all of
+    them.
+    """
+    from matplotlib import colormaps  # a second, which not every command needs
+    from matplotlib.figure import Figure
 
-    figure = Figure((1 + 5 * len(panels), 4), layout='tight')
-    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    columns, rows, numbers = min(2, len(panels)), math.ceil(len(panels) / 2), {}
+    figure = Figure((5.5 * columns, 4.5 * rows), layout='tight')
+    for place, panel in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, place)
         for line in panel.lines:
-            (drawn,) = ax.plot(line.x, line.y, line.style, label=line.label, color=line.color)
+            number = numbers.setdefault(line.label, len(numbers))
+            color = line.color or colormaps['tab20'](2 * number % 19)  # the dark ones first
+            ax.plot(line.x, line.y, line.style, label=line.label, color=color)
             if line.band is not None:
                 ends = line.y - line.band, line.y + line.band
-                ax.fill_between(line.x, *ends, alpha=0.25, color=drawn.get_color())
-        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+                ax.fill_between(line.x, *ends, alpha=0.25, color=color)
+        ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.ylim:
             ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
-        ax.xaxis.get_major_locator().set_params(integer=panel.xlabel in WHOLE_AXES)
+        ax.xaxis.get_major_locator().set_params(integer=panel.xlabel in ('layer', 'step'))
         ax.grid(alpha=0.25)
         for which in panel.log:
-            log_scale(ax, which)
-        if ax.get_legend_handles_labels()[1]:
-            size = min(8, 160 / len(panel.lines))
-            ax.legend(fontsize=size, loc='upper left', bbox_to_anchor=(1, 1))
+            getattr(ax, f'set_{which}scale')('log')
+            axis = getattr(ax, f'{which}axis')
+            low, high = axis.get_view_interval()
+            if high < 1000 * low:  # else one tick at each power of ten
+                axis.get_major_locator().set_params(subs=(1, 2, 5))
+            axis.set_minor_formatter('')
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda number, place: format_count(number) or '0')
+        if ax.get_legend_handles_labels()[1]:  # above the axes, where it covers no line
+            ax.legend(fontsize=8, ncols=2, frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
     save_figure(figure, path)
-
-
-def log_scale(ax, which):
-    """Make an axis, 'x' or 'y', logarithmic, with ticks as our tables write numbers: 100k, 2B."""
-    getattr(ax, f'set_{which}scale')('log')
-    axis = getattr(ax, f'{which}axis')
-    low, high = axis.get_view_interval()
-    if high < 1000 * low:  # else one at each power of ten
-        axis.get_major_locator().set_params(subs=(1, 2, 5))
-    axis.set_major_formatter(lambda number, position: format_count(number))
-    axis.set_minor_formatter(lambda number, position: '')
 
 
 def save_figure(figure, path):
@@ -249,8 +248,8 @@ def training_curve(result, points=80):
 
 def loss_panel(results):
     """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
-    title = 'lines: training loss; dots: validation loss'
-    panel = Panel('cumulative training FLOPs', 'loss (nats per token)', title=title)
+    ylabel = 'loss (nats per token): line, training; dot, validation'
+    panel = Panel('cumulative training FLOPs', ylabel)
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
     for r in results:  # a size has one colour, dashed where it was trained alone to compare
         color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'
@@ -283,20 +282,24 @@ def draw_pictures(blocks, folder):
             draw_panels(block[1], Path(folder) / block[0])
 
 
-def report_blocks(folder, summary=()):
+def report(folder, summary):
     """
-    The blocks of a run's report; summary: the method's own. Raises UserError if nothing is
-    finished.
+    Print the report of a run, with the blocks of the method's own summary, then write report.md and
+    its pictures, which may fail. Raises UserError if nothing is finished.
     """
     results = finished_stages(folder)
-    return [result_records(results), *summary, ('report.png', [loss_panel(results)])]
-
-
-def report(folder, summary):
-    """Print the report of a run, then write report.md and its pictures, which may fail."""
-    blocks = report_blocks(folder, summary)
-    print(f'\n{render(blocks)}')
-    write_atomically(Path(folder) / 'report.md', render(blocks) + '\n')
+    drawn = [r for r in results if not r.labels.get('seed')][:8]  # of the first seed
+    blocks = [
+        result_records(results),
+        'N: parameters of the layers. val loss: nats per token. cumulative FLOPs: this model and '
+        'all that it was made from. independent: training every size so far from scratch. saved: '
+        'the share of that which was not needed.',
+        *summary,
+        ('report.png', [loss_panel(drawn)]),
+    ]
+    text = render(blocks)
+    print(f'\n{text}')
+    write_atomically(Path(folder) / 'report.md', text + '\n')
     draw_pictures(blocks, folder)
     print(f'\nmodels, metrics, report.md and report.png are in {folder}/')
 
@@ -328,18 +331,28 @@ def mean_curve(results):
     return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
 
 
-def mean_line(results, label, start=0):
-    """The mean_curve of a variant's runs, from its point `start` on, as a Line against tokens."""
-    curve = mean_curve(results)[start:]
-    tokens = [share * results[0].tokens for share, _ in curve]
-    return Line(tokens, [loss for _, loss in curve], label)
+def curve_panels(groups):
+    """
+    Panels of the mean_curve of each variant against tokens, without its first point, which would
+    hide the others: the first two variants in each, beside six others. groups: {variant: its
+    results}.
+    """
+    panels, variants = [], list(groups.items())
+    for i in range(2, max(3, len(variants)), 6):
+        panels.append(Panel('training tokens', 'validation loss (nats per token)'))
+        for name, runs in variants[:2] + variants[i : i + 6]:
+            curve = mean_curve(runs)
+            shares, losses = zip(*(curve[1:] or curve))
+            tokens = [share * runs[0].tokens for share in shares]
+            panels[-1].lines.append(Line(tokens, losses, name))
+    return panels
 
 
 # ----------------------------------------------------------------------------------------------
 # the dry run
 
 GPU_FLOPS = 4e14  # FLOP/s that an H100 sustains, for a plan
-CPU_FLOPS = 5e10  # what a core sustains: a guess from machines of these years
+CPU_FLOPS = 1e10  # that a core sustained in small models like those of config/*_tiny.py
 CPU_DAYS = 60  # that a run on a CPU may take
 
 
@@ -348,7 +361,7 @@ def duration(flops, on_cpu=False):
     How long FLOPs take, in words: on this CPU, or what would take months there, on a GPU. Raises
     UserError for such a run if it is to be on_cpu.
     """
-    days = flops / (CPU_FLOPS * (os.cpu_count() or 1)) / 86400
+    days = flops / (CPU_FLOPS * os.cpu_count()) / 86400
     if days <= CPU_DAYS:
         return f'about {max(1, 1440 * days):,.0f} minutes on this CPU'
     if on_cpu:

@@ -157,7 +157,7 @@ def saved_states(folder):
 def remove_states(folder, keep):
     """Remove all but the newest `keep` states, and what a crash left of one."""
     folder, states = Path(folder), saved_states(folder)
-    old = states[: max(0, len(states) - keep)]
+    old = states[:-keep] if keep else states
     for path in [*folder.glob('state-*.tmp'), *old, *([] if keep else [folder / 'best'])]:
         shutil.rmtree(path, ignore_errors=True)
 

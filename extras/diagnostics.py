@@ -11,7 +11,6 @@ of the loss curve and the largest eigenvalue of the Hessian show no clear trend.
 """
 
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +41,6 @@ def hessian_vector_product(loss, parameters, vector):
         return parameters_to_vector(torch.autograd.grad(slope, parameters))
 
 
-def plain_cross_entropy(model, x, y):
-    """The mean cross entropy through whole logits, which has second derivatives."""
-    return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
-
-
 def largest_eigenvalue(model, batches, iterations=10):
     """
     The eigenvalue of the Hessian of the mean cross entropy over `batches` of (x, y) that is
@@ -58,7 +52,8 @@ def largest_eigenvalue(model, batches, iterations=10):
     for _ in progress_bar(range(iterations), desc='power iteration'):
         vector, product = product / product.norm(), 0
         for x, y in batches:
-            loss = partial(plain_cross_entropy, model, x, y)
+            # through whole logits: the fused loss has no second derivative
+            loss = lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
             product = product + hessian_vector_product(loss, parameters, vector)
     return (vector @ product).item() / len(batches)
 
@@ -90,12 +85,14 @@ def measure(folder, options):
     corpus.check_vocabulary(model.config, folder)
     found = validation_batches(corpus.val, length, 8, options.samples * length, Share(device))
     batches = [batch[:2] for batch in found]
-    record = {'model': Path(folder).name}
-    record |= {key: labels.get(key, math.nan) for key in ('method', 'D1', 'D2')}  # of a sweep
-    record['gradient norm'] = curves.grad_norm[len(curves) // 2 :].mean()  # of the second half
-    record['parameter norm'] = curves.param_norm.iloc[-1]
-    record['variance of the loss'] = curves.loss.diff().var() / 2  # of the noise of a step
-    return record | {'largest eigenvalue': largest_eigenvalue(model, batches)}
+    return {
+        'model': Path(folder).name,
+        **{key: labels.get(key, math.nan) for key in ('method', 'D1', 'D2')},  # of a sweep
+        'gradient norm': curves.grad_norm[len(curves) // 2 :].mean(),  # of the second half
+        'parameter norm': curves.param_norm.iloc[-1],
+        'variance of the loss': curves.loss.diff().var() / 2,  # of the noise of a step
+        'largest eigenvalue': largest_eigenvalue(model, batches),
+    }
 
 
 def norm_panels(folders):
