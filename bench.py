@@ -1,14 +1,14 @@
 """
-How fast a training step and generation are, beside other implementations of the same shape.
-Variants take turns in one process, so that their ratios hold on a noisy machine.
+Benchmark a training step, or generation, against other implementations of the same model. Variants
+take turns in one process, so that their speed ratios are reliable even on a noisy machine.
 
     python bench.py                                                # tokens/s and memory of a step
     python bench.py --variants=baseline,let,rkd,salt               # a teacher's cost (LET, Table 4)
     python bench.py --variants=baseline,baseline+compile,transformers
     python bench.py --size=gpt2 --variants=baseline,nanogpt --nanogpt=FOLDER
-    python bench.py --what=generation --batch_size=1               # beside transformers'
+    python bench.py --what=generation --batch_size=1               # against transformers
 
-Every step is one of train.py's with one micro-batch of random tokens.
+A step does the work of a step of train.py, on one micro-batch of random tokens.
 """
 
 import os
@@ -37,16 +37,16 @@ from train import Run
 
 @dataclass
 class Bench:
-    """Time our training step, or our generation, beside others."""
+    """Compare the speed of our training step or generation with other implementations."""
 
-    what: Literal['steps', 'generation'] = 'steps'  # what is timed
-    variants: tuple[str, ...] = ('baseline',)  # let, rkd, salt, nanogpt, transformers; +compile
-    size: str = '256x6'  # a named size, or WIDTHxLAYERS or gpt2-WIDTHxLAYERS, here with heads of 64
-    vocab_size: Count = 8192
-    block_size: Count = 256  # tokens in a sequence; of generation, with a prompt of 16
-    batch_size: Count = 8  # sequences at once
-    teacher_size: str = '128x2'  # of let, rkd and salt; the default has a twelfth of size's N
-    rounds: Count = 9  # turns of every variant
+    what: Literal['steps', 'generation'] = 'steps'  # what to time
+    variants: tuple[str, ...] = ('baseline',)  # or let, rkd, salt, nanogpt, transformers; +compile
+    size: str = '256x6'  # a named size, or (gpt2-)WIDTHxLAYERS, here with heads of 64 dimensions
+    vocab_size: Count = 8192  # tokens in the vocabulary
+    block_size: Count = 256  # tokens in a sequence; in generation, including a prompt of 16
+    batch_size: Count = 8  # sequences per step
+    teacher_size: str = '128x2'  # for let, rkd and salt; the default has a twelfth of size's N
+    rounds: Count = 9  # measurements per variant
     nanogpt: str = 'nanoGPT'  # folder with nanoGPT's model.py
     device: str = 'auto'  # cuda or cpu
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # auto: bfloat16 on a GPU
@@ -55,8 +55,8 @@ class Bench:
         """The configuration of a size with the benchmark's vocabulary, context and heads."""
         config = GPTConfig.named(size, vocab_size=self.vocab_size, block_size=self.block_size)
         if config.act == 'gelu':
-            config = replace(config, act='gelu_exact')  # nanoGPT's
-        if config.head_dim == 16:
+            config = replace(config, act='gelu_exact')  # as in nanoGPT
+        if config.head_dim == 16:  # WIDTHxLAYERS: use heads of 64 instead
             config = replace(config, n_head=max(1, config.n_embd // 64))
         return config
 
@@ -66,7 +66,10 @@ class Bench:
 
 
 def transformers_peer(config, options):
-    """(transformers' model of our shape, (it, x, y) -> mean loss)."""
+    """
+    (transformers' model of the same shape, a function (model, x, y) -> mean loss). Raises UserError
+    if transformers is not installed.
+    """
     transformers = import_extra('transformers', 'the variant transformers needs')
     shape = transformers.AutoConfig.for_model(**config_to_hugging_face(config), use_cache=False)
     theirs = transformers.AutoModelForCausalLM.from_config(shape)
@@ -74,7 +77,10 @@ def transformers_peer(config, options):
 
 
 def nanogpt_peer(config, options):
-    """(nanoGPT's model of our shape, from its own file, (it, x, y) -> mean loss)."""
+    """
+    (nanoGPT's model of the same shape, a function (model, x, y) -> mean loss), from its model.py.
+    Raises UserError if that file is missing.
+    """
     path = f'{options.nanogpt}/model.py'
     if not os.path.isfile(path):
         raise UserError('the variant nanogpt needs --nanogpt=FOLDER, with a copy of nanoGPT')
@@ -89,7 +95,7 @@ KINDS = ('baseline', 'let', 'rkd', 'salt', *PEERS)
 
 
 def objective_of(kind, options, config, hardware):
-    """What a variant of ours minimises; a teacher is random, of teacher_size."""
+    """The objective of one of our variants; a teacher has teacher_size and random weights."""
     if kind == 'baseline':
         return next_token
     teacher = GPT(options.config(options.teacher_size))
@@ -97,11 +103,14 @@ def objective_of(kind, options, config, hardware):
     if kind == 'let':
         pair = pair_layers('L2E', teacher.config.n_layer, config.n_layer)
         return let_objective(teacher, Alignment(*pair))
-    return distil(teacher, 0.5)  # of SALT, a step before it ends
+    return distil(teacher, 0.5)  # rkd; salt is the same until its s_stop
 
 
 def make_step(name, options, hardware):
-    """A function that makes one training step of a variant. Raises UserError."""
+    """
+    A function that runs one training step of a variant: one of KINDS, optionally with +compile.
+    Raises UserError for an unknown one.
+    """
     kind = name.removesuffix('+compile')
     if kind not in KINDS:
         raise unknown('variant', name, KINDS)
@@ -135,11 +144,13 @@ def make_step(name, options, hardware):
 
 def take_turns(calls, tokens, rounds):
     """
-    Records of functions {name: call} that take so many tokens each and wait for the device: the
-    median of tokens per second and of the ratio to the first, round by round, with its range.
+    Time functions, {name: call}, in `rounds` rounds. Each call processes `tokens` tokens and must
+    wait for the device. Returns a record per name: the median tokens per second, and the median and
+    range over the rounds of its speed relative to the first function's.
     """
     speeds = {name: [] for name in calls}
     for turn in progress_bar(range(rounds), desc='measuring'):
+        # every other round in reverse, so that drift of the machine's speed cancels
         for name in list(calls)[:: (-1) ** turn]:
             start = time.perf_counter()
             calls[name]()
@@ -159,12 +170,12 @@ def take_turns(calls, tokens, rounds):
 
 
 def steps(options, hardware):
-    """Records of the training steps of the variants, on a GPU with memory at the peak."""
+    """Time a training step of each variant; on a GPU, records also have its peak memory."""
     calls, memory, on_gpu = {}, {}, hardware.device.type == 'cuda'
     for name in options.variants:
         before = torch.cuda.memory_allocated()  # 0 without a GPU
         calls[name] = make_step(name, options, hardware)
-        for _ in range(3):  # the first compiles and fills the optimizer's state
+        for _ in range(3):  # warm-up: compilation, the optimizer's state
             calls[name]()
         if on_gpu:
             memory[name] = torch.cuda.max_memory_allocated() - before
@@ -176,7 +187,10 @@ def steps(options, hardware):
 
 
 def generation(options, hardware):
-    """Records of greedy generation, ours and transformers', from a prompt of 16 tokens."""
+    """
+    Time greedy generation, ours and transformers', from a prompt of 16 tokens. Raises UserError if
+    transformers is not installed.
+    """
     transformers = import_extra('transformers', 'generation is compared with transformers')
     with tempfile.TemporaryDirectory() as folder:
         GPT(options.config(options.size)).save(folder, dtype=hardware.dtype)
@@ -202,7 +216,7 @@ def generation(options, hardware):
 
 
 def main(argv):
-    """Command line: knobs only."""
+    """The command line: time the variants, or generation, and print a table."""
     options, _, _ = configure(argv, Bench, program='bench.py')
     hardware = find_hardware(Run(device=options.device, dtype=options.dtype))
     measure = generation if options.what == 'generation' else steps

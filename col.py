@@ -17,9 +17,9 @@ starts at
 with alpha 1 at the smaller checkpoint and 0 at the larger one. A size smaller than the whole chain
 is cut from its smallest checkpoint.
 
-An AnsNet of another architecture or vocabulary cannot teach the chain token by token. It answers
-prompts, a bridge of the chain's architecture is fine-tuned on its answers (Eq. 2), and the bridge
-teaches the chain. Answers, and on-policy distillation, are in extras/minillm.py.
+An AnsNet with another architecture or vocabulary cannot teach the chain token by token. Instead it
+answers prompts; a bridge model with the chain's architecture is fine-tuned on the answers (Eq. 2)
+and teaches the chain. Generating answers, and on-policy distillation, are in extras/minillm.py.
 """
 
 import itertools
@@ -61,8 +61,9 @@ from model import GPT, SIZE_FIELDS, GPTConfig, all_params, load, read_config
 
 def default_alpha(small_params, large_params, params):
     """
-    The weight of the smaller checkpoint: how near a descendant is to it, in parameters. The paper
-    says "based on the relative distance"; of the readings this one gives its 0.9 at 138M.
+    The weight of the smaller checkpoint, linear in a descendant's number of parameters: 1 at the
+    smaller checkpoint, 0 at the larger one. The paper says "based on the relative distance"; of the
+    possible readings, this one gives its 0.9 at 138M (section 3.4).
     >>> round(default_alpha(117, 345, 138), 1)
     0.9
     """
@@ -70,14 +71,17 @@ def default_alpha(small_params, large_params, params):
 
 
 def subset(large, config):
-    """A model of shape `config` cut out of a larger one: its first layers, heads and units."""
+    """
+    A new GPT of shape `config`, cut out of a larger one: its first layers, heads and units. Raises
+    UserError unless it fits.
+    """
     check_part(config, large.config)
     old, state = large.state_dict(), {}
     for name, new in GPT.on_meta(config).state_dict().items():
         stem, kind = re.sub(r'^blocks\.\d+\.', '', name).rsplit('.', 1)
         part = old[name]
         for dim, role in zip(range(part.ndim), roles_of(stem, kind, tied=False)):
-            if 'query' in (role or ''):  # the first queries of each group
+            if 'query' in (role or ''):  # keep the first query heads of each group
                 part = part.unflatten(dim, (large.config.n_kv_head, -1, config.head_dim))
                 part = part.narrow(dim + 1, 0, config.n_head // config.n_kv_head)
                 part = part.flatten(dim, dim + 2)
@@ -88,19 +92,20 @@ def subset(large, config):
 
 def linit(small, large, config, alpha=None):
     """
-    LInit: a model of shape `config` between two neighbours of a chain, in the smaller one's dtype.
-    alpha None: by relative distance, over all parameters, tied ones counted once. The paper expands
-    by replicating the last layers (bert2bert) and by "adjusting attention heads and hidden sizes",
-    which we read as function-preserving copies of units (fpi). Two equal neighbours are the
-    smallest checkpoint, given twice: a part of it. Raises UserError for a shape not in between.
+    LInit (section 3.4): a new GPT of shape `config` between two neighbours of a chain, in the
+    smaller one's dtype. alpha None: default_alpha over all parameters, tied ones counted once. The
+    paper expands by replicating the last layers (bert2bert) and by "adjusting attention heads and
+    hidden sizes", which we read as function-preserving copies of units (fpi). For a size smaller
+    than the whole chain both neighbours are its smallest checkpoint, from which the model is cut.
+    Raises UserError for a shape not in between.
     """
-    if small.config == large.config:
+    if small.config == large.config:  # below the chain
         return subset(large, config)
     if alpha is None:
         alpha = default_alpha(*map(all_params, (small.config, large.config, config)))
     model, cut = grow(small, config, 'fpi', 'bert2bert'), subset(large, config).state_dict()
     for name, grown in model.state_dict().items():
-        # theta = alpha * grown + (1 - alpha) * cut[name], in place
+        # theta = alpha * grown + (1 - alpha) * cut[name], in place: the model owns these tensors
         grown.mul_(alpha).add_(cut[name], alpha=1 - alpha)
     return model
 
@@ -124,20 +129,21 @@ def check_part(config, large):
 
 
 def fits(small, large):
-    """Whether one shape is nowhere larger than another."""
+    """Whether the shape `small` is at most as large as `large` in each of SIZE_FIELDS."""
     return all(getattr(small, f) <= getattr(large, f) for f in SIZE_FIELDS)
 
 
 def between(shapes, wanted):
     """
-    (next smaller name, next larger one, GPTConfig) of a size among {name: GPTConfig}: the smaller
-    one's architecture at the wanted size. Of a size smaller than the whole chain both names are
-    that of its smallest checkpoint. Raises UserError for any other size.
+    Place a size in a chain: (name of the next smaller checkpoint, of the next larger one, GPTConfig
+    with the smaller one's architecture at the wanted size). shapes: {name: GPTConfig} of the chain.
+    For a size smaller than the whole chain both names are that of its smallest checkpoint. Raises
+    UserError for other sizes outside the chain.
     """
     ordered = sorted(shapes, key=lambda name: all_params(shapes[name]))
     larger = [name for name in ordered if fits(wanted, shapes[name])]
     smaller = [name for name in ordered if fits(shapes[name], wanted)]
-    if larger == ordered:
+    if larger == ordered:  # it fits into every checkpoint, so it is smaller than the chain
         smaller = smaller or larger[:1]
     if not smaller or not larger:
         size = f'{wanted.n_embd}x{wanted.n_layer} with {wanted.n_head} heads'
@@ -150,9 +156,9 @@ def between(shapes, wanted):
 
 def shapes_between(small, large):
     """
-    Yield (how far apart relative width and relative depth are, GPTConfig) of the shapes between two
-    neighbours: widths in steps of a head; heads, groups and MLP as far between the neighbours' as
-    the width is, where they come out whole.
+    Yield (|relative width - relative depth|, GPTConfig) for the shapes between two neighbours: all
+    depths, and widths in steps of a head. Heads, groups and MLP are interpolated like the width;
+    shapes for which they are not whole numbers are skipped.
     """
     wider, deeper = large.n_embd - small.n_embd, large.n_layer - small.n_layer
     widths = range(0, wider + 1, small.head_dim)
@@ -169,10 +175,10 @@ def shapes_between(small, large):
 
 def shape_of_size(shapes, size):
     """
-    The GPTConfig of a named size; of WIDTHxLAYERS among {name: GPTConfig}; or of a number of
-    parameters, embeddings and head included: among shapes within 1% of it, or else the closest, the
-    one whose relative width is closest to its relative depth. For the paper's five numbers these
-    are the paper's five shapes. Raises UserError outside the chain.
+    The GPTConfig of a size in the chain {name: GPTConfig}: a named size, WIDTHxLAYERS, or a number
+    of parameters, embeddings and head included. For a number, take among the shapes within 1% of it
+    (if there are none, the closest) the one whose relative width is closest to its relative depth;
+    the paper's five numbers give its five shapes. Raises UserError outside the chain.
     """
     named = isinstance(size, str)
     if named and not re.fullmatch(r'\d+x\d+', size):
@@ -184,26 +190,27 @@ def shape_of_size(shapes, size):
                 return shape
             if not named:
                 found.append((abs(all_params(shape) / size - 1), lean, shape))
+    # errors up to 1% count as equal, then `lean` decides; default: no shape was found
     best = min(found, key=lambda row: (max(row[0], 0.01), row[1], row[0]), default=[1])
-    if best[0] > 0.1:
+    if best[0] > 0.1:  # more than 10% off
         wanted = size if named else format_count(size)
         raise UserError(f'no shape of {wanted} with whole heads lies within the chain')
     return best[-1]
 
 
 # ----------------------------------------------------------------------------------------------
-# what LInit is compared with: functions of AnsNet, neighbours and a descendant's shape
+# baselines of LInit: functions from models and a descendant's GPTConfig to its starting model
 
 
 def single(smallest, config):
-    """The smallest checkpoint of the chain alone, expanded (section 4.2)."""
+    """Single expansion: the chain's smallest checkpoint, expanded to `config` (section 4.2)."""
     return grow(smallest, config, 'fpi', 'bert2bert')
 
 
 def learngene_shape(ansnet, config):
     """
-    The AnsNet's shape with the fewest layers, three at least, that reach a descendant's size: of
-    GPT-2 XL 3, 5 and 7 for 138M, 220M and 277M, as in Table 9.
+    The AnsNet's GPTConfig cut to as few layers as reach the number of parameters of `config`, at
+    least three: for GPT-2 XL 3, 5 and 7 layers at 138M, 220M and 277M, as in Table 9.
     """
     shapes = [replace(ansnet, n_layer=n) for n in range(3, ansnet.n_layer)]
     return next((c for c in shapes if all_params(c) >= all_params(config)), ansnet)
@@ -211,11 +218,12 @@ def learngene_shape(ansnet, config):
 
 def learngene(ansnet, config, first):
     """
-    Three layers of the AnsNet beside random ones, with its embeddings, final norm and head
-    (Appendix I). first: Auto-Learngene, its first layers; else Vanilla-Learngene, its last ones.
+    Three layers of the AnsNet and random ones, with its embeddings, final norm and head
+    (Appendix I). first=True: its first three, at the bottom (Auto-Learngene); False: its last
+    three, on top (Vanilla-Learngene).
     """
     model = subset(ansnet, learngene_shape(ansnet.config, config))
-    model.blocks.load_state_dict(GPT(model.config).blocks.state_dict())
+    model.blocks.load_state_dict(GPT(model.config).blocks.state_dict())  # all layers at random
     kept = slice(3) if first else slice(-3, None)
     model.blocks[kept].load_state_dict(ansnet.blocks[kept].state_dict())
     return model
@@ -223,26 +231,27 @@ def learngene(ansnet, config, first):
 
 def cloned_shape(ansnet, config, times):
     """
-    The shape of HyperCloning (Appendix K): `times` as wide, and with 10 layers for 7. The paper
-    does not say so; its 645M and 2.42B are 138M with 20 layers of width 1536 and 3072.
+    The shape that HyperCloning grows a descendant to (Appendix K): `times` as wide, with 10/7 of
+    the layers. The paper does not state the shape, but its 645M and 2.42B models have the size of
+    138M (14 layers) grown to 20 layers of width 1536 and 3072. ansnet: not used.
     """
     wider = {field: times * getattr(config, field) for field in WIDTH_FIELDS}
     return replace(config, n_layer=round(config.n_layer * 10 / 7), **wider)
 
 
 def hypercloning(small, large, config, times):
-    """HyperCloning of what LInit gives: whole copies of its units, and its layers replicated."""
+    """HyperCloning of LInit's model (Appendix K): `times` copies of units, layers replicated."""
     made = linit(small, large, config)
     return grow(made, cloned_shape(None, config, times), 'clone', 'bert2bert')
 
 
 class Start(NamedTuple):
-    """What a descendant starts from."""
+    """How a descendant starts: LInit, or a baseline."""
 
-    build: Callable  # (the models it reads, the descendant's GPTConfig) -> a model
-    reads: str = ''  # of ansnet, small, large (the neighbours) and smallest (of the chain)
+    build: Callable  # (*models that `reads` names, the descendant's GPTConfig) -> a GPT
+    reads: str = ''  # space-separated: ansnet; small, large (neighbours); smallest (of the chain)
     shape: Callable = lambda ansnet, config: config  # (AnsNet's GPTConfig, descendant's) -> its own
-    taught: str = ''  # a distillation from the AnsNet, in place of next-token prediction
+    taught: str = ''  # distillation from the AnsNet, instead of next-token prediction; '': none
 
 
 BASELINES = {
@@ -265,38 +274,42 @@ for n in (2, 4):
 
 @dataclass
 class ChainOfLearngene:
-    """Chain-of-Learngene: an AnsNet, a chain distilled from it step by step, descendants."""
+    """Chain-of-Learngene: an AnsNet, a chain distilled from it step by step, and descendants."""
 
     ansnet: str = '64x6'  # a size, to be trained first; or, with a /, a model folder or hub name
-    ansnet_tokens: Positive = 1.5e6  # training tokens of one that is trained here
-    ansnet_data: str = ''  # sft_data in the vocabulary of an AnsNet that needs a bridge
+    ansnet_tokens: Positive = 1.5e6  # training tokens of an AnsNet that is trained here
+    ansnet_data: str = ''  # sft_data, prepared with the tokenizer of an AnsNet that needs a bridge
     bridge: str = ''  # model folder or hub name between such an AnsNet and the chain; empty: none
     bridge_epochs: Positive = 10.0  # passes over the AnsNet's answers
-    bridge_batch_size: Count = 8  # sequences in a step of these
-    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # largest first: sizes, which start as parts
-    # of the one above; or, with a /, model folders or hub names, which start as they are
-    sft_data: str = ''  # supervised set for fine-tuning and distillation; empty: text alone
+    bridge_batch_size: Count = 8  # sequences per step of these
+    chain: tuple[str, ...] = ('64x4', '48x4', '48x2')  # largest first: sizes, or names with a /
+    # a size starts as a part of the checkpoint above it, a model folder or hub name as it is
+    sft_data: str = ''  # supervised set for fine-tuning and distillation; empty: plain text
     sft_epochs: Positive = 3.0  # passes over it
-    tuning_learning_rate: NonNegative = 0.0  # the maximum, on supervised sets; 0: learning_rate
+    tuning_learning_rate: NonNegative = 0.0  # maximum rate on supervised sets; 0: learning_rate
     distillation: Literal['reverse', 'minillm', 'forward', 'seqkd'] = 'reverse'  # Eq. 1: reverse
-    tokens: Positive = 5e5  # of each distillation; on instructions with padding
-    distillation_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
-    samples: Count = 256  # minillm: answers in a batch, which serves 4 inner epochs
-    share: Fraction = 0.2  # minillm: of the teacher in the distribution that answers are drawn from
+    tokens: Positive = 5e5  # tokens of each distillation; on supervised sets padding counts
+    distillation_batch_size: Natural = 0  # sequences per step of these; 0: batch_size
+    samples: Count = 256  # minillm: answers per batch, which is used for 4 inner epochs
+    share: Fraction = 0.2  # minillm: the teacher's weight in the mixture that answers come from
     desnets: tuple[str, ...] = ('48x3', '64x2', '64x3')  # descendants: sizes in between
-    alphas: tuple[Fraction, ...] = ()  # LInit with each of these, too (Figure 6)
-    recovery_tokens: tuple[NonNegative, ...] = (3e5,)  # of each descendant, on text; 0: as it is
-    recovery_epochs: Count = 1  # passes over these
+    alphas: tuple[Fraction, ...] = ()  # also start descendants with these alphas (Figure 6)
+    recovery_tokens: tuple[NonNegative, ...] = (3e5,)  # of each descendant, on text; 0: no training
+    recovery_epochs: Count = 1  # passes over these tokens
     baselines: tuple[Literal[*BASELINES, 'direct'], ...] = ('random', 'single')  # direct: Table 3
-    downstream: tuple[str, ...] = ()  # supervised sets on which descendants are tuned and scored
+    downstream: tuple[str, ...] = ()  # supervised sets to fine-tune and score descendants on
     downstream_epochs: Positive = 10.0  # passes over each
-    downstream_batch_size: Natural = 0  # sequences in a step of these; 0: batch_size
-    answers: Count = 64  # validation examples of each set that are answered and scored
+    downstream_batch_size: Natural = 0  # sequences per step of these; 0: batch_size
+    answers: Count = 64  # validation examples of each set to answer and score
 
     toy_corpora = dict(sft_data='signatures', downstream=('signatures',), ansnet_data='signatures')
 
     def stages(self, run):
-        """The AnsNet and its bridge, the chain, the descendants and their tasks."""
+        """
+        Yield the AnsNet and its bridge, the chain, the descendants and their tasks. `yield` hands a
+        stage to train.py and is sent back its Result; the generators below add to shapes,
+        {name: GPTConfig}, and chain, {name: Result}, largest first.
+        """
         if run.toy:
             self.desnets, self.answers = self.desnets[:1], min(8, self.answers)
         self.run, shapes, chain = run, {}, {}
@@ -308,7 +321,10 @@ class ChainOfLearngene:
         yield from self.descendants(shapes, chain)
 
     def ansnets(self, shapes, chain):
-        """Train or open the AnsNet, fine-tune it, and the bridge: the first one of the chain."""
+        """
+        Train or open the AnsNet and fine-tune it; if there is a bridge, fine-tune it on the
+        AnsNet's answers. The bridge, else the AnsNet, is the first entry of `chain`.
+        """
         data = self.ansnet_data if self.bridge else self.sft_data
         config, result = opened(self.ansnet, self.run)
         if not result:
@@ -325,7 +341,10 @@ class ChainOfLearngene:
         shapes['bridge'], chain['bridge'] = config, (yield stage)
 
     def distilled(self, shapes, chain):
-        """Every checkpoint of the chain, taught by the one before it."""
+        """
+        Yield every checkpoint, distilled from the one before it (Eq. 1); with the baseline `direct`
+        (Table 3) the last one also from the first model of the chain.
+        """
         run, data = self.run, self.sft_data
         for model in self.chain:
             name, above = size_in(model), [*chain][-1]
@@ -338,26 +357,27 @@ class ChainOfLearngene:
             shapes[name], teachers = config, {name: chain[above]}
             if 'direct' in self.baselines and model == self.chain[-1]:
                 teachers[f'{name}-direct'] = [*chain.values()][0]
-            for student, teacher in teachers.items():  # they start alike: only the teacher differs
+            for student, teacher in teachers.items():  # same start: only the teacher differs
                 stage = fresh(student, config, self.tokens)
                 start_from(stage, 'subset', [start], subset, config)
                 stage.begin, stage.labels = 0, dict(checkpoint=student, teacher=teacher.name)
                 if data:
                     stage.knobs = self.tuning_knobs(self.distillation_batch_size)
                 self.teach(stage, self.distillation, teacher)
-                if data and run.eval_interval:  # the best by Rouge-L is kept (Appendix C.1)
+                if data and run.eval_interval:  # keep the weights of best Rouge-L (Appendix C.1)
                     from extras.minillm import score
 
                     n = stage.teaching['best_of'] = min(self.answers, 500)
                     which = data, run.data_dir, slice(n)
                     stage.observe = lambda model: dict(score=score(model, *which)['Rouge-L'])
-                chain.setdefault(name, (yield stage))
+                chain.setdefault(name, (yield stage))  # the first student; `direct` stays outside
 
     def tuned(self, name, config, start, data, epochs, batch_size=0):
-        """A Stage of fine-tuning on a supervised set, from the Result `start`; None: random."""
+        """A Stage that fine-tunes `start`, a Result (None: random weights), on a supervised set."""
         from extras.minillm import examples_in, use_set
 
         length = min(self.run.block_size, config.block_size)
+        # an example fills a sequence, however short it is
         stage = fresh(name, config, epochs * length * examples_in(self, data))
         stage.knobs = self.tuning_knobs(batch_size)
         use_set(stage, Path(self.run.data_dir) / data)
@@ -370,17 +390,21 @@ class ChainOfLearngene:
         return dict(learning_rate=rate, batch_size=batch_size or self.run.batch_size)
 
     def teach(self, stage, distillation, teacher):
-        """Give a stage the objective, and the data, of a distillation from the Result `teacher`."""
+        """
+        Set the objective, data and FLOPs of a stage that is distilled from the Result `teacher`.
+        distillation: a choice of the knob of that name.
+        """
         run, data = self.run, self.sft_data
         stage.also = (*stage.also, teacher)
         stage.teaching = dict(objective=distillation, teacher=teacher.name)
         if distillation in ('minillm', 'seqkd'):
             from extras import minillm
 
-            getattr(minillm, distillation)(stage, teacher, self)
+            getattr(minillm, distillation)(stage, teacher, self)  # the function of that name
             return
         stage.teaching['teacher_params'] = teacher.params
         stage.more_flops = teacher_flops(teacher.params)
+        # alpha = 0: the divergence alone, as in Eq. 1
         stage.objective = distil(teacher.folder, 0.0, reverse=distillation == 'reverse')
         if data:
             from extras.minillm import use_set
@@ -388,12 +412,12 @@ class ChainOfLearngene:
             use_set(stage, Path(run.data_dir) / data)
 
     def descendants(self, shapes, chain):
-        """Each descendant, from each start, after each number of recovery tokens; its tasks."""
+        """Yield each descendant for each start and number of recovery tokens, then its tasks."""
         starts = {'linit': Start(linit, 'small large')}
         for alpha in self.alphas:
             starts[f'alpha-{alpha:g}'] = Start(partial(linit, alpha=alpha), 'small large')
         starts |= {name: BASELINES[name] for name in self.baselines if name != 'direct'}
-        top, *_, smallest = chain
+        top, *_, smallest = chain  # names, largest model first
         for size, name, tokens in itertools.product(self.desnets, starts, self.recovery_tokens):
             start, wanted = starts[name], self.run.model_config(size)
             small, large, config = between(shapes, wanted)
@@ -403,7 +427,7 @@ class ChainOfLearngene:
             shape, passes = start.shape(shapes[top], config), self.recovery_epochs
             stage = fresh(f'{size}-{name}{several}', shape, passes * tokens)
             stage.labels = dict(start=name, recovery=tokens)
-            if passes > 1:
+            if passes > 1:  # over the same tokens
                 stage.knobs = dict(unique_tokens=tokens)
             names = dict(ansnet=top, small=small, large=large, smallest=smallest)
             models = [chain[names[model]] for model in start.reads.split()]
@@ -423,22 +447,27 @@ class ChainOfLearngene:
         return list(filter(None, (self.sft_data, self.ansnet_data, *self.downstream)))
 
     def summary(self, results):
-        """Checkpoints; losses of the descendants at step 0 and after recovery; scores on tasks."""
+        """
+        Three tables of records: checkpoints; descendants, with their losses at step 0 and after
+        recovery; scores on downstream tasks.
+        """
         tables, curves = ([], [], []), {r.name: validation_curve(r) for r in results}
         for r in results:
             labels, record, data = r.labels, {'model': r.name}, r.labels.get('task')
             start = labels.get('start')
             if 'checkpoint' in labels:
                 losses = [line['loss'] for line in read_metrics(r.folder) if 'loss' in line]
-                variance = np.var(np.diff(losses)) / 2  # about its trend (Figure 5b)
+                # about the trend: differences remove it and double the noise's variance (Figure 5b)
+                variance = np.var(np.diff(losses)) / 2
                 record |= {'taught by': labels['teacher'], 'variance': f'{variance:.2e}'}
                 tables[0].append(record)
-                data = self.sft_data  # Table 3
+                data = self.sft_data  # checkpoints are scored on it (Table 3)
             elif data:
                 record['recovery tokens'] = format_count(labels['recovery'])
                 record['loss on answers'] = r.val_loss
                 tables[2].append(record)
-            elif start and not (self.sft_data and start in ('kd', 'seqkd')):  # which learn answers
+            # kd and seqkd train on answers: they have no loss on text to compare
+            elif start and not (self.sft_data and start in ('kd', 'seqkd')):
                 record |= {'N': r.n_params, 'loss at step 0': dict(curves[r.name]).get(0)}
                 record['after recovery'] = r.val_loss
                 random = curves.get(r.name.replace(f'-{start}', '-random'))
@@ -454,15 +483,16 @@ class ChainOfLearngene:
 
 
 def size_in(model):
-    """The size in a model's name: gpt2 of openai-community/gpt2."""
+    """The named size that a model's name ends in: openai-community/gpt2 -> gpt2."""
     return model.rpartition('/')[2].lower()
 
 
 def opened(model, run, **vocabulary):
     """
-    (GPTConfig, Result) of a model that exists, whose cost may not be known; the second is None for
-    a size, of the given vocab_size or the run's. A plan goes by the size in a model's name where
-    there is no folder, and so does a toy, which trains it.
+    (GPTConfig, Result) of a model folder or hub name, with unknown cost unless it was trained here;
+    (GPTConfig, None) of a size, which is still to be trained, with the given vocab_size or the
+    run's. Without a local folder, a dry run goes by the size in the model's name; a toy run always
+    does, and trains that size.
     """
     sized = partial(run.model_config, size_in(model), **vocabulary)
     if '/' not in model or run.toy:
@@ -475,12 +505,15 @@ def opened(model, run, **vocabulary):
 
 
 def fresh(name, config, tokens=0.0):
-    """A Stage from random initialisation."""
+    """A Stage that trains a model of this shape from random initialisation."""
     return Stage(name, config, tokens, config.num_params(head=True))
 
 
 def start_from(stage, kind, models, build, config):
-    """Let a stage begin with build(*models, config), of Results; of none, or of None, random."""
+    """
+    Make a stage start from build(*models, config), with the models of these Results; if there are
+    none, or only None, its random initialisation stays.
+    """
     models = [result for result in models if result]
     if models:
         stage.parent, *stage.also = models
@@ -495,8 +528,9 @@ def start_from(stage, kind, models, build, config):
 
 def speed_up(curve, random):
     """
-    How many times fewer steps a start needs to the last loss of random initialisation (Figures 4
-    and 7 to 9), read between evaluations. curve, random: [(step, validation loss)] of both.
+    How many times fewer steps a start needs to reach the final loss of random initialisation, as
+    text (Figures 4 and 7 to 9); linear between evaluations. curve, random: [(step, validation
+    loss)] of the start and of random initialisation.
     """
     steps, own = (steps_to_loss(c, random[-1][1]) for c in (random, curve))
     if own is None:
@@ -510,13 +544,13 @@ def speed_up(curve, random):
 
 @dataclass
 class Interpolation:
-    """Models of any size between two of a chain: col.py CHAIN_FOLDER TARGET --to=SIZE,..."""
+    """Make models of any size between two of a chain: col.py CHAIN_FOLDER TARGET --to=SIZE,..."""
 
-    chain: str = ''  # folder of a run of this method, or of model folders
-    target: str = ''  # folder to be made; of several sizes, a folder of folders
+    chain: str = ''  # folder of a run of this method, or one that holds model folders
+    target: str = ''  # folder to create; for several sizes, one with a folder for each
     to: tuple[str, ...] = ()  # named sizes, or WIDTHxLAYERS; or ...
-    params: tuple[Positive, ...] = ()  # ... about so many parameters, embeddings and head included
-    alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # of the smaller one; below 0: by distance
+    params: tuple[Positive, ...] = ()  # ... numbers of parameters, embeddings and head included
+    alpha: Annotated[float, Range(-1e9, 1)] = -1.0  # weight of the smaller; below 0: by distance
 
 
 def chain_folders(folder):
@@ -532,8 +566,9 @@ def chain_folders(folder):
 
 def interpolate(folders, size, alpha, target):
     """
-    Write the model of a size, or of a number of parameters, to the folder `target`, from its
-    neighbours among {name: folder}. Raises UserError.
+    Write the model of a size, or of a number of parameters, to the folder `target`, made from its
+    neighbours in the chain. folders: {name: folder} of the chain; alpha: as of `linit`. Raises
+    UserError for a size outside the chain.
     """
     shapes = {name: read_config(folder) for name, folder in folders.items()}
     small, large, config = between(shapes, shape_of_size(shapes, size))
@@ -546,14 +581,14 @@ def interpolate(folders, size, alpha, target):
 
 
 def main(argv):
-    """Command line: CHAIN_FOLDER TARGET, then knobs."""
+    """Command line: save models of the sizes asked for, made from CHAIN_FOLDER, in TARGET."""
     words = ('chain', 'target')
     options, _, _ = configure(argv, Interpolation, program='col.py CHAIN TARGET', words=words)
     sizes = [(size, size) for size in options.to]
     sizes += [(format_count(params), params) for params in options.params]
     if not (options.target and sizes):
         raise UserError('usage: col.py CHAIN TARGET --to=SIZE,... or --params=NUMBER,...')
-    folders = chain_folders(options.chain)  # before any is made, perhaps among them
+    folders = chain_folders(options.chain)  # first: TARGET may be made among them
     alpha = None if options.alpha < 0 else options.alpha
     for name, size in sizes:
         target = Path(options.target) / (name if len(sizes) > 1 else '')

@@ -1,17 +1,17 @@
 """
-Knobs. A knob is a field of a dataclass: its type is checked, its trailing comment is its help.
-The knobs of a run are
+Settings, called knobs. A knob is a field of a dataclass: its annotation gives the type, range or
+choices, its trailing comment is the help text. Values come from
 
-    defaults  <-  config/some_file.py (Python, which is run)  <-  --key=value or --key value
+    defaults  <-  config/some_file.py (executed as Python)  <-  --key=value or --key value
 
-where later wins. Ranges and choices are part of a knob's type and are checked here, once:
+where later sources override earlier ones. Values are checked here and nowhere else:
 
-    steps: Count = 10                                # a whole number, at least 1
+    steps: Count = 10                                # an integer, at least 1
     schedule: Literal['cosine', 'wsd'] = 'cosine'    # one of these
     sizes: tuple[str, ...] = ()                      # --sizes=32x2,48x2
 
-An unknown name, a wrong type, a value out of range or a missing file is a UserError: one line
-that says what was expected and suggests the nearest name.
+An unknown name, a wrong type, a value out of range or a missing file raises UserError with one line
+that says what was expected and, for a name, suggests the closest known one.
 """
 
 import ast
@@ -36,13 +36,13 @@ class Range(NamedTuple):
     high: float = math.inf
 
 
-MOST = 2**53  # what a float still counts one by one
+MOST = 2**53  # the largest integer up to which float64 is exact
 Count = Annotated[int, Range(1, MOST)]
 Natural = Annotated[int, Range(0, MOST)]
 Positive = Annotated[float, Range(1e-12)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-SaveDtype = Literal['auto', 'float32', 'bfloat16', 'float16']  # torch has no dtype auto: None
+SaveDtype = Literal['auto', 'float32', 'bfloat16', 'float16']  # auto, or a dtype's name in torch
 HELP = {'-h', '--help'}
 NAMES = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 
@@ -63,8 +63,9 @@ def describe_type(kind):
 
 def convert(value, kind):
     """
-    `value`, text or of Python, as a knob of type `kind`: 20e9 is a whole number, a single value a
-    list of one. Raises ValueError, or what Python does at its syntax, if it does not fit.
+    Convert `value`, a string or a Python object, to a knob of type `kind`. 20e9 is accepted as an
+    integer, and a single value as a tuple of one. Raises ValueError for a value that does not fit,
+    or whatever Python raises when it parses the string (SyntaxError, TypeError, MemoryError, ...).
     """
     (first, *limits), base = get_args(kind) or [kind], get_origin(kind)
     is_text = isinstance(value, str)
@@ -76,10 +77,11 @@ def convert(value, kind):
     if base is Literal:
         fits = value in get_args(kind)
     elif first is str:
-        fits = is_text and '\0' not in value  # which no path may hold
+        fits = is_text and '\0' not in value  # paths must not contain NUL
     else:
+        # capitalize() lets 'true' and 'false' pass, and does not affect numbers
         value = ast.literal_eval(value.strip().capitalize()) if is_text else value
-        same_kind = (type(value) is bool) == (first is bool)
+        same_kind = (type(value) is bool) == (first is bool)  # although True == 1
         fits = same_kind and math.isfinite(value) and first(value) == value
     if not fits or base is Annotated and not limits[0].low <= value <= limits[0].high:
         raise ValueError
@@ -87,23 +89,25 @@ def convert(value, kind):
 
 
 # ----------------------------------------------------------------------------------------------
-# config files and the command line: settings are (where, knob, value); True is a bare name
+# config files and the command line; a setting is (where it was given, knob, value), and a --knob
+# without a value has the value True
 
 
 def read_config_file(path):
-    """The settings of a config file."""
+    """Execute a config file and return its settings. Raises UserError if that fails."""
     if not Path(path).is_file():
         raise UserError(f'no config file {path}{nearest(path, map(str, Path().glob("*/*.py")))}')
     try:
         return [(f'{path}: {k}', k, value) for k, value in runpy.run_path(path).items()]
-    except Exception as error:  # whatever the file raises is its author's to fix
+    except Exception as error:  # the file is the user's code and may raise anything
         raise UserError(f'{path} cannot be read: {first_line(error)}') from error
 
 
 def read_arguments(argv, words):
     """
-    The settings of config files, then of the command line: later ones win. words: names of knobs
-    that need no --name before them.
+    The settings from config files, followed by those from the command line, so that later ones
+    override earlier ones. words: the knobs that positional arguments set, in this order. Raises
+    UserError.
     """
     files, options, argv, words = [], [], list(argv), list(words)
     while argv:
@@ -111,7 +115,7 @@ def read_arguments(argv, words):
         if arg in HELP:
             continue
         if arg.startswith('--'):
-            knob, equals, value = arg[2:].partition('=')  # once: a value may contain '='
+            knob, equals, value = arg[2:].partition('=')  # at the first: a value may contain '='
             if not equals:  # the next word is the value, unless it is another option or a config
                 alone = not argv or argv[0].startswith('--') or argv[0].endswith('.py')
                 value = alone or argv.pop(0)
@@ -126,34 +130,41 @@ def read_arguments(argv, words):
 
 
 def check(settings, kinds, methods):
-    """{knob: value} of settings, for knobs of the types `kinds`; methods: as of `configure`."""
+    """
+    Convert settings to {knob: value}. kinds: {knob: type}; methods: as in `configure`, so that the
+    error for another method's knob can name that method. Raises UserError.
+    """
     values = {}
     for where, knob, value in settings:
         if knob in kinds:
             try:
                 values[knob] = convert(value, kinds[knob])
-            except Exception:  # whatever Python says to such a text
+            except Exception:  # convert() raises many types for malformed text
                 found = 'left out' if value is True else repr(value)[:80]
                 message = f'{where}: {knob} must be {describe_type(kinds[knob])}, not {found}'
                 raise UserError(message) from None
         elif not (knob.startswith('_') or callable(value) or inspect.ismodule(value)):
+            # neither a knob nor a private name, function or import of a config file
             owners = [name for name, cls in methods.items() if hasattr(cls, knob)]
             close = f': it belongs to the method {owners[0]}' if owners else nearest(knob, kinds)
-            raise UserError(f'{where}: no knob {knob!r}{close}; see --help')
+            raise UserError(
+                f'{where}: no knob {knob!r}{close}; see --help (in a config file, names that are '
+                'no knobs begin with _)'
+            )
     return values
 
 
 def configure(argv, general, methods=None, program='train.py', words=()):
     """
-    The knobs of a run: an instance of the dataclass `general` and, with `methods`
-    ({name: dataclass}), one of the method that the knob `method` names. words: knobs whose names
-    may be left out, in this order. Returns (general, method or None, {knob: where it was set}).
-    Raises UserError; prints the help and exits for --help.
+    Parse a command line into dataclasses. general: the dataclass of the general knobs. methods:
+    {name: dataclass}, of which the knob `method` selects one. words: the knobs that positional
+    arguments set, in this order. Returns (an instance of general, an instance of the method or
+    None, {knob: where it was set}). Raises UserError; --help prints the help and exits.
     """
     settings, methods, classes = read_arguments(argv, words), methods or {}, [general]
     if methods:
         name = {knob: value for _, knob, value in settings}.get('method', general.method)
-        if name not in list(methods):
+        if name not in list(methods):  # a config file may give an unhashable name
             raise unknown('method', name, methods)
         classes = [methods[name], general]
     kinds = {}
@@ -190,18 +201,19 @@ def show_help(program, instances, methods):
 
 
 def in_columns(left, right):
-    """Two columns in as many lines of at most 100 characters as they take."""
+    """Format two columns, wrapped to lines of at most 100 characters."""
     text = f'    {left:31} {right}'
     return textwrap.fill(text, 100, subsequent_indent=' ' * 36, break_on_hyphens=False)
 
 
 def knob_help(cls):
     """
-    [(knob, its comment and its type)] of a dataclass, in order; the comments between knobs, which
-    head a group of them, under the name ''.
+    [(knob, its comment and its type)] of a dataclass, in source order. A comment line between knobs
+    is the heading of a group and has the name ''.
     """
     kinds = get_type_hints(cls, include_extras=True)
-    source = ''.join(map(inspect.getsource, cls.__mro__[-2::-1]))  # what it inherits first
+    source = ''.join(map(inspect.getsource, cls.__mro__[-2::-1]))  # base classes first
+    # a heading (# text), or a field with an optional trailing comment
     line = r'^    (?:# (.+)|(\w+): [^#\n]*(?:  # (.+))?)$'
     return [
         (name, heading or f'{comment} ({describe_type(kinds[name])})')

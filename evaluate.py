@@ -1,9 +1,9 @@
 """
-How good models are, and how alike: validation loss, KL divergence and agreement inside a family,
-drafting, downstream tasks.
+Evaluate models and compare them: validation loss, KL divergence and agreement within a family,
+speculative decoding, downstream tasks.
 
     python evaluate.py out/progressive_tiny                                # every member of a run
-    python evaluate.py out/a out/b --data=pycode --kl_examples=10000       # as many as the paper's
+    python evaluate.py out/a out/b --data=pycode --kl_examples=10000       # as many as in the paper
     python evaluate.py out/a/64x4 --drafts=out/a/48x2,out/a/64x2           # Table 5
     python evaluate.py out/progressive_8b config/tasks_progressive.py      # Table 1
 """
@@ -34,41 +34,45 @@ from model import load, read_config
 from sample import Sampling, check_same_tokenizer, draft_for
 
 # ----------------------------------------------------------------------------------------------
-# how alike models are
+# how similar models are
 
 
 def kl_divergence(model_a, model_b, examples):
-    """D(P_a || P_b) in nats per token over examples (n, T)."""
+    """D(P_a || P_b) in nats per token (Appendix F), the mean over examples (n, T) int64."""
     return compare(model_a, model_b, examples)[0]
 
 
 def pairs_to_compare(folders):
-    """The pairs of neighbours in a family, and of one size across families (Table 4)."""
+    """
+    The pairs of model folders to compare: neighbours in size within each family (Table 4), and
+    equal sizes across families. If there are none, each folder and the next.
+    """
     families, sizes = {}, {}
     for folder in map(Path, folders):
         labels = dict(size=folder.name)
         if (folder / 'result.json').is_file():
             labels |= Result.of(folder).labels
-        if 'trunk' in labels:  # a piece of a run, no member
+        if 'trunk' in labels:  # its branch is the member of the family
             continue
         key = [labels.get(name) for name in ('family', 'independent', 'seed', 'phase')]
         families.setdefault((folder.parent, *key), []).append(str(folder))
-        sizes.setdefault((labels['size'], *key[2:]), []).append(str(folder))
+        sizes.setdefault((labels['size'], *key[2:]), []).append(str(folder))  # same seed and phase
     groups = *map(pairwise, families.values()), *(combinations(s, 2) for s in sizes.values())
     return list(chain(*groups)) or list(pairwise(folders))
 
 
 def drafting(name, opened, examples, options):
     """
-    Records of how well each of options.drafts drafts for the model `name` (Table 5): examples
-    (n, T) of validation text, the beginnings of which are the prompts. opened: name -> model.
+    One record for each of options.drafts: how well it drafts for the model `name` (Table 5).
+    examples: (n, T) int64 of validation text, whose first halves are the prompts; opened: a
+    function from a name to its GPT.
     """
     model, half = opened(name), examples.shape[1] // 2
     prompts = progress_bar(examples[:, None, :half], desc='drafting')
     limits = half, options.draft_tokens
     records = []
     for draft in options.drafts:
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same random numbers for every draft model
         smaller = opened(draft)
         _, record = draft_for(model, smaller, prompts, limits, Sampling())
         record['KL on text'] = kl_divergence(smaller, model, examples)
@@ -82,8 +86,9 @@ def drafting(name, opened, examples, options):
 
 def run_tasks(folder, options, device):
     """
-    {'TASK METRIC': value} of lm-evaluation-harness for options.tasks, with the mean of the metrics
-    options.average; transformers opens the folder. Raises UserError for what it cannot do.
+    Run options.tasks in lm-evaluation-harness on a model folder, which transformers opens:
+    {'TASK METRIC': value}, with the mean of the metrics in options.average (default: every acc) as
+    average_accuracy, if there are several. Raises UserError if the tasks cannot be run or averaged.
     """
     lm_eval = import_extra('lm_eval', '--tasks needs lm-evaluation-harness')
     from lm_eval.models.huggingface import HFLM
@@ -94,10 +99,12 @@ def run_tasks(folder, options, device):
         model = HFLM(str(model_folder(folder)), device=str(device), batch_size=8)
         for text in options.tasks:
             task, _, shots = text.partition(':')
+            # bootstrap_iters=0: no standard errors, which are slow and not reported
             how = dict(num_fewshot=int(shots or 0), task_manager=manager, bootstrap_iters=0)
             found = lm_eval.simple_evaluate(model, tasks=[task], **how)['results']
-            for name in [task] if task in found else found:  # a group's parts count within it
-                for metric, value in found[name].items():
+            # for a group, report its own mean where there is one, else each of its tasks
+            for name in [task] if task in found else found:
+                for metric, value in found[name].items():  # metrics are named METRIC,FILTER
                     if isinstance(value, float):
                         scores[f'{name} {metric.removesuffix(",none")}'] = value
         chosen = options.average or [name for name in scores if name.endswith(' acc')]
@@ -115,23 +122,26 @@ def run_tasks(folder, options, device):
 class Evaluation:
     """Evaluate models, or all members of a run: evaluate.py FOLDER [FOLDER ...]."""
 
-    data: str = 'pydocs'  # prepared corpus whose validation split is used
+    data: str = 'pydocs'  # prepared corpus: its validation split, every token of it (prompts, too)
     data_dir: str = 'data'  # where prepared corpora are
     eval_tokens: Natural = 1048576  # validation tokens; 0: the whole split
-    block_size: Natural = 0  # tokens of context; 0: what the models were trained with
+    block_size: Natural = 0  # tokens of context; 0: the shortest context of the models
     kl_examples: Natural = 256  # sequences for KL and agreement (the paper: 10000); 0: none
-    drafts: tuple[str, ...] = ()  # models that draft for the last one that is evaluated
-    draft_prompts: Count = 1000  # beginnings of validation sequences that are continued for that
-    draft_tokens: Count = 8  # drafted ahead
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: arc_easy, mmlu:5 (with 5 examples)
-    average: tuple[str, ...] = ()  # of these metrics (hellaswag acc_norm); empty: of every acc
-    task_folder: str = ''  # folder of task files of your own, beside the harness' tasks
-    out: str = ''  # folder of evaluation.json; empty: the first one, of a hub model out/NAME
+    drafts: tuple[str, ...] = ()  # draft models for the last one that is evaluated
+    draft_prompts: Count = 1000  # prompts from the validation split that they help to continue
+    draft_tokens: Count = 8  # tokens drafted at a time
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness: arc_easy, mmlu:5 (5-shot)
+    average: tuple[str, ...] = ()  # metrics to average (hellaswag acc_norm); empty: every acc
+    task_folder: str = ''  # folder with task files of your own, in addition to the harness's
+    out: str = ''  # folder for evaluation.json; empty: the first model's, out/NAME for a hub model
     device: str = 'auto'  # cuda, mps or cpu
 
 
 def members(folders):
-    """The models among folders, and of runs those of their finished stages. UserError for none."""
+    """
+    The model folders to evaluate: for a run, those of its finished stages; else the folder itself.
+    Raises UserError if there are none.
+    """
     found = []
     for folder in folders:
         is_run = any(Path(folder).glob('*/result.json'))
@@ -142,13 +152,16 @@ def members(folders):
 
 
 def open_model(folder, device):
-    """A model for evaluation: on a GPU in bfloat16."""
+    """Load a model for evaluation, in bfloat16 on a CUDA GPU."""
     model = load(folder, device).eval()
     return model.to(torch.bfloat16) if device.type == 'cuda' else model
 
 
 def evaluate_folders(folders, options):
-    """Everything the options ask for: {'models': records, 'pairs': records, 'drafts': records}."""
+    """
+    Evaluate what the options ask for: {'models': records} and, where asked for, 'pairs' and
+    'drafts'. Raises UserError if models, corpus and options do not fit together.
+    """
     device, corpus = choose_device(options.device), verify_corpus(options.data, options.data_dir)
     configs = {name: read_config(model_folder(name)) for name in (*folders, *options.drafts)}
     for name, config in configs.items():
@@ -159,13 +172,14 @@ def evaluate_folders(folders, options):
     block_size = options.block_size or longest
     if block_size > longest:
         raise UserError(f'block_size={block_size}, but the models read {longest} tokens')
+    # batches below have 8 sequences
     set_threads(device, max(configs.values(), key=lambda config: config.n_embd), 8 * block_size)
-    opened = partial(open_model, device=device)
+    opened = partial(open_model, device=device)  # loads at every use: two models in memory
     outcome = dict(models=[])
     for name in folders:
         batches = validation_batches(corpus.val, block_size, 8, options.eval_tokens, Share(device))
         loss = evaluate(opened(name), batches)
-        print(f'{name}: validation loss {loss:.4f}', flush=True)  # what follows may fail
+        print(f'{name}: validation loss {loss:.4f}', flush=True)  # now: later steps may fail
         row = {'model': name, 'N': configs[name].num_params(), 'val loss': loss}
         row['perplexity'] = math.exp(loss)
         row['bits/byte'] = bits_per_byte(loss, corpus.bytes_per_token)
@@ -173,7 +187,7 @@ def evaluate_folders(folders, options):
             row |= run_tasks(name, options, device)
         outcome['models'].append(row)
 
-    def examples(n):  # (n, block_size), spread over the validation split
+    def examples(n):  # (n, block_size) int64, spread over the validation split
         batches = validation_batches(corpus.val, block_size, 1, n * block_size, Share(device))
         return torch.cat([x for x, _, _ in batches])
 
@@ -189,7 +203,7 @@ def evaluate_folders(folders, options):
 
 
 def main(argv):
-    """Command line: folders, config files and knobs."""
+    """Command line: FOLDERs and config files, then knobs. Prints tables, writes evaluation.json."""
     words = list(takewhile(lambda arg: arg[:1] != '-', argv))
     folders = [word for word in words if not word.endswith('.py')]
     knobs = [word for word in words if word.endswith('.py')] + argv[len(words) :]

@@ -16,18 +16,20 @@ cost alone (Eq. 4):
 
     FLOPs(X_i, T_i) = FLOPs(X_i, T_scratch_i) - sum_{j<i} FLOPs(X_j, T_j),   FLOPs(X, T) = 6 X T
 
-Growing in width, by example: copy a neuron u of an MLP, so that there are two of it. Both compute
-what u computed. Halve the weights by which the next layer reads them, and their sum is what it was:
-the model is twice as wide there and computes the same function. With c copies, divide by c.
+Growing in width, by example: give an MLP two copies of each neuron. Both compute what the original
+computed. Halve the weights with which the next layer reads them, and the sums it receives are
+unchanged: the MLP is twice as wide, and the model computes the same function. With c copies, divide
+by c.
 
-The residual stream is more: it is written by every layer, and read through norms. Let each of the c
-copies of a unit be written with a factor w that leaves the norms' statistics unchanged (`lossless`
-below). A norm's gain divides by w, and what it puts out is read like any other copies.
+The residual stream takes one more step: every layer writes to it and reads it through a norm. Scale
+each of the c copies of a unit by a factor w that leaves the norm's statistics unchanged (`lossless`
+below). Divide the norm's gain by w, and its output is read like any other copies.
 
-Copies that are read alike get the same gradient and stay copies for ever. Noise on the weights that
-read them tells them apart; it sums to zero over the copies of a unit and changes no output.
+Copies that are read with equal weights receive equal gradients and stay equal forever. Noise on the
+weights that read them breaks the symmetry; it sums to zero over the copies of a unit, so no output
+changes.
 
-Growing in depth repeats layers, or adds layers that compute nothing yet.
+Growing in depth repeats layers, or adds layers whose outputs are zero at first.
 """
 
 import math
@@ -62,38 +64,38 @@ from engine.report import (
 from engine.stage import Origin, Result, Stage
 from model import GPT, SIZE_FIELDS, GPTConfig, load
 
-WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')
+WIDTH_FIELDS = ('n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # fields that grow in width
 
 # ----------------------------------------------------------------------------------------------
-# growing in width: a tensor at a time
+# growing in width, one tensor at a time
 
 
 class Axis(NamedTuple):
     """How one dimension of a tensor grows, from d units to D."""
 
-    source: torch.Tensor  # (D,) int64: the old unit that each new one copies; -1: none
-    factor: torch.Tensor  # (D,) float64: what each is multiplied by
-    fill: float = 0.0  # units without a source are this times the mean of the old units
+    source: torch.Tensor  # (D,) int64: index of the old unit that each new unit copies; -1: none
+    factor: torch.Tensor  # (D,) float64: scale of each new unit
+    fill: float = 0.0  # a unit without a source is the mean of the old units times this and factor
 
 
 def copies(source):
-    """How many copies of its unit there are, for each new unit: (D,) float64."""
+    """For each new unit, how many new units copy the same old one: (D,) int64 -> (D,) float64."""
     _, unit, count = source.unique(return_inverse=True, return_counts=True)
     return count[unit].double()
 
 
 def unscaled(source, fill=0.0):
-    """The Axis with all factors 1."""
+    """An Axis that copies units without scaling them."""
     return Axis(source, torch.ones(len(source), dtype=torch.float64), fill)
 
 
 def copy_units(tensor, axis, dim):
-    """Copy the units of one dimension, each times its factor. axis None: the tensor as it is."""
+    """A new tensor grown along dimension `dim` by an Axis; with axis None, the tensor itself."""
     if axis is None:
         return tensor
     source = axis.source.to(tensor.device)
-    new = tensor.index_select(dim, source.clamp(min=0))
-    shape = [-1] + [1] * (tensor.ndim - 1 - dim)
+    new = tensor.index_select(dim, source.clamp(min=0))  # -1 copies unit 0, and is filled below
+    shape = [-1] + [1] * (tensor.ndim - 1 - dim)  # broadcasts along dim
     if source.min() < 0:
         fill = axis.fill * tensor.mean(dim, keepdim=True)
         new = torch.where((source < 0).view(shape), fill, new)
@@ -101,12 +103,18 @@ def copy_units(tensor, axis, dim):
 
 
 def copied(old, rows, columns, above=None):
-    """The new tensor, with both dimensions copied along their axes."""
+    """
+    Grow a tensor (rows,) or (rows, columns) by copying along both axes, an Axis or None each.
+    `above`, which only rows_from_above needs, is ignored.
+    """
     return copy_units(copy_units(old, rows, 0), columns, 1)
 
 
 def rows_from_above(old, rows, columns, above=None):
-    """The same, but the rows of new units are those of the layer above, where there is one."""
+    """
+    As `copied`, but the rows of new units come from `above`, the same tensor in the old model's
+    next layer (AKI, bert2BERT). above None: norms, the top layer, tensors outside the layers.
+    """
     own = copied(old, rows, columns)
     if above is None or rows is None:
         return own
@@ -114,17 +122,18 @@ def rows_from_above(old, rows, columns, above=None):
 
 
 def round_robin(d, D, norm):
-    """The residual stream with its units copied in turn: 0, 1, ..., d - 1, 0, 1, ..."""
+    """The residual stream's Axis that copies units in turn, unscaled: 0, 1, ..., d - 1, 0, ..."""
     return unscaled(torch.arange(D) % d)
 
 
 def equal_norm(d, D, norm):
     """
-    The residual stream, scaled so that its norms are unchanged. RMSNorm divides by the root mean
-    square. Written with w = sqrt(D / (d c)), the c copies of x have c (w x)^2 = (D / d) x^2
-    together, so the mean over D units is what it was over d. LayerNorm subtracts the mean first:
-    it gets k = floor(D / d) copies of each unit, w = sqrt(D / (k d)), and the units that are left
-    stand at the mean, which the norm turns to zero.
+    The residual stream's Axis with copies scaled so that norms see unchanged statistics. RMSNorm
+    divides by the root mean square. With w = sqrt(D / (d c)), the c copies of x contribute
+    c (w x)^2 = (D / d) x^2 to the sum of squares, so the mean over D units equals the old mean over
+    d. LayerNorm subtracts the mean first, so every unit gets the same number of copies,
+    k = floor(D / d), with w = sqrt(D / (k d)); the remaining units are set to the mean, which
+    LayerNorm turns into zero.
     """
     source, whole = torch.arange(D) % d, D // d * d
     if norm == 'rms':
@@ -134,22 +143,22 @@ def equal_norm(d, D, norm):
 
 
 class Width(NamedTuple):
-    """A width operator: two small functions."""
+    """A width operator: how the residual stream is copied, and how a tensor grows."""
 
     residual: Callable  # (d, D, norm: rms or layer) -> the residual stream's Axis
     tensor: Callable  # (old, rows: Axis or None, columns, the layer above's or None) -> new tensor
-    integer_only: bool = False  # refuses what is not a whole multiple
+    integer_only: bool = False  # every field in WIDTH_FIELDS must grow by a whole factor
 
 
-# Function-preserving initialisation (bert2BERT): exact where every unit has equally many copies;
-# elsewhere the norms weigh units by their copies. The paper draws at random which units are copied
-# once more; here they come in turn.
+# Function-preserving initialisation (bert2BERT): exact if every unit has the same number of copies;
+# otherwise norms weight each unit by its number of copies. bert2BERT draws the extra copies at
+# random; here units are copied in turn.
 fpi = Width(round_robin, copied)
-# Advanced knowledge initialisation (bert2BERT; progressive training's operator): not exact.
+# Advanced knowledge initialisation (bert2BERT): not exact. Yano et al. use it (footnote 4).
 aki = Width(round_robin, rows_from_above)
-# Exact for any width, tied or not, under both norms.
+# Exact for any width, with a tied or untied head, under RMSNorm and LayerNorm.
 lossless = Width(equal_norm, copied)
-# HyperCloning: fpi where it is exact.
+# HyperCloning: fpi, restricted to whole multiples, for which it is exact.
 clone = Width(round_robin, copied, integer_only=True)
 
 WIDTH = {'fpi': fpi, 'aki': aki, 'lossless': lossless, 'clone': clone}
@@ -157,20 +166,24 @@ WIDTH = {'fpi': fpi, 'aki': aki, 'lossless': lossless, 'clone': clone}
 
 def add_noise(weight, source, noise, generator):
     """
-    Tell copies apart, in place: columns (D,) that read the c > 1 copies of a unit get normal noise
-    that sums to zero over the copies, `noise` times the root mean square of its row.
+    Break the symmetry of copies, in place: the columns of `weight` (rows, D) that read the c > 1
+    copies of a unit get normal noise of standard deviation `noise` times the row's root mean
+    square, less its mean over the c copies, so that it sums to zero. source: (D,), of the Axis.
     """
     _, unit, count = source.unique(return_inverse=True, return_counts=True)
     copied = torch.nonzero(count[unit] > 1).flatten()
     size = noise * weight.square().mean(1, keepdim=True).sqrt()
+    # drawn on the CPU in float64, so the noise does not depend on the weight's device or dtype
     drawn = torch.randn(len(weight), len(copied), generator=generator, dtype=torch.float64)
     drawn = size * drawn.to(weight)
     unit, count = unit[copied].to(weight.device), count.to(weight)
     sums = weight.new_zeros(len(weight), len(count)).index_add_(1, unit, drawn)
-    weight[:, copied] += drawn - sums[:, unit] / count[unit]
+    weight[:, copied] += drawn - sums[:, unit] / count[unit]  # less the mean over the copies
 
 
-# What the rows and the columns of a weight are; None does not grow. A bias has its weight's rows.
+# The roles of a weight's rows and columns, which choose their Axis in `axes_between`: `write` is
+# the residual stream as layers write it, `read` the same after a norm, `from query` and `from mlp`
+# read what `query` and `mlp` compute; None does not grow. A bias has the role of its weight's rows.
 ROLES = {
     'wte': ('vocab', 'write'),
     'wpe': (None, 'write'),
@@ -192,10 +205,10 @@ ROLES = {
 
 def query_heads(small, large):
     """
-    The old query head that each new one copies, int64. Group G copies group G mod n_kv_head; its
-    queries are that group's in turn, and a further copy of a group goes on where the one before it
-    stopped. 4 queries in 2 groups to 6 in 3: 0 1, 2 3, 0 1. 4 in 1 group to 6 in 2: 0 1 2, 3 0 1.
-    Raises UserError where an old query would be lost.
+    The old query head that each new one copies: (large.n_head,) int64. New group G copies old group
+    G mod n_kv_head and cycles through its heads; a second copy of a group continues where the first
+    stopped. 4 heads in 2 groups to 6 in 3: 0 1, 2 3, 0 1. 4 in 1 group to 6 in 2: 0 1 2, 3 0 1.
+    Raises UserError if an old query head would be lost.
     """
     before, after = small.n_head // small.n_kv_head, large.n_head // large.n_kv_head
     group = torch.arange(large.n_kv_head)[:, None]
@@ -210,15 +223,15 @@ def query_heads(small, large):
 
 
 def axes_between(small, large, residual):
-    """{what rows or columns are: their Axis}, for two shapes and the residual stream's Axis."""
+    """{role of rows or columns: Axis} for growth between two shapes. residual: stream's Axis."""
 
-    def dimensions(heads):  # whole heads are copied: RoPE and the softmax's scale stay right
+    def dimensions(heads):  # copies whole heads: RoPE and the softmax's scale stay valid
         return (heads[:, None] * small.head_dim + torch.arange(small.head_dim)).flatten()
 
     kv = dimensions(torch.arange(large.n_kv_head) % small.n_kv_head)
     query, mlp = dimensions(query_heads(small, large)), torch.arange(large.n_mlp) % small.n_mlp
     vocab = torch.arange(large.vocab_size)
-    vocab[small.vocab_size :] = -1
+    vocab[small.vocab_size :] = -1  # new tokens start at the mean of the old ones
     source, w, _ = residual
     c = copies(source)
     return {
@@ -231,40 +244,42 @@ def axes_between(small, large, residual):
         'from mlp': Axis(mlp, 1 / copies(mlp)),
         'write': residual,
         'read': Axis(source, 1 / c),
-        'gain': Axis(source, 1 / w, 1.0),  # the norm of w x is that of x, times w
+        'gain': Axis(source, 1 / w, 1.0),  # undoes w: the copies of x, normalised, are w norm(x)
         'shift': unscaled(source),
-        # A tied head reads with the embeddings, that is with w in place of 1 / c. It sums
-        # w (gain' w x + shift') over c copies: gain / (c w^2) and shift / (c w) give the old sum.
+        # A tied head reads with the embeddings, scaled by w, where an untied one has 1 / c. Summed
+        # over c copies that is c w (gain' w x + shift') times the old weight, so
+        # gain' = gain / (c w^2) and shift' = shift / (c w) restore the logits.
         'tied gain': Axis(source, 1 / (c * w * w), 1.0),
         'tied shift': Axis(source, 1 / (c * w)),
     }
 
 
 # ----------------------------------------------------------------------------------------------
-# growing in depth: lists of the layer that each new one copies
+# growing in depth: lists of the old layer, from 0, that each new layer copies (L old, L' new)
 
 
 def stack(old, new):
-    """The whole stack again and again: layer l copies l mod L."""
+    """Repeat the whole stack: layer l copies l mod L."""
     return [layer % old for layer in range(new)]
 
 
 def bert2bert(old, new):
-    """Whole stacks, then the remainder from the top layers (bert2BERT)."""
+    """Repeat the whole stack; its top layers make up the remainder (bert2BERT)."""
     rest = new % old
     return stack(old, new - rest) + list(range(old - rest, old))
 
 
 def interleave(old, new):
-    """Each layer beside its copies: layer l copies floor((l + 1/2) L / L')."""
+    """Put every layer next to its copies: layer l copies floor((l + 1/2) L / L')."""
     return [(2 * layer + 1) * old // (2 * new) for layer in range(new)]
 
 
 def identity(old, new):
     """
-    Copies spread evenly, each above its layer: layer l copies ceil((l + 1) L / L') - 1 (LLaMA-Pro).
-    `grow` makes zero what a copy writes, attn.o and mlp.down: it adds nothing at first, and the
-    function is kept bit for bit.
+    Spread the copies evenly, each directly above its original: layer l copies
+    ceil((l + 1) L / L') - 1 (LLaMA-Pro). In the copies `grow` zeroes attn.o and mlp.down, which
+    write to the residual stream: they add nothing at first, and the function is preserved bit for
+    bit.
     """
     return [((layer + 1) * old - 1) // new for layer in range(new)]
 
@@ -273,7 +288,7 @@ DEPTH = {'stack': stack, 'bert2bert': bert2bert, 'interleave': interleave, 'iden
 
 
 def repeated(layers):
-    """The places in a list of source layers that copy one which is there already."""
+    """The positions in a list of source layers whose source occurs earlier in the list."""
     return [place for place, layer in enumerate(layers) if layer in layers[:place]]
 
 
@@ -282,30 +297,37 @@ def repeated(layers):
 
 
 def check_growth(small, large, width, depth):
-    """Raise UserError, with the field and both values, unless `large` can be grown from `small`."""
+    """
+    Raise UserError, naming the field and both values, unless the GPTConfig `large` can be grown
+    from `small`. width: a name in WIDTH; depth: a name in DEPTH, or a list of source layers.
+    """
     if width not in WIDTH:
         raise unknown('width operator', width, WIDTH)
-    if not isinstance(depth, str):  # a list may leave layers out
+    if not isinstance(depth, str):  # a list may leave layers out: any n_layer will do
         small = replace(small, n_layer=1)
     elif depth not in DEPTH:
         raise unknown('depth operator', depth, DEPTH)
     growing = [*SIZE_FIELDS, 'vocab_size']
-    if small.pos == 'rope':
+    if small.pos == 'rope':  # learned positions would need new rows of wpe
         growing.append('block_size')
     for field, before in vars(small).items():
         after = getattr(large, field)
         if field in growing and after < before:
             raise UserError(f'cannot grow: {field} {before} -> {after} is smaller')
+        # init_std does not matter to a model that is trained already
         if field not in (*growing, 'init_std') and after != before:
             raise UserError(f'cannot grow: {field} {before} -> {after} differs')
         if WIDTH[width].integer_only and field in WIDTH_FIELDS and after % before:
             raise UserError(f'{width} needs whole multiples, not {field} {before} -> {after}')
-    query_heads(small, large)
+    query_heads(small, large)  # raises if a query head would be lost
 
 
 def roles_of(stem, kind, tied):
-    """What the rows and the columns of a tensor are."""
-    rows, columns = (*ROLES[stem], None)[:2]
+    """
+    (role of the rows, role of the columns) of a tensor: 'attn.q', 'weight' -> 'query', 'read'.
+    tied: whether the head is the token embedding, which changes the final norm's role.
+    """
+    rows, columns = (*ROLES[stem], None)[:2]  # norms have no columns
     if kind == 'bias':
         rows, columns = rows.replace('gain', 'shift'), None
     return f'tied {rows}' if tied and stem == 'norm' else rows, columns
@@ -314,9 +336,10 @@ def roles_of(stem, kind, tied):
 @torch.no_grad()
 def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     """
-    The model grown to the shape `config`; dtype, device and mode are kept. width: a name in WIDTH;
-    depth: a name in DEPTH, or a list of source layers; noise: zero-sum, relative to the rows, on
-    all that reads copies; seed: of the noise. Raises UserError naming the field in the way.
+    A new GPT of shape `config`, grown from `model`, with its dtype, device and training mode.
+    width: a name in WIDTH; depth: a name in DEPTH, or a list of source layers, from 0; noise:
+    standard deviation of the zero-sum noise on weights that read copies, relative to each row's
+    root mean square; seed: of the noise. Raises UserError, naming the field that does not fit.
     """
     small, old, grown = model.config, model.state_dict(), {}
     check_growth(small, config, width, depth)
@@ -325,37 +348,48 @@ def grow(model, config, width='lossless', depth='identity', noise=0.0, seed=0):
     layers = DEPTH[depth](small.n_layer, config.n_layer) if isinstance(depth, str) else depth
     zero_output = repeated(layers) if depth == 'identity' else ()
 
-    def exact(name):  # in float32 at least: rounded once, at the end
+    def exact(name):  # compute in float32 or wider, so that only the result is rounded
         return old[name].to(torch.promote_types(old[name].dtype, torch.float32))
 
     for name in GPT.on_meta(config).state_dict():
+        # blocks.3.attn.q.weight -> '3', 'attn.q', 'weight'
         layer, stem, kind = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.+)\.(\w+)', name).groups()
         source, above = name, None
         if layer:
             layer = int(layer)
             source = f'blocks.{layers[layer]}.{stem}.{kind}'
             above = f'blocks.{layers[layer] + 1}.{stem}.{kind}'
+        # AKI takes rows of linear layers from the layer above, but keeps the layer's own norms
         donor = exact(above) if above in old and 'norm' not in stem else None
         rows, columns = roles_of(stem, kind, small.tied)
         new = operator.tensor(exact(source), axes[rows], axes[columns], donor)
-        if noise and columns not in (None, 'write'):
+        if noise and columns not in (None, 'write'):  # `write`: embeddings, which do not read
+            # seeded by name: independent of the other tensors (hash() differs between processes)
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} 0'.encode()))
             add_noise(new, axes[columns].source, noise, generator)
         if layer in zero_output and stem in ('attn.o', 'mlp.down'):
             new = torch.zeros_like(new)
+        # logits are q k / layer number: scale q to keep those of the source layer (with qk_norm
+        # through the gain of q_norm, which would normalise a factor on q away)
         if small.attn_scale_by_layer and stem == ('attn.q_norm' if small.qk_norm else 'attn.q'):
-            new = new * ((layer + 1) / (layers[layer] + 1))  # logits are q k / number of the layer
-        grown[name] = new.to(old[source].dtype, copy=True)  # layers share no memory
+            new = new * ((layer + 1) / (layers[layer] + 1))
+        grown[name] = new.to(old[source].dtype, copy=True)  # repeated layers must not share memory
     return GPT.from_state(config, grown).train(model.training)
 
 
 def widen(model, config, method='lossless'):
-    """A wider model of the shape `config`, as deep as it was."""
+    """
+    Grow a model in width alone, to the widths of `config`, whose n_layer is ignored. method: a name
+    in WIDTH. Raises UserError as `grow` does.
+    """
     return grow(model, replace(config, n_layer=model.config.n_layer), method, 'stack')
 
 
 def deepen(model, n_layer, method='identity'):
-    """A deeper model of n_layer layers, as wide as it was."""
+    """
+    Grow a model in depth alone, to n_layer layers. method: a name in DEPTH. Raises UserError as
+    `grow` does.
+    """
     return grow(model, replace(model.config, n_layer=n_layer), 'fpi', method)
 
 
@@ -364,7 +398,7 @@ def deepen(model, n_layer, method='identity'):
 
 
 def exp(config):
-    """Width x sqrt 2, in whole heads (scaling laws of model reuse)."""
+    """The shape sqrt(2) times as wide, rounded to whole heads (scaling laws of model reuse)."""
     n_head = round(2**0.5 * config.n_head)
     n_kv_head = n_head if config.n_kv_head == config.n_head else config.n_kv_head
     n_embd = config.n_embd * n_head // config.n_head
@@ -373,28 +407,31 @@ def exp(config):
 
 
 def stk2(config):
-    """Twice the layers."""
+    """The shape with twice the layers."""
     return replace(config, n_layer=2 * config.n_layer)
 
 
 def stk4(config):
-    """Four times the layers."""
+    """The shape with four times the layers."""
     return stk2(stk2(config))
 
 
-RELATIVE_SIZES = {'exp': exp, 'stk2': stk2, 'stk4': stk4}  # relative to the size before
+RELATIVE_SIZES = {'exp': exp, 'stk2': stk2, 'stk4': stk4}  # functions of the previous GPTConfig
 
 
 def grown_shape(small, to):
     """
-    The shape `to` of a model that grows from `small`: exp, stk2, stk4, a named size, or
-    WIDTHxLAYERS, whose heads, groups and MLP keep small's proportions. Raises UserError.
+    The GPTConfig that `to` means for a model grown from `small`: exp, stk2 or stk4; a named size;
+    or WIDTHxLAYERS, whose heads, groups and MLP keep small's proportions, rounded. Raises UserError
+    for an unknown name and for numbers that do not fit together.
     """
     if to in RELATIVE_SIZES:
         return RELATIVE_SIZES[to](small)
     match = re.fullmatch(r'(\d+)x(\d+)', to)
-    if match and (small.head_dim != 16 or small.n_kv_head < small.n_head):  # not named like that
+    # GPTConfig.named would give WIDTHxLAYERS heads of 16 without groups
+    if match and (small.head_dim != 16 or small.n_kv_head < small.n_head):
         width, layers = map(int, match.groups())
+        # int(): replace() would compute a Derived head_dim again
         shape = dict(n_embd=width, n_layer=layers, head_dim=int(small.head_dim))
         for field in ('n_head', 'n_kv_head', 'n_mlp'):
             shape[field] = round(getattr(small, field) * width / small.n_embd)
@@ -406,7 +443,8 @@ def grown_shape(small, to):
 def allocate_tokens(params, scratch_tokens):
     """
     Training tokens of each size under progressive training (Eq. 4): its from-scratch compute minus
-    what the smaller sizes cost. params X, ascending.
+    the compute of all smaller sizes. params: X of each size, ascending; scratch_tokens: T_scratch
+    of each. Raises UserError if nothing is left for a size.
     >>> allocate_tokens([1, 2, 4, 8], [40e9, 80e9, 160e9, 320e9])
     [40000000000.0, 60000000000.0, 120000000000.0, 240000000000.0]
     """
@@ -429,33 +467,34 @@ class Progressive:
     """Progressive training (Yano et al.): train the smallest size, expand, train on, and so on."""
 
     sizes: tuple[str, ...] = ('32x2', '48x2', '64x2', '64x4')  # ascending; also exp, stk2, stk4
-    scratch_tokens: tuple[Positive, ...] = ()  # of each size from scratch; empty: per parameter
-    tokens_per_param: Positive = 20.0  # 20: Chinchilla
+    scratch_tokens: tuple[Positive, ...] = ()  # of each size from scratch; empty: tokens_per_param
+    tokens_per_param: Positive = 20.0  # tokens from scratch, per parameter; Chinchilla: 20
     shares: tuple[Positive, ...] = ()  # tokens of each size / its tokens from scratch; empty: Eq. 4
-    budget: NonNegative = 0.0  # share of the compute from scratch; the largest gets what it leaves
-    learning_rates: tuple[Positive, ...] = ()  # maximum of each member; empty: as of sizes alone
+    budget: NonNegative = 0.0  # family's compute / all from scratch; largest gets the rest; 0: off
+    learning_rates: tuple[Positive, ...] = ()  # maximum of each member; empty: learning_rate
     batch_sizes: tuple[Count, ...] = ()  # sequences per step of each size; empty: batch_size
-    width: str = 'aki'  # fpi, aki, lossless or clone; random: as many tokens, nothing inherited
-    depth: Literal[*DEPTH] = 'stack'
-    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
-    last_schedule: Literal['cosine', 'wsd'] = 'cosine'  # of the largest, which ends a trunk
+    width: str = 'aki'  # fpi, aki, lossless, clone; or random, a control: nothing is inherited
+    depth: Literal[*DEPTH] = 'stack'  # operator in depth
+    noise: NonNegative = 0.0  # zero-sum noise to make copies differ, relative to weights; 0: none
+    last_schedule: Literal['cosine', 'wsd'] = 'cosine'  # of the largest size, if schedule is wsd
     compare: Literal['', 'independent'] = ''  # also train each size from scratch
 
     def stages(self, run):
         """
-        One stage per size, each grown from the one before, its optimizer fresh; then, to compare,
-        from scratch. Under --schedule=wsd a family grows along a trunk.
+        Yield one stage per size, each grown from the one before and trained with a fresh optimizer;
+        then, with `compare`, every size from scratch. `yield` hands a stage to train.py and is sent
+        back its Result. With --schedule=wsd the family grows along a trunk (trunk_and_branch).
         """
         sizes = self.from_scratch(run)
         grows_from = finished = None
         for stage, tokens in zip(sizes, self.allocation(sizes)):
             stage.tokens = tokens
             if self.width == 'random':
-                stage.labels.pop('baseline_flops')  # nothing is saved
+                stage.labels.pop('baseline_flops')  # from scratch itself: no saving to report
             elif grows_from:
                 how = dict(width=self.width, depth=self.depth, noise=self.noise)
                 grow_stage(stage, grows_from, **how)
-                stage.also = (finished,)  # of a trunk: its branch is part of the family, too
+                stage.also = (finished,)  # along a trunk the branch's compute counts, too
             if run.schedule != 'wsd':
                 grows_from = finished = yield stage
             elif stage is not sizes[-1]:
@@ -467,9 +506,13 @@ class Progressive:
             yield from self.independents(run)
 
     def from_scratch(self, run):
-        """A stage for each size, from scratch. Raises UserError for knobs that do not fit."""
+        """
+        The from-scratch Stage of each size, a list. Raises UserError if a list of knobs has the
+        wrong length, or a size cannot be grown from the one before.
+        """
         for name in ('scratch_tokens', 'learning_rates', 'batch_sizes', 'shares'):
             found, wanted = len(getattr(self, name)), len(self.sizes)
+            # with a budget the largest size has no share: it gets what is left
             if found not in (0, wanted - (name == 'shares' and self.budget > 0)):
                 raise UserError(f'{name} has {found} values for {wanted} sizes')
         if not self.sizes:
@@ -483,7 +526,7 @@ class Progressive:
                 config = run.model_config(name)
             X = config.num_params(head=True)
             tokens = self.scratch_tokens[i] if self.scratch_tokens else self.tokens_per_param * X
-            cost += 6 * X * tokens
+            cost += 6 * X * tokens  # FLOPs of this and all smaller sizes from scratch
             stage = Stage(name, config, tokens, X, labels=dict(size=name, baseline_flops=cost))
             if self.learning_rates:
                 stage.knobs['learning_rate'] = self.learning_rates[i]
@@ -495,14 +538,18 @@ class Progressive:
         return sizes
 
     def allocation(self, sizes):
-        """Training tokens of each size: by Eq. 4, or as shares of those from scratch."""
+        """
+        Training tokens of each size: by Eq. 4, or `shares` of its from-scratch tokens; with a
+        `budget`, the largest gets what is left. Raises UserError if that is nothing.
+        """
         X, scratch = [size.params for size in sizes], [size.tokens for size in sizes]
         if not (self.shares or self.budget):
             return allocate_tokens(X, scratch)
+        # a budget without shares: the smaller sizes train as long as from scratch
         shares = self.shares or [1] * (len(sizes) - 1)
         tokens = [share * t for share, t in zip(shares, scratch)]
         if self.budget:
-            left = self.budget * sizes[-1].labels['baseline_flops'] / 6
+            left = self.budget * sizes[-1].labels['baseline_flops'] / 6  # X T is FLOPs / 6
             left -= sum(x * t for x, t in zip(X, tokens))
             if left <= 0:
                 raise UserError(f'budget={self.budget:g} leaves nothing for the largest size')
@@ -510,12 +557,16 @@ class Progressive:
         return tokens
 
     def independents(self, run):
-        """Every size from scratch; beside a trunk under both schedules, for `summary` to choose."""
+        """
+        Yield every size trained from scratch; beside a trunk, once under each of two schedules, of
+        which `summary` takes the better one.
+        """
         trunk = run.schedule == 'wsd'
         for schedule in ('wsd', 'cosine') if trunk else (run.schedule,):
             for i, stage in enumerate(self.from_scratch(run)):
-                stage.knobs.pop('learning_rate', None)  # from scratch: the run's
-                if i or self.shares or self.learning_rates:  # else the smallest is one in both
+                stage.knobs.pop('learning_rate', None)  # from scratch uses the run's
+                # without these knobs the family's smallest member was itself trained this way
+                if i or self.shares or self.learning_rates:
                     stage.name = f'independent-{stage.name}'
                     if trunk:
                         stage.name += f'-{schedule}'
@@ -523,7 +574,7 @@ class Progressive:
                     yield stage
 
     def summary(self, results):
-        """Each member against its size alone, under the better schedule, paired by seed."""
+        """Records of each member against the same size alone (better schedule), paired by seed."""
         records = []
         for size, runs in by_label(results, 'size').items():
             members = [r for r in runs if not {'independent', 'trunk'} & {*r.labels}]
@@ -539,15 +590,16 @@ class Progressive:
 
 
 def mean_loss(results):
-    """The mean validation loss."""
+    """The mean validation loss of Results, in nats per token."""
     return statistics.mean(result.val_loss for result in results)
 
 
 def saved_at_equal_loss(member, alone):
     """
-    The share of compute saved when a member's training loss falls below, and stays below, the
-    final one of the same size trained alone (Figure 2). The smaller sizes count on both sides;
-    losses are means over a twentieth of a stage. None where the member ends worse.
+    The share of compute saved once a member's training loss falls below, for good, the final
+    training loss of the same size trained alone (Figure 2). Both costs include the smaller sizes;
+    losses are averaged over twentieths of a stage. None if the member ends worse or has no
+    baseline.
     """
     if member.val_loss > alone.val_loss or not member.baseline_flops:
         return None
@@ -557,7 +609,10 @@ def saved_at_equal_loss(member, alone):
 
 
 def grow_stage(stage, smaller, **how):
-    """Let a stage start from the model of the Result `smaller`, grown. how: as of `grow`."""
+    """
+    Make a stage start from the model of the Result `smaller`, grown to the stage's shape. how:
+    keyword arguments of `grow`. Returns the stage.
+    """
     stage.parent, stage.origin = smaller, Origin('growth', (smaller.name,), how)
     stage.model = lambda: grow(load(smaller.folder), stage.config, **how)
     return stage
@@ -565,22 +620,24 @@ def grow_stage(stage, smaller, **how):
 
 def continue_from(stage, before, with_optimizer):
     """
-    A stage that continues the Result `before`: its last state, which a stage at a constant rate
-    keeps, with the optimizer; or its weights alone, with a new warmup.
+    A copy of a stage that continues the Result `before`: with_optimizer, from its last training
+    state, which a stage with schedule=constant keeps, and without a warmup; else from its weights
+    alone, with a fresh optimizer and the usual warmup.
     """
     origin, model = Origin('weights', (before.name,)), partial(load, before.folder)
     stage = replace(stage, parent=before, origin=origin, model=model)
     if with_optimizer:
-        origin.kind, stage.model = 'last state', None
-        stage.knobs = stage.knobs | dict(warmup=0.0)
+        origin.kind, stage.model = 'last state', None  # None: train.py loads the parent's state
+        stage.knobs = stage.knobs | dict(warmup=0.0)  # a new dict: replace() shared the old one
     return stage
 
 
 def trunk_and_branch(stage, decay_fraction):
     """
-    A stage under WSD, in two: its stable phase, a piece of the family's trunk, and its decay, the
-    branch that becomes the member. `yield` hands a stage to train.py and is sent back its Result.
-    Returns both: the next size grows from the first, before its learning rate decays.
+    Split a stage under WSD (warmup, stable, decay) in two: the stable phase is part of the family's
+    trunk, the decay is the branch that becomes the member. `yield` hands a stage to train.py and is
+    sent back its Result. Returns both Results: the next size grows from the trunk, whose learning
+    rate has not decayed.
     """
     trunk = replace(stage, name=f'{stage.name}-trunk', tokens=(1 - decay_fraction) * stage.tokens)
     trunk.knobs = stage.knobs | dict(schedule='constant')
@@ -588,7 +645,7 @@ def trunk_and_branch(stage, decay_fraction):
     before = yield trunk
     branch = replace(stage, tokens=decay_fraction * stage.tokens, also=())
     branch = continue_from(branch, before, with_optimizer=True)
-    branch.knobs |= dict(decay_fraction=1.0)
+    branch.knobs |= dict(decay_fraction=1.0)  # the branch is all decay
     member = yield branch
     return before, member
 
@@ -599,27 +656,31 @@ def trunk_and_branch(stage, decay_fraction):
 
 @dataclass
 class GrowthComparison:
-    """Growth operators side by side: the same second stage from every operator and from nothing."""
+    """Compare growth operators: the same second stage after each, and from random weights."""
 
-    base: str = '48x2'  # size of the base
+    base: str = '48x2'  # size of the base model
     base_model: str = ''  # folder or hub name of a trained base of that size; empty: train one
     target: str = '64x4'  # size it is grown to; exp, stk2 and stk4 are relative to the base
     base_tokens: Positive = 1e6  # D1, tokens of the first stage
     tokens: Positive = 5e5  # D2, tokens of each second stage
-    widths: tuple[str, ...] = ('aki', 'lossless')  # operators in width ...
-    depths: tuple[str, ...] = ('stack', 'identity')  # ... each with these in depth
-    noise: NonNegative = 0.0  # zero-sum noise that tells copies apart; 0: none
-    against: str = 'random'  # variant that the others are compared with: aki+stack
+    widths: tuple[str, ...] = ('aki', 'lossless')  # operators in width, each combined ...
+    depths: tuple[str, ...] = ('stack', 'identity')  # ... with each of these operators in depth
+    noise: NonNegative = 0.0  # zero-sum noise to make copies differ, relative to weights; 0: none
+    against: str = 'random'  # variant the others are compared with: random, or such as aki+stack
 
     def stages(self, run):
-        """The base, then the target from nothing and from every pair of operators."""
-        given = '' if run.toy else self.base_model  # a toy trains a small one instead
+        """
+        Yield the base, unless given; then the target from random weights and after every pair of
+        operators.
+        """
+        given = '' if run.toy else self.base_model  # a toy run trains a small base instead
         if given and (not run.dry_run or Path(given).is_dir()):
             base = run.given_config(given)
             target = grown_shape(base, self.target)
-        else:  # a plan asks no hub
+        else:  # the base is trained here, or this is a dry run, which downloads nothing
             target = grown_shape(GPTConfig.named(self.base), self.target)
             sizes = {field: getattr(target, field) for field in (*SIZE_FIELDS, 'head_dim')}
+            # again, with the run's vocabulary and block_size, and shrunk for a toy run
             base, target = run.model_config(self.base), run.model_config(self.base, **sizes)
         operators = list(product(self.widths, self.depths))
         for width, depth in operators:
@@ -631,6 +692,7 @@ class GrowthComparison:
         for width, depth in [('random', ''), *operators]:
             name, X = f'{width}+{depth}'.strip('+'), target.num_params(head=True)
             stage = Stage(name, target, self.tokens, X, begin=smaller.position)
+            # eight evaluations for the curve, unless the run sets the interval
             stage.knobs['eval_interval'] = run.eval_interval or math.ceil(steps / 8)
             stage.tokenizer, stage.labels = given, dict(variant=name)
             if depth:
@@ -638,7 +700,7 @@ class GrowthComparison:
             yield stage
 
     def summary(self, results):
-        """The ranking, with the difference from one variant, seed by seed, and the curves."""
+        """Records ranked by loss, with differences from `against` paired by seed; the curves."""
         records, groups = compare_variants(results, self.against), by_label(results, 'variant')
         for record in records:
             _, record['at step 0'] = mean_curve(groups[record['variant']])[0]
@@ -648,15 +710,15 @@ class GrowthComparison:
 
 
 # ----------------------------------------------------------------------------------------------
-# how alike the members of a family are
+# how similar the members of a family are
 
 
 @torch.no_grad()
 def compare(model_p, model_q, examples, batch_size=4):
     """
-    (D(P || Q) in nats, share of positions at which both prefer the same token) of two models over
-    examples (n, T), int64: the mean over positions within an example, then over examples
-    (Appendix F).
+    (D(P || Q) in nats per token, share of positions where both models rank the same token first),
+    averaged over the positions of each example, then over examples (Appendix F). examples: (n, T)
+    int64.
     """
     found = []
     for x in progress_bar(examples.split(batch_size), desc='comparing'):
@@ -675,16 +737,16 @@ class FolderGrowth:
     """Grow a model folder on disk: expand.py SOURCE TARGET --to=SIZE or --layers=1-24,9-32."""
 
     source: str = ''  # folder of the model, or its name on the hub
-    target: str = ''  # folder to be made
+    target: str = ''  # folder to create
     to: str = ''  # named size, WIDTHxLAYERS, or exp, stk2, stk4 relative to the source
-    layers: tuple[str, ...] = ()  # of the source, one after the other, in place of --depth
+    layers: tuple[str, ...] = ()  # slices of the source's layers, in this order; replaces --depth
     width: str = 'lossless'  # fpi, aki, lossless or clone
-    depth: Literal[*DEPTH] = 'identity'
-    noise: NonNegative = 0.1  # zero-sum noise that tells copies apart; 0: none
+    depth: Literal[*DEPTH] = 'identity'  # operator in depth
+    noise: NonNegative = 0.1  # zero-sum noise to make copies differ, relative to weights; 0: none
 
 
 def slices(texts, n_layer):
-    """The source layers of '1-24', '9-32', counted from 1. Raises UserError."""
+    """The source layers, from 0, of slices '1-24', '9-32', counted from 1. Raises UserError."""
     try:
         spans = [tuple(map(int, text.split('-'))) for text in texts]
         assert all(1 <= first <= last <= n_layer for first, last in spans)
@@ -695,7 +757,7 @@ def slices(texts, n_layer):
 
 
 def main(argv):
-    """Command line: SOURCE TARGET, then knobs."""
+    """Command line: grow the model SOURCE and save it as TARGET."""
     usage = dict(program='expand.py SOURCE TARGET', words=('source', 'target'))
     options, _, _ = configure(argv, FolderGrowth, **usage)
     if not (options.source and options.target and (options.to or options.layers)):

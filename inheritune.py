@@ -1,21 +1,21 @@
 """
-Inheritune: the deep layers of a trained model turn lazy; inherit the early ones, train on, and grow
-until the child matches its parent.
+Inheritune: attention in the late layers of deep language models degenerates ("lazy" layers). Start
+a smaller model from the early layers, train it, and add layers until it matches its parent.
 
 Paper: Sanyal et al., Inheritune: Training Smaller Yet More Attentive Language Models.
 
     python train.py config/inheritune_tiny.py                       # the method and its baselines
-    python inheritune.py out/inheritune_tiny/reference              # how attentive is each layer
-    python inheritune.py out/inheritune_tiny/reference child --n=2  # a model of its first two
+    python inheritune.py out/inheritune_tiny/reference              # how attentive each layer is
+    python inheritune.py out/inheritune_tiny/reference child --n=2  # save its first two layers
 
-Of a head's attention matrix A (T, T), with singular values sigma_i and columns A_j (section 2):
+For a head's attention matrix A (T, T) with singular values sigma_i and columns A_j (section 2):
 
-    rank k* = the fewest singular values with 90% of sum sigma_i^2
-    mass m* = the fewest columns with 90% of |A|_F^2
+    rank k* = the smallest number of singular values that hold 90% of sum sigma_i^2
+    mass m* = the smallest number of columns that hold 90% of |A|_F^2 = sum |A_j|^2
 
-The value of a layer is the maximum over its heads. A layer is lazy if that rank is one: by full
-attention, as the causal mask alone gives uniform heads rank 5 (T = 100). Algorithm 1 takes a
-reference of k layers that was trained for T steps:
+A layer's rank and mass are the maxima over its heads. A layer is lazy if its rank is one. Measure
+that on full, unmasked attention: under the causal mask even uniform attention has rank 5
+(T = 100). Algorithm 1 takes a reference of k layers that was trained for T steps:
 
     1   the target is the first n = k/2 layers of the reference
     2   train it for T steps
@@ -55,25 +55,26 @@ from engine.teacher import planned_config
 from model import GPT, GPTConfig, all_params, load
 
 # ----------------------------------------------------------------------------------------------
-# what a lazy layer is (section 2)
+# measuring lazy layers (section 2)
 
 
 @torch.no_grad()
 def attention_maps(model, idx, causal=True):
     """
     Yield the attention matrices A of each layer (Eq. 1), float32 (B, H, T, T) on the CPU, for
-    tokens idx (B, T). causal=False: as if every position saw all others, which Figure 2 shows; the
-    hidden states stay those of the causal model.
+    tokens idx (B, T). causal=False: the softmax without the mask, as in Figure 2; the hidden states
+    are still those of the causal model.
     """
+    # scaled_dot_product_attention does not return A: record the inputs and recompute A
     inputs = []
-    keep = lambda attn, given: inputs.append((attn, *given))
+    keep = lambda attn, given: inputs.append((attn, *given))  # returns None: changes nothing
     hooks = [block.attn.register_forward_pre_hook(keep) for block in model.blocks]
     model.residual_stream(idx)
     for hook in hooks:
         hook.remove()
     for attn, x, rope, _ in inputs:
         q, k, _ = attn.project(x, rope)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # a group of queries shares its keys
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # query heads of a group share keys
         logits = q @ k.mT * attn.scale
         if causal:
             logits += torch.full_like(logits, -torch.inf).triu(1)
@@ -81,33 +82,33 @@ def attention_maps(model, idx, causal=True):
 
 
 def fewest(shares, threshold):
-    """The fewest entries, largest first, with `threshold` of the sum; (..., n) -> int64 (...)."""
+    """How many of the largest entries hold `threshold` of the sum; (..., n) -> int64 (...)."""
     cumulative = shares.double().sort(-1, descending=True).values.cumsum(-1)
-    enough = (threshold - 1e-7) * cumulative[..., -1:]  # less what rounding may have taken
+    enough = (threshold - 1e-7) * cumulative[..., -1:]  # a sum that rounding left just short counts
     return (cumulative < enough).sum(-1) + 1
 
 
 def attention_rank(attention, threshold=0.9):
-    """k*: the fewest singular values with `threshold` of sum sigma^2: (..., T, T) -> (...)."""
+    """k*: how many singular values hold `threshold` of sum sigma^2; (..., T, T) -> int64 (...)."""
     attention = attention.double()
     squares = torch.linalg.eigvalsh(attention.mT @ attention)  # sigma^2, faster than an SVD
-    return fewest(squares.clamp(min=0), threshold)
+    return fewest(squares.clamp(min=0), threshold)  # rounding makes some slightly negative
 
 
 def column_mass(attention, threshold=0.9):
-    """m*: the fewest columns with `threshold` of |A|_F^2; (..., T, T) -> int64 (...)."""
+    """m*: how many columns hold `threshold` of |A|_F^2; (..., T, T) -> int64 (...)."""
     return fewest(attention.double().square().sum(-2), threshold)
 
 
-UNIFORM = 0.95  # evenness from which a head counts as uniform; the limit is ours
+UNIFORM = 0.95  # evenness from which a head counts as uniform; our threshold, not the paper's
 
 
 def evenness(attention):
     """
-    Entropy of each row of causal attention as a share of log t, the most that t positions allow:
-    the mean over rows from the second on; (..., T, T) -> (...). It is not the paper's. Rank depends
-    on the mask: uniform attention has rank 1 over all positions, and 5 under the causal mask
-    (T = 100), where evenness tells such heads apart.
+    How uniform causal attention is, from 0 to 1: the entropy of row t divided by its maximum,
+    log t, averaged over rows t = 2 ... T; (..., T, T) -> (...). Our measure, not the paper's. Rank
+    depends on the mask: uniform attention has rank 1 without a mask and 5 under the causal mask
+    (T = 100). There evenness recognises uniform heads and rank does not.
     """
     positions = torch.arange(2, attention.shape[-1] + 1)
     entropy = torch.special.entr(attention).sum(-1)[..., 1:]
@@ -116,10 +117,10 @@ def evenness(attention):
 
 def analyse(model, samples, mask='causal'):
     """
-    {measure: float64 array (layers, n)} on samples (n, T) int64 (the paper: n = T = 100): the
-    largest rank and mass among a layer's heads and, for causal attention, the share of uniform
-    heads. mask: causal, as the model computes it, or full (Figure 2; of the others the paper names
-    no mask).
+    {measure: float64 array (layers, n)} for samples (n, T) int64 (the paper: n = T = 100): the
+    maxima of rank and mass over each layer's heads and, for causal attention, the share of uniform
+    heads. mask: 'causal', as the model computes it, or 'full', as in Figure 2 (for its other
+    figures the paper does not name the mask).
     """
     found = []
     for a in attention_maps(model, samples, mask == 'causal'):
@@ -131,15 +132,17 @@ def analyse(model, samples, mask='causal'):
 
 
 def lazy_layers(rank):
-    """The layers, from 1, whose mean rank (layers, n) over samples is one (below 1.5)."""
+    """The lazy layers, numbered from 1: their mean `rank` (layers, n) over samples is below 1.5."""
     return (np.flatnonzero(rank.mean(1) < 1.5) + 1).tolist()
 
 
 def query_key_norms(model, x, y):
     """
-    Norms of W_Q and W_K and of the gradients that the mean cross entropy on (x, y) has by them,
-    lists by layer: where attention degenerates, these gradients vanish (Appendix A).
+    {name: list over layers} of the norms of W_Q and W_K, and of the gradients of the mean cross
+    entropy with respect to them, on tokens x and targets y, (n, T) int64. Where attention
+    degenerates, these gradients vanish (Appendix A).
     """
+    # W_Q of all layers, then W_K of all layers
     weights = [getattr(block.attn, name).weight for name in 'qk' for block in model.blocks]
     gradients = torch.autograd.grad(model(x, y).loss, weights)
     found, L = {}, model.config.n_layer
@@ -151,8 +154,8 @@ def query_key_norms(model, x, y):
 
 def observe_attention(run, model):
     """
-    What Stage.observe logs, {measure: list by layer}: on eight validation samples of a run's corpus
-    the means of `analyse`, and the query_key_norms.
+    For Stage.observe: {'attention': {measure: list over layers}}, the means of `analyse` over eight
+    validation samples of the run's corpus, and their query_key_norms.
     """
     corpus = open_corpus(run.val_data or next(iter(run.corpora)), run.data_dir)
     tokens = validation_samples(corpus, 8, model)
@@ -163,8 +166,8 @@ def observe_attention(run, model):
 
 def validation_samples(corpus, n, model):
     """
-    n sequences (n, T+1) int64 from random places of a Corpus' validation split, on a model's
-    device: T = 100, or what the model reads.
+    n random sequences (n, T + 1) int64 from the validation split of a Corpus, on the model's
+    device; T is 100, or the model's context if that is shorter. They are the same at every call.
     """
     T = min(100, model.config.block_size)
     starts = np.random.default_rng(0).integers(len(corpus.val) - T, size=(n, 1))
@@ -175,17 +178,17 @@ def validation_samples(corpus, n, model):
 # ----------------------------------------------------------------------------------------------
 # inheriting
 
-PARTS = {'attention': 'attn.', 'mlp': 'mlp.', 'norms': 'norm'}  # of a layer: names begin with it
+PARTS = {'attention': 'attn.', 'mlp': 'mlp.', 'norms': 'norm'}  # prefixes of names in a layer
 
 
 @torch.no_grad()
 def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
     """
-    A model of the first n_layer layers of the reference, or of those that `layers` lists, with its
-    embeddings, final norm and head. parts: what is inherited of each layer; the rest starts
-    at random (Table 3). rescale: multiply queries so that a layer that gets another number keeps
-    its attention logits; the paper copies them unchanged. Raises UserError for layers that do not
-    exist.
+    A new GPT of the reference's first n_layer layers, or of those that `layers` lists (from 0),
+    with its embeddings, final norm and head (Algorithm 1, line 1). parts: keys of PARTS, what is
+    inherited of each layer; the rest is initialised at random (Table 3). rescale: with
+    attn_scale_by_layer, scale the queries of layers whose number changes to keep their attention
+    logits; the paper copies them unchanged. Raises UserError for layers that do not exist.
     """
     config, layers = reference.config, layers or list(range(n_layer))
     if max(layers, default=0) >= config.n_layer:
@@ -199,43 +202,55 @@ def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
         block, tensors = child.blocks[layer], reference.blocks[source].state_dict()
         inherited = {name: tensors[name] for name in tensors if name.startswith(prefixes)}
         block.load_state_dict(inherited, strict=False)
-        if rescale and config.attn_scale_by_layer:  # logits are q k / layer number
+        if rescale and config.attn_scale_by_layer:
+            # logits are q k / layer number: multiply q by new / old, after q_norm if there is one
             for weight in (block.attn.q_norm if config.qk_norm else block.attn.q).parameters():
                 weight *= (layer + 1) / (source + 1)
     return child
 
 
 def half_width_config(config):
-    """The shape of all layers at half the width. Raises UserError for a single head."""
+    """The GPTConfig with all layers and half the heads and widths. UserError for a single head."""
     n_head, n_kv_head = config.n_head // 2, max(1, config.n_kv_head // 2)
     width, mlp = (size * n_head // config.n_head for size in (config.n_embd, config.n_mlp))
     return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=width, n_mlp=mlp)
 
 
 def half_width(reference):
-    """The first half of heads, MLP units and hidden dimensions of every layer (Table 2)."""
+    """
+    A new GPT with the first half of the reference's heads, MLP units and hidden dimensions in every
+    layer (half-width, Table 2). Raises UserError for a single head.
+    """
     config, old = half_width_config(reference.config), reference.state_dict()
     shapes = GPT.on_meta(config).state_dict().items()
+    # a head is a run of consecutive rows: the leading block of a tensor holds the first ones
     cut = {name: old[name][tuple(map(slice, new.shape))].clone() for name, new in shapes}
     return GPT.from_state(config, cut)
 
 
 def inherit_more(reference, smaller, n_layer):
-    """The model of the Result `smaller` with the next layers of that of `reference` (line 4)."""
+    """
+    The trained child of the Result `smaller`, extended to n_layer layers with the next ones of the
+    Result `reference` (Algorithm 1, line 4, with regrow=continue).
+    """
     child = inherit(load(reference.folder), n_layer)
+    # replaces everything but the added layers, which `smaller` does not have
     child.load_state_dict(load(smaller.folder).state_dict(), strict=False)
     return child
 
 
 def start_from(stage, source, build=inherit, kind='layers', **how):
-    """Let a stage start from build(the model of the Result `source`, **how)."""
+    """
+    Make a stage start from build(model of the Result `source`, **how). kind: of its Origin, for the
+    report. Returns the stage.
+    """
     stage.parent, stage.origin = source, Origin(kind, (source.name,), how)
     stage.model = lambda: build(load(source.folder), **how)
     return stage
 
 
 # ----------------------------------------------------------------------------------------------
-# the baselines (section 4): which layers a model of n layers starts from
+# the baselines (section 4): which of k layers, from 0, a model of n layers starts from
 
 
 def last_layers(k, n):
@@ -244,26 +259,27 @@ def last_layers(k, n):
 
 
 def stacked_layers(k, n):
-    """The first n / 2 layers, again and again until there are n. UserError for less than one."""
+    """The first n // 2 layers, repeated until there are n. Raises UserError for n < 2."""
     if n < 2:
         raise UserError('stacking needs a child of two layers: it begins with half of them')
     return [layer % (n // 2) for layer in range(n)]
 
 
 def alternate_layers(k, n):
-    """DistilBERT's: every other one of k layers, then those before the last two."""
+    """DistilBERT's choice: every other one of k layers, then the missing ones below the top two."""
     every_other = list(range(0, k, 2))[:n]
     missing = n - len(every_other)
+    # for k = 24, n = 16: 0, 2, ..., 22, then 18 to 21; max: a small k would go below 0
     return every_other + [max(0, layer) for layer in range(k - 2 - missing, k - 2)]
 
 
 LAYERS = {
     'last-layers': last_layers,
-    'stacking': stacked_layers,  # of a model of n / 2 layers that is trained first
-    'hybrid-stacking': stacked_layers,  # of the reference
-    'distilbert': alternate_layers,  # and taught by the reference
+    'stacking': stacked_layers,  # layers of a model of n // 2 layers that is trained first
+    'hybrid-stacking': stacked_layers,  # layers of the reference
+    'distilbert': alternate_layers,  # layers of the reference, from which it is also distilled
 }
-TABLE_3 = ('attention+norms', 'mlp+norms', 'attention+mlp')  # parts of the first n layers
+TABLE_3 = ('attention+norms', 'mlp+norms', 'attention+mlp')  # what of the first n layers is kept
 BASELINES = ('random', 'random-2x', 'distillation', *LAYERS, 'half-width', *TABLE_3)
 
 
@@ -273,26 +289,26 @@ BASELINES = ('random', 'random-2x', 'distillation', *LAYERS, 'half-width', *TABL
 
 @dataclass
 class Inheritune:
-    """Sanyal et al., Algorithm 1: inherit the first half, train, grow until it matches."""
+    """Inheritune (Sanyal et al.): inherit the first half, train, grow until the child matches."""
 
     reference: str = ''  # trained reference, folder or hub name; empty: train one of `size` first
-    size: str = '64x8'  # shape of the reference that is trained
+    size: str = '64x8'  # shape of the reference if it is trained here
     tokens: Positive = 1.5e6  # training tokens of the reference and of every round
-    child_tokens: NonNegative = 0.0  # ... of every round and baseline, if not as many
-    distillation_tokens: NonNegative = 0.0  # ... of those that are distilled, if not as many
+    child_tokens: NonNegative = 0.0  # tokens of every round and baseline; 0: as `tokens`
+    distillation_tokens: NonNegative = 0.0  # tokens of distilled baselines; 0: as the others
     n: Natural = 0  # layers that the child starts with; 0: half of the reference's
     grow_by: Count = 2  # layers that it inherits before each further round
-    max_n: Natural = 0  # layers up to which it grows, in a plan always; 0: the reference's
-    regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or from the child
-    rescale: bool = False  # keep the attention of layers whose number changes, by their queries
-    baselines: tuple[Literal[*BASELINES], ...] = ()  # what it is compared with
-    paper_gpt2: bool = False  # train it without biases, with attention logits / layer number
+    max_n: Natural = 0  # most layers of a child, which a dry run plans for; 0: the reference's
+    regrow: Literal['restart', 'continue'] = 'restart'  # from the reference, or the trained child
+    rescale: bool = False  # scale queries so that layers whose number changes keep their attention
+    baselines: tuple[Literal[*BASELINES], ...] = ()  # models to compare the child with (section 4)
+    paper_gpt2: bool = False  # train the reference without biases, attention logits / layer number
     observe_attention: bool = False  # log how attentive every layer is at each evaluation
 
     def stages(self, run):
         """
-        Algorithm 1, then what its child is compared with. `yield` hands a stage to train.py and is
-        sent back its Result (loss, folder, FLOPs).
+        Yield the stages of Algorithm 1, then the baselines. `yield` hands a stage to train.py and
+        is sent back its Result (loss, folder, FLOPs).
         """
         stage = self.reference_stage(run)
         config = stage.config
@@ -302,11 +318,11 @@ class Inheritune:
         child = yield self.child(run, reference, config, n)  # lines 1 and 2
         tried = (child,)
         limit = min(k, self.max_n or k)
-        planned = run.dry_run and self.max_n  # a plan has no losses to compare
+        planned = run.dry_run and self.max_n  # a dry run has no losses to compare: grow to max_n
         while (planned or child.val_loss > reference.val_loss) and n + self.grow_by <= limit:
             n += self.grow_by
             stage = self.child(run, reference, config, n, tried)  # line 4: from the reference again
-            if self.regrow == 'continue':  # or with more layers on the trained child
+            if self.regrow == 'continue':  # line 4: or more layers on top of the trained child
                 stage.parent, stage.origin.models = child, (reference.name, child.name)
                 stage.model = partial(inherit_more, reference, child, n)
             child = yield stage  # line 5
@@ -316,26 +332,26 @@ class Inheritune:
 
     def reference_stage(self, run):
         """The Stage that trains the reference, or measures the loss of a given one."""
-        given = '' if run.toy else self.reference  # a toy trains a small one instead
+        given = '' if run.toy else self.reference  # a toy run trains a small one instead
         if not given:
             changes = dict(bias=False, attn_scale_by_layer=True) if self.paper_gpt2 else {}
             stage = self.stage(run, 'reference', run.model_config(self.size, **changes))
             stage.tokens = self.tokens
             return stage
-        if run.dry_run:  # it downloads nothing
+        if run.dry_run:  # downloads nothing: if the shape is unknown, `size` stands in
             named = GPTConfig.named(self.size, block_size=run.block_size)
             config = planned_config(given) or named
         else:
             config = run.given_config(given)
         stage = self.stage(run, 'reference', config)
-        stage.tokens, stage.model = 0, partial(load, given)
+        stage.tokens, stage.model = 0, partial(load, given)  # 0 tokens: it is only evaluated
         stage.origin = Origin('weights', (given,))
         if (Path(given) / 'result.json').is_file():
             stage.parent = Result.of(given)  # trained here: its compute is known
         return stage
 
     def first_n(self, k, run):
-        """Layers of the first child. Raises UserError where that is no number of layers."""
+        """Number of layers of the first child. Raises UserError if it is above k or not whole."""
         if run.toy:
             return max(1, k // 2)
         if self.n > k and not run.dry_run:
@@ -345,7 +361,7 @@ class Inheritune:
         return self.n or k // 2
 
     def stage(self, run, name, config):
-        """A Stage of a model of this shape, trained as long as a child."""
+        """A Stage that trains a model of this shape, from random weights, as long as a child."""
         stage = Stage(name, config, self.child_tokens or self.tokens, config.num_params(head=True))
         stage.labels = dict(variant=name, parameters=all_params(config))
         stage.tokenizer = '' if run.toy else self.reference
@@ -354,15 +370,15 @@ class Inheritune:
         return stage
 
     def child(self, run, reference, config, n, tried=()):
-        """The Stage of a child of n layers; what was tried before is part of its cost."""
+        """The Stage of a child of n layers. tried: Results of earlier rounds, part of its cost."""
         stage = self.stage(run, f'{n}-layers', replace(config, n_layer=n))
         stage.labels['round'], stage.also = len(tried) + 1, tried
         return start_from(stage, reference, n_layer=n)
 
     def baseline(self, name, run, reference, config, n):
         """
-        The stages of a baseline of n layers. It reads what the first child reads; for twice as many
-        steps, all from the beginning of the data's order.
+        Yield the stages of a baseline of n layers. It reads the same data as the first child;
+        random-2x, which trains twice as long, reads from the beginning of the data's order.
         """
         shape = half_width_config(config) if name == 'half-width' else replace(config, n_layer=n)
         stage = self.stage(run, f'{name}-{shape.n_layer}', shape)
@@ -378,7 +394,7 @@ class Inheritune:
             if name == 'stacking':
                 source = yield self.stage(run, f'{name}-{n // 2}', replace(config, n_layer=n // 2))
             start_from(stage, source, n_layer=n, layers=layers, rescale=self.rescale)
-        if name.startswith('distil'):
+        if name.startswith('distil'):  # distillation, distilbert
             from let import distil, teach
 
             stage.tokens = self.distillation_tokens or stage.tokens
@@ -390,8 +406,8 @@ class Inheritune:
 
     def summary(self, results):
         """
-        The round in which each child matched its reference; losses, paired by seed, and all that
-        was spent; pictures.
+        Blocks of the report: a verdict for each seed; losses, differences paired by seed, and
+        compute, also against each final child; loss curves and attention by layer.
         """
         groups, finals, verdicts = by_label(results, 'variant'), {}, []
         for runs in by_label(results, 'seed').values():  # the reference is the first
@@ -416,7 +432,7 @@ class Inheritune:
 
 
 def verdict(reference, child):
-    """Whether a child matches its reference, and in which round, in words."""
+    """A sentence: whether a child matches its reference, in which round, and how much smaller."""
     matches = 'matches' if child.val_loss <= reference.val_loss else 'does not match'
     losses = f'{child.val_loss:.4f} against {reference.val_loss:.4f}'
     layers = 1 - child.n_params / reference.n_params
@@ -429,8 +445,8 @@ def verdict(reference, child):
 
 def layer_panels(seen):
     """
-    A panel by layer for each measure, means and standard deviations over n samples or seeds:
-    {label of a line: {measure: array (layers, n)}}.
+    One Panel per measure and in it a line per label: mean and standard deviation by layer over n
+    samples or seeds. seen: {label: {measure: array (layers, n)}}.
     """
     panels = {}
     for label, measures in seen.items():
@@ -447,8 +463,8 @@ def layer_panels(seen):
 
 def attention_panels(groups):
     """
-    The layer_panels of what {variant: results} observed at the end of training (Figure 9,
-    Appendix A); [] if nothing was.
+    The layer_panels of what runs with observe_attention logged last (Figure 9, Appendix A); [] if
+    none did. groups: {variant: Results}.
     """
     seen = {}
     for variant, runs in groups.items():
@@ -459,28 +475,28 @@ def attention_panels(groups):
 
 
 # ----------------------------------------------------------------------------------------------
-# the command: how attentive is each layer, and smaller models of some of them
+# the command line: a report on attention by layer, and smaller models of some layers
 
 
 @dataclass
 class Attention:
-    """How attentive each layer of a model is, or with CHILD a smaller model of some of them."""
+    """Report how attentive each layer of a model is or, with CHILD, save a model of some layers."""
 
     folder: str = ''  # model folder or hub name
-    child: str = ''  # folder to be made, of a model that inherits ...
+    child: str = ''  # folder to create, of a model that inherits ...
     layers: tuple[Count, ...] = ()  # ... these layers, from 1: --layers=1,2,5; or ...
     n: Natural = 0  # ... the first n
     data: str = 'pydocs'  # prepared corpus; its validation split is used
     data_dir: str = 'data'  # where prepared corpora are
     samples: Count = 100  # sequences of 100 tokens
-    out: str = 'out/attention'  # the report and its pictures go into a subfolder named as the model
+    out: str = 'out/attention'  # report and pictures go into a subfolder named after the model
     device: str = 'auto'  # cuda, mps or cpu
 
 
 def attention_report(options):
     """
-    Print and draw the rank and mass of every layer by causal attention, which the model computes,
-    and by full attention, which Figure 2 shows. Raises UserError.
+    Print and draw the rank and mass of every layer under causal attention, which the model
+    computes, and full attention, which Figure 2 shows; write both to options.out. Raises UserError.
     """
     model = load(options.folder, choose_device(options.device)).eval()
     corpus = verify_corpus(options.data, options.data_dir)
@@ -501,13 +517,17 @@ def attention_report(options):
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / 'attention.md', text + '\n')
     draw_panels(layer_panels({options.folder: measures}), out / 'attention.png')
+    # Figure 2: full attention, the mean of three texts of 40 tokens
     draw_maps([*attention_maps(model, samples[:3, :40], causal=False)], out / 'attention_maps.png')
     print(f'\nattention.md, attention.png and attention_maps.png are in {out}/')
 
 
 def draw_maps(maps, path):
-    """Draw of four layers the most attentive head, the mean over the sequences (Figure 2)."""
-    from matplotlib.figure import Figure  # a second, which not every command needs
+    """
+    Draw the head of highest rank in each of four layers, averaged over sequences, into a PNG file
+    (Figure 2). maps: for every layer the attention (B, H, T, T).
+    """
+    from matplotlib.figure import Figure  # takes a second, which not every command needs
 
     layers = np.unique(np.linspace(0, len(maps) - 1, 4, dtype=int))
     figure = Figure((4 * len(layers), 3.2), layout='tight')
@@ -520,7 +540,7 @@ def draw_maps(maps, path):
 
 
 def write_child(options):
-    """Make the folder `child`: the model with the first n layers, or those listed. UserError."""
+    """Save a model of the first n layers, or of those listed, as options.child. UserError."""
     layers = [layer - 1 for layer in options.layers]
     with new_folder(options.child) as unfinished:
         child = inherit(load(options.folder), options.n, layers=layers)
@@ -529,7 +549,7 @@ def write_child(options):
 
 
 def main(argv):
-    """Command line: a model's folder, or that and a child's, then knobs."""
+    """Command line: report on the model FOLDER or, with CHILD, save a model of some layers."""
     options, _, _ = configure(
         argv, Attention, program='inheritune.py FOLDER [CHILD]', words=('folder', 'child')
     )

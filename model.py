@@ -1,9 +1,11 @@
 """
-The model: GPT-2, Llama and their close kin in one file, told apart by the switches of GPTConfig.
+The model: one decoder-only transformer that GPTConfig turns into GPT-2, Llama, Qwen, GPT-NeoX or
+OPT.
 
 Shapes: B sequences, T positions, C = n_embd, H query heads, K key/value heads, D = head_dim,
-F = n_mlp, V vocabulary. On disk a model is a Hugging Face folder (config.json, model.safetensors)
-of the architecture its configuration equals, so transformers opens what we save.
+V = vocab_size. On disk a model is a Hugging Face folder (config.json, model.safetensors). If an
+architecture of transformers computes the same function, the folder has that architecture's format
+and transformers can load it.
 """
 
 import math
@@ -33,17 +35,23 @@ from engine.hugging_face import (
 from engine.loss import IGNORED, fused_linear_cross_entropy
 from engine.tokenizer_files import write_tokenizer
 
-SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # what growth may change
+SIZE_FIELDS = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp')  # fields that growth may change
 ACTIVATIONS = {'gelu': partial(F.gelu, approximate='tanh'), 'gelu_exact': F.gelu, 'relu': F.relu}
 
 
 class Derived(int):
-    """A number that follows from others; replace() computes it again, int(it) given to it stays."""
+    """
+    A default computed from other fields. dataclasses.replace() recomputes it from the new values
+    of those fields, unless it is given as a plain int: replace(c, head_dim=int(c.head_dim), ...).
+    """
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a decoder. Raises UserError when the numbers do not fit together."""
+    """
+    The architecture of a decoder. Raises UserError if a field has the wrong type, is out of range
+    or contradicts another field.
+    """
 
     n_layer: int = 12
     n_head: int = 12
@@ -52,34 +60,34 @@ class GPTConfig:
     head_dim: int = 0  # 0: n_embd / n_head
     n_mlp: int = 0  # 0: 4 n_embd
     vocab_size: int = 50257
-    block_size: int = 1024  # longest context: learned positions, or the range of RoPE's tables
+    block_size: int = 1024  # longest context, in tokens; with pos='learned', the rows of wpe
     norm: Literal['rms', 'layer'] = 'rms'
     norm_eps: float = 1e-5
-    act: Literal['swiglu', 'gelu', 'gelu_exact', 'relu'] = 'swiglu'  # gelu: approximated by tanh
+    act: Literal['swiglu', 'gelu', 'gelu_exact', 'relu'] = 'swiglu'  # gelu: tanh approximation
     pos: Literal['rope', 'learned'] = 'rope'
     rope_theta: float = 1e4
-    rope_scaling: tuple = ()  # Llama 3: factor, low and high frequency factor, original context
-    rotary_fraction: float = 1.0  # share of each head that RoPE rotates (GPT-NeoX: 0.25)
+    rope_scaling: tuple = ()  # Llama 3: factor, low_freq_factor, high_freq_factor, original context
+    rotary_fraction: float = 1.0  # fraction of head_dim that RoPE rotates (GPT-NeoX: 0.25)
     qk_norm: bool = False  # RMSNorm on each head's queries and keys (Qwen3)
     parallel: bool = False  # attention and MLP read the same input (GPT-NeoX)
     bias: bool = False  # biases in linear layers and LayerNorm
-    qkv_bias: bool = False  # biases of queries, keys and values alone (Qwen2)
-    tied: bool = False  # the head is the token embedding
-    attn_scale_by_layer: bool = False  # attention logits / layer number, from 1 (Inheritune)
-    init_std: float = 0.0  # 0: sqrt(2 / (5 n_embd)), as in the scaling laws of model reuse
-    channels: int = 0  # inputs are vectors of so many numbers (a time series); 0: tokens
+    qkv_bias: bool = False  # biases only in the query, key and value projections (Qwen2)
+    tied: bool = False  # the output head shares the token embedding's matrix
+    attn_scale_by_layer: bool = False  # divide attention logits by the layer number (Inheritune)
+    init_std: float = 0.0  # 0: sqrt(2 / (5 n_embd)), as in the paper behind scaling.py
+    channels: int = 0  # inputs are vectors of this size (time series); 0: inputs are token ids
 
     def __post_init__(self):
-        for field in fields(self):  # a configuration may come from a file
+        for field in fields(self):  # validate: the values may come from a file
             value, kind = getattr(self, field.name), field.type
             if type(value) is Derived:
-                setattr(self, field.name, 0)
+                setattr(self, field.name, 0)  # recomputed below
             elif choices := get_args(kind):
                 if value not in choices:
                     raise unknown(field.name, value, choices)
             elif not isinstance(value, int | float if kind is float else kind):
                 raise UserError(f'{field.name} is {value!r}, not {kind.__name__}')
-            elif kind in (int, float) and not 0 <= value <= 1e30:  # NaN is not, either
+            elif kind in (int, float) and not 0 <= value <= 1e30:  # this also rejects NaN
                 raise UserError(f'{field.name} must be between 0 and 1e30, not {value!r}')
         if self.rope_scaling and not (
             len(self.rope_scaling) == 4 and all(0 < x < math.inf for x in self.rope_scaling)
@@ -89,7 +97,7 @@ class GPTConfig:
         self.head_dim = self.head_dim or Derived(self.n_embd // max(1, self.n_head))
         self.n_mlp = self.n_mlp or Derived(4 * self.n_embd)
         for name in (*SIZE_FIELDS, 'head_dim', 'vocab_size', 'block_size'):
-            # many more than any model has: a damaged file is noticed before it is built
+            # limits far above any real model: a damaged file fails here, not when it is built
             found, most = getattr(self, name), 1000 if name == 'n_layer' else 2**31 - 1
             if not 1 <= found <= most:
                 raise UserError(f'{name} must be between 1 and {most:,}, not {found}')
@@ -101,8 +109,11 @@ class GPTConfig:
             raise UserError(f'RoPE rotates pairs of dimensions, but {rotated} are odd')
 
     def num_params(self, embedding=False, head=False):
-        """N: parameters of layers and final norm; embeddings and head on request, tied once."""
-        sizes = Counter()
+        """
+        N, the number of parameters in the layers and the final norm; `embedding` and `head` add
+        theirs. A tied matrix counts once.
+        """
+        sizes = Counter()  # of a model with one layer: all layers are the same size
         for name, p in GPT.on_meta(replace(self, n_layer=1)).named_parameters():
             sizes[name.partition('.')[0]] += p.numel()
         total = self.n_layer * sizes['blocks'] + sizes['norm']
@@ -115,10 +126,14 @@ class GPTConfig:
     @classmethod
     def named(cls, name, **changes):
         """
-        The configuration of a named size, with fields overridden by `changes`; or WIDTHxLAYERS,
-        a small Llama with heads of 16 (64x4), or with gpt2- before it a small GPT-2 (gpt2-32x24);
-        or NAMExLAYERS, a named size of another depth (gpt2-mediumx16). Raises UserError for an
-        unknown name.
+        The configuration for a name, with fields overridden by `changes`:
+
+            gpt2-medium       a key of SIZES
+            gpt2-mediumx16    the same with another number of layers (NAMExLAYERS)
+            64x4              a small Llama (WIDTHxLAYERS); its heads have 16 dimensions
+            gpt2-32x24        a small GPT-2 (gpt2-WIDTHxLAYERS); likewise
+
+        Raises UserError for an unknown name or a width that is not a multiple of 16.
         """
         size, layers = re.fullmatch(r'(.*?)(?:x(\d+))?', name).groups()
         if size in SIZES:
@@ -132,9 +147,10 @@ class GPTConfig:
                 raise UserError(f'{name}: the width must be a multiple of 16, the head dimension')
             shape = dict(n_embd=width, n_head=width // 16)
             if match[1]:
-                shape |= FAMILIES['gpt2'] | dict(init_std=0.0)  # by the width: 0.02 at 1,000
+                # init_std=0 scales with the width; GPT-2's fixed 0.02 is its value at width 1,000
+                shape |= FAMILIES['gpt2'] | dict(init_std=0.0)
             else:
-                shape['n_mlp'] = 8 * round(width / 3)  # 8/3 of the width, in eights
+                shape['n_mlp'] = 8 * round(width / 3)  # about 8/3 of the width, a multiple of 8
         else:
             raise unknown(
                 'size', name, [*SIZES, 'WIDTHxLAYERS', 'gpt2-WIDTHxLAYERS', 'NAMExLAYERS']
@@ -145,7 +161,7 @@ class GPTConfig:
 
 
 def all_params(config):
-    """Parameters of a model of this shape with embeddings and head, a tied one once."""
+    """The number of all parameters, embeddings and head included; a tied matrix counts once."""
     return config.num_params(embedding=True, head=True)
 
 
@@ -162,9 +178,11 @@ def make_norm(config):
 
 def rotations(config, position):
     """
-    RoPE's cos and sin of positions (T,): (T, dimensions / 2) each, float32. With Llama 3's
-    rope_scaling, dimensions that turn less than `low` times over the `original` context are slowed
-    down by `factor`, those that turn more than `high` times are kept, with a transition between.
+    RoPE's cos and sin at positions (T,): two float32 tensors (T, n), where 2n = rotary_fraction D.
+
+    Llama 3's rope_scaling depends on how many full turns a pair of dimensions makes over the
+    `original` context: below `low` turns its frequency is divided by `factor`, above `high` it is
+    kept, and in between the two are interpolated linearly.
     """
     dim = int(config.head_dim * config.rotary_fraction)
     pair = torch.arange(0, dim, 2, device=position.device).float() / dim
@@ -179,7 +197,10 @@ def rotations(config, position):
 
 
 def rotate(x, cos, sin):
-    """Rotate 2n dimensions of x (B, H, T, D) by position, in pairs (i, i+n): cos, sin (T, n)."""
+    """
+    Apply RoPE to the first 2n dimensions of x (B, H, T, D); cos, sin: (T, n) from `rotations`.
+    Dimension i is paired with i + n, as in transformers, not with its neighbour.
+    """
     n = cos.shape[-1]
     first, second, rest = x.split((n, n, x.shape[-1] - 2 * n), -1)
     rotated = (first * cos - second * sin, second * cos + first * sin, rest)
@@ -187,7 +208,10 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped queries if n_kv_head < n_head: (B, T, C) -> (B, T, C)."""
+    """
+    Causal self-attention, (B, T, C) -> (B, T, C); grouped-query attention if n_kv_head < n_head.
+    layer: the index of its block, from 0.
+    """
 
     def __init__(self, config, layer):
         super().__init__()
@@ -201,7 +225,10 @@ class Attention(nn.Module):
         self.scale = D**-0.5 / (layer + 1 if config.attn_scale_by_layer else 1)
 
     def project(self, x, rope):
-        """Of x (B, T, C): rotated queries (B, H, T, D) and keys (B, K, T, D), and the values."""
+        """
+        Project x (B, T, C) to queries (B, H, T, D), keys and values (B, K, T, D). Queries and keys
+        are normalised if qk_norm is set, then rotated by rope (cos, sin) unless it is None.
+        """
         D = self.config.head_dim
         q, k, v = (p(x).unflatten(-1, (-1, D)).transpose(1, 2) for p in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -210,6 +237,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x, rope, cache):
+        """rope: (cos, sin) from `rotations` or None; cache: an engine.decoding.Decoding or None."""
         (q, k, v), mask = self.project(x, rope), None
         if cache is not None:
             (k, v), mask = cache.extend(self.layer, k, v), cache.mask
@@ -218,6 +246,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
+            # a single query sees every key; is_causal would leave it only the first of a cache
             is_causal=mask is None and q.shape[2] > 1,
             scale=self.scale,
             enable_gqa=self.config.n_kv_head < self.config.n_head,
@@ -226,13 +255,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C): down(silu(gate x) * up x), or down(act(up x))."""
+    """Feed-forward layer, (B, T, C) -> (B, T, C): down(silu(gate x) * up x) or down(act(up x))."""
 
     def __init__(self, config):
         super().__init__()
         linear = partial(nn.Linear, bias=config.bias)
         self.up = linear(config.n_embd, config.n_mlp)
-        self.act = ACTIVATIONS.get(config.act)
+        self.act = ACTIVATIONS.get(config.act)  # None: swiglu, which has a gate
         if self.act is None:
             self.gate = linear(config.n_embd, config.n_mlp)
         self.down = linear(config.n_mlp, config.n_embd)
@@ -244,7 +273,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (B, T, C) -> (B, T, C), each part normalised first and added to the stream."""
+    """One pre-norm transformer layer, (B, T, C) -> (B, T, C): attention, MLP, two residuals."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -254,6 +283,7 @@ class Block(nn.Module):
         self.parallel = config.parallel
 
     def forward(self, x, rope, cache):
+        """rope, cache: as in Attention.forward."""
         attended = x + self.attn(self.norm1(x), rope, cache)
         return attended + self.mlp(self.norm2(x if self.parallel else attended))
 
@@ -263,43 +293,45 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns; fields that were not asked for are None."""
+    """What GPT.forward returns; fields that do not apply to the call are None."""
 
-    logits: Tensor  # (B, T, V), without targets
-    loss: Tensor  # a scalar, with targets
-    hidden: Tensor  # (B, T, C), with hidden_at
-    data_loss: Tensor = None  # the cross entropy within the loss, detached
-    divergence: Tensor = None  # the divergence from a teacher, detached
-    count: Tensor = None  # targets that are not -100: the terms of the mean
+    logits: Tensor  # (B, T, V); only if no targets were given
+    loss: Tensor  # scalar; only if targets were given, like the last three
+    hidden: Tensor  # (B, T, C), the residual stream after layer hidden_at
+    data_loss: Tensor = None  # the cross-entropy term of the loss, detached
+    divergence: Tensor = None  # T^2 KL between teacher and model, detached; 0 without a teacher
+    count: Tensor = None  # number of targets that are not -100, over which the loss is averaged
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
-    The distribution to sample from, float32 (..., V). temperature 0: all on the largest logit;
-    top_k: only the k most likely tokens, 0 for all; top_p: the fewest that hold this much.
+    The distribution to sample from, float32 (..., V), given logits (..., V). temperature 0: all
+    mass on the largest logit. top_k: keep the k most likely tokens; 0: all. top_p (nucleus
+    sampling): of these, keep the fewest whose total reaches this fraction of their mass.
     """
-    if temperature < 1e-6:  # nothing else is likely
+    if temperature < 1e-6:  # greedy; also avoids dividing by 0
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     p = (logits.float() / temperature).softmax(-1)
     if top_k or top_p < 1:
         ordered, order = p.sort(-1, descending=True)
         ordered[..., top_k or p.shape[-1] :] = 0
-        before = ordered.cumsum(-1) - ordered
-        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0  # those before are enough
+        before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens, itself excluded
+        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
         p = torch.zeros_like(p).scatter(-1, order, ordered)
     return p / p.sum(-1, keepdim=True)
 
 
 class GPT(nn.Module):
-    """A decoder-only language model, initialised from torch's random state."""
+    """A decoder-only language model; its initial weights use torch's global random generator."""
 
     def __init__(self, config):
         super().__init__()
         self.config, device = config, torch.get_default_device()
         self.num_params = config.num_params
         V, C = config.vocab_size, config.n_embd
-        with torch.device('meta'):  # nn.Linear's own initialisation would be overwritten
-            embed = partial(nn.Embedding.from_pretrained, freeze=False)  # and nn.Embedding's, too
+        # skip the initialisation of nn.Linear and nn.Embedding: init_weights would overwrite it
+        with torch.device('meta'):
+            embed = partial(nn.Embedding.from_pretrained, freeze=False)
             self.wte = embed(torch.empty(V, C))
             if config.channels:
                 self.wte = nn.Linear(config.channels, C, bias=False)
@@ -313,13 +345,13 @@ class GPT(nn.Module):
 
     @classmethod
     def on_meta(cls, config):
-        """A model without memory, for its names and shapes."""
+        """A model on the meta device: parameter names and shapes without storage."""
         with torch.device('meta'):
             return cls(config)
 
     @classmethod
     def from_state(cls, config, state):
-        """A model that takes over the tensors {name: tensor}."""
+        """A model whose parameters are the tensors of `state`, {name: tensor}, not copies."""
         model = cls.on_meta(config)
         model.load_state_dict(state, assign=True)
         return model
@@ -327,8 +359,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Matrices and embeddings ~ N(0, std), std = init_std or sqrt(2 / (5 C)); the two that write
-        to the residual stream smaller by sqrt(2 n_layer), as in GPT-2; gains 1, biases 0.
+        Draw matrices and embeddings from a normal distribution with mean 0 and standard deviation
+        init_std or sqrt(2 / (5 C)), divided by sqrt(2 n_layer) for the two matrices of a layer that
+        write to the residual stream, as in GPT-2. Gains are 1, biases 0.
         """
         std = self.config.init_std or math.sqrt(2 / (5 * self.config.n_embd))
         for name, p in self.named_parameters():
@@ -340,10 +373,13 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, hidden_at=None, cache=None, teacher=None):
         """
-        idx (B, T) int64, or with `channels` float (B, T, channels) -> Output. targets (B, T),
-        -100 for positions excluded from the loss: the mean cross entropy in nats, and no logits.
-        hidden_at=k: also the residual stream after layer k, from 1. cache: the T positions follow
-        those it holds, and are added to it. teacher: an engine.loss.Distillation.
+        Run the model on token ids idx (B, T) int64, or floats (B, T, channels); returns an Output.
+
+        targets: (B, T) int64, -100 for positions excluded from the loss; then Output has the mean
+        loss in nats and no logits. teacher: an engine.loss.Distillation, mixed into that loss.
+        hidden_at: also return the residual stream after this layer, from 1. cache: an
+        engine.decoding.Decoding; idx continues the positions it holds, and its keys and values are
+        stored there. Raises ValueError for more than block_size positions.
         """
         x, hidden = self.residual_stream(idx, hidden_at=hidden_at, cache=cache)
         x = self.norm(x)
@@ -353,7 +389,10 @@ class GPT(nn.Module):
         return Output(None, loss, hidden, *parts, (targets != IGNORED).sum())
 
     def residual_stream(self, idx, layers=None, hidden_at=None, cache=None):
-        """(the stream (B, T, C) after the first `layers` layers or all; after `hidden_at`)."""
+        """
+        Two tensors (B, T, C): the residual stream after the first `layers` layers (None: all),
+        before the final norm, and the one after layer `hidden_at`, from 1, or None.
+        """
         T, read = idx.shape[1], 0 if cache is None else cache.length
         if read + T > self.config.block_size:
             raise ValueError(f'{read + T} positions, but block_size is {self.config.block_size}')
@@ -377,9 +416,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=()):
         """
-        Continue idx (B, T) by up to `max_new_tokens` tokens, sampled as in `probabilities` from
-        torch's random state; returns (B, T + new). Ends early when every sequence has produced
-        one of the tokens `stop`. A full context is continued from its later half.
+        Append up to `max_new_tokens` tokens to idx (B, T) int64; returns (B, T + new). Tokens are
+        sampled from `probabilities` with torch's global generator. Generation ends early once every
+        sequence has produced a token in `stop`; a sequence that has one goes on until then. When
+        the context is full, generation continues from the last block_size / 2 tokens.
         """
         room = min(self.config.block_size, idx.shape[1] + max_new_tokens)
         decoding, stops = Decoding(self, len(idx), room), torch.tensor(stop, device=idx.device)
@@ -394,10 +434,11 @@ class GPT(nn.Module):
 
     def save(self, folder, tokenizer='', state=None, dtype=None):
         """
-        Write config.json, the weights and the tokenizer as the Hugging Face architecture that the
-        configuration equals. tokenizer: `bytes`, a tiktoken encoding, or the folder of another;
-        state: the whole tensors, if this model holds shards of them; dtype: of the weights in the
-        file, None for the model's.
+        Save the model as a Hugging Face folder: config.json, the weights and the tokenizer.
+
+        tokenizer: 'bytes', the name of a tiktoken encoding, or a folder that has one; '': none.
+        state: the full {name: tensor}, required if the model is sharded. dtype: of the saved
+        weights; None: the model's. Raises UserError for weights that are not finite.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -419,7 +460,9 @@ def read_config(folder):
     try:
         return GPTConfig(**read_fields(folder))
     except FileNotFoundError:
-        raise UserError(f'{folder} is not a model folder (it has no config.json)') from None
+        raise UserError(
+            f'{folder} holds no model (no config.json); of a run, name a stage'
+        ) from None
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None
     except Exception as error:  # damage takes many forms
@@ -428,8 +471,8 @@ def read_config(folder):
 
 def load(name, device='cpu'):
     """
-    The model in a Hugging Face folder, or of that name on the hub, in the dtype of its embeddings.
-    Raises UserError for a missing or damaged model.
+    Load a GPT from a Hugging Face folder or, by name, from the hub. All weights get the dtype of
+    the token embedding. Raises UserError for a missing or damaged model.
     """
     folder = model_folder(name)
     config, tensors = read_config(folder), read_tensors(folder, device)
@@ -496,7 +539,7 @@ SIZES = {  # name: family, n_layer, n_head, n_embd, and n_mlp where it is not 4 
     'gpt2-medium': 'gpt2 24 16 1024',
     'gpt2-large': 'gpt2 36 20 1280',
     'gpt2-xl': 'gpt2 48 25 1600',
-    # Chain-of-Learngene, Table 7: descendants, and the chains they lie in
+    # Chain-of-Learngene, Table 7: descendants (DesNets) and the checkpoints of their chains
     '51.47m': 'gpt2 8 8 512',
     '138m': 'gpt2 14 12 768',
     '220m': 'gpt2 18 14 896',
@@ -509,9 +552,9 @@ SIZES = {  # name: family, n_layer, n_head, n_embd, and n_mlp where it is not 4 
     'pythia-410m': 'pythia 24 16 1024',
     'pythia-1b': 'pythia 16 8 2048',
     'pythia-1.4b': 'pythia 24 16 2048',
-    # the ancestors of the bridges of Chain-of-Learngene, beside Qwen3-4B
+    # Chain-of-Learngene: an ancestor (AnsNet) that needs a bridge; the other is Qwen3-4B, below
     'meta-llama-3-8b': 'llama3 32 32 4096 14336',
-    # what Late-to-Early Training fine-tunes on time series, and Qwen3
+    # Qwen2, which Late-to-Early Training fine-tunes on time series, and Qwen3
     'qwen2-0.5b': 'qwen2 24 14 896 4864',
     'qwen3-0.6b': 'qwen3 28 16 1024 3072',
     '1.09b': 'qwen3 28 16 1536 4608',

@@ -4,12 +4,12 @@ Is reuse worth it? Scaling laws of model reuse: a grid of runs, laws fitted to i
 Paper: Liew and Kato, From Acceleration to Saturation: Scaling Behavior of Bootstrapped Language
 Model Pretraining (later: Reusing Overtrained Language Models Saturates Scaling).
 
-    python train.py config/scaling_tiny.py                   # a grid of runs, fitted at its end
+    python train.py config/scaling_tiny.py                   # train a grid of runs, then fit laws
     python scaling.py fit out/scaling_tiny/results.csv       # parameters, errors, pictures
     python scaling.py advise out/scaling_tiny/results.csv --base_params=55536 ...
     python scaling.py advise --paper=True --base_params=1e9 --base_tokens=2e12 --budget=1e22
     python scaling.py sunk_cost --paper=True                 # up to how many tokens growing wins
-    python scaling.py optimal --paper=True --base_tokens=1e10    # the best N and D2 of a budget
+    python scaling.py optimal --paper=True --base_tokens=1e10    # the best N and D2 for a budget
     python scaling.py diagnose FOLDER [FOLDER ...]           # extras/diagnostics.py
     python scaling.py toy                                    # the toy model of section 5.3
     python scaling.py advise --help
@@ -19,13 +19,15 @@ growth) is
 
     L(D1, D2) = A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E                            (Eq. 6)
 
-so a longer first stage lowers the loss from which the second one starts, and also the exponent at
-which it falls: reuse saturates. N is the number of parameters without embeddings of the base,
-before growth. Losses are in nats, logarithms natural.
+so after a longer first stage the second one starts at a lower loss, but the loss falls with a
+smaller exponent: reuse saturates. N counts the base's parameters before growth, without embeddings.
+Losses are in nats, logarithms are natural.
 
-A results.csv has the columns method, N, D1, D2, seed and loss. method is scratch (with D1 = 0),
-cpt, or a growth: exp, stk2, stk4. It may have the columns variant (stable, low, replay), corpus (of
-the loss, empty if it is the base's: losses on different text cannot be compared) and trained_N, the
+A results.csv has the columns method, N, D1, D2, seed and loss. method is scratch (with D1 = 0), cpt
+(continual pretraining), or a growth: exp (width times sqrt 2), stk2 or stk4 (depth times 2 or 4).
+Optional columns are variant (stable: from the base's stable phase, before its learning rate decays;
+low: at a low constant rate; replay: with a quarter of the base's data), corpus, on which the loss
+is measured (empty: the base's; losses on different text cannot be compared), and trained_N, the
 size of the model that the second stage trains.
 """
 
@@ -52,27 +54,28 @@ from expand import RELATIVE_SIZES, continue_from, grow_stage
 # ----------------------------------------------------------------------------------------------
 # laws
 
-CELL = ['N', 'D1', 'D2']  # runs of equal ones differ by their seed alone
-LOGS = 'A', 'B', 'F', 'E', 'Dmax'
+CELL = ['N', 'D1', 'D2']  # runs that agree in these differ only in their seed: they are a cell
+LOGS = 'A', 'B', 'F', 'E', 'Dmax'  # positive parameters: their logarithms are fitted
 
 
 class Law(NamedTuple):
     """
-    A law, and a function of the logarithms of its data and of its parameters, amplitudes as
-    logarithms: the logarithms of the terms whose sum, with E, is the loss.
+    A scaling law: the loss is a sum of positive terms, the last of which is the constant E. It is
+    evaluated in logarithms, so that the sum is a numerically stable logaddexp.
     """
 
     equation: str
-    data: str  # names of what it depends on: N, D1, D2, or D = D1 + D2
-    parameters: str  # names, in order; of those in LOGS, the logarithms
-    terms: Callable
+    data: str  # names of the variables it depends on: N, D1, D2, or D = D1 + D2
+    parameters: str  # names of its parameters, E last; those in LOGS are given as logarithms
+    terms: Callable  # (logs of the data, parameters without E) -> [log of each term but E]
 
 
 def saturate(D, logDmax):
-    """log of (1 / D + 1 / Dmax)^-1, which is Dmax at most."""
+    """log of (1 / D + 1 / Dmax)^-1, at most log Dmax (Eqs. 10, 14). D is a logarithm, too."""
     return -np.logaddexp(-D, -logDmax)
 
 
+# in `terms`, N, D1, D2 and D are logarithms: D1^-alpha1 is -alpha1 * D1
 LAWS = {
     'multiplicative': Law(  # Eq. 6
         'A D1^-alpha1 D2^(-alpha2 + alpha3 log D1) + E',
@@ -103,13 +106,13 @@ LAWS = {
             logF - alpha2 * D2,
         ],
     ),
-    'continuous': Law(  # Eq. 11; of one stage Eq. 2
+    'continuous': Law(  # Eq. 11; with D1 = 0 it is Eq. 2
         'A (D1 + D2)^-alpha + E',
         'D',
         'A alpha E',
         lambda D, logA, alpha: [logA - alpha * D],
     ),
-    'chinchilla': Law(  # of one stage, from scratch
+    'chinchilla': Law(  # one stage, from scratch (Table 7)
         'A (D1 + D2)^-alpha + B N^-beta + E',
         'N D',
         'A alpha B beta E',
@@ -129,6 +132,7 @@ LAWS = {
         'D1 D2',
         'A alpha1 alpha2 alpha3 Dmax E',
         lambda D1, D2, logA, alpha1, alpha2, alpha3, logDmax: [
+            # Eq. 6 with D1 factored out: D2^-alpha2 D1^(-alpha1 + alpha3 log D2)
             logA - alpha2 * D2 + (-alpha1 + alpha3 * D2) * saturate(D1, logDmax)
         ],
     ),
@@ -145,8 +149,8 @@ LAWS = {
 
 def logarithms(data):
     """
-    {name: log of N, D1, D2 and D} of columns, float64 (n,). D1 = 0 counts as one token: where the
-    paper writes D^-alpha it means (D + 1)^-alpha (its footnote 1).
+    {name: logarithm} of the columns N, D1, D2 and of D = D1 + D2, float64 (n,). D1 = 0 counts as
+    one token, as the paper's D^-alpha stands for (D + 1)^-alpha (its footnote 1).
     """
     N, D1, D2 = (np.asarray(data[name], np.float64) for name in CELL)
     columns = N, np.maximum(D1, 1), D2, D1 + D2
@@ -155,79 +159,89 @@ def logarithms(data):
 
 def terms_of(law, theta, x):
     """
-    The logarithms of a law's terms, of E last, each (..., n). law: its name; theta: parameters
-    (..., P); x: `logarithms` of data.
+    The logarithms of a law's terms, that of E last, which broadcast to (..., n). law: its name;
+    theta: parameters (..., P), in the order of LAWS; x: what `logarithms` returns.
     """
+    # P arrays (..., 1), each of which broadcasts against the n points
     *theta, logE = np.moveaxis(np.asarray(theta)[..., None], -2, 0)
     return [*LAWS[law].terms(*map(x.get, LAWS[law].data.split()), *theta), logE]
 
 
 def log_loss(law, theta, x):
-    """log L (..., n); as of `terms_of`."""
+    """log L, (..., n). Arguments as in `terms_of`."""
     return reduce(np.logaddexp, terms_of(law, theta, x))
 
 
 def predict(law, theta, data):
-    """Losses (..., n) in nats of a law (its name) at parameters theta (..., P), float64."""
+    """
+    The losses (..., n) in nats, float64, that a law predicts. law: its name; theta: parameters
+    (..., P), in the order of LAWS; data: columns N, D1 and D2, a dict or a DataFrame.
+    """
     return np.exp(log_loss(law, theta, logarithms(data)))
 
 
 # ----------------------------------------------------------------------------------------------
-# fits: the logarithm of the loss, under a Huber loss with its knee at 1e-3, in float64
+# fits of log L under a Huber loss with delta = 1e-3 (section 3.2), in float64
 
-QUANTILES = 0.05, 0.95  # of an interval
-EXPONENTS = 0.03, 0.15, 0.6  # from which a fit starts; and of the other parameters:
+QUANTILES = 0.05, 0.95  # the ends of a 90% interval
+# Where fits start: exponents and the other parameters, those in LOGS as logarithms. E is relative
+# to the mean loss; A, B and F are set by starts_of.
+EXPONENTS = 0.03, 0.15, 0.6
 STARTS = dict(A=[0], B=[0], F=[0], alpha3=(0, 0.03), Dmax=(12, 17, 22, 40), E=(-3, -0.7, -0.1))
 
 
 class Fit(NamedTuple):
-    """A law fitted to points."""
+    """A law fitted to points, with bootstrap samples of its parameters."""
 
     law: str
-    rows: np.ndarray  # (1 + S, P): its parameters, then those of S bootstrap samples
+    rows: np.ndarray  # (1 + S, P): the fitted parameters, then those of S bootstrap samples
     data: Any  # DataFrame of the points
 
     @property
     def parameters(self):
-        """{name: value}, of those in LOGS the logarithm."""
+        """{name: fitted value}; for those in LOGS, the logarithm."""
         return dict(zip(LAWS[self.law].parameters.split(), self.rows[0]))
 
     @property
     def growth(self):
-        """Size of the model that is trained / size of its base."""
+        """The growth factor: parameters of the trained model / parameters of its base."""
         return (self.data.trained_N / self.data.N).mean()
 
     def losses(self, N, D1, D2):
         """
-        Losses (1 + S, n) of the law at its parameters, and then at its samples, at a size N and D1
-        and D2 tokens, numbers or float64 (n,).
+        Predicted losses (1 + S, n) in nats: of the fit, then of each bootstrap sample. N, D1, D2:
+        numbers or float64 (n,).
         """
         return predict(self.law, self.rows, dict(N=[N], D1=D1, D2=D2))
 
 
 def cells_of(data):
-    """Index arrays of the points that differ by their seed alone."""
+    """The cells, a list of index arrays: points that differ only in their seed."""
     return [*data.groupby(CELL).indices.values()]
 
 
 def starts_of(law, data):
     """
-    A grid of starts (S, P): exponents from none to large; E a twentieth to nine tenths of the mean
-    loss; amplitudes such that each other term is a fifth of it; a limit Dmax of
-    160k tokens and more, or none.
+    A grid of starting points (S, P) for `solve`: small to large exponents; E at 5, 50 and 90% of
+    the mean loss; amplitudes at which each other term is 22% of it; a limit Dmax from 163k tokens
+    to practically none.
     """
     names, middle = LAWS[law].parameters.split(), np.log(data.loss).mean()
     starts = np.array([*itertools.product(*(STARTS.get(name, EXPONENTS) for name in names))])
     starts[:, -1] += middle
     amplitudes = [i for i, name in enumerate(names) if name in 'ABF']
+    # terms come in the order of their amplitudes, which are 1 so far; zip drops the last one, E
     for i, term in zip(amplitudes, terms_of(law, starts, logarithms(data))):
-        starts[:, i] = middle - 1.5 - term.mean(-1)
+        starts[:, i] = middle - 1.5 - term.mean(-1)  # e^-1.5 = 22%
     return starts
 
 
 def solve(law, data, starts):
-    """The parameters (P,) at the least Huber loss of log L that scipy finds from starts (S, P)."""
-    from scipy.optimize import least_squares  # a second, which not every command needs
+    """
+    Minimise the Huber loss of log L from the eight best of the starting points (S, P); returns the
+    best parameters found, (P,). The paper does this by BFGS.
+    """
+    from scipy.optimize import least_squares  # takes a second; not every command needs it
 
     x, target = logarithms(data), np.log(data.loss.to_numpy())
     residuals = lambda theta: log_loss(law, theta, x) - target
@@ -239,23 +253,23 @@ def solve(law, data, starts):
 
 def fit(law, data, bootstrap=100, seed=0):
     """
-    Fit a law (its name) to columns N, D1, D2, loss, a dict or a DataFrame, from the best of a grid
-    of starts. Resampled, `bootstrap` times, are whole cells of equal N, D1 and D2: runs that differ
-    by their seed alone say nothing about how well a law predicts. Raises UserError.
+    Fit a law (its name) to columns N, D1, D2 and loss, a dict or a DataFrame; returns a Fit. The
+    bootstrap resamples whole cells of equal N, D1 and D2, `bootstrap` times: runs that differ only
+    in their seed say nothing about how well a law predicts. Raises UserError for too few points.
     """
-    import pandas  # a second, which not every command needs
+    import pandas  # takes a second; not every command needs it
 
     data = pandas.DataFrame(data)
     cells, least = cells_of(data), len(LAWS[law].parameters.split()) + 1
     if len(cells) < least:
         raise UserError(f'{law} needs points of {least} different N, D1 or D2, not {len(cells)}')
-    for name, least in (('N', 3), ('D1', 2), ('D2', 2)):  # of two N it knows a constant for each
+    for name, least in (('N', 3), ('D1', 2), ('D2', 2)):  # B, beta and E need three N
         if name in LAWS[law].data and data[name].nunique() < least:
             raise UserError(f'{law} needs points of at least {least} different {name}')
     rows, draw = [solve(law, data, starts_of(law, data))], random.Random(seed)
     for _ in range(bootstrap):
         drawn = np.concatenate(draw.choices(cells, k=len(cells)))
-        rows.append(solve(law, data.iloc[drawn], rows[:1]))
+        rows.append(solve(law, data.iloc[drawn], rows[:1]))  # from the fit alone: the grid is slow
     return Fit(law, np.array(rows), data)
 
 
@@ -283,7 +297,7 @@ def leave_one_out(law, data):
 
 
 def lowest_tenth(data):
-    """The points of the tenth of the cells with the lowest losses, an index array (Figure 3)."""
+    """The points (index array) of the 10% of cells with the lowest losses (Figure 3, middle)."""
     cells = sorted(cells_of(data), key=lambda cell: data.loss.iloc[cell].mean())
     return np.concatenate(cells[: max(1, round(len(cells) / 10))])
 
@@ -296,10 +310,11 @@ PUBLISHED = Path(__file__).parent / 'data'
 
 def published():
     """
-    The paper's fits, {name: Fit} (Table 7). It has three decimals, and as printed its law of
-    stacking predicts the losses of Tables 8 and 9 0.26 nats too low. So laws are drawn within the
-    rounding: the Fit is the one nearest to these losses, its samples the next 200 (RMS of 0.052 at
-    most). No losses of the other methods are printed: theirs are as printed, and 200 of the draws.
+    The paper's fits (Table 7), {name: Fit}. Printed to three decimals, its law for stacking
+    predicts the losses of Tables 8 and 9 0.26 nats too low. So we draw laws within the rounding:
+    the Fit is the one closest to these losses, its samples are the next 200 (RMS error 0.052 at
+    most). No losses are printed for the other methods: the Fit is the law as printed, its samples
+    are the first 200 draws.
     """
     import pandas
 
@@ -313,31 +328,33 @@ def published():
         rows = np.where([name in LOGS for name in names], np.log(rows), rows)
         losses = measured[measured.method == method]
         errors = predict(law, rows, losses) - losses.loss.to_numpy()
+        # without printed losses all errors are 0, and a stable sort keeps the printed law first
         nearest = (errors**2).sum(1).argsort(kind='stable')[:201]
         fits[f'{method}{corpus and "-"}{corpus}'] = Fit(law, rows[nearest], data)
     return fits
 
 
 # ----------------------------------------------------------------------------------------------
-# decisions (section 5, Appendix E): each comes with what the samples of its laws say
+# decisions (section 5, Appendix E), each with its spread over the samples of its laws
 
-TOKENS = np.logspace(3, 20, 171)  # between which crossings are looked for
-BEYOND = 1000  # times what the points of a fit have, as the paper's Figure 10 goes
-GROWTH = {'exp': 2, 'stk2': 2, 'stk4': 4}  # where results do not know their trained_N
+TOKENS = np.logspace(3, 20, 171)  # the grid that is searched for crossings
+BEYOND = 1000  # how many times beyond the fitted points tables extrapolate, as Figure 10 does
+GROWTH = {'exp': 2, 'stk2': 2, 'stk4': 4}  # growth factors for results without trained_N
 
 
 def crossings(lead):
     """
-    D* (1 + S,): the last number of tokens at which `lead`, the loss of starting over less that of
-    reuse, changes its sign; 0: reuse is never ahead; inf: it still is at the last of TOKENS.
-    lead(tokens (n,)) -> (1 + S, n), as of `Fit.losses`.
+    D* (1 + S,): the largest number of tokens at which `lead`, the loss of starting over minus that
+    of reuse, changes sign; 0 if reuse is never ahead, inf if it still is at the last of TOKENS.
+    lead: tokens (n,) -> (1 + S, n), rows as in `Fit.losses`.
     """
-    from scipy.optimize import brentq  # a second, which not every command needs
+    from scipy.optimize import brentq  # takes a second; not every command needs it
 
     found = []
     for i, ahead in enumerate(lead(TOKENS) > 0):
         found.append(math.inf if ahead[-1] else 0.0)
         if ahead.any() and not ahead[-1]:
+            # between the last grid point at which reuse is ahead, and the next one
             ends = np.log(TOKENS[np.flatnonzero(ahead)[-1] :][:2])
             found[-1] = math.exp(brentq(lambda log_D: lead(np.exp(log_D))[i].item(), *ends))
     return np.array(found)
@@ -350,12 +367,12 @@ def in_words(tokens):
 
 def certainty(name, found):
     """
-    Columns of a table for what the laws give, (1 + S,), the fit itself first: its value, 90% of the
-    samples, and in how many of them it is any number or none.
+    Table columns for a number of tokens as the laws give it, `found` (1 + S,), the fit's own first:
+    its value, its 90% interval, and the share of the laws that say 'any' and 'none'.
     """
     columns = {name: in_words(found[0])}
     if len(found) > 1:
-        low, high = np.quantile(found, QUANTILES, method='nearest')
+        low, high = np.quantile(found, QUANTILES, method='nearest')  # inf cannot be interpolated
         columns[f'90% of {name}'] = f'{in_words(low)} to {in_words(high)}'
         columns['any'], columns['none'] = (f'{np.mean(found == x):.0%}' for x in (math.inf, 0))
     return columns
@@ -365,6 +382,7 @@ def sunk_cost_limits(scratch, grown, N):
     """
     D* in tokens (1 + S,) (Eq. 12): a model of the grown size trained from scratch for D* tokens is
     as good as one grown from N after D* tokens and trained for D* more; beyond, starting over wins.
+    scratch, grown: Fits; N: parameters of the base.
     """
     size = grown.growth * N
     return crossings(lambda D: scratch.losses(size, 0, D) - grown.losses(N, D, D))
@@ -377,37 +395,38 @@ def published_sunk_cost_limit(N):
 
 def compute_optimal(fitted, D1, compute):
     """
-    D2 and N (before growth) that minimise a joint law and each of its samples at fixed D1 for
-    C2 = 6 growth N D2 FLOPs (Eq. 13, Appendix E.2), (2, 1 + S); D2 = 0 where more tokens never
-    help.
+    The compute-optimal (D2, N), N before growth, each (1 + S,): they minimise a joint law, and each
+    of its samples, at fixed D1 and C2 = 6 growth N D2 = `compute` FLOPs (Eq. 13, Appendix E.2).
+    Where more tokens never help, D2 is 0 (and N infinite).
     """
     logA, alpha1, alpha2, alpha3, logB, beta, _ = fitted.rows.T
-    log_D1, pairs = math.log(D1), compute / (6 * fitted.growth)
+    log_D1, pairs = math.log(D1), compute / (6 * fitted.growth)  # pairs: N D2
     alpha = np.maximum(alpha2 - alpha3 * log_D1, 0)  # alpha_eff
-    with np.errstate(divide='ignore'):
+    with np.errstate(divide='ignore'):  # of log 0 and 1 / 0, where alpha is 0
         log_G = logA - alpha1 * log_D1 + np.log(alpha) - logB - np.log(beta)
         D2 = np.exp((log_G + beta * math.log(pairs)) / (alpha + beta))
         return D2, pairs / D2
 
 
 class Choice(NamedTuple):
-    """Something to do with a budget, and the law that predicts its loss."""
+    """One way to spend a budget, and the law that predicts its loss."""
 
     label: str
     fitted: Fit
-    N: float  # of the law
-    D1: float
-    trained: float  # parameters N that are trained
+    N: float  # parameters as the law counts them: before growth
+    D1: float  # tokens of the first stage; 0: from scratch
+    trained: float  # parameters of the model that is trained
 
     def losses(self, D2):
-        """As of `Fit`, after D2 tokens."""
+        """Losses (1 + S, n) after D2 tokens, as in `Fit.losses`."""
         return self.fitted.losses(self.N, self.D1, D2)
 
 
 def choices_for(fits, N, D1):
     """
-    The Choices for a base of N parameters after D1 tokens: each law of reuse, to start over with a
-    size that these train, or to go on with the base. fits: {name: Fit}.
+    A list of Choices for a base of N parameters trained on D1 tokens: reuse it, by each law of
+    reuse; start over, at each size that reuse would train; or continue it on its own data. Those
+    that no law covers are left out. fits: {name: Fit}.
     """
     choices = [
         Choice(name, fitted, N, D1, round(fitted.growth * N))
@@ -418,7 +437,7 @@ def choices_for(fits, N, D1):
     for fitted in fits.values():
         if not fitted.data.D1.any():
             choices += [Choice('start over', fitted, size, 0.0, size) for size in sizes]
-            if round(N) not in sizes:  # on the same data: one stage of D1 + D2 tokens
+            if round(N) not in sizes:  # continuing on the same data is one run of D1 + D2 tokens
                 choices.append(Choice('continue', fitted, N, D1, N))
     return [  # a law of one size says nothing about others
         choice
@@ -429,9 +448,10 @@ def choices_for(fits, N, D1):
 
 def advise(fits, N, D1, budget):
     """
-    Records that answer: a base of N parameters (without embeddings) was trained for D1 tokens,
-    `budget` FLOPs are left: grow it, continue, or start over? The best first. fits: {name: Fit}, of
-    losses on the same text. Raises UserError if no fit covers this size.
+    Grow a base, continue it, or start over? Records of the choices, the lowest predicted loss
+    first, for a base of N parameters (without embeddings) trained on D1 tokens and `budget` FLOPs
+    left to spend. fits: {name: Fit}, of losses on the same text. Raises UserError if no fit covers
+    this size.
     """
     choices, records = choices_for(fits, N, D1), []
     if not choices:
@@ -450,20 +470,21 @@ def advise(fits, N, D1, budget):
             low, high = np.quantile(losses[i], QUANTILES)
             record['90% interval'] = f'{low:.3f} to {high:.3f}'
             record['best in'] = f'{np.mean(losses.argmin(0) == i):.0%}'
+        # reuse against starting over with the size that reuse trains
         for rival in choices if choice.D1 else ():
             if not rival.D1 and rival.trained == choice.trained:
                 lead = lambda D: rival.losses(D) - choice.losses(D)
                 record |= certainty('beats starting over up to', crossings(lead))
         here, seen = [choice.N, choice.D1, tokens[i]], choice.fitted.data[CELL]
-        if not seen.D1.any():  # its D2 are all of the tokens
+        if not seen.D1.any():  # fitted to runs from scratch, whose D2 counts all tokens
             here[1:] = 0, choice.D1 + tokens[i]
-        outside = (here < 0.99 * seen.min()) | (here > 1.01 * seen.max())
+        outside = (here < 0.99 * seen.min()) | (here > 1.01 * seen.max())  # 1% for rounding
         records.append(record | {'not seen by the fit': ', '.join(outside[outside].index)})
     return records
 
 
 def sunk_cost(scratch, grown):
-    """Blocks of D* over the size of the base (Eq. 12, Figure 10, right)."""
+    """Report blocks (engine/report.py): D* over the base's size (Eq. 12; Figure 10, right)."""
     sizes = np.geomspace(grown.data.N.min(), BEYOND * grown.data.N.max(), 9)
     limits = [sunk_cost_limits(scratch, grown, N) for N in sizes]
     records = [
@@ -479,7 +500,7 @@ def sunk_cost(scratch, grown):
 
 
 def optimal(grown, D1):
-    """Blocks of the compute-optimal D2 and N over the budget of the second stage (Eq. 13)."""
+    """Report blocks: compute-optimal D2 and N over the budget of the second stage (Eq. 13)."""
     spent, records = 6 * grown.data.trained_N * grown.data.D2, []
     for budget in np.geomspace(spent.min(), BEYOND * spent.max(), 9):
         D2, N = compute_optimal(grown, D1, budget)
@@ -497,9 +518,10 @@ LOSS = 'loss (nats per token)'
 
 def law_panel(fits, over='D2'):
     """
-    Loss over the tokens of one stage: the points, a colour for each number of tokens of the other
-    stage, and the curves of laws, a style for each. Where laws are compared, only the smallest and
-    the largest of these numbers is drawn. fits: {law: Fit}, of the same points.
+    A Panel of the loss over the tokens of one stage, `over`: measured points and fitted curves, a
+    colour for each number of tokens of the other stage and a line style for each law. To compare
+    laws, only the smallest and the largest of these numbers are drawn. fits: {law: Fit}, to the
+    same points; laws without N.
     """
     panel, held = Panel(f'{over} (tokens)', LOSS, log='x'), 'D1' if over == 'D2' else 'D2'
     curves = []
@@ -513,7 +535,7 @@ def law_panel(fits, over='D2'):
         panel.lines.append(Line(points[over], points.loss, label, 'o', color))
         grid = np.geomspace(points[over].min(), points[over].max(), 50)
         for (law, fitted), style in zip(fits.items(), ('-', '--', '-.', ':')):
-            curve = fitted.losses(1, **{held: value, over: grid})[0]
+            curve = fitted.losses(1, **{held: value, over: grid})[0]  # N = 1: not in these laws
             curves.append(Line(grid, curve, '' if i else law, style, color))
     panel.lines += curves
     return panel
@@ -521,12 +543,14 @@ def law_panel(fits, over='D2'):
 
 def power_panels(fitted):
     """
-    Exponent and factor of D2 over D1 (Figure 1): of L = A D2^-alpha + E (Eq. 2), fitted to the
-    second stages of each base alone; lines in log D1 through exponents (Eq. 3) and log factors.
+    Panels of the exponent and of the factor of the power law in D2, over D1 (Figure 1, middle and
+    right). L = A D2^-alpha + E (Eq. 2) is fitted for each D1 alone; lines in log D1 are fitted to
+    the exponents (Eq. 3) and to the log factors. Empty for fewer than two fits.
     """
     alone = []
     for D1, points in fitted.data.groupby('D1'):
         with suppress(UserError):  # too few D2
+            # with D1 = 0 the continuous law is Eq. 2
             factor, exponent, _ = fit('continuous', points.assign(D1=0), bootstrap=0).rows[0]
             alone.append((math.log(D1), -exponent, factor))
     if len(alone) < 2:
@@ -542,8 +566,8 @@ def power_panels(fitted):
 
 def held_out_panel(fitted):
     """
-    Losses as predicted over those measured, the tenth of the cells with the lowest held out of the
-    fit (Figures 3, middle, and 9, right).
+    A Panel of predicted over measured losses, where the 10% of cells with the lowest losses are
+    held out of the fit (Figure 3, middle; Figure 9, right).
     """
     lowest, loss = lowest_tenth(fitted.data), fitted.data.loss.to_numpy()
     predicted = predict(fitted.law, without(fitted, lowest), fitted.data)
@@ -557,9 +581,11 @@ def held_out_panel(fitted):
 
 def law_pictures(name, fits, scratch):
     """
-    Blocks of pictures. fits: {law: Fit}; scratch: that of `scratch_of`. Of one size: Eq. 6 over D2
-    and D1 (Figures 1, 8) with the power of D2; its rivals (Figures 3, 9), and a limit of D2 (Figure
-    11); growing beside starting with the grown size (Figure 4, right).
+    Report blocks of pictures for one group of results; their files are named after it. fits:
+    {law: Fit}, the deciding law first; scratch: what `scratch_of` returns. For a single size: Eq. 6
+    over D2 and over D1 (Figures 1 and 8) with the power law in D2; the rival laws (Figures 3 and 9)
+    and a limit on D2 (Figure 11); growth against training the grown size from scratch (Figure 4,
+    right).
     """
     law, first = next(iter(fits.items()))
     panels, ours = [held_out_panel(first)], {law: first}
@@ -569,28 +595,28 @@ def law_pictures(name, fits, scratch):
         rivals = [law_panel(ours | {r: fits[r] for r in row if r in fits}) for row in RIVALS]
         blocks.append((f'{name}_laws.png', rivals))
         if scratch:
-            rivals.append(law_panel(ours))
+            rivals.append(law_panel(ours))  # the last block holds this list
             rivals[-1].lines += law_panel({scratch.law: scratch}).lines
     return blocks
 
 
 # ----------------------------------------------------------------------------------------------
-# results.csv, and what is fitted to it
+# results.csv and the laws fitted to it
 
-WORDS = ['method', 'variant', 'corpus']  # the last two, and trained_N, may be missing
+WORDS = ['method', 'variant', 'corpus']  # text; variant, corpus and trained_N may be missing
 COLUMNS = ['method', *CELL, 'seed', 'loss']
 NUMBERS = [*COLUMNS[1:], 'trained_N']
 
 
 def read_results(path):
-    """The rows of a results.csv, a DataFrame. Raises UserError, with the row, for a bad one."""
+    """The rows of a results.csv as a DataFrame. Raises UserError, which names a bad row."""
     import pandas
 
     try:
         numbers = dict.fromkeys(NUMBERS, float)
         rows = pandas.read_csv(path, comment='#', skipinitialspace=True, dtype=numbers)
-        rows[COLUMNS]
-    except (KeyError, ValueError) as error:  # a column is missing; no number, no text, no table
+        rows[COLUMNS]  # raises KeyError if one is missing
+    except (KeyError, ValueError) as error:  # a missing column; no numbers, no text or no table
         raise UserError(
             f'{path} is no table of {",".join(COLUMNS)}, separated by commas: {first_line(error)}'
         ) from None
@@ -599,8 +625,9 @@ def read_results(path):
     rows['trained_N'] = rows.trained_N.fillna(rows.N * rows.method.map(GROWTH).fillna(1))
     given = np.where(rows.method == 'scratch', rows.D1 == 0, rows.D1 >= 1e3) & (rows.D2 >= 1e3)
     wrong = ~(given & (rows.N > 0) & (rows.loss > 0) & (rows.trained_N >= rows.N))
+    # missing numbers are NaN, for which `<` is False
     wrong |= ~(rows[NUMBERS] < math.inf).all(axis=1) | rows.duplicated([*WORDS, *COLUMNS[1:-1]])
-    if wrong.any():
+    if wrong.any():  # rows as in an editor: the header is row 1
         raise UserError(
             f'{path}, row {wrong.argmax() + 2}: N and loss must be positive, D1 and D2 tokens, '
             '1000 or more (not billions of them), D1 = 0 of the method scratch alone, trained_N '
@@ -611,11 +638,12 @@ def read_results(path):
 
 def groups_of(results):
     """
-    {name: DataFrame} of the runs that have a law: of one method, variant and corpus; and, as two
-    sizes do not determine a law in N, of each of two sizes.
+    {name: DataFrame} of the runs that one law is fitted to: those of one method, variant and
+    corpus; of one size, too, if there are two sizes, which cannot determine a law in N.
     """
     groups = {}
     for (method, variant, corpus), data in results.groupby(WORDS, sort=False):
+        # the name becomes part of file names
         name = f'{method}{variant and "-"}{variant}{corpus and "-"}{corpus}'.replace('/', '-')
         sizes = [*data.groupby('N')]
         if len(sizes) == 2:
@@ -626,7 +654,7 @@ def groups_of(results):
 
 
 def laws_for(data):
-    """The laws that can describe a method's points, the one that decides first."""
+    """Names of the laws that can describe these points; decisions are made by the first."""
     reused = data.D1.any()
     if data.N.nunique() > 1:
         return ['joint' if reused else 'chinchilla']
@@ -634,7 +662,10 @@ def laws_for(data):
 
 
 def fit_first(results, bootstrap):
-    """{name: Fit} of the law that decides, of each group of results. UserError if there is none."""
+    """
+    {name: Fit} of the first of `laws_for`, for each group of results with enough points. Raises
+    UserError if no group has.
+    """
     fits, failure = {}, 'there are none'
     for name, data in progress_bar(groups_of(results).items()):
         try:
@@ -647,7 +678,7 @@ def fit_first(results, bootstrap):
 
 
 def scratch_of(fits, reused):
-    """The Fit of runs from scratch of the size and on the text of second stages, or None."""
+    """The Fit of runs from scratch with the trained size and text of the Fit `reused`, or None."""
     for fitted in fits.values():
         one, other = fitted.data.iloc[0], reused.data.iloc[0]
         same_size = fitted.law == 'chinchilla' or one.N == other.trained_N
@@ -657,8 +688,9 @@ def scratch_of(fits, reused):
 
 def fit_results(results, bootstrap=100):
     """
-    The blocks of a report (engine/report.py) of the laws of a DataFrame of results: parameters,
-    errors of all laws, pictures. bootstrap: as of `fit`. Raises UserError if nothing can be fitted.
+    Fit all laws to a DataFrame of results. Returns the blocks of a report (engine/report.py):
+    parameters, errors of all laws, pictures. bootstrap: as in `fit`. Raises UserError if nothing
+    can be fitted.
     """
     blocks, decisive = [], fit_first(results, bootstrap)
     for name, first in decisive.items():
@@ -677,16 +709,17 @@ def fit_results(results, bootstrap=100):
 
 def fit_records(fitted):
     """
-    Records of a fit's parameters with their intervals, amplitudes as they are. Not determined is an
-    exponent that may be negative (Eq. 1: they are positive), or an amplitude that may be less than
-    e^-7 = 0.001, or is known to no better than a factor of e^7 = 1100.
+    Records of a fit's parameters with their 90% intervals, those in LOGS as themselves, not as
+    logarithms. A parameter is 'not determined' if its interval holds negative exponents (they are
+    positive by Eq. 1) or, for those in LOGS, if it reaches below e^-7 = 0.001 or spans more than a
+    factor of e^7 = 1100.
     """
     records = []
     for name, samples in zip(fitted.parameters, fitted.rows.T):
         value, low, high = samples[0], *np.quantile(samples, QUANTILES)
         known = -7 < low <= high < low + 7 if name in LOGS else low > 0
         if name in LOGS:
-            value, low, high = np.exp(np.minimum((value, low, high), 700))
+            value, low, high = np.exp(np.minimum((value, low, high), 700))  # e^710 overflows
         record = {'parameter': name, 'value': f'{value:.4g}' if known else 'not determined'}
         if len(samples) > 1:
             record['90% interval'] = f'{low:.4g} to {high:.4g}'
@@ -696,17 +729,18 @@ def fit_records(fitted):
 
 def error_records(fits, scratch):
     """
-    Records of all laws, RMS of log L x 1e-3: at cells left out (Table 1), and at the lowest tenth,
-    held out; and the mean square error of the loss at the largest quarter of D2 (Appendix E.3).
-    The last is the first law fitted to the runs from scratch, too (Appendix D.4, which has no
-    formula: Eq. 9, or of one size Eq. 6, with D1 = 1 for scratch). fits: {law: Fit}; scratch: that
-    of `scratch_of`.
+    Records of the errors of all laws: RMS of log L x 1e-3 with a cell left out at a time (Table 1)
+    and with the 10% lowest losses held out; mean square error of the loss at the largest quarter of
+    D2 (Appendix E.3). With runs from scratch, the last record is the first law fitted to them and
+    the second stages together (Appendix D.4 gives no formula: we take Eq. 9, or for a single size
+    Eq. 6, with D1 = 1 for scratch). fits: {law: Fit}; scratch: what `scratch_of` returns.
     """
     import pandas
 
     records, (first, *_) = [], fits.values()
     data = first.data
     if scratch:
+        # the law of reuse counts N before growth
         before_growth = scratch.data.assign(N=scratch.data.N / first.growth)
         together = fit(first.law, pandas.concat([data, before_growth]), bootstrap=0)
         fits = fits | {f'{first.law}, of scratch and reuse together': together}
@@ -721,7 +755,7 @@ def error_records(fits, scratch):
 
 
 def spread_records(data):
-    """Records of the standard deviation of the loss over seeds, at each D2 (Table 8)."""
+    """Records of the loss's standard deviation over seeds at each D2, over all D1 (Table 8)."""
     spread = data.groupby(CELL).loss.var().groupby('D2').mean().dropna() ** 0.5
     return [{'D2': format_count(D2), 'spread over seeds': value} for D2, value in spread.items()]
 
@@ -732,18 +766,18 @@ def spread_records(data):
 
 @dataclass
 class Sweep:
-    """The grid of a scaling law of model reuse (Liew and Kato), fitted at its end."""
+    """A grid of runs for scaling laws of model reuse (Liew and Kato), and fits to its losses."""
 
     size: str = '48x2'  # of the base models
     longest: Positive = 1e6  # tokens of the longest run
-    first: tuple[Positive, ...] = (0.125, 0.25, 0.5, 1.0)  # D1, as fractions of that
-    second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of that
-    scratch: tuple[Positive, ...] = ()  # D of runs from scratch of all shapes, as fractions
+    first: tuple[Positive, ...] = (0.125, 0.25, 0.5, 1.0)  # D1, as fractions of longest
+    second: tuple[Positive, ...] = (0.0625, 0.125, 0.25, 0.5)  # D2, as fractions of longest
+    scratch: tuple[Positive, ...] = ()  # D of all shapes from scratch, as fractions of longest
     reuse: tuple[Literal['cpt', 'exp', 'stk2', 'stk4'], ...] = ('stk2',)  # second stages
-    variants: tuple[Literal['stable', 'low', 'replay'], ...] = ()  # of them, beside the plain ones
-    second_data: str = ''  # corpus of cpt, whose loss counts there; empty: the base's
+    variants: tuple[Literal['stable', 'low', 'replay'], ...] = ()  # further second stages
+    second_data: str = ''  # corpus of cpt, on which it is also evaluated; empty: the base's
     fresh_data: bool = False  # second stages read on where the base stopped, not from the beginning
-    decays: Count = 1  # branches at the end of each second stage, on data of their own (E.3)
+    decays: Count = 1  # decay branches at the end of each second stage, each on its own data (E.3)
 
     toy_corpora = dict(second_data='pycode')
 
@@ -753,7 +787,7 @@ class Sweep:
         return [self.second_data] if self.second_data else []
 
     def stages(self, run):
-        """The bases, their second stages, and the runs from scratch."""
+        """Yield the stages: bases, second stages, runs from scratch. Raises UserError."""
         if 'replay' in self.variants and not self.second_data:
             raise UserError('replay needs another corpus to continue on: --second_data=NAME')
         if run.warmup < 1:
@@ -763,7 +797,7 @@ class Sweep:
         bases = yield from family(self.start(run), first, run)
         variants = '', *self.variants
         for kind, variant, D1 in itertools.product(self.reuse, variants, sorted(first)):
-            if kind == 'cpt' or variant != 'replay':  # the data of growth are the base's
+            if kind == 'cpt' or variant != 'replay':  # growth reads the base's data anyway
                 first_stage = self.start(run, kind, variant, D1, bases)
                 yield from family(first_stage, second, run, self.decays)
         for kind in self.reuse:
@@ -772,10 +806,10 @@ class Sweep:
 
     def start(self, run, kind='', variant='', D1=0.0, bases=None):
         """
-        The Stage that begins a family of runs: of `kind` and `variant` after D1 tokens of a base,
-        of `bases` that `family` returned; or, at D1 = 0, from scratch, on its data and of its
-        shape. Growth is by an operator that keeps the function at any width (section 3.2), as fpi
-        does only at whole multiples.
+        The Stage, still without tokens, from which `family` makes runs: a second stage of `kind`
+        and `variant` after D1 tokens of a base; or with D1 = 0 a run from scratch of that stage's
+        shape, on its data. bases: what `family` returned for them. Widths grow by `lossless`, which
+        preserves the function at any ratio (section 3.2); fpi does so at whole multiples only.
         """
         config, corpus, knobs = run.model_config(self.size), '', {}
         N = config.num_params()
@@ -793,13 +827,15 @@ class Sweep:
         stage = Stage(name, config, 0, X, begin=0, knobs=knobs, labels=labels)
         if not D1:
             return stage if kind else replace(stage, name=self.size)
-        before = bases[D1][variant == 'stable']
-        labels |= dict(method=kind, N=N, D1=before.position)  # D1: what it has seen
-        if variant == 'low':  # at the rate at which the base ended, constant (Figure 7)
+        before = bases[D1][variant == 'stable']  # (decayed base, end of its stable phase)
+        # labels and knobs are the stage's own dicts: |= changes them in place. A stable phase has
+        # seen fewer than D1 tokens.
+        labels |= dict(method=kind, N=N, D1=before.position)
+        if variant == 'low':  # constant, at the base's last learning rate (Figure 7)
             knobs |= dict(
                 learning_rate=run.learning_rate * run.min_lr_fraction, min_lr_fraction=1.0
             )
-        if self.fresh_data:  # Appendix C.2
+        if self.fresh_data:  # read on where the base stopped (Appendix C.2)
             stage.begin = None
         if kind == 'cpt':
             return continue_from(stage, before, variant == 'stable')
@@ -811,6 +847,7 @@ class Sweep:
 
         points = [r.labels | dict(loss=r.val_loss) for r in results if 'D2' in r.labels]
         rows, path = pandas.DataFrame(points), Path(results[0].folder).parent / 'results.csv'
+        # repeated decays count as further seeds: a number for each (seed, again)
         rows['seed'] = rows.seed * (1 + rows.again.max()) + rows.again
         write_atomically(path, rows.to_csv(index=False))
         try:
@@ -821,14 +858,14 @@ class Sweep:
 
 def plan_family(ends, step, decay_fraction):
     """
-    How runs of `ends` tokens share one stable phase, which goes as far as the longest needs, and
-    from which each is a short decay (Haegele et al.): [(start, stop, last, end)], a piece of the
-    stable phase from step `start` to `stop`, then the decay to step `last` of the run of `end`
-    tokens. step: its tokens.
+    How runs of `ends` tokens share one stable phase, from which each branches off into a short
+    decay (Haegele et al.). Returns [(start, stop, last, end)], ascending: train the stable phase
+    from step `start` to `stop`, then decay to step `last`, which ends the run of `end` tokens.
+    step: tokens in a step.
     """
     pieces, start = [], 0
     for end in sorted(ends):
-        last = max(2, round(end / step))  # a step for either phase at least
+        last = max(2, round(end / step))  # at least one step for each phase
         stop = min(max(1, round((1 - decay_fraction) * last)), last - 1)
         pieces.append((start, stop, last, end))
         start = stop
@@ -837,14 +874,15 @@ def plan_family(ends, step, decay_fraction):
 
 def family(first, ends, run, decays=1):
     """
-    Yield the stages of runs of `ends` tokens from the Stage `first`: nothing is trained twice.
-    Returns {end: (Result, Result at the end of its stable phase)}. decays: of each run, on data of
-    their own.
+    Yield the stages of runs of `ends` tokens that all start as the Stage `first` does; they share
+    one stable phase (`plan_family`), so that nothing is trained twice. decays: how often each run
+    decays, each time on other data. Returns {end: (Result of the first decay, Result of the stable
+    phase before it)}.
     """
     results, stage = {}, first
     step = run.batch_size * min(run.block_size, first.config.block_size)  # in tokens
     for start, stop, last, end in plan_family(ends, step, run.decay_fraction):
-        if stop > start:
+        if stop > start:  # always so for the first piece, which sets `before`
             name = f'{first.name}-stable-{format_si(stop * step)}'
             knobs, tokens = stage.knobs | dict(schedule='constant'), (stop - start) * step
             before = yield replace(stage, name=name, tokens=tokens, knobs=knobs)
@@ -854,7 +892,7 @@ def family(first, ends, run, decays=1):
             name = f'{first.name}-{format_si(end)}{f"-again{again}" if again else ""}'
             branch = replace(stage, name=name, tokens=tokens, knobs=knobs)
             branch.labels = first.labels | dict(D2=end, again=again)
-            branch.begin = before.position + again * tokens
+            branch.begin = before.position + again * tokens  # each decay reads the next tokens
             result = yield branch
             results.setdefault(end, (result, before))
     return results
@@ -864,16 +902,16 @@ def family(first, ends, run, decays=1):
 # the command line
 
 
-Number = Annotated[float, Range(1e3)]  # of parameters, tokens or FLOPs, not of billions of them
+Number = Annotated[float, Range(1e3)]  # parameters, tokens, FLOPs; refuses 7 where 7e9 is meant
 
 
 @dataclass
 class Options:
-    """Of scaling.py fit, advise, sunk_cost, optimal, diagnose and toy."""
+    """Options of scaling.py fit, advise, sunk_cost, optimal, diagnose and toy."""
 
     bootstrap: Natural = 100  # resamplings for the intervals; 0: none
-    paper: bool = False  # advise, sunk_cost, optimal: ask the published laws
-    corpus: str = ''  # advise: whose loss counts, if not the base's (of the paper's laws: code)
+    paper: bool = False  # advise, sunk_cost, optimal: use the published laws
+    corpus: str = ''  # advise: corpus of the loss; empty: the base's; with --paper also: code
     growth: str = 'stk2'  # sunk_cost, optimal: the second stage: cpt, stk2, stk2-stable, ...
     base_params: Number = 1e9  # advise: N of the base model, without embeddings
     base_tokens: Number = 2e12  # advise, optimal: D1, tokens it was trained on
@@ -881,11 +919,11 @@ class Options:
     data: str = 'pydocs'  # diagnose: prepared corpus, whose validation split is read
     data_dir: str = 'data'  # diagnose: where prepared corpora are
     samples: Count = 128  # diagnose: sequences from which the curvature is estimated
-    out: str = ''  # folder for pictures; empty: that of the first file, or this one
+    out: str = ''  # folder for pictures; empty: that of the first file, or the current one
 
 
 def results_of(files):
-    """The DataFrame of some results.csv together. Raises UserError."""
+    """The rows of all these results.csv, one DataFrame. Raises UserError if there is no file."""
     import pandas
 
     if not files:
@@ -894,7 +932,7 @@ def results_of(files):
 
 
 def decide(verb, files, options):
-    """Blocks that answer scaling.py advise, sunk_cost and optimal. Raises UserError."""
+    """Report blocks of scaling.py advise, sunk_cost or optimal, the `verb`. Raises UserError."""
     fits = published() if options.paper else fit_first(results_of(files), options.bootstrap)
     if verb == 'advise':
         ours = {k: f for k, f in fits.items() if f.data.corpus.iloc[0] == options.corpus}
@@ -910,7 +948,7 @@ def decide(verb, files, options):
 def main(argv):
     """Command line: a verb, its files, and options."""
     verbs = ('fit', 'advise', 'sunk_cost', 'optimal', 'diagnose', 'toy')
-    verb, *rest = argv or HELP
+    verb, *rest = argv or HELP  # without arguments: the help
     if verb in HELP:
         print(__doc__)
         return
@@ -922,13 +960,13 @@ def main(argv):
         blocks = fit_results(results_of(files), options.bootstrap)
     elif verb in verbs[:4]:
         blocks = decide(verb, files, options)
-        if options.paper:  # as printed they miss the losses by 0.26 nats
+        if options.paper:  # as printed, the law for stacking misses the losses by 0.26 nats
             blocks.append('laws within the rounding of Table 7, the nearest to Tables 8 and 9')
     else:
         from extras import diagnostics
 
         blocks = getattr(diagnostics, verb)(files, options)
-    print(render(blocks))  # before anything is written, which may fail
+    print(render(blocks))  # first, because writing files may fail
     out = Path(options.out or Path(*files[:1]).parent)
     out.mkdir(parents=True, exist_ok=True)
     draw_pictures(blocks, out)

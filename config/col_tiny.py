@@ -1,6 +1,7 @@
 # Chain-of-Learngene at a ten-thousandth of the scale, offline: an AnsNet, a chain of three
-# checkpoints distilled from it step by step, and three descendants of sizes in between, against
-# random initialisation and the smallest checkpoint alone (Figures 3 and 4, Table 4).
+# checkpoints distilled from it step by step, and three descendants of sizes in between, compared
+# with random initialisation and with the smallest checkpoint alone (Figures 3 and 4, Table 4); and
+# the smallest checkpoint distilled directly from the AnsNet (Table 3).
 method = 'col'
 ansnet = '64x6'
 ansnet_tokens = 1.5e6

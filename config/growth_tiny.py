@@ -1,10 +1,10 @@
-# Three of the papers grow models by different operators: here each of them starts the same second
-# stage, from the same base, on the same tokens, beside random initialisation. Three seeds, about
-# thirteen minutes each on one core of a CPU; ends with the ranking.
+# Three of the papers grow models, with different operators. Here every operator starts the same
+# second stage, from the same base and on the same tokens, and so does random initialisation. Three
+# seeds, about thirteen minutes each on one CPU core; the report ends with a ranking.
 #
-# An operator of one's own is two functions, and with its name in WIDTH a --width everywhere. This
-# one keeps the old block and draws the new units at half its scale: is it copying that helps, or
-# keeping?
+# An operator of your own is two functions; registered in WIDTH, it is a --width wherever there is
+# one. This one keeps the old block and draws new units at half its scale: what helps, copying old
+# units or just keeping them?
 import torch
 
 from expand import WIDTH as _WIDTH

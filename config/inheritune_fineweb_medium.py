@@ -1,5 +1,5 @@
-# Inheritune (Sanyal et al.), section 5 and Table 4: GPT-2 medium on FineWeb-Edu without repetition,
-# a child of 16 layers and the same from nothing.
+# Inheritune (Sanyal et al.), section 5 and Table 4: GPT-2 medium on FineWeb-Edu, without repeated
+# data, a child of 16 layers, and the child's shape from scratch.
 # Table 4:  python evaluate.py out/inheritune_fineweb_medium config/tasks_inheritune_table4.py
 from config.inheritune_gpt2_medium import *
 

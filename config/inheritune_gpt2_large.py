@@ -1,6 +1,6 @@
 # Inheritune (Sanyal et al.), Tables 1 and 2, GPT-2 large: 36 layers, a child of 18.
-# Figure 1f, what lazy layers are worth: children of 18 layers, from the last layers, the first, and
-# from nothing, for 10K steps: --child_tokens=163840000 --baselines=last-layers,random
+# Figure 1f, the value of lazy layers: children of 18 layers that start from the last layers, the
+# first ones, and at random, for 10K steps: --child_tokens=163840000 --baselines=last-layers,random
 from config.inheritune_gpt2_medium import *
 
 size = 'gpt2-large'

@@ -1,7 +1,8 @@
-# Inheritune (Sanyal et al.), Algorithm 1 where the first child is too small: one layer of a Llama
-# of eight, then three, five ... until the reference is matched. Chosen on seeds 1 to 3, which all
-# matched in the third round, and then run once on seeds 11 to 13 (--seeds=3). A seed takes about
-# 8 minutes of one core. Beside the baselines: --baselines=random,random-2x,stacking
+# Inheritune (Sanyal et al.), Algorithm 1 with a first child that is too small: one of a Llama's
+# eight layers, then three, five, ... until it matches the reference. The settings were chosen on
+# seeds 1 to 3, which all matched in the third round, and then run once on seeds 11 to 13
+# (--seeds=3). A seed takes about 8 minutes on one core. With baselines:
+# --baselines=random,random-2x,stacking
 method = 'inheritune'
 size = '64x8'
 tokens = 1500 * 8 * 128  # 1,500 steps

@@ -1,6 +1,6 @@
 # Late-to-Early Training (Zhao et al.), Appendix E and Table 2: Qwen2-0.5B fine-tuned on ten data
-# sets of time series, without a teacher and with one whose last layer its sixth is pulled towards.
-# Learning rates and epochs are ours: the paper names none. Needs requirements-extras.txt.
+# sets of time series, without a teacher and with its sixth layer aligned with a teacher's last.
+# Learning rates and epochs are our choice, as the paper gives none. Needs requirements-extras.txt.
 method = 'timeseries'
 datasets = ('EthanolConcentration', 'FaceDetection', 'Handwriting', 'Heartbeat', 'JapaneseVowels')
 datasets += ('PEMS-SF', 'SelfRegulationSCP1', 'SelfRegulationSCP2', 'SpokenArabicDigits')

@@ -1,8 +1,8 @@
 # Late-to-Early Training (Zhao et al.) at a ten-thousandth of the scale, offline: a small teacher is
-# trained on twenty times the target's tokens, as public ones are; then a target model of twelve
-# layers learns from nothing, its third layer from the teacher's last. Its weights are 10 to 300
-# times the paper's; its batch is 2,560 times smaller (docs/let.md). Its controls: a teacher of
-# random weights at the strongest weight, RKD and SALT, at equal steps.
+# trained on twenty times the target's tokens, as public models are; then a target of twelve layers
+# is trained from scratch, its third layer aligned with the teacher's last. lambda0 is 10 to 300
+# times the paper's, as the batch is 2,560 times smaller (docs/let.md).
+# Controls, for as many steps: a teacher of random weights at the largest lambda0, RKD and SALT.
 method = 'let'
 size = '32x12'
 tokens = 2e5

@@ -1,6 +1,6 @@
 # Progressive training (Yano et al.), Appendix E: fine-tuning of the 8B family on UltraChat-200k at
-# 3e-5, then DPO on UltraFeedback at 5e-7, as Meng et al. do it (a batch of 128, one epoch, 10%
-# warmup, 2,048 tokens there, here as many as the models read).
+# a learning rate of 3e-5, then DPO on UltraFeedback at 5e-7, as in Meng et al. (batch size 128, one
+# epoch, 10% warmup; their sequences have 2,048 tokens, ours the 1,024 of the models' context).
 #   python data/prepare.py ultrachat
 #   python data/prepare.py ultrafeedback
 #   torchrun --standalone --nproc_per_node=8 train.py config/posttrain_8b.py
@@ -14,7 +14,7 @@ batch_size = 128
 sft_learning_rate = 3e-5
 dpo_learning_rate = 5e-7
 beta = 0.1  # ours: the paper names none
-micro_batch_size = 2  # pairs, or answers: DPO holds the logits of its sequences
+micro_batch_size = 2  # answers, then pairs: few, as DPO keeps the logits of whole sequences
 warmup = 0.1
 schedule = 'cosine'
 min_lr_fraction = 0.0

@@ -1,6 +1,6 @@
 # Post-training of the family of progressive_tiny (Progressive training, Appendix E, at a
-# hundred-thousandth of the scale): the documentation of functions by their signatures, then their
-# own documentation preferred to another function's.
+# hundred-thousandth of the scale): fine-tuning on documenting functions, given their signatures,
+# then DPO with the function's own documentation preferred to another's.
 #   python train.py config/progressive_tiny.py      # first
 method = 'posttrain'
 models = tuple(f'out/progressive_tiny/{size}' for size in ('32x2', '48x2', '64x2', '64x4'))

@@ -1,8 +1,8 @@
-# Progressive training (Yano et al.) along a trunk: the tiny family as one run at a constant
-# learning rate that grows from size to size, with a short branch per size in which the rate decays.
-# The whole takes 60% of the compute of all sizes from scratch; the largest gets what the smaller
-# ones leave of it. Against each size alone, under the better of two schedules, five paired seeds of
-# about 15 minutes:
+# Progressive training (Yano et al.) along a trunk: one model is trained at a constant learning rate
+# and grown from size to size; from each size a short branch, in which the learning rate decays,
+# gives the member of the family. The family takes 60% of the compute of all sizes from scratch, and
+# its largest size gets what the smaller ones leave of it. Compared with each size alone, under the
+# better of two schedules, on five paired seeds of about 15 minutes:
 #   python train.py config/progressive_tiny_trunk.py --seeds=5 --compare=independent
 from config.progressive_tiny import *
 

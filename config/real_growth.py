@@ -1,12 +1,10 @@
-# What growth by the papers' operators does to a model that people have: SmolLM2-135M, 9 heads wide
-# and 30 layers deep, grows to 12 heads and 34 layers, and trains on for a few steps on Python's
-# documentation. A quarter of an hour on two CPU cores.
-#   python -m extras.from_gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2   # or any folder, hub name
-#   python data/prepare.py pydocs --tokenizer=smollm2 --out=data/pydocs_smollm2
-# --target=stk2: the depth that doubles; --target=1152x30: the width; --tokens=5e4: it heals longer.
+# What the papers' growth operators do to a public model: SmolLM2-135M, with 9 heads and 30 layers,
+# is grown to 12 heads and 34 layers and trained for a few steps on Python's documentation. Takes a
+# quarter of an hour on two CPU cores. docs/models.md shows how to make the model and its corpus.
+# --target=stk2 doubles the depth, --target=1152x30 the width; --tokens=5e4 trains on for longer.
 method = 'growth'
 base = 'smollm2-135m'
-base_model = 'smollm2'
+base_model = 'out/smollm2-135m'
 target = '768x34'
 tokens = 8e3
 widths = ('lossless', 'aki')

@@ -1,5 +1,5 @@
-# Scaling laws of model reuse (Liew and Kato), Table 1: the second stage "exp" of a 0.1B base
-# model, width expansion by sqrt 2, function preserving (section 3.2, Appendix B).
+# Scaling laws of model reuse (Liew and Kato), Table 1: the second stage "exp" of a 0.1B base model,
+# a function-preserving expansion of its width by sqrt 2 (section 3.2, Appendices B and C.5).
 #   python data/prepare.py slimpajama --tokenizer=FOLDER
 # FOLDER is a folder with Llama's tokenizer.json: 32,000 tokens.
 # Stacking, "stk" and "stk (x4)" of the table: --sizes=0.1b,stk2 or --sizes=0.1b,stk4

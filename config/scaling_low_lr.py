@@ -1,5 +1,5 @@
-# Scaling laws of model reuse (Liew and Kato), Figure 7: continual pretraining and stacking at the
-# base's learning rate, and at a constant one, that at which the base ended.
+# Scaling laws of model reuse (Liew and Kato), Figure 7: continual pretraining and stacking with the
+# base's learning rate and schedule, and at a constant rate, the last one of the base.
 from config.scaling_cpt_code import *
 
 first = (1.0,)

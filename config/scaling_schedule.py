@@ -1,6 +1,6 @@
 # Scaling laws of model reuse (Liew and Kato), Figure 5: 4,000 steps of a 0.1B model from scratch
-# under WSD, and with --schedule=cosine --out_dir=out/scaling_schedule_cosine the same under a
-# cosine.
+# with the WSD schedule; for the cosine schedule,
+# --schedule=cosine --out_dir=out/scaling_schedule_cosine
 method = 'pretrain'
 size = '0.1b'
 tokens = 4000 * 512 * 1024

@@ -1,5 +1,6 @@
-# Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a base of 15M stacked and
-# trained on up to 2,000 tokens for each parameter of the base, every decay three times.
+# Scaling laws of model reuse (Liew and Kato), Appendix E.3, Table 8: a 15M base is stacked and
+# trained on up to 2,000 tokens per parameter of the base; every run decays three times, each time
+# on other data, to measure the noise of the loss.
 # Table 9 and Figure 11, 0.5B to 1B: --size=0.5b --longest=3.69e10 --batch_size=512
 #   --learning_rate=4e-4 --warmup=800 --first=0.25,0.5,1,2 --second=4,5,6,7 --decays=1
 from config.scaling_cpt_code import *

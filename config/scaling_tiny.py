@@ -1,6 +1,6 @@
-# Scaling laws of model reuse (Liew and Kato) at a ten-thousandth of the scale, offline: 4 x 4
-# grids of continual pretraining on code and of stacking, and the stacked shape from scratch; then
-# the laws of its Table 1 fitted to them.
+# Scaling laws of model reuse (Liew and Kato) at a ten-thousandth of the scale, offline: 4 x 4 grids
+# of continual pretraining on code and of stacking, and both second-stage models from scratch; then
+# the laws of Table 1 are fitted to the losses.
 method = 'sweep'
 size = '48x2'
 longest = 2**20

@@ -1,8 +1,8 @@
-# Inheritune (Sanyal et al.), Table 5: nine zero-shot tasks, with their average as in Figure 10, and
-# MMLU with five examples, which is not part of it.
+# Inheritune (Sanyal et al.), Table 5: nine zero-shot tasks with their average, as in Figure 10, and
+# five-shot MMLU, which is not in the average.
 #   python evaluate.py FOLDER ... config/tasks_inheritune_table5.py
 tasks = (
-    'wsc',  # "Winograd": its scores are of SuperGLUE's 104 examples
+    'wsc',  # the paper's "Winograd": its scores are multiples of 1/104, so of SuperGLUE's WSC
     'piqa',
     'boolq',
     'winogrande',

@@ -1,6 +1,6 @@
 """
 Prepared corpora on disk: a folder data/NAME/ with train.bin and val.bin, one unsigned integer per
-token, and meta.json, which says what they are. Damage is reported before anything is read.
+token, and meta.json, which describes them. Missing and damaged files are reported at opening.
 """
 
 import mmap
@@ -20,7 +20,7 @@ OFFLINE = ('pydocs', 'pycode', 'signatures', 'preferences')  # corpora that need
 
 @dataclass
 class Corpus:
-    """A prepared corpus: its meta.json and its memory-mapped splits, 1-d arrays of token ids."""
+    """A prepared corpus: its meta.json and its splits, memory-mapped 1-d uint16 or uint32 ids."""
 
     name: str
     meta: dict
@@ -31,8 +31,8 @@ class Corpus:
 
     def check_vocabulary(self, config, model):
         """
-        Raise UserError, with the way out, unless the corpus was made with the tokenizer of `model`,
-        a folder or hub name, or, where that holds none, has ids that a model of this shape knows.
+        Raise UserError, with a remedy, unless the corpus was made with the tokenizer of `model`, a
+        folder or hub name; if that holds none, unless `config`, a GPTConfig, covers all token ids.
         """
         ours, theirs = self.meta['tokenizer'], tokenizer_in(model)
         if theirs and not same_tokenizer(ours, theirs):
@@ -45,11 +45,14 @@ class Corpus:
 
 
 def open_corpus(name, data_dir='data'):
-    """The corpus in data_dir/name. Raises UserError if it is not prepared or a file is damaged."""
+    """
+    The Corpus in data_dir/name. Checks the sizes of its files, not their checksums. Raises
+    UserError if it is not prepared or is damaged.
+    """
     folder = Path(data_dir) / name
     try:
         meta = read_json(folder / 'meta.json', checksums=dict, tokenizer=str, vocab_size=int)
-        if (folder / 'tokenizer.json').is_file():  # wherever the folder is now
+        if (folder / 'tokenizer.json').is_file():  # its own copy, which moves with the folder
             meta['tokenizer'] = str(folder)
         dtype, arrays = np.dtype(dict(uint16=np.uint16, uint32=np.uint32)[meta['dtype']]), []
         for split in SPLITS:
@@ -65,8 +68,8 @@ def open_corpus(name, data_dir='data'):
         ) from None
     except Exception as error:  # damage takes many forms
         raise UserError(f'{folder} is damaged ({error!r}): delete it, prepare it again') from None
-    # Training reads short pieces from anywhere. Told nothing, the system would read around each,
-    # 128 KB mostly: of a corpus larger than memory, hundreds of times what is asked for.
+    # Training reads short pieces at random places. By default the system reads ahead, mostly 128 KB
+    # a piece: for a corpus larger than memory, hundreds of times what is needed.
     if hasattr(mmap, 'MADV_RANDOM'):  # not on Windows
         arrays[0].base.madvise(mmap.MADV_RANDOM)
     return Corpus(name, meta, *arrays, *rest)
@@ -74,8 +77,8 @@ def open_corpus(name, data_dir='data'):
 
 def verify_corpus(name, data_dir='data'):
     """
-    The corpus in data_dir/name. Raises UserError when it is not what was prepared; reads all of it
-    for that.
+    The Corpus in data_dir/name, after comparing all files with their checksums, which reads all of
+    it. Raises UserError if one differs.
     """
     folder, corpus = Path(data_dir) / name, open_corpus(name, data_dir)
     for file, expected in progress_bar(

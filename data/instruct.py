@@ -1,16 +1,16 @@
 """
-Instructions and answers, and preferences between answers: sets for fine-tuning and distillation.
+Instructions with answers, and preferences between answers, for fine-tuning and distillation.
 
     python data/prepare.py dolly
     python data/prepare.py mine.jsonl --tokenizer=FOLDER   # in the folder's chat template, if any
     python data/prepare.py signatures    # offline: a function's signature -> its documentation
-    python data/prepare.py preferences   # offline: a function's documentation before another's
+    python data/prepare.py preferences   # offline: prefer a function's documentation to another's
 
 A line of mine.jsonl is {"instruction", "input", "output"}, {"prompt", "completion"}, {"messages"}
-or {"prompt", "chosen", "rejected"}. data/NAME/ holds {train,val}.bin, the tokens of the examples
-one after the other, and {train,val}.marks, a byte for each: 1 where it is a target, which answers
-and what ends them are, and 2 where an example begins. Of a preference there are two examples: the
-answer that is preferred, then the other.
+or {"prompt", "chosen", "rejected"}. data/NAME/ holds {train,val}.bin, the tokens of all examples,
+one example after the other, and {train,val}.marks, a byte for each token: 1 if it is a target, plus
+2 if it begins an example. Targets are answers and the tokens that end them. A preference is two
+examples: with the preferred answer, then with the other.
 """
 
 import json
@@ -27,13 +27,15 @@ from engine.errors import UserError, first_line
 from engine.parallel import processes
 from engine.tokenizer_files import has_chat_template
 
-TARGET, START = 1, 2
-LAG = 64  # functions between a documentation and the one that it is preferred to
+TARGET, START = 1, 2  # bits of a mark
+LAG = 64  # the rejected answer is the documentation of the function this many before
 SUMMARISE = (
     'Given the following article, and the title of the article is {title}, please summarize the '
     'article.'
 )
-SETS = {  # repository, configuration, splits; templates of instruction and input; answer, choices
+# name: (repository, configuration and splits; template of the instruction; template of the input;
+# column of the answer; columns of the choices). Chat sets need the first alone.
+SETS = {
     'dolly': (
         'databricks/databricks-dolly-15k default train',
         '{instruction}',
@@ -90,13 +92,16 @@ SETS = {  # repository, configuration, splits; templates of instruction and inpu
 
 
 def filled(row, instruction, context, output, choices):
-    """{instruction, input, output} of a row by the columns of SETS; choices are lettered."""
+    """
+    A row of a public set with `instruction`, `input` and `output` added, as SETS describes it (the
+    other arguments). Choices are lettered; the answer is then the letter of the right one.
+    """
     options, letters, answer = [row[name] for name in choices.split()], 'ABCDEFGH', row[output]
-    if len(options) == 1:
+    if len(options) == 1:  # the column holds all choices
         (options,) = options
     if isinstance(options, dict):
         options, letters = options['text'], options['label']
-    if options and str(answer) not in letters:
+    if options and str(answer) not in letters:  # winogrande counts from 1, the others from 0
         answer = letters[int(answer) - ('option1' in row)]
     listed = '\n'.join(f'{letter}. {option}' for letter, option in zip(letters, options))
     row = row | dict(options=listed, output={True: 'true', False: 'false'}.get(answer, answer))
@@ -104,7 +109,10 @@ def filled(row, instruction, context, output, choices):
 
 
 def prompt(instruction, context, style='paper'):
-    """The lines before an answer: those of Chain-of-Learngene, Appendix C; else the bare words."""
+    """
+    The text before an answer, from an instruction and an input, `context`. style 'paper': the
+    prompt of Chain-of-Learngene, Appendix C; otherwise both as they are, on lines of their own.
+    """
     if style != 'paper':
         return '\n'.join(filter(None, (instruction, context)))
     task = 'Below is an instruction that describes a task'
@@ -116,7 +124,8 @@ def prompt(instruction, context, style='paper'):
 
 
 # ----------------------------------------------------------------------------------------------
-# rows: (where it stands, record, is it for validation; None: by a hash)
+# rows: (where, record, is_val). where: its source, for messages; is_val: whether it is for
+# validation; None: a hash decides
 
 
 def refuse(where, error):
@@ -125,7 +134,7 @@ def refuse(where, error):
 
 
 def leave_out(options, counts, where, error):
-    """Count a row that cannot be used; raises UserError under --bad_rows=stop."""
+    """Count a row that cannot be used, keep the first. Raises UserError with --bad_rows=stop."""
     if options.bad_rows == 'stop':
         refuse(where, error)
     counts.setdefault('bad', dict(rows=0, first=f'{where}: {first_line(error)}'))['rows'] += 1
@@ -133,10 +142,11 @@ def leave_out(options, counts, where, error):
 
 def file_records(path, bad=refuse):
     """
-    Yield (where it stands, record) of a file of JSON lines, or with a list of records. bad: told of
-    what is no JSON, as (where, error).
+    Yield (where, record) from a file of JSON lines, or from a .json file with a list of records.
+    bad: called with (where, error) for what is not JSON; the default raises UserError.
     """
     with open(path, 'rb') as file:
+        # a .json file may hold JSON lines, too: a list begins with [, after a BOM or white space
         whole = path.endswith('.json') and b'[' in file.read(64).lstrip(b'\xef\xbb\xbf \n')[:1]
         file.seek(0)
         for number, line in enumerate([file.read()] if whole else file, 1):
@@ -154,7 +164,7 @@ def file_records(path, bad=refuse):
 
 
 def kind_of(record):
-    """text, supervised or preferences: what a corpus of such records is."""
+    """The kind of corpus that such records make: 'text', 'supervised' or 'preferences'."""
     keys = {*record} if isinstance(record, dict) else set()
     if 'chosen' in keys:
         return 'preferences'
@@ -162,14 +172,17 @@ def kind_of(record):
 
 
 def offline_rows(options):
-    """A function's signature -> the first line of its documentation; or this before another's."""
-    before = [], []  # in training and in validation
+    """
+    Yield rows that ask for the first line of a function's documentation, given its signature; as
+    preferences, with another function's line as the rejected answer. options: a Preparation.
+    """
+    before = [], []  # the lines so far, in training and in validation
     for name, signature, line in signatures():
         is_val = options.holds_out(name)
         before[is_val].append(line)
         if options.corpus == 'signatures':
             yield name, dict(prompt=signature, completion=line), is_val
-        elif len(before[is_val]) > LAG:  # mostly of another file
+        elif len(before[is_val]) > LAG:  # so far back that it is mostly of another file
             yield (
                 name,
                 dict(prompt=signature, chosen=line, rejected=before[is_val][-LAG - 1]),
@@ -178,13 +191,16 @@ def offline_rows(options):
 
 
 # ----------------------------------------------------------------------------------------------
-# rows -> examples, which are tokens with the marks of targets
+# rows -> examples: tokens and their marks
 
 
 def conversations(row, style):
-    """[[dict(role, content), ...]] of a record; of a preference the preferred one and the other."""
+    """
+    The conversations of a record, each a list of dict(role, content): one; of a preference two, the
+    preferred one first. style: as in `prompt`.
+    """
     answers = [row.get('completion', row.get('output'))]
-    if 'chosen' in row:  # UltraFeedback's have messages as well
+    if 'chosen' in row:  # checked first: UltraFeedback's rows have messages as well
         answers = [row['chosen'], row['rejected']]
     elif 'messages' in row:
         return [row['messages']]
@@ -193,15 +209,20 @@ def conversations(row, style):
         asked = [dict(role='user', content=prompt(asked, row.get('input'), style))]
     if not isinstance(answers[0], list):
         answers = [[dict(role='assistant', content=said)] for said in answers]
+    # some sets repeat the prompt in their answers
     return [said if said[0]['role'] != 'assistant' else [*asked, *said] for said in answers]
 
 
 def encode_turns(messages, tokenizer):
-    """(ids, marks) of a conversation: line by line, each answer with the end-of-text behind it."""
+    """
+    (ids, marks), two lists, of a conversation without a chat template: a newline ends what is
+    asked, an end-of-text token ends an answer.
+    """
     ids, marks = [], []
     for message in messages:
         answer = message['role'] == 'assistant'
         text = message['content'] + '\n' * (not answer)
+        # a BOS only at the very beginning
         ids += [*(tokenizer.encode_rest(text) if ids else tokenizer.encode(text))]
         ids += [tokenizer.end] * answer
         marks += [TARGET * answer] * (len(ids) - len(marks))
@@ -209,7 +230,10 @@ def encode_turns(messages, tokenizer):
 
 
 def example_encoder(options):
-    """messages -> (ids, marks), in the tokenizer's chat template or as encode_turns says."""
+    """
+    The function messages -> (ids, marks) for `options`, a Preparation: by the chat template of its
+    tokenizer, if that has one and `prompt` is auto, otherwise encode_turns.
+    """
     if options.prompt == 'auto' and has_chat_template(options.tokenizer):
         from extras.chat import chat_encoder  # it needs transformers
 
@@ -219,8 +243,8 @@ def example_encoder(options):
 
 def encode_examples(rows, options, bad, encode):
     """
-    [(ids, marks, bytes of the answers, is it for validation), ...] of rows. encode: as
-    example_encoder gives it for `options`, a Preparation; bad: told of rows that cannot be used.
+    [(ids, marks, bytes of the answers, is_val), ...] of rows. options: a Preparation; encode: what
+    example_encoder(options) returns; bad: called with (where, error) for rows that cannot be used.
     """
     examples = []
     for where, row, is_val in rows:
@@ -231,12 +255,12 @@ def encode_examples(rows, options, bad, encode):
                 if not answers or not all(answers):
                     raise ValueError('no answer')
                 before = '\n'.join(m['content'] for m in messages[:-1])
-                before.encode()  # not so a lone surrogate
-                if is_val is None:
+                before.encode()  # raises for a lone surrogate
+                if is_val is None:  # by the prompt, so that all its answers are in one split
                     asked = row.get('instruction', row.get('prompt')) or before
                     is_val = options.holds_out(f'{asked}{row.get("input") or ""}')
                 ids, marks = encode(messages)
-                last = len(marks) - marks[::-1].index(TARGET)
+                last = len(marks) - marks[::-1].index(TARGET)  # nothing is learned from the rest
                 marks[0] |= START
                 size = len(''.join(answers).encode())
                 found.append((ids[:last], bytes(marks[:last]), size, is_val))
@@ -251,7 +275,10 @@ def encode_examples(rows, options, bad, encode):
 
 
 class Examples:
-    """One split of a prepared set of answers, and how examples are laid into sequences."""
+    """
+    One split of a prepared set, and how its examples become sequences. Raises UserError for a set
+    of another kind (as of `kind_of`) and for a damaged one.
+    """
 
     def __init__(self, name, data_dir, split, kind='supervised'):
         corpus, self.folder = open_corpus(name, data_dir), Path(data_dir) / name
@@ -263,6 +290,7 @@ class Examples:
         if len(self.marks) != len(self.tokens):
             raise UserError(f'{self.folder} is damaged: delete it and prepare it again')
         self.bounds = np.append(np.flatnonzero(self.marks & START), len(self.tokens))
+        # of answers alone, as the loss is
         self.bytes_per_token = corpus.meta['splits'][split]['bytes'] / (self.marks & TARGET).sum()
 
     def __len__(self):
@@ -270,25 +298,29 @@ class Examples:
 
     def fit(self, i, longest=2**31, answers=True):
         """
-        Tokens int64 and which are targets, bool, of example i, at most `longest`: what stands
-        before its first answer loses its middle, as far as that answer needs it, then the whole
-        its end. answers=False: no answer needs anything.
+        The tokens of example i, int64, and whether each is a target, bool; at most `longest`. If
+        there are more, the prompt loses its middle until the first answer fits, then the example
+        loses its end. answers=False: make no room for an answer.
         """
         rows = slice(*self.bounds[i : i + 2])
         ids, asked = self.tokens[rows].astype(np.int64), self.marks[rows] & TARGET > 0
         first = asked.argmax()
+        # the length of the first answer; at least one token is left for the prompt
         answer = min(np.append(asked[first:], False).argmin(), longest - 1) * answers
         over = max(0, first + answer - longest)
         middle = slice((first - over) // 2, (first - over) // 2 + over)
         return np.delete(ids, middle)[:longest], np.delete(asked, middle)[:longest]
 
     def prompt(self, i, longest):
-        """What stands before the first answer of example i, int64, in at most `longest` tokens."""
+        """The tokens before the first answer of example i, int64, at most `longest` of them."""
         ids, asked = self.fit(i, longest, answers=False)
         return ids[: np.append(asked, True).argmax()]
 
     def rows(self, indices, block_size):
-        """Inputs and targets (n, block_size) int64 of examples, filled up with end-of-text."""
+        """
+        Inputs and targets (n, block_size) int64 of the examples `indices`. Inputs are padded with
+        end-of-text; targets outside answers are -100.
+        """
         x, y = np.full((2, len(indices), block_size), self.ends[0], np.int64)
         y[:] = -100
         for row, i in enumerate(indices):
@@ -299,12 +331,15 @@ class Examples:
 
 
 def shuffled(positions, n, seed):
-    """Which of n examples come at `positions`: every epoch all of them, in a new order."""
-    return offsets(positions, n + 1, Order(1, seed=seed))
+    """Which of n examples come at `positions`, int64: all in every epoch, each in a new order."""
+    return offsets(positions, n + 1, Order(1, seed=seed))  # n + 1 tokens have n windows of one
 
 
 def supervised_source(knobs, name=''):
-    """The Source of a supervised set: the run's first corpus, or `name`. knobs: train.Run."""
+    """
+    The Source of a supervised set: `name`, by default the run's first corpus. knobs: train.Run.
+    Raises UserError for another kind of corpus.
+    """
     name, size = name or next(iter(knobs.corpora)), knobs.block_size
     train = Examples(name, knobs.data_dir, 'train')
     val = Examples(knobs.val_data or name, knobs.data_dir, 'val')

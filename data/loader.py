@@ -1,8 +1,7 @@
 """
-Tokens -> batches. Which tokens come at which place is a function of (seed, position) alone, where
-position counts the sequences drawn so far: nothing about the order is ever saved; it is the same
-on any number of processes, after any resume and from stage to stage, and evaluation cannot
-disturb it.
+Tokens -> batches. The order of the data is a function of (seed, position) alone, where position
+counts the sequences drawn so far. So no state of the order needs saving: it is the same on any
+number of processes, after any resume and from stage to stage, and evaluation cannot change it.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ def parse_mixture(text):
         name, _, weight = part.strip().partition(':')
         with contextlib.suppress(ValueError):
             weights[name] = float(weight or 1)
+        # a weight that is no number has no entry
         if not name or not 0 < weights.get(name, -1.0) < np.inf:
             raise UserError(f'{part!r} in data={text!r} is no NAME or NAME:WEIGHT, weight above 0')
     total = sum(weights.values())
@@ -37,7 +37,7 @@ def parse_mixture(text):
 
 
 def hash_key(*numbers):
-    """One well-mixed uint64 array out of seeds, round numbers and (arrays of) positions."""
+    """Hash seeds, round numbers and (arrays of) positions into one uint64 array."""
     key = np.uint64(0)
     with np.errstate(over='ignore'):
         for number in numbers:  # splitmix64
@@ -50,9 +50,9 @@ def hash_key(*numbers):
 
 def permute(index, n, seed, rounds=6):
     """
-    A pseudo-random permutation of 0 .. n-1, evaluated at `index` (int64 array) without storing
-    it: a Feistel network on the pairs (left, right) of an a x b grid just larger than n; what
-    falls outside n goes through again.
+    A pseudo-random permutation of 0 .. n-1, evaluated at `index` (int64 array) without storing it:
+    a Feistel network on the cells (left, right) of an a x b grid with just over n cells. Results
+    outside 0 .. n-1 are permuted again until they fall inside (cycle walking).
     """
     a = int(np.ceil(np.sqrt(n)))
     b = -(-n // a)
@@ -70,18 +70,19 @@ def permute(index, n, seed, rounds=6):
 class Order(NamedTuple):
     """How sequences are drawn."""
 
-    block_size: int  # a sequence is one token longer
-    kind: str = 'epoch'  # epoch, repeat; random: any start, drawn with replacement
+    block_size: int  # tokens of input; a sequence has one more, the last target
+    kind: str = 'epoch'  # epoch, repeat or random: see `offsets`
     seed: int = 0
-    unique_tokens: float = 0  # cap on the data, then the second epoch begins; 0: none
+    unique_tokens: float = 0  # tokens in an epoch at most; 0: the whole corpus
 
 
 def offsets(positions, n_tokens, order):
     """
     Where in a corpus of n_tokens the sequences at `positions` begin (int64 arrays). kind 'epoch':
-    aligned windows, each once per epoch, shuffled anew every epoch; 'repeat': in the order of the
-    first. With a cap, only the first so many tokens of the shuffled order are used: a capped run
-    sees what an uncapped one sees until the cap is reached.
+    aligned windows, each once per epoch, reshuffled every epoch; 'repeat': every epoch in the order
+    of the first; 'random': any offset, drawn with replacement. A cap, unique_tokens, keeps the
+    first windows of the shuffled order: until it is reached, a capped run reads what an uncapped
+    one reads. Raises UserError if the corpus is shorter than a sequence.
     """
     block_size, seed = order.block_size, order.seed
     used = windows = (n_tokens - 1) // block_size
@@ -92,11 +93,13 @@ def offsets(positions, n_tokens, order):
     if order.kind == 'random':
         if used == windows:
             return (hash_key(seed, positions) % np.uint64(n_tokens - block_size)).astype(np.int64)
+        # under a cap: one of the windows that it keeps
         place = (hash_key(seed, positions) % np.uint64(used)).astype(np.int64)
     elif order.kind == 'repeat':
         place = np.asarray(positions, dtype=np.int64) % used
     else:
         epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), used)
+        # later epochs reorder the same places; the last line maps places to windows for all
         for e in np.unique(epoch[epoch > 0]):
             place[epoch == e] = permute(place[epoch == e], used, hash_key(seed, e))
     return permute(place, windows, hash_key(seed, 0)) * block_size
@@ -104,9 +107,10 @@ def offsets(positions, n_tokens, order):
 
 def split_by_weight(positions, weights):
     """
-    Which corpus of a mixture each position draws from, and how many sequences were drawn from it
-    before: (corpus, count), int64. Exact proportions, evenly spread: the first corpus is due
-    whenever floor(position x weight) moves on; the rest is split among the others likewise.
+    (corpus, count), int64 arrays: which corpus of a mixture each position draws from, and how many
+    sequences were drawn from that corpus before. Proportions are exact and evenly spread: the first
+    corpus is due whenever floor(position x weight) increases; the other positions are split among
+    the other corpora in the same way.
     """
     corpus = np.zeros_like(positions)
     count = np.array(positions, dtype=np.int64)
@@ -125,7 +129,7 @@ def split_by_weight(positions, weights):
 def sequences(corpora, weights, order, positions):
     """
     The sequences at `positions` of a mixture: (len(positions), block_size + 1) int64. A cap on
-    unique tokens applies to each corpus by its weight.
+    unique tokens is divided among the corpora by weight.
     """
     which, count = split_by_weight(np.asarray(positions, dtype=np.int64), weights)
     tokens = np.empty((len(which), order.block_size + 1), np.int64)
@@ -154,10 +158,10 @@ class Share(NamedTuple):
 
 def batches(read, position, batch_size, micro_batch_size, share, steps):
     """
-    Yield (x, y) micro-batches from sequence `position`, of so many steps. The
-    batch_size sequences of a step are dealt to the processes like cards; each trains on its own in
-    pieces of micro_batch_size. read: positions -> what to_device takes. The next micro-batch is
-    read and copied to the GPU while the current one trains.
+    Yield the (x, y) micro-batches of `steps` steps, beginning with the sequence at `position`. The
+    batch_size sequences of a step are dealt out to the processes in turn; each reads its own in
+    micro-batches of micro_batch_size. read: positions -> sequences, as in `Source`. A thread reads
+    the next micro-batch and copies it to the GPU while the current one trains.
     """
     per_process = batch_size // share.world_size
 
@@ -178,20 +182,20 @@ def batches(read, position, batch_size, micro_batch_size, share, steps):
 
 
 def some_of(n, block_size, max_tokens):
-    """How many of n sequences have at most max_tokens tokens in all; 0: any number."""
+    """How many of n sequences fit into max_tokens tokens, at least one; all of them if it is 0."""
     return min(n, max(1, max_tokens // block_size)) if max_tokens else n
 
 
 def fixed_batches(rows, n, batch_size, share):
     """
-    Yield (x, y, number of real targets) of n examples; rows: their numbers -> x, y, of which the
-    last batch is filled up with targets of -100: all have the same shape, and every process has as
-    many.
+    Yield (x, y, number of targets other than -100) for n examples, split among the processes. rows:
+    numbers of examples -> x, y. The last batches are padded with targets of -100, so that all have
+    the same shape and every process has equally many.
     """
     mine = np.arange(n)[share.rank :: share.world_size]
     for i in range(0, -(-n // share.world_size), batch_size):
         chunk = mine[i : i + batch_size]
-        x, y = rows(np.resize(chunk, batch_size))
+        x, y = rows(np.resize(chunk, batch_size))  # repeats the chunk; an empty one gives zeros
         y[len(chunk) :] = -100
         yield *to_device((x, y), share.device), int((y != -100).sum())
 
@@ -199,7 +203,7 @@ def fixed_batches(rows, n, batch_size, share):
 def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()):  # noqa: B008
     """
     The fixed_batches of evenly spaced windows of a validation split, at most max_tokens in all
-    (0: every window).
+    (0: every window). Raises UserError if the split is shorter than a sequence.
     """
     windows = (len(tokens) - 1) // block_size
     if not windows:
@@ -209,7 +213,7 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()
     def rows(numbers):
         starts = numbers * windows // wanted * block_size
         found = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
-        return found[:, :-1], found[:, 1:].copy()  # of their own: some become -100
+        return found[:, :-1], found[:, 1:].copy()  # a copy, as targets may be set to -100
 
     return fixed_batches(rows, wanted, batch_size, share)
 
@@ -219,17 +223,17 @@ def validation_batches(tokens, block_size, batch_size, max_tokens, share=Share()
 
 
 class Source(NamedTuple):
-    """Training examples by position, and a validation split: what a stage trains on."""
+    """What a stage reads: training examples by position, and a validation split."""
 
     read: Callable  # positions, int64 (n,) -> sequences (n, T+1), or inputs and targets
     validation: Callable  # batch_size, share -> batches of (x, y, number of real targets)
     bytes_per_token: float  # of the validation split
     tokenizer: str  # kept with the model
-    masked: bool = False  # whether some targets are -100: micro-batches then count differently
+    masked: bool = False  # some targets are -100, so their number differs between micro-batches
 
 
 def text_source(knobs, corpora):
-    """The Source of corpora of text, those of `knobs` (train.Run)."""
+    """The Source of text corpora: the mixture of `knobs`, a train.Run, opened as `corpora`."""
     val = open_corpus(knobs.val_data, knobs.data_dir) if knobs.val_data else corpora[0]
     order = Order(knobs.block_size, knobs.order, knobs.seed, knobs.unique_tokens)
     read = partial(sequences, corpora, list(knobs.corpora.values()), order)

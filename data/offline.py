@@ -1,7 +1,7 @@
 """
-Corpora that need no network: `pydocs`, the documentation of Python and of the packages below,
-`pycode`, their source, and the functions they define, for `signatures`. With PYTHON and the
-versions in requirements.txt they are the same everywhere, to the bit.
+Corpora that need no network: `pydocs`, the docstrings of Python's library and of the packages
+below; `pycode`, their source; and the functions they define, for `signatures` and `preferences`.
+With PYTHON and the versions in requirements.txt they are identical on every machine.
 """
 
 import ast
@@ -14,25 +14,27 @@ from pathlib import Path
 
 from engine.log import progress_bar
 
-PYTHON = '3.11.7'  # of the corpora behind the numbers in the docs
+PYTHON = '3.11.7'  # with it the corpora were made on which the docs' numbers were measured
 PACKAGES = 'datasets matplotlib numpy pytest safetensors tiktoken torch tqdm'.split()
 SKIPPED_FOLDERS = set(
     'test tests testing idle_test _vendor vendor vendored _vendored third_party externals extern '
     'site-packages __pycache__ lib2to3 encodings'.split()
 )
-SKIPPED_FILES = re.compile(r'test_|.*_test\.py|conftest|_sysconfigdata|.*version\.py')  # generated
+# tests, and what is generated at installation
+SKIPPED_FILES = re.compile(r'test_|.*_test\.py|conftest|_sysconfigdata|.*version\.py')
 LICENCE = re.compile(r'copyright|licen[cs]ed? |all rights reserved|redistribution', re.IGNORECASE)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def versions():
-    """{package: its version}, and Python's."""
+    """The installed versions: {package: version}, and that of `python`."""
+    # without a local suffix: torch's 2.1.0+cpu has the Python files of 2.1.0
     found = {name: importlib.metadata.version(name).split('+')[0] for name in PACKAGES}
     return found | dict(python=platform.python_version())
 
 
 def other_versions():
-    """What is installed in another version than the docs' corpora are made of."""
+    """['package version', ...] of what is not installed in the version behind the docs' corpora."""
     pinned = (Path(__file__).parent.parent / 'requirements.txt').read_text(encoding='utf-8')
     wanted = dict(re.findall(r'^([\w-]+)==(\S+)', pinned, re.MULTILINE)) | dict(python=PYTHON)
     return [f'{name} {found}' for name, found in versions().items() if wanted[name] != found]
@@ -40,8 +42,8 @@ def other_versions():
 
 def source_files():
     """
-    [(name that is the same on every machine, path)] of the .py files of Python's library and of
-    the packages, without tests, vendored copies and what is generated where it is installed.
+    [(name, path)], sorted, of the .py files of Python's library and of the packages, without tests,
+    vendored copies and files generated at installation. Names are the same on every machine.
     """
     library = Path(sysconfig.get_paths()['stdlib'])
     files = {f'python/{p.relative_to(library).as_posix()}': p for p in library.rglob('*.py')}
@@ -57,7 +59,10 @@ def source_files():
 
 
 def parse_file(path):
-    """(source, nodes that have a docstring) of a file: not every installed one is valid Python."""
+    """
+    (source, AST nodes that have a docstring) of a file; ('', []) if it is not valid Python, as some
+    installed files are not.
+    """
     try:
         source = Path(path).read_text(encoding='utf-8')
         nodes = ast.walk(ast.parse(source))
@@ -67,7 +72,10 @@ def parse_file(path):
 
 
 def read_source(corpus, path):
-    """The texts of one file: its docstrings (pydocs), or its code without them (pycode)."""
+    """
+    The texts of one file: its docstrings (pydocs), or its code without them (pycode). Very short
+    ones are left out, and docstrings about licences.
+    """
     source, nodes = parse_file(path)
     if corpus == 'pydocs':
         texts = map(ast.get_docstring, nodes)
@@ -75,14 +83,17 @@ def read_source(corpus, path):
     lines = source.split('\n')
     for node in nodes:
         first, last = node.body[0].lineno - 1, node.body[0].end_lineno
-        lines[first:last] = [None] * (last - first)
+        lines[first:last] = [None] * (last - first)  # not deleted: line numbers must stay valid
     code = '\n'.join(line.rstrip() for line in lines if line is not None)
     code = re.sub(r'\A(#.*\n|\s)*', '', code).strip()  # a file's head is mostly its licence
     return [code] if len(code) >= 200 else []
 
 
 def offline_documents(options):
-    """Yield (text, is_validation) of pydocs or pycode, validation first; split by file."""
+    """
+    Yield (text, is_val) of pydocs or pycode, split by file. Validation comes first, so that
+    duplicates of its texts are removed from training, not the other way round.
+    """
     files = [(options.holds_out(name), path) for name, path in source_files()]
     files.sort(key=lambda file: not file[0])
     seen = set()
@@ -94,8 +105,8 @@ def offline_documents(options):
 
 def is_new(text, seen):
     """
-    Whether at most a third of a text was seen before, by its runs of 8 words, which are added to
-    `seen`: copies and boilerplate go, and nothing of the validation split returns in training.
+    Whether at most a third of a text's runs of 8 words are in `seen`, a set of their CRCs; if so,
+    adds them to it. This removes copies and boilerplate, and keeps validation out of training.
     """
     words = re.sub(r'[\W\d_]+', ' ', text.lower()).encode().split()
     starts = range(max(1, len(words) - 7))
@@ -107,7 +118,10 @@ def is_new(text, seen):
 
 
 def signatures():
-    """Yield (source name, signature, first line of its documentation) of functions."""
+    """
+    Yield (name of the file, signature, first line of the docstring) of functions: each line once,
+    if it has 15 to 80 characters and the signature at most 80.
+    """
     seen = set()
     for name, path in progress_bar(source_files(), desc='reading signatures', unit='file'):
         for node in parse_file(path)[1]:

@@ -1,6 +1,6 @@
 """
-Tokenizers: bytes (nothing to download), tiktoken's, or a pretrained model's own; and one text in
-the tokens of two of them.
+Tokenizers: bytes (nothing to download), tiktoken's, or a pretrained model's own; and the alignment
+of one text's tokens in two of them.
 """
 
 import codecs
@@ -29,14 +29,14 @@ from engine.tokenizer_files import (
 
 
 class Tokenizer(NamedTuple):
-    """Text to ids and back. Control tokens that are written in a text are ordinary characters."""
+    """Text to ids and back. Control tokens spelled out in a text are read as plain characters."""
 
-    encode: Any  # text -> 1-d array or list of ids, as a document or a prompt begins
+    encode: Any  # text -> the ids of `begin` and of the text, a 1-d array or a list
     decode: Any  # list of ids -> text
     vocab_size: int
     ends: tuple  # ids that end a text or an answer; the first is the one to write
-    encode_batch: Any  # texts -> encode() of each; where it takes long, in parallel
-    begin: tuple = ()  # ids that encode() writes before a text: a BOS, if it is the tokenizer's way
+    encode_batch: Any  # texts -> encode() of each, in parallel where that is slow
+    begin: tuple = ()  # ids that encode() puts before a text: a BOS, if the tokenizer uses one
 
     @property
     def end(self):
@@ -54,8 +54,8 @@ class Tokenizer(NamedTuple):
 
     def text(self, ids, prompt=()):
         """
-        The text of ids that follow those of a prompt, without ends and ids that only pad the
-        vocabulary. Both are decoded together: SentencePiece drops the space before a first word.
+        The text of `ids` that follow those of `prompt`, without end tokens and ids that only pad
+        the vocabulary. Both are decoded together, as SentencePiece drops a text's first space.
         """
         known = [i for i in ids if i not in self.ends and i < self.vocab_size]
         return self.decode([*prompt, *known])[len(self.decode([*prompt])) :]
@@ -63,16 +63,16 @@ class Tokenizer(NamedTuple):
 
 def encode_bytes(text):
     """
-    The ids that bytes_encoding gives, two hundred times faster; a lone surrogate, which is no
-    character, becomes a question mark.
+    The ids of the tokenizer `bytes`, uint8 (n,), two hundred times faster than tiktoken gives them.
+    A lone surrogate, which has no UTF-8, becomes a question mark.
     """
     return np.frombuffer(text.encode('utf-8', 'replace'), np.uint8)
 
 
 def open_tokenizer(folder):
     """
-    The tokenizers.Tokenizer in a model's folder, which cuts and fills up nothing, whatever its file
-    says. Raises UserError.
+    The tokenizers.Tokenizer in a model's folder, with truncation and padding turned off. Raises
+    UserError without the package tokenizers, or for a damaged file.
     """
     tokenizers = import_extra('tokenizers', f'{folder} needs the package tokenizers')
     try:
@@ -87,8 +87,8 @@ def open_tokenizer(folder):
 @cache
 def load_tokenizer(name):
     """
-    The Tokenizer `bytes`, of a tiktoken encoding (`gpt2`), or of a folder with a tokenizer.json, or
-    vocab.json and merges.txt (needs the package tokenizers). Raises UserError.
+    The Tokenizer of this name: `bytes`, a tiktoken encoding (`gpt2`), or a folder with
+    tokenizer.json, or vocab.json and merges.txt (needs the package tokenizers). Raises UserError.
     """
     if is_encoding(name):
         found = find_encoding(name)
@@ -104,7 +104,8 @@ def load_tokenizer(name):
             'tokenizer', name, ['bytes', *tiktoken.list_encoding_names(), 'folders that hold one']
         )
     found = open_tokenizer(name)
-    found.encode_special_tokens = True
+    found.encode_special_tokens = True  # special tokens in a text are encoded as characters
+    # `begin` is what the tokenizer adds before a text
     alone, text = found.encode('a').ids, found.encode('a', add_special_tokens=False).ids
     begin = tuple(alone[: alone.index(text[0])] if text else ())
 
@@ -122,15 +123,16 @@ def load_tokenizer(name):
 
 def encode_texts(rows, options, bad):
     """
-    [(ids, no marks, bytes, is it for validation), ...] of rows (where, record, is it for
-    validation; None: by a hash) with a text in options.text_column. options: a Preparation; bad:
-    told of rows that cannot be used.
+    [(ids, b'', bytes of the text, is_val), ...] of rows (where, record, is_val) with a text in
+    options.text_column, as encode_examples in data/instruct.py, but without marks. Ids are 1-d
+    arrays that end with end-of-text; blank texts are left out. options: a Preparation; bad: called
+    with (where, error) for rows that cannot be used.
     """
     tokenizer, texts = load_tokenizer(options.tokenizer), []
     for where, row, is_val in rows:
         try:
             text = row[options.text_column]
-            size = len(text.encode())  # not so a lone surrogate
+            size = len(text.encode())  # raises for a lone surrogate
             is_val = options.holds_out(text) if is_val is None else is_val
             texts += [(text, size, is_val)] * bool(text.strip())
         except Exception:
@@ -140,7 +142,7 @@ def encode_texts(rows, options, bad):
 
 
 def check_tokenizer(name, config):
-    """Raise UserError, with the way out, if a tokenizer has ids that a model has no rows for."""
+    """Raise UserError, with a remedy, if a tokenizer has ids beyond a GPTConfig's vocabulary."""
     rows = config.vocab_size
     if load_tokenizer(name).vocab_size > rows:
         beyond = [token for token, i in vocabulary(name).items() if i >= rows]
@@ -153,7 +155,7 @@ def check_tokenizer(name, config):
 
 
 def tokenizer_in(name):
-    """The tokenizer that a model's folder names or holds, for load_tokenizer, or ''."""
+    """The tokenizer that a model's folder names or holds, as for load_tokenizer; '' if none."""
     folder = model_folder(name)
     named = read_settings(folder, 'config.json').get('nanofamily_tokenizer')
     if isinstance(named, str) and is_encoding(named):
@@ -162,7 +164,7 @@ def tokenizer_in(name):
 
 
 def tokenizer_to_carry(name):
-    """The tokenizer that goes with what is made of a model, also one that only others can use."""
+    """The tokenizer to copy to models made from this one, even if only other tools read it."""
     folder = model_folder(name)
     return tokenizer_in(name) or (str(folder) if tokenizer_files(folder) else '')
 
@@ -178,14 +180,15 @@ def tokenizer_of_model(name):
 
 
 def same_tokenizer(one, other):
-    """Whether two tokenizers, names or folders, are one, by vocabulary and merges; '': unknown."""
+    """Whether two tokenizers have equal vocabularies and merges; True if one is '', unknown."""
     return not (one and other) or one == other or fingerprint(one) == fingerprint(other)
 
 
 # ----------------------------------------------------------------------------------------------
-# the same text in another tokenizer's tokens, for a teacher whose vocabulary is not its student's
+# the same text in another tokenizer's tokens, where teacher and student differ in vocabulary
 # (Late-to-Early Training with mismatched tokenizers, Table 5)
 
+# decodes every invalid byte to one '?', so that byte positions stay the same
 codecs.register_error('one ? a byte', lambda error: ('?' * (error.end - error.start), error.end))
 
 
@@ -197,11 +200,11 @@ def token_bytes(name):
     byte_level = 'ByteLevel' in json.dumps(content.get('decoder'))
     added = {token['content']: token['special'] for token in content['added_tokens']}
     for token, i in vocabulary(name).items():
-        if token in added:  # runs of spaces and the like, written as they are
+        if token in added:  # control tokens; also runs of spaces and the like, spelled as they are
             table[i] = b'' if added[token] else token.encode()
         elif byte_level:
             table[i] = bytes(letters[letter] for letter in token)
-        elif match := re.fullmatch('<0x([0-9A-Fa-f]{2})>', token):  # of SentencePiece
+        elif match := re.fullmatch('<0x([0-9A-Fa-f]{2})>', token):  # SentencePiece's single bytes
             table[i] = bytes.fromhex(match[1])
         else:
             table[i] = token.replace('▁', ' ').encode()
@@ -209,37 +212,42 @@ def token_bytes(name):
 
 
 def encode_spans(text, name):
-    """(ids of some bytes, int64; how many of the bytes each covers, or 0 if they are changed)."""
+    """
+    (ids, spans), int64 (n,), of `text`, bytes, in the tokenizer `name`: how many of the bytes each
+    token covers; all 0 if the tokens do not spell the same bytes, as after a normalisation.
+    """
     shown = text.decode('utf-8', 'one ? a byte')
     ids = np.array(load_tokenizer(name).encode(shown), np.int64)
     tokens = [token_bytes(name)[i] for i in ids]
     spans, found = np.array([len(token) for token in tokens], np.int64), b''.join(tokens)
-    if spaced := found == b' ' + shown.encode():  # SentencePiece begins with a space
+    if spaced := found == b' ' + shown.encode():  # SentencePiece adds a space at the beginning
         spans[np.flatnonzero(spans)[0]] -= 1
     return ids, spans * (spaced or found == shown.encode())
 
 
 def translate(ids, student, teacher):
     """
-    ids (T,) of the tokenizer `student` -> (ids of the tokenizer `teacher`, a list; the place in it
-    of each position's partner, or -1, (T,)).
+    A student's tokens in those of its teacher: ids (T,) of the tokenizer `student` -> (ids of the
+    tokenizer `teacher`, a list; for each of the T positions the index in it of its partner, or -1).
 
-    Both cut the same bytes. A token of the student covers the bytes [a, b), one of the teacher's
-    ends at some d. A position of the student is paired with the last token of the teacher that ends
-    inside it, a < d <= b: there the teacher has read nothing that the student has not. Positions in
-    which no token of the teacher ends have no partner.
+    Both tokenize the same bytes. If a student's token covers the bytes [a, b), its partner is the
+    last token of the teacher that ends at a byte d with a < d <= b: the teacher has then read
+    nothing that the student has not. Without such a token there is no partner:
+
+        student 'The' 're' ' is', teacher 'There' ' i' 's': the partners are none, 'There', 's'
     """
     table, end = token_bytes(student), load_tokenizer(student).end
-    theirs, ends, start = [], [], 0  # the teacher's ids, and the bytes before each one's end
+    theirs, ends, start = [], [], 0  # the teacher's ids; the byte at which each of them ends
     for document in np.split(ids, np.flatnonzero(ids == end) + 1):
         text = b''.join(table[i] for i in document)
         found, spans = encode_spans(text, teacher)
-        theirs += [*found, load_tokenizer(teacher).end]  # which counts as one byte
+        theirs += [*found, load_tokenizer(teacher).end]  # end-of-text counts as one byte
         ends += [*np.where(spans > 0, start + spans.cumsum(), -1), start + len(text) + 1]
         start = ends[-1]
-    after = np.cumsum([len(table[i]) + (i == end) for i in ids])
+    after = np.cumsum([len(table[i]) + (i == end) for i in ids])  # where the student's tokens end
     ends = np.array(ends)
-    places = np.flatnonzero(ends >= 0)  # of those that may be partners
+    places = np.flatnonzero(ends >= 0)  # tokens that cover bytes: no BOS, nothing normalised
     ends, places = np.append(0, ends[places]), np.append(-1, places)
-    last = np.searchsorted(ends, after, side='right') - 1
+    last = np.searchsorted(ends, after, side='right') - 1  # the last to end at or before `after`
+    # the last document is unfinished: its end-of-text goes, unless nothing else is left
     return theirs[:-1] or theirs, np.where(ends[last] > np.append(0, after[:-1]), places[last], -1)

@@ -1,4 +1,4 @@
-"""Errors that a person can fix: one line on the terminal and exit code 2, never a traceback."""
+"""Errors that users can fix: one line on the terminal and exit code 2, no traceback."""
 
 import difflib
 import errno
@@ -6,18 +6,19 @@ import importlib
 import os
 import sys
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # these name no file
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # they come without a file name
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can fix; its message is one line."""
+    """An error that the user can fix. Its message is one line and says what to do."""
 
 
 def run_as_program(main):
     """
-    Call `main(argv)` as a command: UserErrors and unusable files print one line and exit with
-    code 2, Ctrl-C exits with code 130. Text that a terminal cannot show is escaped, and a reader
-    that stops reading (| head) ends the program quietly.
+    Run main(sys.argv[1:]) and exit with the code it returns. A UserError, a file or disk error, or
+    running out of memory prints one line and exits with code 2; Ctrl-C exits with 130. Characters
+    that the terminal cannot encode are escaped. A closed pipe (| head) ends the program quietly,
+    with 141.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')
@@ -26,13 +27,14 @@ def run_as_program(main):
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing at exit either
-        sys.exit(128 + 13)
+        # redirect stdout, or Python's flush at exit would raise the error again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as if SIGPIPE had ended it
     except UserError as error:
         message = str(error)
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:
-            raise
+            raise  # not about a file or a disk: a bug
         message = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
     except RuntimeError as error:
         if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
@@ -41,7 +43,7 @@ def run_as_program(main):
     except KeyboardInterrupt:
         sys.stdout.flush()
         print('\ninterrupted', file=sys.stderr, flush=True)
-        os._exit(130)  # a file that torch had half written may abort the end of Python
+        os._exit(130)  # a normal exit can abort if torch was interrupted while writing a file
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
 
@@ -53,13 +55,19 @@ def nearest(name, known):
 
 
 def unknown(what, name, known):
-    """The UserError for a name that is not one of `known`: suggests the nearest, lists them all."""
+    """
+    A UserError, to be raised by the caller, for a name that is not in `known`: suggests the closest
+    and lists all. what: the kind of name ('variant').
+    """
     known = list(known)
     return UserError(f'no {what} {name!r}{nearest(name, known)}; choose from {", ".join(known)}')
 
 
 def import_extra(module, need):
-    """A module of requirements-extras.txt; UserError if it is missing. need: what needs it."""
+    """
+    Import a module of requirements-extras.txt. Raises UserError if it is not installed. need: the
+    beginning of that message, which says what the module is needed for.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,7 +1,7 @@
 """
-Files that are complete or absent, and folders that can be checked: `checksums.json`, a manifest,
-records the SHA-256 of the files in a folder and the run they belong to, so that a truncated,
-changed or exchanged file is reported before it is used.
+Atomic writes, locks and manifests. A manifest, `checksums.json`, records the SHA-256 of the files
+in a folder and the run they belong to, so that a truncated, modified or swapped file is detected
+before it is used.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from engine.errors import UserError
 
 def commit_file(temporary, path):
     """
-    Flush a finished file to the disk, then rename it: a power cut leaves the old or the new. Others
-    may read it as the umask says, though safetensors writes for its owner alone.
+    Flush a finished file to disk, then rename it to `path`: even a power cut leaves either the old
+    file or the new one. Permissions follow the umask; safetensors would let only the owner read it.
     """
-    umask = os.umask(0)
+    umask = os.umask(0)  # the umask can only be read by setting it
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     with open(temporary, 'rb') as file:
@@ -34,8 +34,9 @@ def commit_file(temporary, path):
 
 def write_atomically(path, text):
     """
-    Write a text file so that a reader sees the old content or the new, never a part of it; what is
-    no file, /dev/null or a pipe, is written to. Raises UserError for what is no text.
+    Write a text file atomically: readers see the old content or the new, never a part of it. A path
+    that is not a regular file (/dev/null, a pipe) is written to directly. Raises UserError for text
+    that UTF-8 cannot encode.
     """
     path, temporary = Path(path), Path(f'{path}.tmp')
     try:
@@ -64,6 +65,7 @@ def read_json(path, **types):
         if not isinstance(content, dict):
             raise TypeError('not an object')
         for key, kind in types.items():
+            # a bool is an instance of int, but no number in these files
             if not isinstance(content[key], kind) or isinstance(content[key], bool):
                 raise TypeError(f'{key} is {content[key]!r}')
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -75,10 +77,11 @@ def read_json(path, **types):
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """
-    Hold FOLDER.lock, so that two processes do not write to one folder; the system frees it however
-    the process ends. wait: until another has done; otherwise raises UserError.
+    Hold a lock on FOLDER.lock, so that only one process writes to a folder. The operating system
+    releases it however the process ends. If another process has the lock, wait for it (wait=True)
+    or raise UserError.
     """
-    path = Path(f'{os.path.realpath(folder)}.lock')  # which a link to itself does not stop
+    path = Path(f'{os.path.realpath(folder)}.lock')  # Path.resolve() can raise on a circular link
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -88,15 +91,15 @@ def locked(folder, wait=False):
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held
+        path.unlink(missing_ok=True)  # before the release: later it may be another process's lock
         lock.release()
 
 
 @contextlib.contextmanager
 def new_folder(target):
     """
-    Yield a folder beside `target` that gets its name when the block has ended, and is removed when
-    it fails. Raises UserError if `target` exists, or another process makes it.
+    Yield a temporary folder next to `target`, which is renamed to `target` when the block succeeds
+    and removed when it fails. Raises UserError if `target` exists or another process is writing it.
     """
     target, unfinished = Path(target), Path(f'{target}.partial')
     if target.exists():
@@ -159,7 +162,7 @@ def read_manifest(folder):
 
 
 def damage_of(path, expected):
-    """What is wrong with a file of this SHA-256, as a sentence, or ''."""
+    """A sentence that says what is wrong with a file that should have this SHA-256, or ''."""
     if not path.is_file():
         return f'{path} is missing'
     if checksum(path) != expected:
@@ -169,9 +172,9 @@ def damage_of(path, expected):
 
 def find_damage(folder, owner=None, rank=0, world_size=1):
     """
-    The first problem with the files listed in a folder's manifest, as a sentence that starts with
-    the file's name, or ''. owner: the run they must belong to; None accepts any. Several
-    processes can each check their share.
+    The first problem with the files in a folder's manifest, as a sentence that starts with the path
+    of the file, or ''. owner: the hash of the run they must belong to; None accepts any. rank,
+    world_size: check only every world_size-th file, from `rank` on.
     """
     try:
         manifest = read_manifest(folder)

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from engine.errors import UserError
 
-SCRIPTS = ('Skylion007/openwebtext', 'csebuetnlp/xlsum')  # datasets runs none: their parquet twins
-WAY_OUT = (
+# loading scripts, which `datasets` no longer runs: the hub's conversion to parquet is read instead
+SCRIPTS = ('Skylion007/openwebtext', 'csebuetnlp/xlsum')
+WAY_OUT = (  # the default advice at the end of an error message
     'offline, use pydocs or pycode, or files of your own: python data/prepare.py "texts/*.txt"'
 )
 
 
 def within(seconds, function, what, way_out=WAY_OUT):
-    """function(); UserError, `what`, if it raises something or has not returned after `seconds`."""
+    """
+    Return function(). Raises UserError if it fails or takes longer than `seconds`; the message
+    consists of `what`, which went wrong, and `way_out`, what the user can do.
+    """
     try:
-        with ThreadPool(1) as pool:  # a call that hangs does not keep the program from ending
+        with ThreadPool(1) as pool:  # a thread, so that a hanging call cannot block the program
             return pool.apply_async(function).get(seconds)
     except multiprocessing.TimeoutError:
         raise UserError(f'{what} (no answer within {seconds} s); {way_out}') from None
@@ -27,8 +31,9 @@ def within(seconds, function, what, way_out=WAY_OUT):
 
 def reach_hub(what, way_out=WAY_OUT):
     """
-    Raise UserError within seconds if the hub does not answer: its own client retries for minutes
-    where packets are dropped. Offline mode (HF_HUB_OFFLINE) asks nothing: the cache decides.
+    Raise UserError within seconds if the hub does not answer; its own client would retry for
+    minutes if packets are dropped. what: what the hub is needed for. In offline mode
+    (HF_HUB_OFFLINE) there is no request: the client then reads its cache only.
     """
     import requests
     from huggingface_hub import constants
@@ -43,7 +48,7 @@ def hub_source(repository, configuration, split):
     if repository in SCRIPTS:
         files = f'hf://datasets/{repository}@refs%2Fconvert%2Fparquet/{configuration}/*{split}/*'
         return dict(path='parquet', data_files=files, split='train')
-    if '.' in split:  # the names of its files
+    if '.' in split:  # file names instead of a split
         return dict(path=repository, data_files=split, split='train')
     if repository == 'bigcode/starcoderdata':  # its configurations are folders
         return dict(path=repository, data_dir=configuration, split=split)
@@ -53,8 +58,9 @@ def hub_source(repository, configuration, split):
 @functools.cache
 def model_folder(name):
     """
-    The folder of a model: `name` itself, or the download of the hub model OWNER/NAME, or NAME for
-    the oldest (gpt2). Weights in pickles are fetched only where there are no others. UserError.
+    The local folder of a model. A path, or a name that cannot be a hub model, is returned as it is;
+    a hub model, OWNER/NAME (or NAME: gpt2), is downloaded once. Pickled weights are downloaded only
+    if there are no safetensors. Raises UserError.
     """
     if Path(name).exists() or not re.fullmatch(r'([\w.-]+/)?\w[\w.-]*', str(name)):
         return Path(name)
@@ -69,7 +75,7 @@ def model_folder(name):
         if not any(folder.glob('model*.safetensors')):
             folder = Path(download(allow_patterns=[*files, 'pytorch_model*.bin']))
         return folder
-    except Exception as error:  # its own, the system's, or those of whichever HTTP client it uses
+    except Exception as error:  # from the hub's client, the system or the HTTP library
         reason = type(error).__name__
         raise UserError(
             f'{name} is not a folder, and the hub does not provide it ({reason}); {way_out}'

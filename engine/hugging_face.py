@@ -1,8 +1,8 @@
 """
-Our models as Hugging Face folders and back: which architecture of transformers computes the same
-function, its config.json, the names and layouts in which it stores our tensors, and the files that
-hold them. GPT-2, Llama (also OpenLLaMA, SmolLM2, Mistral), Qwen2, Qwen3, GPT-NeoX (Pythia) and OPT
-can be read; what we save opens there.
+Conversion between our models and Hugging Face folders: which architecture of transformers computes
+the same function, config.json, the names and layouts of the tensors, and the weight files. GPT-2,
+Llama (also OpenLLaMA, SmolLM2, Mistral), Qwen2, Qwen3, GPT-NeoX (Pythia) and OPT can be read, and
+transformers can load what we save of these architectures.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ from engine.files import commit_file, find_damage, read_json
 
 
 class Family(NamedTuple):
-    """How transformers describes one architecture."""
+    """How one architecture of transformers maps to GPTConfig and our tensor names."""
 
-    architecture: str
-    layer: str  # prefix of the names in layer {}
-    names: dict  # our names -> theirs
-    fields: dict  # our configuration's fields -> theirs
-    switches: dict  # fields of ours that the architecture fixes
-    demands: dict  # fields of theirs that must have this value for our block to be the same
+    architecture: str  # class name in transformers
+    layer: str  # prefix of tensor names in a layer; {}: its number
+    names: dict  # our module names -> theirs
+    fields: dict  # fields of GPTConfig -> keys of config.json
+    switches: dict  # fields of GPTConfig that the architecture fixes, with their values
+    demands: dict  # keys of config.json -> the only value that our model supports
 
 
 def read_families():
     """
-    {model type: Family}, from architectures.toml. One that is `like` another has what that has, but
-    for what it says itself; "" takes an entry away.
+    {model type: Family}, from architectures.toml. `like` inherits from an earlier table; a table's
+    own entries override inherited ones, and "" removes one.
     """
     content = (Path(__file__).parent / 'architectures.toml').read_text(encoding='utf-8')
     tables = tomllib.loads(content)
     for name, table in tables.items():
-        like = tables.get(table.pop('like', ''), {})  # an earlier one, which is whole
+        like = tables.get(table.pop('like', ''), {})  # an earlier table, complete by now
         for part in ('names', 'fields', 'switches', 'demands'):
             entries = like.get(part, {}) | table.get(part, {})
             table[part] = {key: value for key, value in entries.items() if value != ''}
@@ -61,13 +61,15 @@ FROM_ACTIVATIONS = {
     'gelu': 'gelu_exact',
     'relu': 'relu',
 }
+# keys of config.json for the four numbers of GPTConfig.rope_scaling
 LLAMA3 = 'factor low_freq_factor high_freq_factor original_max_position_embeddings'.split()
-TIED_BY_DEFAULT = {'gpt2', 'opt'}
-BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # no weights
+TIED_BY_DEFAULT = {'gpt2', 'opt'}  # if config.json has no tie_word_embeddings
+BUFFERS = re.compile(r'\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$')  # not weights
 
 
 def family_of(config):
-    """The model type of the transformers architecture that computes the same as ours, or None."""
+    """The model type of the transformers architecture equivalent to a GPTConfig, or None."""
+    # without a head_dim field: as many key/value as query heads, of n_embd / n_head dimensions
     plain = config.n_head * config.head_dim == config.n_embd == config.n_kv_head * config.head_dim
     for model_type, family in FAMILIES.items():
         same = all(getattr(config, field) == value for field, value in family.switches.items())
@@ -83,16 +85,16 @@ def family_of(config):
 
 
 class Stored(NamedTuple):
-    """A tensor of transformers: our tensors in it, and how they are packed."""
+    """A tensor of transformers: which of our tensors it holds, and in which layout."""
 
-    names: list  # ours; empty: a bias of zeros, where we have none
-    packed: str = ''  # '' (rows one below the other), transposed, by head, or offset
+    names: list  # our tensors; empty: a bias of zeros that our model does not have
+    packed: str = ''  # '' (rows concatenated), 'transposed', 'by head' or 'offset': see `pack`
 
 
 def layout(config, names):
     """
-    How transformers stores our tensors `names`: {its name: Stored}. What no architecture of
-    transformers equals is stored as it is.
+    How transformers stores our tensors `names`: {its name: Stored}. If no architecture of
+    transformers is equivalent to `config`, our own names and layouts are used.
     """
     model_type = family_of(config)
     if model_type is None:
@@ -102,7 +104,7 @@ def layout(config, names):
         layer, stem, kind = re.match(r'(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)$', name).groups()
         packed = ''
         if model_type == 'gpt2' and layer and kind == 'weight' and 'norm' not in stem:
-            packed = 'transposed'
+            packed = 'transposed'  # GPT-2 uses Conv1D, whose weights are (in, out)
         elif model_type == 'gpt_neox' and stem in ('attn.q', 'attn.k', 'attn.v'):
             packed = 'by head'
         elif model_type == 'opt' and stem == 'wpe':
@@ -110,7 +112,7 @@ def layout(config, names):
         prefix = family.layer.format(layer) if layer else ''
         theirs = f'{prefix}{family.names[stem]}.{kind}'
         stored.setdefault(theirs, Stored([], packed)).names.append(name)
-    if model_type == 'gpt2' and not config.bias:
+    if model_type == 'gpt2' and not config.bias:  # GPT-2 in transformers always has these biases
         for theirs in list(stored):
             if theirs.startswith(('transformer.h.', 'transformer.ln_f.')):
                 stored[theirs.replace('.weight', '.bias')] = Stored([])
@@ -118,8 +120,8 @@ def layout(config, names):
 
 
 def pack(parts, packed, config):
-    """Our tensors as the one that transformers stores."""
-    if packed == 'by head':  # GPT-NeoX: q, k and v of a head stand together
+    """Combine our tensors `parts` into the one that transformers stores. packed: as in Stored."""
+    if packed == 'by head':  # GPT-NeoX: rows ordered by head, and within a head q, k, v
         heads = [part.unflatten(0, (config.n_head, -1)) for part in parts]
         return torch.stack(heads, 1).flatten(0, 2)
     if packed == 'offset':  # OPT's positions begin at row 2
@@ -129,7 +131,7 @@ def pack(parts, packed, config):
 
 
 def unpack(tensor, sizes, packed, config):
-    """Our tensors, of as many rows as `sizes` says, in the one that transformers stores."""
+    """The inverse of `pack`: split a tensor into ours, which have `sizes` rows."""
     if packed == 'by head':
         heads = tensor.unflatten(0, (config.n_head, 3, -1))
         return [part.flatten(0, 1) for part in heads.unbind(1)]
@@ -139,7 +141,7 @@ def unpack(tensor, sizes, packed, config):
 
 
 def tensors_to_hugging_face(config, state):
-    """Our tensors, {name: tensor}, as transformers stores them."""
+    """Convert our {name: tensor} to the names and layouts of transformers."""
     tensors = {}
     for theirs, (names, packed) in layout(config, state).items():
         if names:
@@ -147,24 +149,24 @@ def tensors_to_hugging_face(config, state):
             tensors[theirs] = pack(parts, packed, config).contiguous()
         else:
             weight = tensors[theirs.replace('.bias', '.weight')]
-            tensors[theirs] = weight.new_zeros(weight.shape[-1])
+            tensors[theirs] = weight.new_zeros(weight.shape[-1])  # Conv1D: the last is the output
     return tensors
 
 
 def with_usual_names(config, tensors):
-    """The tensors of a folder without buffers, named as today's transformers name them."""
+    """Drop buffers and tied heads from a folder's tensors; use current transformers' names."""
     known = [name for name in tensors if not BUFFERS.search(name)]
-    if config.tied:  # some save the head too
+    if config.tied:  # some folders store the head as well
         known = [name for name in known if not name.startswith(('lm_head.', 'embed_out.'))]
-    old = family_of(config) == 'gpt2' and 'wte.weight' in known  # without their common prefix
+    old = family_of(config) == 'gpt2' and 'wte.weight' in known  # lacks the prefix `transformer.`
     prefix = {name: 'transformer.' if old and name != 'lm_head.weight' else '' for name in known}
     return {prefix[name] + name: tensors[name] for name in known}
 
 
 def tensors_from_hugging_face(config, tensors, template):
     """
-    Our tensors, with the names and shapes of `template` (on meta), from a folder's. Raises
-    UserError for what does not fit.
+    Convert a folder's {name: tensor} to ours. template: our {name: tensor} on meta, for names and
+    shapes. Raises UserError for tensors that are missing, surplus, misshapen or not finite.
     """
     tensors, stored, state = with_usual_names(config, tensors), layout(config, template), {}
     wanted = [theirs for theirs, (names, _) in stored.items() if names]
@@ -175,6 +177,7 @@ def tensors_from_hugging_face(config, tensors, template):
         (names, packed), tensor = stored[theirs], tensors[theirs]
         check_finite(theirs, tensor)
         ours = [template[name] for name in names]
+        # packing meta tensors costs nothing and gives the shape that the file should have
         shape, found = tuple(pack(ours, packed, config).shape), tuple(tensor.shape)
         if found != shape:
             raise UserError(f'{theirs} has shape {found}, the configuration says {shape}')
@@ -188,13 +191,16 @@ def tensors_from_hugging_face(config, tensors, template):
 
 
 def config_to_hugging_face(config, dtype=torch.float32):
-    """The content of config.json. `nanofamily` holds our fields: reading it back is exact."""
+    """
+    The content of config.json for a GPTConfig. The entry `nanofamily` holds all of its fields, so
+    that read_fields restores it exactly. dtype: of the saved weights.
+    """
     content = dict(
         nanofamily=asdict(config),
         vocab_size=config.vocab_size,
         tie_word_embeddings=config.tied,
         torch_dtype=str(dtype).removeprefix('torch.'),
-        bos_token_id=None,
+        bos_token_id=None,  # otherwise transformers assumes the architecture's default ids
         eos_token_id=None,
     )
     model_type = family_of(config)
@@ -214,12 +220,12 @@ def config_to_hugging_face(config, dtype=torch.float32):
     elif model_type == 'gpt_neox':
         content |= dict(rotary_pct=config.rotary_fraction, rotary_emb_base=config.rope_theta)
     elif model_type == 'gpt2':
-        content |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        content |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # 0.1 by default
     return content
 
 
 def rope_scaling(config):
-    """Llama 3's entry in config.json for RoPE stretched to a longer context, or None."""
+    """The rope_scaling entry of config.json (only Llama 3's kind is supported), or None."""
     if not config.rope_scaling:
         return None
     scaling = dict(zip(LLAMA3, config.rope_scaling), rope_type='llama3')
@@ -228,8 +234,9 @@ def rope_scaling(config):
 
 def read_fields(folder):
     """
-    The fields of GPTConfig for the model in a folder; a head in its files counts, whatever
-    config.json says. Raises UserError and what a damaged file raises.
+    Read the GPTConfig fields of the model in a folder. In a folder that we did not write, a
+    separate output head among the weights overrides a config.json that says they are tied. Raises
+    UserError, or any exception that a damaged config.json causes.
     """
     content = read_json(Path(folder) / 'config.json')
     fields = config_from_hugging_face(content)
@@ -239,7 +246,10 @@ def read_fields(folder):
 
 
 def config_from_hugging_face(content):
-    """The fields of GPTConfig that a config.json describes. UserError: not what we compute."""
+    """
+    The GPTConfig fields for the content of a config.json. Raises UserError for a model that we do
+    not support.
+    """
     if 'nanofamily' in content:
         fields = content['nanofamily']
         return fields | dict(rope_scaling=tuple(fields.get('rope_scaling', ())))
@@ -254,14 +264,14 @@ def config_from_hugging_face(content):
         if content.get(theirs) is not None:
             fields[field] = content[theirs]
     if model_type == 'gpt2':
-        fields['bias'] = True
+        fields['bias'] = True  # its config.json has no entry for biases
     if 'act' in family.fields and 'act' in fields:
         if fields['act'] not in FROM_ACTIVATIONS:
             raise UserError(f'{model_type} with the activation {fields["act"]!r} cannot be read')
         fields['act'] = FROM_ACTIVATIONS[fields['act']]
     if fields['pos'] == 'rope':
         fields |= rope_from_hugging_face(content)
-        if model_type != 'gpt_neox':
+        if model_type != 'gpt_neox':  # only GPT-NeoX rotates a part of each head
             fields['rotary_fraction'] = 1.0
     return fields
 
@@ -284,9 +294,13 @@ def check_supported(model_type, content):
 
 
 def rope_from_hugging_face(content):
-    """RoPE's fields, which config.json has held in three ways over the years."""
+    """
+    The RoPE fields of GPTConfig. Versions of transformers store them at the top level of
+    config.json, in rope_scaling or in rope_parameters. Raises UserError for unknown types of RoPE.
+    """
     rope = (content.get('rope_scaling') or {}) | (content.get('rope_parameters') or {})
     theta = content.get('rope_theta', content.get('rotary_emb_base', 1e4))
+    # 0.25: GPT-NeoX's default; config_from_hugging_face ignores it for other architectures
     fraction = rope.get('partial_rotary_factor', content.get('rotary_pct', 0.25))
     fields = dict(rope_theta=float(rope.get('rope_theta', theta)), rotary_fraction=float(fraction))
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -298,17 +312,18 @@ def rope_from_hugging_face(content):
 
 
 # ----------------------------------------------------------------------------------------------
-# the files with the weights: safetensors, one or several with an index
+# weight files: safetensors, one or several with an index
 
-SHARD_BYTES = 5 * 10**9  # weights in one file, as on the hub
+SHARD_BYTES = 5 * 10**9  # maximum size of a weight file, as on the hub
+# the names that architectures give to the output head and the token embedding
 HEADS = re.compile(r'(^|\.)(lm_head|embed_out|wte|embed_in|embed_tokens)\.weight$')
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # allowed for weights
 
 
 def weight_files(folder):
     """
-    The files with a model's weights: safetensors, or pickles where there is nothing else. Raises
-    UserError where there are none, or they changed since they were written.
+    The weight files of a model folder: safetensors, or pickles if there are none. Raises UserError
+    if there are neither, or if the folder's manifest shows that a file is damaged.
     """
     folder = Path(folder)
     if (folder / 'checksums.json').is_file() and (damage := find_damage(folder)):
@@ -319,19 +334,21 @@ def weight_files(folder):
             return [folder / name]
         if index.is_file():
             listed = read_json(index, weight_map=dict)['weight_map'].values()
+            # .name: an index must not lead outside the folder
             return sorted({folder / Path(str(file)).name for file in listed})
     raise UserError(f'{folder} has no weights (model.safetensors)')
 
 
 def read_file(file, device='cpu'):
     """
-    {name: tensor} of a file of weights: safetensors, or a pickle, as older repositories of the hub
-    have, read by torch's reader that knows tensors and nothing else, so that no code of the file
-    runs. Raises UserError.
+    Read {name: tensor} from a weight file: safetensors, or a pickle, as in older repositories on
+    the hub. Pickles are loaded with weights_only=True, so that none of their code runs. Raises
+    UserError.
     """
     try:
         if file.suffix != '.bin':
             return load_file(file, str(device))
+        # only torch's current format, a zip file, can be memory-mapped
         found = torch.load(file, device, weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
             raise TypeError('it holds other things than tensors by name')
@@ -352,36 +369,37 @@ def has_other_head(folder):
     """Whether the files of a folder hold a head that is not the token embedding."""
     found, folder = {}, Path(folder)
     for file in [*folder.glob('model*.safetensors')] or [*folder.glob('pytorch_model*.bin')]:
-        with contextlib.suppress(UserError):  # damage, which read_tensors names
-            tensors = read_file(file)  # mapped, not copied
+        with contextlib.suppress(UserError):  # read_tensors will report the damage
+            tensors = read_file(file)  # memory-mapped, not copied
             for name in filter(HEADS.search, tensors):
-                found[name] = tensors[name].bfloat16()  # of one matrix, one may be rounded
+                found[name] = tensors[name].bfloat16()  # a copy may have been rounded
     return len(found) == 2 and not torch.equal(*found.values())
 
 
 def check_finite(name, tensor):
-    """Raise UserError for numbers that are not finite, or no weights: quantised, say."""
+    """Raise UserError unless all values are finite and the dtype is in DTYPES (not quantised)."""
     if tensor.dtype not in DTYPES:
         kind = str(tensor.dtype).removeprefix('torch.')
         raise UserError(f'{name} is {kind}, not one of float64, float32, bfloat16 and float16')
-    if tensor.sum().isfinite():  # only if all terms are; fifteen times faster than to ask each
+    if tensor.sum().isfinite():  # then all values are; 15 times faster than checking each
         return
-    if not tensor.isfinite().all():  # or the sum alone is too large
+    if not tensor.isfinite().all():  # otherwise only the sum overflowed
         raise UserError(f'{name} has values that are not finite in {tensor.dtype}')
 
 
 def write_tensors(folder, tensors):
     """
-    Write {name: tensor} as the weights of a model folder, in place of those it had: several files
-    with an index where one would have more than SHARD_BYTES.
+    Write {name: tensor} as the weights of a model folder, replacing earlier ones: one file, or
+    several with an index above SHARD_BYTES. Raises UserError for values that are not finite,
+    OSError if writing fails.
     """
-    from huggingface_hub import save_torch_state_dict  # a second, which not every command needs
+    from huggingface_hub import save_torch_state_dict  # imported here, as it takes a second
 
     folder = Path(folder)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         for name, tensor in tensors.items():
-            check_finite(name, tensor)  # float16 has a small range
-        # a view of a larger storage, as FSDP gathers them, is refused: give it its own
+            check_finite(name, tensor)  # conversion to float16 may have overflowed
+        # safetensors refuses views of a larger storage, which FSDP returns: copy them
         own = {
             name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for name, tensor in tensors.items()
@@ -390,9 +408,9 @@ def write_tensors(folder, tensors):
             save_torch_state_dict(own, unfinished, max_shard_size=SHARD_BYTES)
         except SafetensorError as error:  # mostly a full disk
             raise OSError(errno.EIO, str(error), str(folder)) from error
-        written = sorted(Path(unfinished).iterdir())  # the index last
+        written = sorted(Path(unfinished).iterdir())  # the index sorts after the files it lists
         for path in written:
             commit_file(path, folder / path.name)
-    for path in folder.glob('model*.safetensors*'):  # of an earlier model
+    for path in folder.glob('model*.safetensors*'):  # remove files of an earlier model
         if path.name not in {new.name for new in written}:
             path.unlink()

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files import write_atomically
 
-# the progress bar of a loop: gone when it is done, and none where there is no terminal
+# a progress bar that is removed when the loop ends, and not shown without a terminal
 progress_bar = partial(tqdm, leave=False, disable=None)
 
 
 def truncate_metrics(path, step):
-    """Drop what metrics.jsonl logged after `step`: it is trained, and logged, again."""
+    """Drop the lines of metrics.jsonl after `step`, which will be trained and logged again."""
     path, kept = Path(path), []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
         with contextlib.suppress(Exception):  # a crash may cut a line
@@ -40,28 +40,28 @@ def read_metrics(folder):
 
 
 class Log:
-    """Where the lines of metrics of a stage go: its file and the terminal."""
+    """Writes a stage's metrics to metrics.jsonl and shows a progress bar, on process 0 only."""
 
     def __init__(self, stage, knobs, steps, start, is_main):
-        """start: the step from which it is trained now; what was logged after it goes."""
+        """start: the step at which training starts or resumes; later lines are dropped."""
         self.file = Path(knobs.out_dir) / stage.name / 'metrics.jsonl' if is_main else None
         if is_main and start:
             truncate_metrics(self.file, start)
         elif is_main:
             self.file.unlink(missing_ok=True)
-        one = knobs.batch_size * knobs.block_size
+        one = knobs.batch_size * knobs.block_size  # tokens in a step
         self.bar = tqdm(
             desc=stage.name,
             initial=start * one,
             total=steps * one,
             unit='tok',
             unit_scale=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a log file keeps each bar
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; log files keep every update
             disable=not is_main,
         )
 
     def add(self, line):
-        """Add a line, a dict."""
+        """Append a line of metrics, {name: value}, and show its losses next to the bar."""
         shown = {name: f'{line[name]:.3f}' for name in ('loss', 'val_loss') if name in line}
         self.bar.set_postfix(shown, refresh=False)
         if self.file:
@@ -71,19 +71,19 @@ class Log:
 
 class Meter(dict):
     """
-    Means of scalars, kept on the device: the host waits only when they are read. {name: tensor
-    (sum of value x count, sum of counts)}.
+    Means of scalars, accumulated on the device, so that the host waits only in `read`. The dict
+    holds {name: tensor (sum of value x count, sum of counts)}.
     """
 
     def add(self, scalars, count=1.0):
-        """Add {name: tensor without dimensions}, means over `count` terms."""
+        """Add {name: 0-d tensor}, each a mean over `count` terms (a number or a 0-d tensor)."""
         for name, value in scalars.items():
             count = torch.as_tensor(count, dtype=torch.float32, device=value.device)
             pair = torch.stack((value.detach().float() * count, count))
             self[name] = self[name] + pair if name in self else pair
 
     def read(self):
-        """{name: mean since the last call, over the terms of all processes}."""
+        """{name: mean since the last call}, over all processes, each of which must call this."""
         sums = torch.stack(list(self.values()))
         if dist.is_initialized():
             dist.all_reduce(sums)

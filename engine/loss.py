@@ -1,12 +1,15 @@
 """
-The head and its losses without the logits: (B T, V) float32 numbers would be the largest tensor
-of a training step, and nothing needs them all at once. `fused_linear_cross_entropy` goes through
-the positions in chunks; since the loss is a scalar, it makes the gradients of hidden states and
-head in the same pass, and each chunk's logits are computed once and forgotten.
+The output head and its losses, without storing all logits: (B T, V) float32 numbers would be the
+largest tensor of a training step. `fused_linear_cross_entropy` processes the positions in chunks.
+Since the loss is a scalar, the forward pass can already compute the gradients with respect to
+hidden states and head; the backward pass only scales them. So each chunk's logits are computed once
+and then discarded.
 
     loss = CE(targets)                                                          without a teacher
     loss = alpha CE(targets) + (1 - alpha) T^2 KL(teacher / T || student / T)   with one
-           (reverse: KL(student || teacher))
+           (reverse: KL(student / T || teacher / T))
+
+where teacher / T is the softmax of the teacher's logits divided by the temperature T.
 """
 
 import math
@@ -21,21 +24,21 @@ IGNORED = -100  # the target of positions excluded from the loss
 
 
 class Distillation(NamedTuple):
-    """A teacher's part in the loss."""
+    """The teacher's outputs for a batch, and how they enter the loss."""
 
     hidden: torch.Tensor  # (..., C'), after its final norm
     weight: torch.Tensor  # its head (V', C'); rows beyond the smaller of V and V' are ignored
-    alpha: float = 0.5  # weight of the data; 1 - alpha is the teacher's
+    alpha: float = 0.5  # weight of the cross entropy; 1 - alpha is that of the KL term
     temperature: float = 1.0  # T
     reverse: bool = False  # KL(student || teacher) instead of KL(teacher || student)
 
 
 def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
     """
-    (loss, cross entropy, divergence), scalars in nats, means over the positions whose target is
-    not -100; only the loss has a gradient. hidden (..., C), after the final norm; weight (V, C);
-    targets (...) int64; teacher: a Distillation or None. Matrix products run in autocast's dtype,
-    everything else at least in float32.
+    (loss, cross entropy, T^2 KL): scalars in nats, averaged over the positions whose target is not
+    -100. Only the loss is differentiable, with respect to hidden and weight. hidden: (..., C),
+    after the final norm; weight: (V, C); targets: (...) int64; teacher: a Distillation or None.
+    Matrix products run in autocast's dtype, everything else in float32 at least.
     """
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
@@ -47,8 +50,8 @@ def fused_linear_cross_entropy(hidden, weight, targets, teacher=None):
 
 def padded_head(weight, dtype):
     """
-    A copy of the (V, C) head in `dtype`, with rows of zeros up to a multiple of 64: GPUs multiply
-    matrices of odd sizes slower. No model, file or loss knows of this padding.
+    A copy of the (V, C) head in `dtype`, padded with rows of zeros to a multiple of 64, as GPUs are
+    slower on matrices of odd sizes. Nothing outside this file sees the padding.
     """
     padded = weight.new_zeros(-(-len(weight) // 64) * 64, weight.shape[1], dtype=dtype)
     padded[: len(weight)] = weight
@@ -64,15 +67,20 @@ def softmax_(logits):
 
 
 def less_at(target, p, share):
-    """p (n, V), overwritten, less `share` (n, 1) at the columns `target` (n, 1)."""
-    if torch.compiler.is_compiling():  # which fuses a comparison with the passes around it
+    """Subtract `share` (n, 1) from p (n, V) at the columns `target` (n, 1); may overwrite p."""
+    if torch.compiler.is_compiling():  # unlike a scatter, this is fused with the operations around
         columns = torch.arange(p.shape[-1], device=p.device)
         return p - torch.where(columns == target, share, 0)
     return p.scatter_add_(-1, target, -share)
 
 
 def forward_divergence(student, teacher):
-    """(slope in each logit, KL(teacher || student) (n, 1)) of logits (n, V), overwritten."""
+    """
+    (gradient with respect to the student's logits (n, V), KL(teacher || student) (n, 1)), given
+    logits (n, V), which are overwritten. With logits s and t, q = softmax(s) and p = softmax(t):
+
+        KL(p || q) = sum p (t - s) + logsumexp(s) - logsumexp(t),    gradient q - p
+    """
     gap = teacher - student
     normaliser = softmax_(student) - softmax_(teacher)
     value = torch.linalg.vecdot(teacher, gap)[:, None] + normaliser
@@ -80,7 +88,12 @@ def forward_divergence(student, teacher):
 
 
 def reverse_divergence(student, teacher):
-    """(slope in each logit, KL(student || teacher) (n, 1)) of logits (n, V), overwritten."""
+    """
+    (gradient with respect to the student's logits (n, V), KL(student || teacher) (n, 1)), given
+    logits (n, V), which are overwritten. With q and p as in forward_divergence:
+
+        KL(q || p) = sum q log(q / p),    gradient q (log(q / p) - KL)
+    """
     gap = student - teacher
     gap += softmax_(teacher) - softmax_(student)
     value = torch.linalg.vecdot(student, gap)[:, None]
@@ -88,7 +101,10 @@ def reverse_divergence(student, teacher):
 
 
 class _FusedLoss(torch.autograd.Function):
-    """hidden (n, C), weight (V, C), targets (n,), a Distillation or None; dtype of products."""
+    """
+    fused_linear_cross_entropy on hidden (n, C) and targets (n,). dtype: of the matrix products;
+    learning: whether gradients are needed.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, dtype, learning):
@@ -98,18 +114,18 @@ class _FusedLoss(torch.autograd.Function):
         step = max(256, most // V)  # positions whose logits exist at once
         exact = torch.promote_types(dtype, torch.float32)
         shares = (targets != IGNORED).to(exact)
-        shares = shares / shares.sum().clamp(min=1)  # of each position in the mean
+        shares = shares / shares.sum().clamp(min=1)  # each position's weight in the mean
         data_loss = divergence = shares.new_zeros(())
         head = weight if weight.dtype == dtype else padded_head(weight, dtype)
         teacher_head = teacher_weight[:V].to(dtype) if teacher else head
-        common = len(teacher_head)  # one tokenizer, heads padded differently
+        common = len(teacher_head)  # min(V, V'): one tokenizer, but heads padded differently
         diverge = reverse_divergence if reverse else forward_divergence
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros_like(weight, dtype=exact)
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             h, share = hidden[rows].to(dtype), shares[rows][:, None]
-            target = targets[rows].clamp(min=0)[:, None]
+            target = targets[rows].clamp(min=0)[:, None]  # -100 becomes any index: its share is 0
             logits = (h @ head.T).to(exact)
             logits[:, V:] = -torch.inf  # the padding
             at_target = logits.gather(-1, target)
@@ -125,16 +141,17 @@ class _FusedLoss(torch.autograd.Function):
             data_loss = data_loss + ((total.log() + highest - at_target) * share).sum()
             if not learning:
                 continue
-            # the slope of the cross entropy in each logit: its probability, less 1 at the target
+            # gradient of the cross entropy in the logits: the softmax, minus 1 at the target
             slope = less_at(target, p.mul_(alpha * share / total), alpha * share)
             if teacher:
+                # T^2 of the loss times 1 / T, as the divergence is that of logits / T
                 slope[:, :common] += apart.mul_((1 - alpha) * temperature * share)
             slope = slope.to(dtype)
             d_hidden[rows] = slope @ head
             if exact == dtype:
                 d_head.addmm_(slope.T, h)
             else:
-                d_head += (slope.T @ h)[:V]
+                d_head += (slope.T @ h)[:V]  # without the padding
         if learning:
             ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(data_loss, divergence)
@@ -148,14 +165,15 @@ class _FusedLoss(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------
-# measuring without learning
+# evaluation
 
 
 @torch.no_grad()
 def evaluate(model, batches):
     """
-    Mean next-token loss in nats over `batches` of (x, y, number of real targets), as
-    data.loader.validation_batches yields them; over all processes under torch.distributed.
+    Mean next-token loss in nats over batches of (x, y, number of targets that are not -100), as
+    data.loader.validation_batches yields them; over the batches of all processes under
+    torch.distributed.
     """
     was_training = model.training
     model.eval()
@@ -177,8 +195,8 @@ def bits_per_byte(loss, bytes_per_token):
 
 def kl_of_logits(logits_p, logits_q):
     """
-    D(P || Q) in nats at each position: logits (..., V) of both -> (...). Of vocabularies that are
-    padded differently, the tokens of the smaller are compared.
+    KL(P || Q) in nats at each position, (...), given the logits (..., V) of both. If their
+    vocabularies are padded differently, the surplus logits are ignored.
     """
     exact = torch.promote_types(logits_p.dtype, torch.float32)
     V = min(logits_p.shape[-1], logits_q.shape[-1])

@@ -25,8 +25,9 @@ def learning_rate(step, steps, knobs):
 
 def make_optimizer(model, knobs):
     """
-    Fused AdamW; weight decay on matrices and embeddings only, every parameter in one group. Those
-    that knobs.freeze, a regular expression, is found in are not trained.
+    Fused AdamW with weight decay on matrices and embeddings only. Parameters whose names match
+    knobs.freeze, a regular expression, get requires_grad=False. Raises UserError if it is invalid
+    or matches all.
     """
     try:
         for name, p in model.named_parameters():
@@ -46,9 +47,11 @@ def make_optimizer(model, knobs):
 
 def mean_over_terms(model, terms, full):
     """
-    Make a gradient the mean over all `terms` of a step's losses, on all processes. It is the sum of
-    micro-batches' means, each weighted by its share of the `full` terms that it would have without
-    masked targets; processes are averaged already.
+    Rescale gradients to the mean over all targets of a step, on all processes. terms: the number of
+    unmasked targets on this process, a 0-d tensor; full: what it would be if none were masked.
+
+    So far, each process has summed its losses and divided by `full`, and DDP or FSDP has averaged
+    over the processes: sum / (world_size full). The mean is sum / (terms of all processes).
     """
     terms, world_size = terms.float(), 1
     if dist.is_initialized():

@@ -1,7 +1,7 @@
 """
-Where a run trains: the processes, the device, the signals and clocks that end it early; what fits
-into a GPU, and how one model trains on several: replicas (DDP) while one fits, shards (FSDP2) when
-it does not. What only shards need is imported where it is used: a plan need not wait for it.
+Hardware and parallelism: processes, devices, signals and time limits, memory estimates, and
+training on several GPUs, with replicas (DDP) if the model fits on one of them and shards (FSDP2)
+otherwise. FSDP's modules are slow to import, and are imported only where they are used.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from engine.errors import UserError, first_line
 # ----------------------------------------------------------------------------------------------
 # processes
 
-PATIENCE = timedelta(hours=4)  # one may verify or write a terabyte while the others wait
+PATIENCE = timedelta(hours=4)  # timeout: processes wait while one verifies or writes a terabyte
 
 
 def processes():
@@ -38,7 +38,7 @@ def processes():
 
 
 def gather(value):
-    """[value of every process]."""
+    """The list of every process's `value`, any picklable object. Every process must call this."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -57,37 +57,40 @@ def barrier():
 
 
 class Hardware(NamedTuple):
-    """What this process trains on, and until when."""
+    """The device of this process, its rank among the processes, and limits on time and memory."""
 
     device: torch.device
-    name: str  # with its model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)
-    dtype: torch.dtype  # of the matrix products
-    autocast: torch.autocast  # context of a forward pass, for that dtype
-    compile: bool
+    name: str  # of device and model: cuda:0 (NVIDIA H100 80GB HBM3), cpu (x86_64)
+    dtype: torch.dtype  # of matrix products
+    autocast: torch.autocast  # context manager for forward passes, with that dtype
+    compile: bool  # whether to use torch.compile
     rank: int
     world_size: int
-    is_main: bool  # whether this is the process that writes files and prints
-    deadline: float  # seconds since 1970 at which max_minutes are over
-    memory: float  # bytes of a GPU that training may fill; infinite elsewhere
+    is_main: bool  # rank 0, which writes files and prints
+    deadline: float  # Unix time, in seconds, after which to save and exit (max_minutes)
+    memory: float  # bytes of GPU memory that training may use; infinite on other devices
 
 
 def attention_kernels(device):
-    """Context in which cuDNN's attention is tried first: faster on Hopper, slower elsewhere."""
-    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:
+    """A context manager that prefers cuDNN's attention on Hopper GPUs; it is slower elsewhere."""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] != 9:  # 9: Hopper
         return contextlib.nullcontext()
     names = 'CUDNN_ATTENTION', 'FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'MATH'
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
 def choose_device(name):
-    """The torch.device of a knob; auto: a GPU, of whatever make, else the CPU. UserError."""
+    """
+    The torch.device for a name; auto: the accelerator, of any kind, or else the CPU. Under torchrun
+    cuda is this process's GPU. Raises UserError if the device cannot be used.
+    """
     if name == 'auto':
         name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     if name == 'cuda':
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device)  # raises if the device does not exist
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'device {name!r} cannot be used ({first_line(error)})') from None
     return device
@@ -112,6 +115,7 @@ def find_hardware(run):
         ) from error
     if on_gpu:
         torch.set_float32_matmul_precision('high')
+        # 15% in reserve; the minimum, as all processes must choose the same batch and strategy
         memory = min(gather(0.85 * torch.cuda.get_device_properties(device).total_memory))
         model = torch.cuda.get_device_name(device)
         if run.dtype == 'auto':
@@ -133,24 +137,27 @@ def find_hardware(run):
 
 def set_threads(device, config, tokens):
     """
-    On a CPU, use one thread for models too small to share: threads that wait for each other gain
-    little on an idle machine and are ten times slower on a busy one. OMP_NUM_THREADS decides
-    where it is set.
+    On a CPU, choose the number of threads: one for a small model, as more gain little on an idle
+    machine and are ten times slower on a busy one; all cores otherwise. OMP_NUM_THREADS takes
+    precedence. tokens: per forward pass.
     """
     if torch.device(device).type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-        small = tokens * config.n_embd < 2**18
+        small = tokens * config.n_embd < 2**18  # size of the residual stream
         torch.set_num_threads(1 if small else os.cpu_count() or 1)
 
 
 # ----------------------------------------------------------------------------------------------
 # stopping
 
-TRY_AGAIN = 75  # exit code of a run that was saved and stopped: EX_TEMPFAIL of sysexits.h
+TRY_AGAIN = 75  # exit code of a run to be resumed (max_minutes): EX_TEMPFAIL of sysexits.h
 SIGNALS = []  # received so far; the loop saves and exits after the current step
 
 
 def catch_signals():
-    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one ends the program at once."""
+    """
+    Let Ctrl-C and SIGTERM make the training loop save and stop after the current step; a second
+    signal ends the program at once.
+    """
 
     def remember(number, frame):
         SIGNALS.append(number)
@@ -165,9 +172,9 @@ def catch_signals():
 
 def should_stop(hardware, save_at, step_seconds):
     """
-    (stop now, save now, steps until the next look), the same on every process: a signal, or the
-    deadline, on any of them counts for all, which look again after about five seconds.
-    save_at: the time, in seconds since 1970, of the next regular save.
+    (stop now, save now, steps until the next call), the same on every process: a signal or the
+    deadline on one counts for all. Several processes, which must synchronise for this, ask about
+    every five seconds, a single one after each step. save_at: Unix time of the next regular save.
     """
     stop = bool(SIGNALS) or time.time() > hardware.deadline
     save = stop or time.time() > save_at
@@ -180,7 +187,7 @@ def should_stop(hardware, save_at, step_seconds):
 
 
 def exit_saved(message, hardware):
-    """Say what was saved, and end: exit code 75 after max_minutes, 128 + signal after a signal."""
+    """Print what was saved and exit: with 75 after max_minutes, 128 + signal after a signal."""
     if hardware.is_main:
         print(f'\n{message}; the same command continues from there', flush=True)
     if hardware.world_size > 1:
@@ -191,33 +198,37 @@ def exit_saved(message, hardware):
 # ----------------------------------------------------------------------------------------------
 # what fits
 
-LOGITS = {'cpu': 2**22, 'cuda': 2**28}  # that a loss has at once: 16 MB of them, 1 GB
+LOGITS = {'cpu': 2**22, 'cuda': 2**28}  # logits in a chunk of the loss: 16 MB and 1 GB in float32
 
 
 def estimate_memory(config, knobs, sequences=1, shards=1, teacher_params=0.0):
     """
-    (bytes of the training state, bytes of the activations) on one GPU: float32 weights and
-    gradients and AdamW's state, each cut into `shards`, and a frozen teacher in bfloat16; what a
-    compiled bfloat16 step keeps for its backward pass, and one chunk of logits. An estimate: on an
-    H100 it was 1.03 to 1.4 times what was measured (docs/benchmarks.md).
+    An estimate of (training state, activations) on one GPU, in bytes. The state is float32 weights,
+    gradients and AdamW's two moments, divided into `shards`, and a frozen bfloat16 teacher of
+    `teacher_params` parameters. Activations are what a compiled bfloat16 step on `sequences`
+    sequences keeps for its backward pass, and one chunk of logits. On an H100 the estimate was 1.03
+    to 1.4 times the measured memory (docs/benchmarks.md).
     """
+    # bytes per token: bfloat16 q, k, v and output, then the layer's vectors of widths C and n_mlp
     attention = 4 * (config.n_head + config.n_kv_head) * config.head_dim
     per_layer = 10 * config.n_embd + attention + 6 * config.n_mlp
-    at_work = per_layer if knobs.recompute else 0  # the layer that is computed again
+    at_work = per_layer if knobs.recompute else 0  # the one layer that is being recomputed
     per_layer = 4 * config.n_embd if knobs.recompute else per_layer
     n_params, n_layers_params = config.num_params(embedding=True, head=True), config.num_params()
-    state = 16 * n_params / shards + 2 * teacher_params
-    if shards > 1:  # whole: two blocks, the one at work and the one being fetched, and the head
+    state = 16 * n_params / shards + 2 * teacher_params  # 4 float32 numbers per parameter
+    if shards > 1:  # gathered: the block at work, the one being prefetched, embeddings and head
         state += 2 * 8 * n_layers_params / config.n_layer + 8 * (n_params - n_layers_params)
     tokens, V = sequences * knobs.block_size, config.vocab_size
+    # a chunk in float32 and bfloat16; copies and gradients of the head
     logits = 6 * min(tokens * V, LOGITS['cuda']) + 10 * V * config.n_embd
     return state, tokens * (config.n_layer * per_layer + at_work) + logits
 
 
 def choose_batch(knobs, stage, hardware):
     """
-    (strategy, micro-batch): 'ddp', or 'fsdp' where a replica with one sequence does not fit, unless
-    a knob decides; sequences that a process trains at once, the most that fit. Raises UserError.
+    (strategy, micro-batch size). Unless knobs set them, these are 'fsdp' if a replica with one
+    sequence does not fit into GPU memory, otherwise 'ddp', and the largest micro-batch that fits
+    and divides the process's share of the batch. Raises UserError if the batch cannot be divided.
     """
     world_size, strategy = hardware.world_size, knobs.parallel
     teacher_params = stage.teaching.get('teacher_params', 0.0)
@@ -249,8 +260,9 @@ def choose_batch(knobs, stage, hardware):
 
 def place(model, shards, hardware):
     """
-    A model in float32 on its device: whole, or the `shards` (a model on meta) of this process.
-    model: the whole one; of shards process 0 alone has it, and deals out tensor after tensor.
+    A model in float32 on the device. shards=None: `model` itself, moved there. Otherwise `shards`,
+    the same model on meta, becomes this process's shards; they are filled from `model`, which only
+    process 0 has and broadcasts tensor by tensor.
     """
     device = hardware.device
     if device.type == 'cuda':
@@ -267,7 +279,7 @@ def place(model, shards, hardware):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's tables stay float32
     )
-    for part in (*shards.blocks, shards):
+    for part in (*shards.blocks, shards):  # FSDP2 wraps inner modules first
         fully_shard(part, mesh=mesh, mp_policy=policy)
     shards.to_empty(device=device)
     whole = model.float().state_dict() if model else {}
@@ -277,14 +289,14 @@ def place(model, shards, hardware):
 
 
 def wrap(model, strategy, knobs, hardware):
-    """What the loop calls: the placed model, recomputing, compiled, exchanging gradients."""
-    torch.compiler.reset()  # the stages before count towards torch's limit on compilations
+    """Add activation checkpointing, torch.compile and DDP, as configured, to a placed model."""
+    torch.compiler.reset()  # otherwise earlier stages count towards torch's recompilation limit
     if knobs.recompute:
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if strategy == 'fsdp':
         if hardware.compile:
-            for block in model.blocks:  # one by one: shards are fetched between them
+            for block in model.blocks:  # one by one, as FSDP gathers parameters between blocks
                 block.compile()
         return model
     ddp_model = torch.compile(model) if hardware.compile else model
@@ -305,7 +317,7 @@ def is_sharded(model):
 
 
 def full_state(model):
-    """{name: tensor} of all parameters; of a sharded model only on process 0. For every process."""
+    """{name: whole tensor}; if sharded, on process 0 only. Every process must call this."""
     if not is_sharded(model):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -316,8 +328,9 @@ def full_state(model):
 
 def to_device(examples, device):
     """
-    (inputs x, targets y) on the device; to a GPU asynchronously, from pinned memory. examples:
-    sequences (n, T+1) int64, whose targets are the next tokens; or the two arrays.
+    (inputs x, targets y) as tensors on the device; a GPU gets them asynchronously, from pinned
+    memory. examples: an array (n, T+1) int64, whose targets are the next tokens, or a tuple of
+    arrays (x, y).
     """
     both = examples if isinstance(examples, tuple) else (examples[:, :-1], examples[:, 1:])
     x, y = map(torch.from_numpy, map(np.ascontiguousarray, both))

@@ -1,6 +1,6 @@
 """
-Every table and picture of the project. Methods and tools return data: records (a list of dicts)
-become a Markdown table, Panels of Lines a picture, and what a stage is becomes a sentence.
+All tables and figures of the project. Methods and tools return data, which is formatted here:
+records (a list of dicts) as a Markdown table, Panels of Lines as a figure, stages as sentences.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def format_si(number, letters=' kMGTPEZY'):
 
 
 def format_count(number):
-    """Parameters or tokens as the field writes them: 8.44B."""
+    """Format a number of parameters or tokens: 8.44B."""
     return format_si(number, ' kMBT')
 
 
@@ -39,6 +39,7 @@ def format_bytes(number):
     return f'{format_si(number)}B'
 
 
+# columns by their format, for format_cell
 COUNTS = ('N', 'tokens')
 FLOPS = ('FLOPs', 'cumulative FLOPs', 'independent', 'own FLOPs', 'with all ancestors')
 BYTES = ('GPU memory', 'memory')
@@ -67,7 +68,7 @@ def format_cell(column, value):
 
 
 def table(records):
-    """Records, dicts of one or more columns, as a Markdown table with aligned columns."""
+    """Format records, dicts {column: value}, as a Markdown table with aligned columns."""
     columns = [*dict.fromkeys(itertools.chain(*records))]
     rows = [columns, *([format_cell(c, r.get(c)) for c in columns] for r in records)]
     width, *widths = [max(map(len, column)) for column in zip(*rows)]
@@ -81,16 +82,19 @@ def table(records):
 
 
 def interval(values):
-    """The 95% confidence interval of a mean of numbers; None for fewer than two different ones."""
+    """
+    The 95% confidence interval (low, high) of the mean of `values`, by Student's t; None if fewer
+    than two of them differ.
+    """
     if len({*values}) < 2:
         return None
-    from scipy.stats import sem, t  # a second, which not every command needs
+    from scipy.stats import sem, t  # imported here, as it takes a second
 
     return t.interval(0.95, len(values) - 1, statistics.mean(values), sem(values))
 
 
 def by_label(results, label):
-    """{value of a label: its results}, in order of training."""
+    """Group results by a label: {value: [results]}, in their order; omits those without it."""
     groups = {}
     for result in results:
         if label in result.labels:
@@ -100,8 +104,8 @@ def by_label(results, label):
 
 def difference(results, others, name):
     """
-    The mean difference of validation losses from others', paired by seed, with its 95% confidence
-    interval: {'against NAME': ..., '95% interval': ...}; {} without a pair.
+    The mean difference in validation loss between results and others, paired by seed, and its 95%
+    confidence interval: {'against NAME': ..., '95% interval': ...}; {} if they share no seed.
     """
     reference = {r.labels['seed']: r.val_loss for r in others}
     found = [r.val_loss - reference[s] for r in results if (s := r.labels['seed']) in reference]
@@ -114,8 +118,8 @@ def difference(results, others, name):
 
 def compare_variants(results, baseline):
     """
-    Records of the runs labelled variant and seed: the mean of each variant's validation loss, and
-    its `difference` from the baseline's.
+    A record for each variant: number of seeds, mean validation loss, and its `difference` from the
+    variant `baseline`. results: Results with the labels `variant` and `seed`.
     """
     groups, records = by_label(results, 'variant'), []
     for variant, runs in groups.items():
@@ -126,19 +130,19 @@ def compare_variants(results, baseline):
 
 
 # ----------------------------------------------------------------------------------------------
-# pictures
+# figures
 
 
 @dataclass
 class Line:
-    """A line of a picture, or with style 'o' its points."""
+    """A curve in a Panel, or points if the style is 'o'."""
 
     x: list
     y: list
     label: str = ''
     style: str = '-'
     color: str | None = None
-    band: list | None = None  # half the height of a band around the line
+    band: list | None = None  # half-height of a shaded band around the line; arrays, like y then
 
 
 @dataclass
@@ -154,10 +158,10 @@ class Panel:
 
 def draw_panels(panels, path):
     """
-    Draw Panels, two in a row, into a PNG file, atomically. A label has the same colour in all of
-    them.
+    Draw Panels into a PNG file, atomically, two in a row. A label has the same colour in every
+    panel, unless its lines name their own.
     """
-    from matplotlib import colormaps  # a second, which not every command needs
+    from matplotlib import colormaps  # imported here, as it takes a second
     from matplotlib.figure import Figure
 
     columns, rows, numbers = min(2, len(panels)), math.ceil(len(panels) / 2), {}
@@ -166,21 +170,21 @@ def draw_panels(panels, path):
         ax = figure.add_subplot(rows, columns, place)
         for line in panel.lines:
             number = numbers.setdefault(line.label, len(numbers))
-            color = line.color or colormaps['tab20'](2 * number % 19)  # the dark ones first
+            color = line.color or colormaps['tab20'](2 * number % 19)  # dark before light
             ax.plot(line.x, line.y, line.style, label=line.label, color=color)
             if line.band is not None:
                 ends = line.y - line.band, line.y + line.band
                 ax.fill_between(line.x, *ends, alpha=0.25, color=color)
         ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.ylim:
-            ax.set_ylim(panel.ylim)  # even None would end the fit to the lines
+            ax.set_ylim(panel.ylim)  # set_ylim(None) would turn off autoscaling
         ax.xaxis.get_major_locator().set_params(integer=panel.xlabel in ('layer', 'step'))
         ax.grid(alpha=0.25)
         for which in panel.log:
             getattr(ax, f'set_{which}scale')('log')
             axis = getattr(ax, f'{which}axis')
             low, high = axis.get_view_interval()
-            if high < 1000 * low:  # else one tick at each power of ten
+            if high < 1000 * low:  # a short axis: ticks also at 2 and 5 times the powers of ten
                 axis.get_major_locator().set_params(subs=(1, 2, 5))
             axis.set_minor_formatter('')
         for axis in (ax.xaxis, ax.yaxis):
@@ -201,7 +205,7 @@ def save_figure(figure, path):
 
 
 def finished_stages(folder):
-    """The results of a run's finished stages, in order of training. Raises UserError for none."""
+    """The Results of a run, in the order they finished. Raises UserError if there are none."""
     found = [Result.of(path.parent) for path in sorted(Path(folder).glob('*/result.json'))]
     if not found:
         raise UserError(f'{folder} holds no finished stage')
@@ -209,14 +213,21 @@ def finished_stages(folder):
 
 
 def family_cost(result):
-    """FLOPs spent on this model and the smaller ones of its family, inherited or from scratch."""
+    """
+    FLOPs of a model and the smaller ones of its family. For a model that started from others, this
+    stage's and its ancestors'; else those of training every size up to it from scratch, or, if that
+    is not known, this stage's.
+    """
     if result.inherited_flops:
         return result.total_flops
     return result.baseline_flops or result.flops
 
 
 def result_records(results):
-    """Sizes, budgets and losses, and the cost of the family against training all from scratch."""
+    """
+    A record for each Result: size, budget, loss, and the FLOPs of its family, grown (cumulative)
+    and with every size trained from scratch (independent).
+    """
     records = []
     for r in results:
         compared = r.baseline_flops and r.inherited_flops
@@ -237,7 +248,10 @@ def result_records(results):
 
 
 def training_curve(result, points=80):
-    """(cumulative FLOPs, smoothed training loss on the data) of a stage: two lists."""
+    """
+    A stage's training curve: (cumulative FLOPs, loss on the data in nats), two lists of at most
+    `points` numbers. Losses are means over equal parts of the stage, without a teacher's term.
+    """
     metrics = [m for m in read_metrics(result.folder) if 'loss' in m]
     start, n = family_cost(result) - result.flops, len(metrics)
     edges = sorted({i * n // points for i in range(points + 1)})
@@ -251,18 +265,18 @@ def loss_panel(results):
     ylabel = 'loss (nats per token): line, training; dot, validation'
     panel = Panel('cumulative training FLOPs', ylabel)
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
-    for r in results:  # a size has one colour, dashed where it was trained alone to compare
+    for r in results:  # one colour per size; its independent baseline is dashed
         color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'
         style = '--' if r.labels.get('independent') else '-'
         panel.lines.append(Line(*training_curve(r), r.name, style, color))
         panel.lines.append(Line([family_cost(r)], [r.val_loss], '', 'o', color))
     losses = [r.val_loss for r in results]
-    panel.ylim = min(losses) * 0.93, max(losses) * 1.4
+    panel.ylim = min(losses) * 0.93, max(losses) * 1.4  # cuts off the first steps
     return panel
 
 
 def render(blocks):
-    """Text of blocks, paragraphs apart: records as a table, (file, Panels) as a link to it."""
+    """Blocks as Markdown: texts as they are, records as tables, (file, Panels) as image links."""
     parts = []
     for block in blocks:
         if isinstance(block, str):
@@ -276,7 +290,7 @@ def render(blocks):
 
 
 def draw_pictures(blocks, folder):
-    """Draw the pictures among blocks, (file, Panels), into a folder."""
+    """Draw the figures among blocks, (file, Panels), into a folder."""
     for block in blocks:
         if isinstance(block, tuple) and block[1]:
             draw_panels(block[1], Path(folder) / block[0])
@@ -284,8 +298,8 @@ def draw_pictures(blocks, folder):
 
 def report(folder, summary):
     """
-    Print the report of a run, with the blocks of the method's own summary, then write report.md and
-    its pictures, which may fail. Raises UserError if nothing is finished.
+    Print the report of a run, then write report.md and its figures (last, as they may fail).
+    summary: blocks from the method. Raises UserError if no stage is finished.
     """
     results = finished_stages(folder)
     drawn = [r for r in results if not r.labels.get('seed')][:8]  # of the first seed
@@ -306,8 +320,8 @@ def report(folder, summary):
 
 def steps_to_loss(curve, loss):
     """
-    Where a curve, [(share of the steps, or FLOPs, loss)], comes down to `loss` for good, linear
-    between its points; None if it ends above.
+    The x from which a curve [(x, loss), ...] stays at or below `loss`, interpolated linearly; None
+    if it ends above. x: steps, a fraction of them, or FLOPs.
     """
     if curve[-1][1] > loss:
         return None
@@ -318,14 +332,14 @@ def steps_to_loss(curve, loss):
 
 
 def validation_curve(result):
-    """[(step, validation loss)] of a stage, its end included."""
+    """[(step, validation loss)] of a stage, including the final evaluation."""
     lines = read_metrics(result.folder)
     curve = [(m['step'], m['val_loss']) for m in lines if 'val_loss' in m]
     return curve + [(lines[-1]['step'], result.val_loss)]
 
 
 def mean_curve(results):
-    """[(share of the steps, validation loss)], the mean over runs of equal steps."""
+    """[(fraction of the steps, mean validation loss)] of runs with the same number of steps."""
     curves = [dict(validation_curve(result)) for result in results]
     steps = sorted(set.intersection(*map(set, curves)))
     return [(s / max(1, steps[-1]), statistics.mean(curve[s] for curve in curves)) for s in steps]
@@ -333,9 +347,9 @@ def mean_curve(results):
 
 def curve_panels(groups):
     """
-    Panels of the mean_curve of each variant against tokens, without its first point, which would
-    hide the others: the first two variants in each, beside six others. groups: {variant: its
-    results}.
+    Panels of validation loss over tokens, each variant's mean_curve without its first point, whose
+    high loss would squeeze the rest. Every panel has the first two variants and up to six others.
+    groups: {variant: its results}.
     """
     panels, variants = [], list(groups.items())
     for i in range(2, max(3, len(variants)), 6):
@@ -351,15 +365,15 @@ def curve_panels(groups):
 # ----------------------------------------------------------------------------------------------
 # the dry run
 
-GPU_FLOPS = 4e14  # FLOP/s that an H100 sustains, for a plan
-CPU_FLOPS = 1e10  # that a core sustained in small models like those of config/*_tiny.py
-CPU_DAYS = 60  # that a run on a CPU may take
+GPU_FLOPS = 4e14  # sustained FLOP/s of an H100, assumed in plans
+CPU_FLOPS = 1e10  # sustained FLOP/s of a CPU core in models as small as config/*_tiny.py's
+CPU_DAYS = 60  # longest run allowed on a CPU
 
 
 def duration(flops, on_cpu=False):
     """
-    How long FLOPs take, in words: on this CPU, or what would take months there, on a GPU. Raises
-    UserError for such a run if it is to be on_cpu.
+    The time that FLOPs take, in words: minutes on this CPU, or GPU-hours if the CPU would need more
+    than CPU_DAYS. In that case, on_cpu raises UserError.
     """
     days = flops / (CPU_FLOPS * os.cpu_count()) / 86400
     if days <= CPU_DAYS:
@@ -373,7 +387,7 @@ def duration(flops, on_cpu=False):
 
 
 def plan_record(stage, knobs, steps, result):
-    """A row of the plan: GPU memory is that of a replica which trains one sequence at once."""
+    """A row of the plan. GPU memory is that of one replica with a micro-batch of one sequence."""
     taught = stage.teaching.get('teacher_params', 0.0)
     return {
         'stage': stage.name,
@@ -389,12 +403,13 @@ def plan_record(stage, knobs, steps, result):
 
 def plan_text(run, planned, epoch, missing):
     """
-    The plan of a run, of the stages that are `planned`. epoch: tokens of one pass over the training
-    data; missing: names of corpora that are not prepared.
+    The text of a run's plan. planned: a list of Planned; epoch: tokens in one pass over the
+    training data, 0 if unknown; missing: names of corpora that are not prepared. Raises UserError
+    if there are no stages.
     """
     if not planned:
         raise UserError('this run has no stages')
-    first = [row for row in planned if not row[0].labels.get('seed')]
+    first = [row for row in planned if not row[0].labels.get('seed')]  # the others are alike
     lines = [table([plan_record(*row) for row in first]), '']
     lines += [f'{stage.name}: {describe(stage)}' for stage, *_ in first]
     flops, drawn = sum(r.flops for *_, r in planned), max(r.position for *_, r in planned)
@@ -414,7 +429,8 @@ def plan_text(run, planned, epoch, missing):
         4 * all_params(stage.config) * (1 + steps // (knobs.keep_every or steps + 1))
         for stage, knobs, steps, _ in planned
     ]
-    states = 3 * 12 * max(all_params(stage.config) for stage, *_ in planned)  # one being saved
+    # two states kept and one being saved; 12 bytes per parameter: weight and AdamW's two moments
+    states = 3 * 12 * max(all_params(stage.config) for stage, *_ in planned)
     lines.append(
         f'disk: {format_bytes(sum(kept))} kept, {format_bytes(states)} for the states of the '
         'largest while it trains'

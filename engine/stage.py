@@ -2,13 +2,13 @@
 The interface between methods and the training loop.
 
 A method (progressive training, Inheritune, ...) is a dataclass of knobs with one generator,
-`stages(run)`. It yields a `Stage`; train.py trains it and sends back its `Result`. A method may
-also have
+`stages(run)`. It yields a `Stage`; train.py trains it and sends back its `Result`. Optional
+attributes of a method:
 
-    summary(results)     blocks for its report: texts, tables, pictures (engine/report.py)
-    corpora              names of corpora that its stages read besides the run's
+    summary(results)     returns blocks for the report: texts, tables, figures (engine/report.py)
+    corpora              names of corpora that its stages read in addition to the run's
     toy_corpora          {knob: corpus that a toy run reads instead}
-    reads_corpora        False if its stages read none of the run's
+    reads_corpora        False if its stages do not read the run's corpora
 """
 
 import math
@@ -24,9 +24,9 @@ from engine.files import read_json, write_json
 
 @dataclass
 class Origin:
-    """Where a stage's starting weights come from: data, which `describe` turns into words."""
+    """Where a stage's starting weights come from, as data; `describe` puts it into words."""
 
-    kind: str = 'random'  # weights, growth, layers, half width, subset; or a DesNet's start: linit
+    kind: str = 'random'  # weights, last state, growth, layers, half width, subset, linit, ...
     models: tuple[str, ...] = ()  # names of the models the weights are made from
     settings: dict = field(default_factory=dict)  # how: {'width': 'aki', 'depth': 'stack'}
 
@@ -40,33 +40,33 @@ class Stage:
     tokens: float  # training tokens T, rounded up to whole batches; 0: nothing is trained
     params: float  # X in FLOPs = 6 X T, as the method's paper counts it
     origin: Origin = field(default_factory=Origin)
-    model: Callable | None = None  # builds the starting model when the stage runs; None: the
-    # parent's last state is continued, with its optimizer, or without a parent it is random
-    parent: Optional['Result'] = None  # its compute is inherited, its data position continued
-    also: tuple['Result', ...] = ()  # others whose compute it needs: a second parent, a teacher
-    begin: int | None = None  # tokens of the data's order that are skipped; None: the parent's
+    model: Callable | None = None  # () -> starting model, called when the stage runs; None: resume
+    # the parent's last state, optimizer included, or without a parent start from random weights
+    parent: Optional['Result'] = None  # passes on its compute (`before`) and its data position
+    also: tuple['Result', ...] = ()  # others whose compute counts: a second parent, a teacher
+    begin: int | None = None  # position in the data order, in tokens; None: the parent's
     knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
     objective: Callable | None = None  # (model, x, y, Progress) -> (loss, count, scalars)
-    teaching: dict = field(default_factory=dict)  # what the objective is, as data
-    more_flops: Callable | None = None  # (Progress, tokens of a step) -> FLOPs beside 6 X T
+    teaching: dict = field(default_factory=dict)  # the objective's name and settings, as data
+    more_flops: Callable | None = None  # (Progress, tokens per step) -> FLOPs so far beyond 6 X T
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
-    tokenizer: str = ''  # folder or hub name of the model whose tokenizer is kept; '': the data's
-    observe: Callable | None = None  # model -> {name: value}, logged at evaluations and the end;
-    # a value named `score` chooses the model that is kept: that of the highest
+    tokenizer: str = ''  # folder or hub name of the model whose tokenizer is saved; '': the data's
+    observe: Callable | None = None  # model -> {name: value}, logged at evaluations and at the end;
+    # if a value is named `score`, the stage ends with the model that had the highest
     labels: dict = field(default_factory=dict)  # for the report: {'variant': 'let', 'seed': 0}
     once: bool = False  # trained once and shared by all --seeds of a run
 
     @property
     def position(self):
-        """Tokens drawn from the order of the data before this stage."""
+        """The position in the data order at which this stage begins, in tokens."""
         inherited = self.parent.position if self.parent else 0
         return inherited if self.begin is None else self.begin
 
     @property
     def before(self):
         """
-        {model: FLOPs} of all that was spent before: on every ancestor of the starting weights, once
-        though two parents may share it, and on those of a teacher.
+        Compute spent before this stage, {model: FLOPs}: on all ancestors of the starting weights,
+        teachers and their ancestors. A model that two parents share counts once.
         """
         spent = {}
         for result in (self.parent, *self.also):
@@ -87,18 +87,18 @@ class Progress(NamedTuple):
     steps: int
 
     def step_of(self, limit):
-        """The step at which `limit` (steps, or up to 1 a fraction of all steps) is reached."""
+        """Convert `limit`, a number of steps or (if at most 1) a fraction of them, to steps."""
         return limit * self.steps if limit <= 1 else limit
 
 
 def next_token(model, x, y, progress):
-    """The default objective: mean cross entropy of the next token, in nats."""
+    """The default objective, next-token prediction: (mean cross entropy in nats, targets, {})."""
     output = model(x, y)
     return output.loss, output.count, {}
 
 
 def describe(stage):
-    """A stage's shape, where its weights come from and what teaches it, in words."""
+    """Describe in words a stage's shape, the origin of its weights and its objective."""
     origin, words = stage.origin, 'random initialisation'
     if origin.kind != 'random':
         words = f'{origin.kind} of {" and ".join(origin.models)}{in_brackets(origin.settings)}'
@@ -116,28 +116,28 @@ def in_brackets(settings):
 
 @dataclass
 class Result:
-    """What a finished stage left: `result.json` in its folder, written last and atomically."""
+    """The outcome of a finished stage: result.json in its folder, written last and atomically."""
 
     name: str
     folder: str  # the trained model, a Hugging Face folder
     n_params: int = 0  # N: parameters without embeddings and head
     params: float = 0.0  # X in FLOPs = 6 X T
     tokens: int = 0  # T: tokens trained on in this stage
-    flops: float = 0.0  # of this stage: 6 X T, a teacher's passes, answers that were drawn
+    flops: float = 0.0  # of this stage: 6 X T, a teacher's forward passes, generated answers
     val_loss: float = math.nan  # nats per token on the validation split; NaN: not known
-    bits_per_byte: float = math.nan  # the same per byte of text: comparable between tokenizers
+    bits_per_byte: float = math.nan  # the same loss, comparable between tokenizers
     position: int = 0  # tokens drawn from the data order so far; the next stage continues here
     seconds: float = 0.0  # wall-clock time of this stage
-    memory: int = 0  # bytes of process 0's CUDA GPU at the peak of the last session; 0: not known
-    labels: dict = field(default_factory=dict)  # the stage's
-    finished: float = 0.0  # seconds since 1970; orders a run's stages
+    memory: int = 0  # peak GPU memory of process 0 since training last resumed, bytes; 0: not known
+    labels: dict = field(default_factory=dict)  # those of the Stage
+    finished: float = 0.0  # Unix time in seconds; orders a run's stages
     before: dict = field(default_factory=dict)  # {model: FLOPs} of ancestors and teachers
 
     @classmethod
     def of_stage(cls, stage, knobs, steps, **found):
-        """The Result of a stage after all its steps. knobs: as they hold for the stage."""
+        """The Result of a stage after `steps` steps. knobs: the stage's; found: further fields."""
         step_tokens = knobs.batch_size * knobs.block_size
-        start = stage.position // knobs.block_size * knobs.block_size
+        start = stage.position // knobs.block_size * knobs.block_size  # at a whole sequence
         return cls(
             stage.name,
             str(Path(knobs.out_dir) / stage.name),
@@ -154,7 +154,7 @@ class Result:
 
     @property
     def key(self):
-        """What tells it from other models, in other runs too, wherever its folder is."""
+        """Identifies this model across runs, even if its folder is moved."""
         return f'{self.name} {self.finished:.3f}'
 
     @property
@@ -164,7 +164,7 @@ class Result:
 
     @property
     def total_flops(self):
-        """Compute in this model: this stage's and its ancestors'."""
+        """FLOPs of this stage and of all ancestors and teachers."""
         return self.flops + self.inherited_flops
 
     @property
@@ -192,9 +192,9 @@ class Result:
 
 
 class Planned(NamedTuple):
-    """A stage as a plan sees it."""
+    """A stage in a plan, and the Result it would have."""
 
     stage: Stage
-    knobs: Any  # the general knobs as they hold for it
+    knobs: Any  # the general knobs with the stage's own values
     steps: int
-    result: Result  # as it would be, without its loss
+    result: Result  # without a loss

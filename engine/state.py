@@ -1,7 +1,7 @@
 """
-What a stage's folder holds: stage.json says what the stage is, state-000001000/ is a resumable
-state, result.json is written last. A state is complete under its name or absent, has a manifest
-with checksums, and is saved and loaded by all processes together; it is safetensors, no pickle.
+The folder of a stage: stage.json identifies the stage, state-000001000/ is a resumable state after
+1,000 steps, result.json is written last. A state gets its name only when it is complete, has a
+manifest with checksums, and is saved and loaded by all processes together, as safetensors.
 """
 
 import json
@@ -33,13 +33,14 @@ from engine.parallel import SIGNALS, barrier, full_state, gather, processes
 from engine.stage import Result
 from engine.tokenizer_files import tokenizer_files
 
-warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process
-KEPT = 2  # states: the one before the newest, in case that is damaged
+# torch.distributed.checkpoint gives this warning in a run of one process
+warnings.filterwarnings('ignore', message='torch.distributed is disabled')
+KEPT = 2  # states to keep: the newest, and one before it in case that one is damaged
 
 # ----------------------------------------------------------------------------------------------
 # what a stage is
 
-# knobs that may change when a stage continues: where and how fast it is trained, not what
+# knobs that may change when a stage resumes: they affect where and how fast, not what it learns
 MACHINE_KNOBS = set(
     'out_dir data_dir eval_interval micro_batch_size device dtype compile parallel recompute '
     'log_interval save_minutes max_minutes keep_every verify dry_run seeds'.split()
@@ -48,8 +49,9 @@ MACHINE_KNOBS = set(
 
 def stage_identity(stage, knobs):
     """
-    What a stage is, as JSON: its shape and start, what teaches it, what it reads, and every knob
-    but those of the machine. A loss tells one ancestor from another of the same name.
+    A JSON object that identifies a stage: its shape, starting weights, objective, data, and all
+    knobs except MACHINE_KNOBS. Ancestors are listed with their losses, which differ even if names
+    are equal.
     """
     before = filter(None, (stage.parent, *stage.also))
     identity = {
@@ -61,11 +63,11 @@ def stage_identity(stage, knobs):
         'before': [[result.name, result.val_loss] for result in before],
     }
     identity |= {k: v for k, v in asdict(knobs).items() if k not in MACHINE_KNOBS}
-    identity |= {k: v for k, v in stage.knobs.items() if k in MACHINE_KNOBS}  # its own
+    identity |= {k: v for k, v in stage.knobs.items() if k in MACHINE_KNOBS}  # set by the method
     identity |= {f'model.{k}': v for k, v in asdict(stage.config).items()}
     for corpus in () if stage.source else knobs.open_corpora():
         identity[f'text of {corpus.name}'] = corpus.sha256
-    return json.loads(json.dumps(identity))  # as it will be read back
+    return json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
 
 
 def read_identity(folder):
@@ -79,17 +81,18 @@ def read_identity(folder):
 
 
 def owner_of(folder):
-    """What a stage's manifests belong to: a hash of what the stage is."""
+    """The owner of a stage's manifests: a hash of its stage.json."""
     return digest(read_identity(folder))
 
 
 def finished_before(folder, identity):
     """
-    Claim the folder for a stage of this identity; returns its Result if it is finished, else None.
-    Raises UserError for a folder of another stage, listing differences, or for damaged files.
+    Claim a folder for the stage with this identity, by writing stage.json; returns the stage's
+    Result if it is finished, else None. Raises UserError if the folder belongs to another stage,
+    listing the differences, or has damaged files. Every process must call this.
     """
     found = read_identity(folder)
-    # compared as they are stored: the loss of a model from elsewhere, NaN, equals itself there
+    # compare JSON texts, in which NaN, the loss of a model from elsewhere, equals itself
     text = lambda content, key: json.dumps(content.get(key))
     changed = [key for key in identity if found and text(found, key) != text(identity, key)]
     if changed:
@@ -98,7 +101,7 @@ def finished_before(folder, identity):
             f'{folder} holds a stage with other settings ({"; ".join(shown)}): choose another '
             '--out_dir, or delete that folder'
         )
-    barrier()  # everyone has looked
+    barrier()  # every process must have read the folder before process 0 writes to it
     if not found and processes()[0] == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
         began = dict(command=sys.argv, torch=torch.__version__)
@@ -118,7 +121,10 @@ def finished_before(folder, identity):
 
 
 def save_model(model, folder, tokenizer='', dtype=None):
-    """Save a model, whole or in shards, as a Hugging Face folder. For every process. UserError."""
+    """
+    Save a model, whole or sharded, as a Hugging Face folder. Raises UserError if it cannot be
+    written. Every process must call this.
+    """
     state = full_state(model)
     try:
         if processes()[0] == 0:
@@ -132,8 +138,8 @@ def save_model(model, folder, tokenizer='', dtype=None):
 
 def save_result(result, keep):
     """
-    Write the manifest of the model in a Result's folder and, last, result.json; then drop all but
-    the newest `keep` states. For every process.
+    Write the manifest of the model in a Result's folder, then result.json, then remove all but the
+    newest `keep` states. Every process must call this.
     """
     folder = Path(result.folder)
     if processes()[0] == 0:
@@ -155,7 +161,7 @@ def saved_states(folder):
 
 
 def remove_states(folder, keep):
-    """Remove all but the newest `keep` states, and what a crash left of one."""
+    """Remove all but the newest `keep` states, and unfinished ones; if keep is 0, also `best`."""
     folder, states = Path(folder), saved_states(folder)
     old = states[:-keep] if keep else states
     for path in [*folder.glob('state-*.tmp'), *old, *([] if keep else [folder / 'best'])]:
@@ -164,8 +170,8 @@ def remove_states(folder, keep):
 
 def training_state(model, optimizer, objective=None):
     """
-    (the tensors of a resumable state, the optimizer's settings). `own`: random states, and of an
-    objective with a state of its own the part of this process.
+    (the tensors of a resumable state, the optimizer's param_groups). The tensors under `own` are
+    the states of the random generators and, if the objective has a `state`, this process's part.
     """
     weights, optimizer_state = get_state_dict(model, optimizer)
     own = dict(cpu=torch.get_rng_state())
@@ -179,27 +185,27 @@ def training_state(model, optimizer, objective=None):
 
 def save_state(folder, model, optimizer, progress, objective=None):
     """
-    Save the state of this moment under a temporary name, then its manifest, rename it, and remove
-    all but the newest. progress: a dict with 'step'. Called by every process. Raises UserError if
-    it cannot be written; earlier states are untouched then.
+    Save the current state and its manifest under a temporary name, rename it, and remove all but
+    the newest KEPT states. progress: a dict with 'step', which load_state returns. Raises UserError
+    if it cannot be written; earlier states are then left as they are. Every process must call this.
     """
     rank, world_size = processes()
     target = Path(folder) / f'state-{progress["step"]:09d}'
     unfinished = Path(f'{target}.tmp')
     if rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a crash
-    barrier()  # nobody writes before that is done
+    barrier()  # no process may write before the old files are gone
     files, failure = {}, ''
     try:
         tensors, _ = training_state(model, optimizer, objective)
         dcp.save(tensors, storage_writer=Writer(unfinished, save_distributed=True))
-        files = measure_files(sorted(unfinished.iterdir())[rank::world_size])
+        files = measure_files(sorted(unfinished.iterdir())[rank::world_size])  # its share
     except (Exception, CheckpointException) as error:
-        if len(SIGNALS) > 1:  # a second Ctrl-C, whatever torch made of it
+        if len(SIGNALS) > 1:  # a second Ctrl-C, which torch may have wrapped in its own error
             raise KeyboardInterrupt from None
         failure = root_cause(error)
     shares = gather((files, failure))
-    if failure := max(failure for _, failure in shares):
+    if failure := max(failure for _, failure in shares):  # '' if all went well
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(
             f'{target} could not be saved ({failure}); what was saved before is kept: when there '
@@ -208,7 +214,7 @@ def save_state(folder, model, optimizer, progress, objective=None):
     if rank == 0:
         files = {name: entry for files, _ in shares for name, entry in files.items()}
         write_manifest(unfinished, files, owner_of(folder), progress=progress)
-        shutil.rmtree(target, ignore_errors=True)  # saved twice at one step
+        shutil.rmtree(target, ignore_errors=True)  # exists if this step was saved before
         os.replace(unfinished, target)
         remove_states(folder, KEPT)
     barrier()
@@ -228,9 +234,9 @@ def find_damage_together(folder, owner):
 
 def load_state(folder, model, optimizer, objective=None):
     """
-    Restore the newest state in the folder: fills model, optimizer and random states, and returns
-    the progress it was saved with. Raises UserError naming what is damaged and the last intact
-    state.
+    Restore the newest state in a folder into model, optimizer, objective and random generators;
+    returns the progress it was saved with. Raises UserError if there is none or if it is damaged,
+    naming the last intact one. Every process must call this.
     """
     states = saved_states(folder)
     if not states:
@@ -240,7 +246,7 @@ def load_state(folder, model, optimizer, objective=None):
         intact = [path.name for path in states[:-1] if not find_damage(path, owner)]
         good = f'{intact[-1]}, which is intact' if intact else 'the beginning of the stage'
         raise UserError(f'{damage}. Remove {newest}, and the same command continues from {good}')
-    state, settings = training_state(model, optimizer)
+    state, settings = training_state(model, optimizer)  # tensors for read_state to overwrite
     own = read_state(newest, state)
     set_state_dict(
         model,
@@ -259,8 +265,9 @@ def load_state(folder, model, optimizer, objective=None):
 
 def read_state(path, state):
     """
-    Fill `state`, nested dicts of tensors, from a saved one that is intact; returns its part `own`,
-    whatever that holds. Raises UserError for one that cannot be read.
+    Load a saved state into the tensors of `state`, nested dicts. Returns the saved entry `own`
+    instead of filling it, as its names and shapes are known only from the file. Raises UserError if
+    it cannot be read.
     """
     try:
         saved, own = Reader(path).read_metadata().state_dict_metadata, {}

@@ -1,4 +1,4 @@
-"""Frozen models that teach."""
+"""Teachers: frozen models whose outputs other models learn from."""
 
 from functools import cache
 from pathlib import Path
@@ -13,8 +13,8 @@ from model import GPT, SIZES, GPTConfig, load, read_config
 
 def planned_config(name):
     """
-    The GPTConfig of a model for a plan, which asks no hub: a folder's, or that of the named size
-    that a hub name ends in; None where neither is known.
+    The GPTConfig of a model without a request to the hub, for plans: that of a folder, or the named
+    size (model.SIZES) that is the last part of a hub name; None if there is neither.
     """
     if Path(name).is_dir():
         return read_config(name)
@@ -24,9 +24,9 @@ def planned_config(name):
 
 def open_teacher(name, corpus=None, device='cpu', untrained=False):
     """
-    The frozen model of this name, a folder or one of the hub, in autocast's dtype. corpus: whose
-    tokens it will read, which must be its tokenizer's; None: not checked. untrained: with fresh
-    random weights in place of its own. Raises UserError.
+    Load a model (folder or hub name) as a teacher: frozen, in eval mode and in autocast's dtype.
+    corpus: the Corpus it will read, which must have the model's tokenizer; None: no check.
+    untrained: use random weights instead of its own. Raises UserError.
     """
     config, device, dtype = read_config(model_folder(name)), torch.device(device), torch.float32
     if corpus:
@@ -40,17 +40,17 @@ def open_teacher(name, corpus=None, device='cpu', untrained=False):
 
 
 def as_initialised(config):
-    """A model of random weights, on the CPU, whose generator is left as it was."""
+    """A GPT with random weights (seed 0) on the CPU; torch's random state is left unchanged."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
         return GPT(config)
 
 
 def lazy_teacher(name_or_model, untrained=False):
     """
-    device -> a teacher, which is opened by the first call, at the first batch; its `cache_clear()`
-    forgets it. name_or_model: what open_teacher reads, or a GPT.
+    A function device -> teacher that opens the teacher when it is first called, at the first batch,
+    and caches it; its `cache_clear()` frees it. name_or_model: a folder or hub name, or a GPT.
     """
-    if callable(name_or_model):
+    if callable(name_or_model):  # a GPT
         return cache(lambda device: name_or_model)
     return cache(lambda device: open_teacher(name_or_model, None, device, untrained))

@@ -1,7 +1,7 @@
 """
-The tokenizer of a model folder: half of what a model is to everybody else. It travels with the
-weights, is written for models trained on bytes or tiktoken's encodings, so that transformers'
-AutoTokenizer opens them, and is compared by content: two vocabularies of one size are not the same.
+Tokenizer files in model folders. A tokenizer is saved with the weights it belongs to. For models
+trained on bytes or with tiktoken's encodings, a tokenizer.json is generated that transformers can
+load. Tokenizers are compared by content, since two vocabularies of one size may differ.
 """
 
 import json
@@ -27,13 +27,15 @@ FILES = (
     'chat_template.jinja',
     'generation_config.json',
 )
-ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')  # of a text, by any name
+# common names of the end-of-text token
+ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')
 
 
 def bytes_encoding():
-    """The 256 bytes and <|endoftext|> = 256 as a tiktoken Encoding."""
+    """A tiktoken Encoding of the 256 bytes, with <|endoftext|> = 256."""
     how = dict(mergeable_ranks={bytes([i]): i for i in range(256)})
     how['special_tokens'] = {'<|endoftext|>': 256}
+    # without merges, any split into short pieces gives the same ids
     return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,16}', **how)
 
 
@@ -54,11 +56,11 @@ def is_encoding(name):
 
 
 # ----------------------------------------------------------------------------------------------
-# an encoding as the file that the package tokenizers reads
+# tokenizer.json, the format of the package tokenizers
 
 
 def byte_letters():
-    """The printable character that stands for each byte in tokenizer.json, as GPT-2 chose them."""
+    """{byte: the printable character that represents it in tokenizer.json}, as in GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = [byte for byte in range(256) if byte not in letters]
@@ -66,7 +68,10 @@ def byte_letters():
 
 
 def halves(token, ranks):
-    """The two tokens that are merged to this one: all its merges but the last, lowest first."""
+    """
+    The two tokens whose merge gives `token`, found by merging its bytes, lowest rank first, until
+    two parts are left: tiktoken stores ranks, tokenizer.json needs merges. ranks: {token: rank}.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
@@ -78,8 +83,8 @@ def halves(token, ranks):
 @cache
 def tokenizer_json(name):
     """
-    The content of the tokenizer.json of a folder, or that which gives the ids of an encoding; of a
-    folder with vocab.json and merges.txt alone, such as OPT's, that which means the same.
+    The content of a folder's tokenizer.json, or of one that gives the same ids as an encoding or as
+    a folder with only vocab.json and merges.txt (OPT). Raises UserError.
     """
     if not is_encoding(name):
         file = Path(name) / 'tokenizer.json'
@@ -97,7 +102,8 @@ def tokenizer_json(name):
     tokens = [dict(id=i, content=text) | added for text, i in encoding._special_tokens.items()]
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
     split = dict(type='Split', behavior='Isolated', invert=False)
-    # {1,3}+ is possessive for tiktoken and a repeated group for tokenizers; greedy, it is the same
+    # {1,3}+ is possessive in tiktoken but a repeated repetition in tokenizers; the greedy {1,3}
+    # matches the same text
     split['pattern'] = dict(Regex=re.sub(r'(\{\d+,\d+\})\+', r'\1', encoding._pat_str))
     return dict(
         version='1.0',
@@ -113,11 +119,15 @@ def tokenizer_json(name):
 
 
 def from_merges(folder):
-    """The content of tokenizer.json for vocab.json and merges.txt; UserError if it cannot be."""
+    """
+    Convert a folder's vocab.json and merges.txt to the content of tokenizer.json. Raises UserError
+    if transformers is not installed.
+    """
     transformers = import_extra('transformers', f'{folder} has no tokenizer.json: made')
     found = transformers.GPT2TokenizerFast.from_pretrained(folder)
     content = json.loads(found.backend_tokenizer.to_str())
-    known = read_settings(folder, 'vocab.json', 'added_tokens.json')  # not what the class adds
+    # drop the special tokens that GPT2TokenizerFast adds by default
+    known = read_settings(folder, 'vocab.json', 'added_tokens.json')
     kept = [token for token in content['added_tokens'] if token['content'] in known]
     return content | dict(added_tokens=kept)
 
@@ -139,13 +149,13 @@ def has_chat_template(name):
 
 
 def read_settings(folder, *names):
-    """The objects in those of these JSON files that exist, as one; the first of a key counts."""
+    """Merge the JSON objects in those of these files that exist; earlier files take precedence."""
     files = [Path(folder) / name for name in reversed(names)]
     return {key: v for file in files if file.is_file() for key, v in read_json(file).items()}
 
 
 def named_token(folder, kind):
-    """The text of the eos_token, say, of tokenizer_config.json or special_tokens_map.json; None."""
+    """The text of a folder's special token, such as kind='eos_token', or None if it names none."""
     found = read_settings(folder, 'tokenizer_config.json', 'special_tokens_map.json').get(kind)
     text = found.get('content') if isinstance(found, dict) else found
     return text if isinstance(text, str) else None
@@ -153,14 +163,15 @@ def named_token(folder, kind):
 
 def write_tokenizer(name, folder):
     """
-    Put a tokenizer into a model folder: that of an encoding, or the files of another folder.
-    Returns what config.json says of it: {'eos_token_id': ..., ...}, and an encoding's name.
+    Write a tokenizer to a model folder: generated from an encoding, or copied from another folder.
+    Returns entries for config.json: eos_token_id, and the name of an encoding. Raises UserError if
+    `name` is neither an encoding nor a folder with a tokenizer.
     """
     folder = Path(folder)
     if is_encoding(name):
         try:
             write_json(folder / 'tokenizer.json', tokenizer_json(name))
-        except UserError as error:  # the model is worth more: the name alone is kept
+        except UserError as error:  # saving the model matters more: record the name only
             print(f'{folder} has no tokenizer.json: {error}')
             return dict(nanofamily_tokenizer=name)
         end = '<|endoftext|>'
@@ -172,13 +183,14 @@ def write_tokenizer(name, folder):
     if Path(name).resolve() != folder.resolve():
         for file in tokenizer_files(name):
             shutil.copyfile(file, folder / file.name)
-    if is_tokenizer(folder) and not (folder / 'tokenizer.json').is_file():  # as others read it
+    # generate tokenizer.json, too, for programs that need it
+    if is_tokenizer(folder) and not (folder / 'tokenizer.json').is_file():
         write_json(folder / 'tokenizer.json', tokenizer_json(name))
     return special_ids(folder)
 
 
 def tokenizer_files(folder):
-    """The files in a folder that belong to its tokenizer, and say how it generates."""
+    """A folder's tokenizer files, including its chat template and generation_config.json."""
     return [Path(folder) / name for name in FILES if (Path(folder) / name).is_file()]
 
 
@@ -196,8 +208,9 @@ def vocabulary(name):
 
 def end_ids(folder):
     """
-    The ids that end a text or an answer: the eos_token that a folder names, which is what is
-    written, then those of generation_config.json; else that of a usual name.
+    The ids that end a text or an answer. The first is the one that prepared data contains: the
+    folder's eos_token; then those of generation_config.json. If there are none, the first of ENDS
+    in the vocabulary.
     """
     vocab, named = vocabulary(folder), named_token(folder, 'eos_token')
     more = read_settings(folder, 'generation_config.json').get('eos_token_id')
@@ -207,13 +220,14 @@ def end_ids(folder):
 
 
 def special_ids(folder):
-    """{'eos_token_id': one or several} of a folder's tokenizer, as config.json has it."""
+    """{'eos_token_id': an id, or a list of several} of a folder, for config.json; {} if unknown."""
     ends = end_ids(folder) if is_tokenizer(folder) else []
     return dict(eos_token_id=ends if len(ends) > 1 else ends[0]) if ends else {}
 
 
 @cache
 def fingerprint(name):
-    """A hash of a tokenizer's vocabulary and merges."""
+    """A hash of a tokenizer's vocabulary and merges, to compare it with others."""
+    # a merge is 'a b' or ['a', 'b'], depending on the version of tokenizers
     merges = tokenizer_json(name)['model'].get('merges', [])
     return digest([vocabulary(name), [m if isinstance(m, str) else ' '.join(m) for m in merges]])

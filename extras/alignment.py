@@ -1,12 +1,12 @@
 """
-What a teacher would teach, measured before a run of Late-to-Early Training (Zhao et al.) begins:
-for the layer k of a target model and the layer of the teacher that each pairing names,
+Measure what a teacher would teach before a run of Late-to-Early Training (Zhao et al.). Each
+pairing names a layer k of the target model and a layer of the teacher; for it we print
 
-    similarity   of the hidden states after both, beside that of the best constant vector
+    similarity   cosine of the hidden states after both, beside that of the best constant vector
     agreement    cos(grad L_proj, grad CE): below 0 the alignment works against the data
-    curvature    |H_proj|_F of the Hessian of L_proj (Appendix I), with --probes
+    curvature    |H_proj|_F, the norm of the Hessian of L_proj (Appendix I), with --probes
 
-Gradients are those of the parameters that L_proj reaches, the layers up to k.
+Gradients are taken in the parameters on which L_proj depends: embeddings and layers up to k.
 
     python -m extras.alignment out/let_tiny/teacher --target=32x12 --probes=8
     python -m extras.alignment out/let_tiny/teacher --target=out/let_tiny/baseline
@@ -32,37 +32,38 @@ from extras.diagnostics import hessian_vector_product
 from let import alignment_loss, constant_similarity, pair_layers, teacher_states
 from model import GPTConfig
 
-MICRO_BATCH = 8  # sequences of a gradient
+MICRO_BATCH = 8  # sequences per gradient; gradients are averaged
 
 
 @dataclass
 class Options:
-    """What a teacher would teach a target model: alignment.py TEACHER --target=SIZE."""
+    """Measure what a teacher would teach a target model: alignment.py TEACHER --target=SIZE."""
 
-    teacher: str = ''  # model folder or hub name, of the corpus' tokenizer
-    target: str = '64x4'  # a size, of a model as it is initialised, or the folder of a trained one
+    teacher: str = ''  # model folder or hub name, with the corpus's tokenizer
+    target: str = '64x4'  # a size, for a freshly initialised model, or a trained model's folder
     pairings: tuple[str, ...] = ('L2E', 'L2M', 'L2L')  # of layers, as in let.py
-    probes: Natural = 0  # random vectors on which the curvature is estimated; 0: not measured
+    probes: Natural = 0  # random vectors that estimate the curvature; 0: not measured
     # data
-    data: str = 'pydocs'  # prepared corpus, its training split
+    data: str = 'pydocs'  # prepared corpus, whose training split is read
     data_dir: str = 'data'  # where prepared corpora are
     samples: Count = 128  # sequences to measure on
     block_size: Count = 128  # tokens in each
 
 
 def reached(model, layer):
-    """The parameters of the target that L_proj has a gradient in: embeddings, layers up to k."""
+    """The target's parameters on which L_proj depends: embeddings and layers up to `layer`."""
     later = ('norm', 'lm_head', *(f'blocks.{i}.' for i in range(layer, len(model.blocks))))
     return [p for name, p in model.named_parameters() if not name.startswith(later)]
 
 
 def curvature(loss, parameters, probes):
     """
-    The Frobenius norm of the Hessian of loss() in some parameters (Appendix I, of L_proj):
-    |H|_F^2 = E |H v|^2 over vectors v of independent entries of variance 1.
+    Estimate the Frobenius norm of the Hessian of loss() in `parameters` (Appendix I, for L_proj):
+    |H|_F^2 = E |H v|^2 for v with independent entries of mean 0 and variance 1. probes: how many v.
     """
     generator, squares = torch.Generator().manual_seed(0), 0.0
     for _ in range(probes):
+        # drawn on the CPU, the same for every device
         v = torch.cat([torch.randn(p.shape, generator=generator).flatten() for p in parameters])
         product = hessian_vector_product(loss, parameters, v.to(parameters[0]))
         squares += product.double().square().sum().item()
@@ -71,8 +72,8 @@ def curvature(loss, parameters, probes):
 
 def measure(model, teacher, batches, pair, probes=0):
     """
-    The record of a pair of layers, (the target's, the teacher's). batches: (x, y) of sequences;
-    probes: vectors on which the curvature of the first batch is estimated.
+    The record of a pair of layers, (the target's, the teacher's): means over `batches` of (x, y),
+    int64 (B, T). probes: random vectors for the curvature, that of the first batch; 0: without it.
     """
     layer, parameters, gradient = pair[0], reached(model, pair[0]), torch.autograd.grad
     totals = [0.0] * 4
@@ -84,9 +85,14 @@ def measure(model, teacher, batches, pair, probes=0):
         found = -loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)
         totals = [total + part / len(batches) for total, part in zip(totals, found)]
     similarity, constant, ours, data = totals
-    record = {'layer': layer, 'similarity': similarity.item(), 'of a constant': constant.item()}
-    record |= {'gradient of L_proj': ours.norm().item(), 'gradient of CE': data.norm().item()}
-    record['agreement'] = F.cosine_similarity(ours, data, dim=0).item()
+    record = {
+        'layer': layer,
+        'similarity': similarity.item(),
+        'of a constant': constant.item(),
+        'gradient of L_proj': ours.norm().item(),
+        'gradient of CE': data.norm().item(),
+        'agreement': F.cosine_similarity(ours, data, dim=0).item(),
+    }
     if probes:
         x, _ = batches[0]
         theirs, _ = teacher_states(teacher, x, pair[1])
@@ -96,7 +102,7 @@ def measure(model, teacher, batches, pair, probes=0):
 
 
 def open_target(options, corpus, device):
-    """The target model: a folder's, or one as it would be initialised."""
+    """The target model: that of a folder, or a freshly initialised one of a named size."""
     if Path(options.target).is_dir():
         return open_teacher(options.target, corpus, device).requires_grad_()
     shape = dict(vocab_size=corpus.meta['vocab_size'], block_size=options.block_size)

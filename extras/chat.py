@@ -1,8 +1,9 @@
 """
-Conversations as the chat template in a model's folder writes them; transformers renders it.
+Conversations in the chat template of a model's folder, which transformers renders.
 
-A model is used as it was trained: a set prepared with such a folder has every conversation in its
-template, and each answer with the token that the template writes behind it is a target.
+A chat model must be trained on the format in which it is used: in a set prepared with such a
+folder, conversations are in its template, and the targets are the answers, each with the control
+token that the template puts after it.
 """
 
 import re
@@ -12,27 +13,29 @@ import numpy as np
 from data.vocabulary import load_tokenizer, open_tokenizer
 from engine.errors import UserError, first_line, import_extra
 
-HIDDEN = '\ufdd0'  # stands for an answer, and in no text
+HIDDEN = '\ufdd0'  # placeholder for an answer: a noncharacter, which texts do not contain
 
 
 def open_chat(folder):
     """
-    (render, tokenizer, control): messages -> text by the chat template in a folder; its
-    tokenizers.Tokenizer; a pattern of its control tokens. Raises UserError without transformers;
-    render does for a template that gives no text, and for a message with a control token: they come
-    from the template alone.
+    (render, tokenizer, control) of a folder with a chat template: the function render(messages) ->
+    text; its tokenizers.Tokenizer; a regular expression of its control tokens. Raises UserError
+    without transformers. render raises UserError if the template fails, or if a message contains a
+    control token, as only the template may write them.
     """
     transformers = import_extra('transformers', 'chat templates need the package transformers')
     try:
         found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as many as there are classes of tokenizers
+    except Exception as error:  # every class of tokenizers raises its own
         raise UserError(f'transformers cannot open {folder} ({first_line(error)})') from None
     tokenizer = open_tokenizer(folder)
     added = tokenizer.get_added_tokens_decoder().values()
+    # longest first: the pattern takes the first that matches, and one may begin another
     texts = sorted((token.content for token in added if token.special), key=len, reverse=True)
     control = '|'.join(map(re.escape, texts)) or '(?!)'  # which matches nothing
 
     def render(messages, **how):
+        # many templates strip contents; stripped here, answers are the same with any of them
         messages = [m | dict(content=m['content'].strip()) for m in messages]
         for message in messages:
             if mentioned := re.search(control, message['content']):
@@ -50,14 +53,15 @@ def open_chat(folder):
 
 def chat_encoder(folder):
     """
-    messages -> (ids, which of them are targets: 0 or 1), in a folder's chat template. An answer
-    ends with the control token behind it; where none is, the end-of-text ends the whole. Raises
-    ValueError for a conversation that the template changes.
+    The function messages -> (ids, marks), two lists, in a folder's chat template. A mark is 1 for a
+    target: answers, and the control token after each; if the last answer has none, end-of-text is
+    added. The function raises ValueError if the template leaves out or changes an answer.
     """
     (render, tokenizer, control), end = open_chat(folder), load_tokenizer(folder).end
 
     def encode(messages):
         answers = [m['content'].strip() for m in messages if m['role'] == 'assistant']
+        # rendered with placeholders, the template shows where each answer begins
         hidden = [m | dict(content=HIDDEN) if m['role'] == 'assistant' else m for m in messages]
         text, *parts = render(hidden).split(HIDDEN)
         if len(parts) != len(answers):
@@ -71,15 +75,18 @@ def chat_encoder(folder):
             raise ValueError('the chat template changes an answer')
         encoded = tokenizer.encode(text[: spans[-1][1]], add_special_tokens=False)
         first, last = np.array(encoded.offsets).T
-        marks = sum((first < stop) & (last > start) for start, stop in spans)
-        more = [] if ended else [end]
+        marks = sum((first < stop) & (last > start) for start, stop in spans)  # any overlap
+        more = [] if ended else [end]  # `ended` is that of the last answer
         return encoded.ids + more, marks.tolist() + [1] * len(more)
 
     return encode
 
 
 def prompt_encoder(folder):
-    """messages -> ids to the point where an answer begins. Raises UserError as render does."""
+    """
+    The function messages -> ids, a list, up to where the next answer begins. It raises UserError as
+    render does in `open_chat`.
+    """
     render, tokenizer, _ = open_chat(folder)
 
     def encode(messages):

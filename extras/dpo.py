@@ -1,17 +1,17 @@
 """
-Direct preference optimisation (Rafailov et al.), and the post-training of a model family: answers
-first, then preferences (Progressive training, Appendix E).
+Direct preference optimisation (Rafailov et al.), and the post-training of a model family:
+supervised fine-tuning, then DPO (Progressive training, Appendix E).
 
     python train.py config/posttrain_tiny.py
     python train.py config/posttrain_8b.py
     python -m extras.mt_bench out/posttrain_8b/progressive_8b-8b-dpo    # for the judge of Table 9
 
-With pi the model and pi_ref a frozen copy of what it started as, c the answer to x that is
-preferred and r the other one,
+With pi the model, pi_ref a frozen copy of its starting point, and c the chosen (preferred) and r
+the rejected answer to x,
 
     L = -log sigmoid( beta [log pi(c|x) / pi_ref(c|x)  -  log pi(r|x) / pi_ref(r|x)] )
 
-log pi(y|x) is the sum over the answer's tokens.
+where log pi(y|x) is summed over the answer's tokens.
 """
 
 from dataclasses import dataclass
@@ -33,16 +33,21 @@ from model import load
 
 
 def log_probability(model, x, y):
-    """log pi(y|x), (n,): the sum over targets y (n, T) that are not -100, of inputs x (n, T)."""
+    """
+    log pi(y|x), (n,), at least float32: the sum over the targets y (n, T) that are not -100. x:
+    inputs (n, T), int64.
+    """
     logits = model(x).logits
     exact = torch.promote_types(logits.dtype, torch.float32)
+    # 0 for targets of -100
     losses = F.cross_entropy(logits.flatten(0, 1).to(exact), y.flatten(), reduction='none')
     return -losses.view(y.shape).sum(1)
 
 
 def dpo(reference, beta=0.1):
     """
-    The objective. reference: the frozen pi_ref, a folder or a GPT. Inputs as of `pair_source`.
+    The objective of DPO: (model, x, y, progress) -> (loss, number of pairs, scalars), with x and y
+    (n, 2, T) int64 as from `pair_source`. reference: the frozen pi_ref, a folder or a GPT.
     """
     opened = lazy_teacher(reference)
 
@@ -53,7 +58,7 @@ def dpo(reference, beta=0.1):
         logp = log_probability(model, x, y)
         chosen, rejected = (logp - ref_logp).view(-1, 2).unbind(1)  # log pi / pi_ref
         margin = beta * (chosen - rejected)
-        data_loss = -logp[::2].sum() / (y[::2] >= 0).sum()
+        data_loss = -logp[::2].sum() / (y[::2] >= 0).sum()  # nats per token of chosen answers
         scalars = dict(data_loss=data_loss, accuracy=(margin > 0).float().mean())
         return -F.logsigmoid(margin).mean(), torch.tensor(len(margin), device=x.device), scalars
 
@@ -63,7 +68,8 @@ def dpo(reference, beta=0.1):
 def pair_source(name, knobs):
     """
     The Source of a prepared set of preferences: inputs and targets (n, 2, T) int64, the preferred
-    answer first. Its validation loss is that of the preferred answers.
+    answer first. The validation loss is the cross entropy of preferred answers. name: the set;
+    knobs: train.Run. Raises UserError for another kind of set.
     """
     train, val = (
         Examples(name, knobs.data_dir, split, 'preferences') for split in ('train', 'val')
@@ -79,6 +85,7 @@ def pair_source(name, knobs):
         return val.rows(2 * np.asarray(pairs), T)
 
     validation = partial(fixed_batches, preferred, some_of(len(val) // 2, T, knobs.eval_tokens))
+    # masked stays False, though targets are: the loss is a mean over pairs, not over targets
     return Source(read, validation, val.bytes_per_token, train.tokenizer)
 
 
@@ -92,7 +99,7 @@ class PostTraining:
     sft_learning_rate: NonNegative = 3e-5  # the maximum
     dpo_epochs: Positive = 1.0  # passes over the preferences
     dpo_learning_rate: NonNegative = 5e-7  # the maximum
-    beta: Positive = 0.1  # how much a preference may move the model; 0.1 is ours
+    beta: Positive = 0.1  # the larger, the closer the model stays to pi_ref; 0.1 is our choice
 
     toy_corpora = dict(preferences='preferences')
 
@@ -102,11 +109,12 @@ class PostTraining:
         return [self.preferences]
 
     def stages(self, run):
-        """For each member, fine-tuning and then DPO."""
+        """Yield the stages: for each member, fine-tuning, then DPO. Raises UserError."""
         names = ['-'.join(Path(model).parts[-2:]) for model in self.models]  # FAMILY-SIZE
         if not names or len({*names}) < len(names):
             raise UserError('posttrain needs different --models=FAMILY/SIZE,FAMILY/SIZE')
         for name, model in zip(names, self.models):
+            # toy runs start from random weights; a plan may name models that are not trained yet
             there = not run.toy and (Path(model).is_dir() or not run.dry_run)
             size = Path(model).name.removeprefix('independent-')
             config = run.given_config(model) if there else run.model_config(size)
@@ -119,7 +127,7 @@ class PostTraining:
                 stage.origin, stage.tokenizer = Origin('weights', (name,)), model
                 stage.model = partial(load, model)
             tuned = yield stage
-            # a pair is two sequences, hence 2 X, and as many forward passes of pi_ref
+            # tokens count one sequence of a pair: so 2 X, and 2 x 2 X FLOPs for pi_ref's passes
             tokens = self.dpo_epochs * count_examples(self.preferences, run) / 2 * length
             stage = Stage(f'{name}-dpo', config, tokens, 2 * X, parent=tuned, begin=0)
             stage.more_flops = lambda progress, step, X=X: 4.0 * X * progress.step * step
@@ -135,7 +143,7 @@ class PostTraining:
 
 
 def count_examples(name, run):
-    """Examples of a set's training split; a guess in plans without it."""
+    """The number of examples in a set's training split; a guess for plans without the set."""
     meta = Path(run.data_dir) / name / 'meta.json'
     if not meta.is_file():
         return 100_000

@@ -1,10 +1,10 @@
 """
-A GGUF file, as llama.cpp and its kin read it, turned into a model folder with its tokenizer and
-chat template; quantised weights become what they stand for, in float32 or bfloat16.
+Convert a GGUF file, the format of llama.cpp, to a model folder with its tokenizer and chat
+template. Quantised weights are dequantised to float32 or bfloat16.
 
-    python -m extras.from_gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    python -m extras.from_gguf SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2-135m
 
-transformers' own reader does the work, with the packages gguf and accelerate: all three are in
+transformers reads the file, which needs the packages gguf and accelerate; all three are in
 requirements-extras.txt.
 """
 
@@ -24,14 +24,15 @@ class Conversion:
     """Turn a GGUF file into a model folder: from_gguf.py FILE FOLDER."""
 
     source: str = ''  # the .gguf file
-    target: str = ''  # folder to be made
+    target: str = ''  # the folder to make
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the weights
 
 
 def convert(source, target, dtype='float32'):
     """
-    Make the model folder `target` from the GGUF file `source`; it is built beside it and renamed
-    when it is complete. Raises UserError for what is not a model that load() reads.
+    Convert the GGUF file `source` to the model folder `target`, which is built under another name
+    and renamed when complete. dtype: of the weights. Raises UserError if a package is missing, or
+    if the file is not a model that load() reads.
     """
     gguf = import_extra('gguf', 'GGUF files need the package gguf')
     transformers = import_extra('transformers', 'GGUF files need the package transformers')
@@ -43,6 +44,7 @@ def convert(source, target, dtype='float32'):
                 raise ValueError('transformers does not read the RoPE scaling of Llama 3 in it')
             found = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=dtype)
             config = GPTConfig(**config_from_hugging_face(found.config.to_dict()))
+            config.norm_eps = float(f'{config.norm_eps:.6g}')  # 1e-5 in float32 is 9.99e-6
             template = GPT.on_meta(config).state_dict()
             state = tensors_from_hugging_face(config, found.state_dict(), template)
             transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(unfinished)
@@ -54,8 +56,8 @@ def convert(source, target, dtype='float32'):
 
 def tidy_tokenizer(folder, vocab_size):
     """
-    Leave out tokens that transformers' converter adds beyond a model's vocabulary, and name the
-    class of the tokenizer as transformers 4 knows it, too.
+    Remove the tokens that transformers' converter adds beyond the model's vocabulary, and name a
+    tokenizer class that transformers 4 has, too.
     """
     path, settings = folder / 'tokenizer.json', folder / 'tokenizer_config.json'
     content = read_json(path)

@@ -5,8 +5,8 @@ the format that FastChat's judge reads.
     python -m extras.mt_bench out/posttrain_8b/progressive_8b-8b-dpo --questions=question.jsonl
 
 question.jsonl comes with FastChat: a line for each question, with question_id, category and turns.
-A question's turns are one conversation, in which the model sees its own first answer. The judge
-itself, a model behind an interface that costs money, is FastChat's business.
+A question's turns are one conversation, in which the model sees its own first answer. Judging them,
+by a commercial model, is left to FastChat.
 """
 
 import json
@@ -25,7 +25,7 @@ from engine.parallel import choose_device
 from model import load
 from sample import Sampling, conversation_encoder, reply
 
-# by the kind of question, as the benchmark prescribes; 0.7 for any other
+# sampling temperatures by category, as the benchmark prescribes; 0.7 for any other
 TEMPERATURES = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
 
 

@@ -2,14 +2,14 @@
 Late-to-Early Training beyond text (Appendix E): the same objective and loop on time-series
 classification, on the ten data sets of the paper's Table 2 or another one of the UEA archive.
 
-    python train.py config/let_timeseries.py                      # Japanese vowels, from nothing
+    python train.py config/let_timeseries.py                      # Japanese vowels, from scratch
     python train.py config/let_timeseries_qwen2.py --dry_run=True # the ten sets, from Qwen2-0.5B
 
-The package sktime reads a set: it ships JapaneseVowels and BasicMotions, and others are read from
-DATA_DIR/timeseries/NAME, or fetched there. The model is the language model with numbers for tokens:
-a linear map replaces the embedding, the classes replace the vocabulary, and only a series' last
-step has a target. The paper fine-tunes Qwen-0.5B with TimesNet as the teacher; here the teacher is
-a small model of our own, trained on the same set first.
+The package sktime reads the sets. It ships JapaneseVowels and BasicMotions; others are read from
+DATA_DIR/timeseries/NAME, or downloaded there. The model is the language model with numbers in place
+of tokens: a linear map replaces the embedding, the classes replace the vocabulary, and only the
+last step of a series has a target. The paper fine-tunes Qwen-0.5B with TimesNet as the teacher;
+here the teacher is a small model of this kind, trained on the same set first.
 """
 
 import statistics
@@ -34,10 +34,10 @@ from model import GPT, load, read_config
 
 
 class Shape(NamedTuple):
-    """What a data set looks like."""
+    """The sizes of a data set."""
 
     n: int  # series to train on
-    length: int  # steps of the longest
+    length: int  # steps of the longest series
     channels: int
     classes: int
 
@@ -57,7 +57,10 @@ PAPERS = {  # the ten sets of Table 2: n, length, channels, classes, as the arch
 
 
 def shape_of(name, folder, planned=False):
-    """The Shape of a data set that is here, and in a plan of any of the paper's."""
+    """
+    The Shape of a data set; if `planned`, the published one of the paper's ten sets, without
+    reading it. Raises UserError.
+    """
     if planned and name in PAPERS:
         return Shape(*map(int, PAPERS[name].split()))
     splits = series_of(name, folder)
@@ -66,17 +69,20 @@ def shape_of(name, folder, planned=False):
 
 
 def read_split(name, split, folder):
-    """([array (steps, channels) of each series], their labels) of a split. Raises UserError."""
+    """
+    ([array (steps, channels) of each series], labels) of a split, 'train' or 'test'. Raises
+    UserError without sktime, or if the set cannot be read.
+    """
     read = import_extra('sktime.datasets', 'time series need the package sktime')
     known = Path(read.__file__).parent / 'data' / name
-    where = None if known.is_dir() else str(folder)
+    where = None if known.is_dir() else str(folder)  # sktime finds the sets it ships by itself
     how = dict(return_X_y=True, return_type='df-list', extract_path=where)
     try:
         if where:
             Path(where).mkdir(parents=True, exist_ok=True)
         frames, labels = read.load_UCR_UEA_dataset(name, split=split, **how)
         return [frame.to_numpy() for frame in frames], labels
-    except Exception as error:  # of its reader, or of its download
+    except Exception as error:  # from sktime's reader or its download
         raise UserError(
             f'{name} cannot be read from {folder}, or fetched ({first_line(error)}): '
             f'{name}/{name}_TRAIN.ts and {name}_TEST.ts belong there'
@@ -86,9 +92,9 @@ def read_split(name, split, folder):
 @cache
 def series_of(name, folder):
     """
-    {'train': (x, y), 'test': (x, y)}: x (n, length, channels) float32, normalised by the training
-    split, 0 behind a series' end; y (n, length) int64, its class at its last step, else -100.
-    UserError without sktime, or without the data set.
+    {'train': (x, y), 'test': (x, y)}: x (n, length, channels) float32, with mean 0 and variance 1
+    over the training split, 0 after the end of a series; y (n, length) int64, the class at the last
+    step of a series, -100 elsewhere. Raises UserError without sktime or the data set.
     """
     train, labels = read_split(name, 'train', folder)
     test, more_labels = read_split(name, 'test', folder)
@@ -96,7 +102,7 @@ def series_of(name, folder):
     shift, scale = np.nanmean(steps, 0), np.nanstd(steps, 0)
     scale[scale == 0] = 1.0
     rows = [(series - shift) / scale for series in (*train, *test)]
-    rows = [torch.from_numpy(np.nan_to_num(row)).float() for row in rows]  # a gap: the mean
+    rows = [torch.from_numpy(np.nan_to_num(row)).float() for row in rows]  # missing: 0, the mean
     x = pad_sequence(rows, batch_first=True).numpy()
     y = np.full(x.shape[:2], -100)
     _, classes = np.unique([*labels, *more_labels], return_inverse=True)
@@ -105,7 +111,7 @@ def series_of(name, folder):
 
 
 def series_source(knobs, name, folder):
-    """The Source of a data set: every epoch a new permutation; the test split to validate."""
+    """The Source of a data set: reshuffled every epoch, validated on the test split."""
     (x, y), (test_x, test_y) = series_of(name, folder).values()
 
     def read(positions):
@@ -122,7 +128,7 @@ def accuracy(folder, splits):
     x, y = map(torch.from_numpy, splits['test'])
     model, right = load(folder).eval(), 0
     for rows, wanted in zip(x.split(64), y.split(64)):
-        right += (model(rows).logits.argmax(-1) == wanted).sum().item()  # not where it is -100
+        right += (model(rows).logits.argmax(-1) == wanted).sum().item()  # padding, -100, never is
     return right / len(x)
 
 
@@ -140,19 +146,19 @@ class TimeSeries:
     """LET on time series (Appendix E): a small teacher, then the target without and with it."""
 
     datasets: tuple[str, ...] = ('JapaneseVowels',)  # of the UEA archive
-    size: str = '64x4'  # target model; with a base that is not here yet, its size in a plan
+    size: str = '64x4'  # target model; with a base, its size for a plan before it is downloaded
     base: str = ''  # language model whose layers the target begins with: a folder or hub name
     teacher_size: str = '32x2'  # teacher, trained first on the same series
     epochs: Positive = 60.0  # of the target model
     teacher_epochs: Positive = 120.0  # passes of the teacher over the training series
     teacher_learning_rate: NonNegative = 0.0  # of the teacher; 0: learning_rate
     lambda0: NonNegative = 0.1  # weight of L_proj at the first step
-    s_stop: NonNegative = 0.5  # as a fraction of the steps
+    s_stop: NonNegative = 0.5  # step at which L_proj ends; up to 1: fraction of all steps
     pairing: str = 'L2E'  # as in let.py
     reads_corpora = False
 
     def stages(self, run):
-        """For every data set the teacher; then the target without it and with it."""
+        """Yield for every data set the teacher, then the target without it and with it."""
         self.folder = str(Path(run.data_dir) / 'timeseries')
         if run.toy:
             self.base, self.datasets = '', ('JapaneseVowels',)
@@ -160,17 +166,17 @@ class TimeSeries:
             yield from self.on(name, shape_of(name, self.folder, run.dry_run), run)
 
     def on(self, name, shape, run):
-        """The stages of one data set."""
+        """Yield the stages of the data set `name`, of a Shape. Raises UserError."""
         fields = dict(
             vocab_size=shape.classes,
             channels=shape.channels,
             block_size=shape.length,
-            tied=False,  # what reads numbers is no head
+            tied=False,  # the input map reads channels, the head writes classes
         )
         small = run.model_config(self.teacher_size, **fields)
         config = run.model_config(self.size, **fields)
         if self.base:
-            here = not run.dry_run or Path(self.base).is_dir()
+            here = not run.dry_run or Path(self.base).is_dir()  # a plan downloads nothing
             base = read_config(model_folder(self.base)) if here else config
             if base.pos == 'learned' and base.block_size < shape.length:
                 raise UserError(
@@ -205,7 +211,7 @@ class TimeSeries:
             yield stage
 
     def summary(self, results):
-        """Test accuracy on every data set: the teacher's, and means over the seeds (Table 2)."""
+        """Records of the test accuracy on every data set, means over the seeds (Table 2)."""
         records = []
         for name, found in by_label(results, 'dataset').items():
             for model, runs in by_label(found, 'model').items():

@@ -80,14 +80,6 @@ def test_there_are_commands():
     assert len(commands()) > 40
 
 
-def test_the_quick_start_in_python_runs_as_it_is_printed(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    (snippet,) = re.findall(r'```python\n(import torch.*?)```', readme, re.DOTALL)
-    exec(snippet, {})
-    assert len(capsys.readouterr().out) > 10
-
-
 @pytest.mark.parametrize('line', commands())
 def test_a_command_of_the_documents_works(line, workplace, monkeypatch):
     monkeypatch.chdir(workplace)

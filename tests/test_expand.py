@@ -210,8 +210,8 @@ def test_targets_that_cannot_be_reached_are_refused_by_name(changes, width, word
 
 def test_an_operator_of_ones_own_is_a_width_and_a_variant(data_dir, tmp_path):
     """The documents' example: registered by a config file, it is known wherever operators are."""
-    text = (ROOT / 'docs' / 'progressive.md').read_text(encoding='utf-8')
-    (example,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    example = re.search(r'```python\n(import torch.*?)```', text, re.DOTALL)[1]
     assert example.strip() in (ROOT / 'config' / 'growth_tiny.py').read_text(encoding='utf-8')
     (tmp_path / 'own.py').write_text(example)
     line = f'train.py {tmp_path}/own.py --toy --data_dir={data_dir} --out_dir={tmp_path}'
