@@ -239,16 +239,22 @@ def starts_of(law, data):
 def solve(law, data, starts):
     """
     Minimise the Huber loss of log L from the eight best of the starting points (S, P); returns the
-    best parameters found, (P,). The paper does this by BFGS.
+    best parameters found, (P,). The paper does this by BFGS. With its delta = 1e-3 the loss is
+    almost piecewise linear, and a search can stop early, at an edge. So it goes on from there with
+    a larger delta, which smooths the edges, and then once more with the paper's.
     """
     from scipy.optimize import least_squares  # takes a second; not every command needs it
 
-    x, target = logarithms(data), np.log(data.loss.to_numpy())
+    x, target, found = logarithms(data), np.log(data.loss.to_numpy()), []
     residuals = lambda theta: log_loss(law, theta, x) - target
-    near = sorted(starts, key=lambda start: np.abs(residuals(start)).mean())[:8]
-    how = dict(loss='huber', f_scale=1e-3, x_scale='jac', ftol=1e-10, xtol=1e-10, gtol=1e-10)
-    found = [least_squares(residuals, start, max_nfev=400, **how) for start in near]
-    return min(found, key=lambda result: result.cost).x
+    for start in sorted(starts, key=lambda start: np.abs(residuals(start)).mean())[:8]:
+        for delta in 1e-3, 1e-2, 1e-3:
+            best = least_squares(
+                residuals, start, loss='huber', f_scale=delta, x_scale='jac', ftol=1e-10, xtol=1e-10
+            )
+            start = best.x
+            found.append(best)
+    return min(found, key=lambda result: result.cost).x  # a larger delta only adds to the cost
 
 
 def fit(law, data, bootstrap=100, seed=0):
@@ -263,7 +269,7 @@ def fit(law, data, bootstrap=100, seed=0):
     cells, least = cells_of(data), len(LAWS[law].parameters.split()) + 1
     if len(cells) < least:
         raise UserError(f'{law} needs points of {least} different N, D1 or D2, not {len(cells)}')
-    for name, least in (('N', 3), ('D1', 2), ('D2', 2)):  # B, beta and E need three N
+    for name, least in ('N', 3), ('D1', 2), ('D2', 2):  # B, beta and E need three N
         if name in LAWS[law].data and data[name].nunique() < least:
             raise UserError(f'{law} needs points of at least {least} different {name}')
     rows, draw = [solve(law, data, starts_of(law, data))], random.Random(seed)
@@ -384,8 +390,7 @@ def sunk_cost_limits(scratch, grown, N):
     as good as one grown from N after D* tokens and trained for D* more; beyond, starting over wins.
     scratch, grown: Fits; N: parameters of the base.
     """
-    size = grown.growth * N
-    return crossings(lambda D: scratch.losses(size, 0, D) - grown.losses(N, D, D))
+    return crossings(lambda D: scratch.losses(grown.growth * N, 0, D) - grown.losses(N, D, D))
 
 
 def published_sunk_cost_limit(N):
@@ -555,11 +560,12 @@ def power_panels(fitted):
             alone.append((math.log(D1), -exponent, factor))
     if len(alone) < 2:
         return []
-    panels, (x, *found) = [], np.array(alone).T
+    panels, (log_D1, *found) = [], np.array(alone).T
+    D1 = np.exp(log_D1)
     for values, name in zip(found, ('exponent of D2 (-alpha)', 'log of its factor A')):
-        straight = np.polyval(np.polyfit(x, values, 1), x)
-        points = Line(np.exp(x), values, 'each D1 alone (Eq. 2)', 'o', 'C0')
-        line = Line(np.exp(x), straight, 'a line in log D1 (Eq. 3)', '--', 'C1')
+        points = Line(D1, values, 'each D1 alone (Eq. 2)', 'o', 'C0')
+        straight = np.polyval(np.polyfit(log_D1, values, 1), log_D1)
+        line = Line(D1, straight, 'a line in log D1 (Eq. 3)', '--', 'C1')
         panels.append(Panel('D1 (tokens)', name, [points, line], log='x'))
     return panels
 

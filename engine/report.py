@@ -262,7 +262,7 @@ def training_curve(result, points=80):
 
 def loss_panel(results):
     """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
-    ylabel = 'loss (nats per token): line, training; dot, validation'
+    ylabel = 'training loss (nats per token; dots: validation)'
     panel = Panel('cumulative training FLOPs', ylabel)
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
     for r in results:  # one colour per size; its independent baseline is dashed

@@ -127,7 +127,7 @@ def test_twins_are_left_out_and_resampled_together():
     errors = [leave_one_out('multiplicative', data) for data in both]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
     spreads = [fit('multiplicative', data, 5).rows.std(0)[1] for data in both]
-    assert spreads[0] == pytest.approx(spreads[1], rel=0.05)
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
 
 
 def test_a_pair_of_sizes_has_a_law_each():
