@@ -222,12 +222,12 @@ def distil(teacher, alpha=0.6, temperature=1.0, s_stop=1.0, reverse=False):
         if progress.step >= progress.step_of(s_stop):
             opened.cache_clear()
             return next_token(model, x, y, progress)
-        theirs = opened(x.device)
+        teacher_model = opened(x.device)
         with torch.no_grad():
             # not logits: the fused loss applies the teacher's head itself, a chunk at a time
-            hidden = theirs.norm(teacher_states(theirs, x)[0])
+            hidden = teacher_model.norm(teacher_states(teacher_model, x)[0])
         settings = (alpha, temperature, reverse)
-        output = model(x, y, teacher=Distillation(hidden, theirs.head_weight, *settings))
+        output = model(x, y, teacher=Distillation(hidden, teacher_model.head_weight, *settings))
         scalars = dict(data_loss=output.data_loss, distillation_loss=output.divergence)
         return output.loss, output.count, scalars
 
@@ -283,17 +283,17 @@ def pair_layers(pairing, teacher_layers, target_layers):
     match = re.fullmatch(r'([LM])2([EML])|L([1-9]\d*)F([1-9]\d*)', pairing)
     if not match:
         raise unknown('pairing', pairing, ['L2E', 'M2L', 'L1F3'])
-    theirs, ours, from_last, counted = match.groups()
+    teacher_layer, target_layer, from_last, counted = match.groups()
     middle = (target_layers + 1) // 2
     if counted:
-        ours, theirs = int(counted), teacher_layers + 1 - int(from_last)
+        target_layer, teacher_layer = int(counted), teacher_layers + 1 - int(from_last)
     else:
-        ours = dict(E=min(3, middle), M=middle, L=target_layers)[ours]
-        theirs = teacher_layers if theirs == 'L' else (teacher_layers + 1) // 2
-    if ours > target_layers or theirs < 1 <= teacher_layers:
+        target_layer = dict(E=min(3, middle), M=middle, L=target_layers)[target_layer]
+        teacher_layer = teacher_layers if teacher_layer == 'L' else (teacher_layers + 1) // 2
+    if target_layer > target_layers or teacher_layer < 1 <= teacher_layers:
         depths = f'the target has {target_layers} layers, the teacher {teacher_layers}'
         raise UserError(f'{pairing}: {depths}')
-    return ours, theirs
+    return target_layer, teacher_layer
 
 
 class Teacher(NamedTuple):
@@ -331,10 +331,10 @@ class LET:
         config, variants = run.model_config(self.size), self.parse()
         taught = {kind for kind, _ in variants.values()} - {'baseline'}
         if taught and (run.toy or not self.teacher):
-            theirs = run.model_config(self.teacher_size)
-            X = theirs.num_params(head=True)
-            found = yield Stage('teacher', theirs, self.teacher_tokens, X, once=True)
-            teacher = Teacher(found.folder, found.name, theirs)
+            teacher_config = run.model_config(self.teacher_size)
+            X = teacher_config.num_params(head=True)
+            found = yield Stage('teacher', teacher_config, self.teacher_tokens, X, once=True)
+            teacher = Teacher(found.folder, found.name, teacher_config)
         elif taught:
             teacher = self.given_teacher(run, taught)
         for name, (kind, variant) in variants.items():
@@ -369,41 +369,41 @@ class LET:
         The Teacher that `teacher` names; opened once, so that a damaged one fails before training.
         Raises UserError for that, and for tokenizers that do not fit.
         """
-        name, tokenizers = self.teacher, None
+        name = self.teacher
         if run.dry_run:
             return Teacher(name, name, planned_config(name))
-        (corpus, *_), theirs = run.open_corpora(), tokenizer_in(name)
-        ours = corpus.meta['tokenizer']
-        if not same_tokenizer(ours, theirs):
+        corpus, *_ = run.open_corpora()
+        tokenizers = corpus.meta['tokenizer'], tokenizer_in(name)
+        if differ := not same_tokenizer(*tokenizers):
             if taught - {'let'}:
-                raise UserError(f'RKD and SALT need one tokenizer, not {ours} and that of {name}')
-            for tokenizer in (ours, theirs):
+                raise UserError(f'RKD and SALT need one tokenizer, not {" and ".join(tokenizers)}')
+            for tokenizer in tokenizers:
                 if encode_spans(PROBE, tokenizer)[1].sum() != len(PROBE):
                     raise UserError(f'{tokenizer} cannot be aligned: it changes bytes of a text')
-            corpus, tokenizers = None, (ours, theirs)  # None: skip its tokenizer check
-        config = open_teacher(name, corpus).config
-        check_tokenizer(theirs, config)
-        return Teacher(name, name, config, tokenizers)
+        # without a corpus, its tokenizer is not compared with the teacher's
+        config = open_teacher(name, None if differ else corpus).config
+        check_tokenizer(tokenizers[1], config)
+        return Teacher(name, name, config, tokenizers if differ else None)
 
     def objective(self, kind, teacher, n_layer):
         """
         (objective, how many of the teacher's weights it uses, settings for the report) of a
         variant. kind: let, rkd or salt; n_layer: of the target.
         """
-        theirs = teacher.config
+        shape = teacher.config
         if kind != 'let':
             s_stop = self.s_stop if kind == 'salt' else 1.0
             settings = dict(alpha=self.alpha, temperature=self.temperature, s_stop=s_stop)
-            params = theirs.num_params(head=True) if theirs else 0.0
+            params = shape.num_params(head=True) if shape else 0.0
             return distil(teacher.folder, **settings), params, settings
-        layers = theirs.n_layer if theirs else 0
-        ours, layer = pair_layers(self.pairing, layers, n_layer)
-        how = Alignment(ours, layer, self.lambda0, self.s_stop, self.alignment, self.untrained)
+        layers = shape.n_layer if shape else 0
+        k, layer = pair_layers(self.pairing, layers, n_layer)
+        how = Alignment(k, layer, self.lambda0, self.s_stop, self.alignment, self.untrained)
         # layers above the aligned one do not run, nor does the head
-        params = theirs.num_params() * layer / layers if theirs and self.lambda0 else 0.0
+        params = shape.num_params() * layer / layers if shape and self.lambda0 else 0.0
         return let_objective(teacher.folder, how, teacher.tokenizers), params, asdict(how)
 
-    def micro_batch_size(self, run, config, theirs):
+    def micro_batch_size(self, run, config, teacher_config):
         """
         Sequences in a micro-batch, over which logsum and cca take their statistics: the run's, else
         gcd(16, batch_size), as 16 is the paper's for its 1.4B target (Appendix B). Raises UserError
@@ -411,7 +411,8 @@ class LET:
         """
         size = run.micro_batch_size or math.gcd(16, run.batch_size)
         positions = size * min(run.block_size, config.block_size)
-        needed = 10 * max(shape.n_embd for shape in (config, theirs) if shape)  # ten per feature
+        width = max(shape.n_embd for shape in (config, teacher_config) if shape)
+        needed = 10 * width  # positions per feature
         if self.alignment == 'cca' and positions < needed:
             raise UserError(f'cca needs {needed:,} positions in a micro-batch, not {positions:,}')
         return size

@@ -594,14 +594,14 @@ def law_pictures(name, fits, scratch):
     right).
     """
     law, first = next(iter(fits.items()))
-    panels, ours = [held_out_panel(first)], {law: first}
+    panels, alone = [held_out_panel(first)], {law: first}
     blocks = [(f'{name}.png', panels)]
     if law == 'multiplicative':
-        panels += [law_panel(ours), law_panel(ours, 'D1'), *power_panels(first)]
-        rivals = [law_panel(ours | {r: fits[r] for r in row if r in fits}) for row in RIVALS]
+        panels += [law_panel(alone), law_panel(alone, 'D1'), *power_panels(first)]
+        rivals = [law_panel(alone | {r: fits[r] for r in row if r in fits}) for row in RIVALS]
         blocks.append((f'{name}_laws.png', rivals))
         if scratch:
-            rivals.append(law_panel(ours))  # the last block holds this list
+            rivals.append(law_panel(alone))  # the last block holds this list
             rivals[-1].lines += law_panel({scratch.law: scratch}).lines
     return blocks
 
@@ -941,8 +941,8 @@ def decide(verb, files, options):
     """Report blocks of scaling.py advise, sunk_cost or optimal, the `verb`. Raises UserError."""
     fits = published() if options.paper else fit_first(results_of(files), options.bootstrap)
     if verb == 'advise':
-        ours = {k: f for k, f in fits.items() if f.data.corpus.iloc[0] == options.corpus}
-        return [advise(ours, options.base_params, options.base_tokens, options.budget)]
+        asked = {k: f for k, f in fits.items() if f.data.corpus.iloc[0] == options.corpus}
+        return [advise(asked, options.base_params, options.base_tokens, options.budget)]
     for name, law in (('scratch', 'chinchilla'), (options.growth, 'joint')):
         if name not in fits or fits[name].law != law:
             raise UserError(f'{verb} needs a {law} law of {name}, so runs of three sizes at least')

@@ -34,14 +34,14 @@ class Corpus:
         Raise UserError, with a remedy, unless the corpus was made with the tokenizer of `model`, a
         folder or hub name; if that holds none, unless `config`, a GPTConfig, covers all token ids.
         """
-        ours, theirs = self.meta['tokenizer'], tokenizer_in(model)
-        if theirs and not same_tokenizer(ours, theirs):
+        tokenizer, wanted = self.meta['tokenizer'], tokenizer_in(model)
+        if wanted and not same_tokenizer(tokenizer, wanted):
             raise UserError(
-                f'{model} has another tokenizer than {self.name} ({ours}): prepare its text with  '
-                f'python data/prepare.py {self.meta.get("corpus", self.name)} --tokenizer={theirs} '
+                f'{model} has another tokenizer than {self.name} ({tokenizer}): prepare it by  '
+                f'python data/prepare.py {self.meta.get("corpus", self.name)} --tokenizer={wanted} '
                 f'--out=data/NAME  and use --data=NAME'
             )
-        check_tokenizer(ours, config)
+        check_tokenizer(tokenizer, config)
 
 
 def open_corpus(name, data_dir='data'):

@@ -237,11 +237,11 @@ def translate(ids, student, teacher):
         student 'The' 're' ' is', teacher 'There' ' i' 's': the partners are none, 'There', 's'
     """
     table, end = token_bytes(student), load_tokenizer(student).end
-    theirs, ends, start = [], [], 0  # the teacher's ids; the byte at which each of them ends
+    output, ends, start = [], [], 0  # the teacher's ids; the byte at which each of them ends
     for document in np.split(ids, np.flatnonzero(ids == end) + 1):
         text = b''.join(table[i] for i in document)
         found, spans = encode_spans(text, teacher)
-        theirs += [*found, load_tokenizer(teacher).end]  # end-of-text counts as one byte
+        output += [*found, load_tokenizer(teacher).end]  # end-of-text counts as one byte
         ends += [*np.where(spans > 0, start + spans.cumsum(), -1), start + len(text) + 1]
         start = ends[-1]
     after = np.cumsum([len(table[i]) + (i == end) for i in ids])  # where the student's tokens end
@@ -250,4 +250,4 @@ def translate(ids, student, teacher):
     ends, places = np.append(0, ends[places]), np.append(-1, places)
     last = np.searchsorted(ends, after, side='right') - 1  # the last to end at or before `after`
     # the last document is unfinished: its end-of-text goes, unless nothing else is left
-    return theirs[:-1] or theirs, np.where(ends[last] > np.append(0, after[:-1]), places[last], -1)
+    return output[:-1] or output, np.where(ends[last] > np.append(0, after[:-1]), places[last], -1)

@@ -130,9 +130,9 @@ class _FusedLoss(torch.autograd.Function):
             logits[:, V:] = -torch.inf  # the padding
             at_target = logits.gather(-1, target)
             if teacher:
-                theirs = teacher_hidden.flatten(0, -2)[rows].to(dtype) @ teacher_head.T
-                ours = logits[:, :common] / temperature
-                apart, value = diverge(ours, theirs.to(exact).div_(temperature))
+                teacher_logits = teacher_hidden.flatten(0, -2)[rows].to(dtype) @ teacher_head.T
+                student_logits = logits[:, :common] / temperature
+                apart, value = diverge(student_logits, teacher_logits.to(exact).div_(temperature))
                 divergence = divergence + temperature**2 * (value * share).sum()
             # in place from here: this is the largest tensor of the step, and memory is the limit
             highest = logits.amax(-1, keepdim=True)

@@ -78,25 +78,26 @@ def measure(model, teacher, batches, pair, probes=0):
     layer, parameters, gradient = pair[0], reached(model, pair[0]), torch.autograd.grad
     totals = [0.0] * 4
     for x, y in batches:
-        theirs, _ = teacher_states(teacher, x, pair[1])
+        teacher_hidden, _ = teacher_states(teacher, x, pair[1])
         output = model(x, y, hidden_at=layer)
-        loss = alignment_loss(output.hidden, theirs)
+        loss = alignment_loss(output.hidden, teacher_hidden)
         both = gradient(loss, parameters, retain_graph=True), gradient(output.loss, parameters)
-        found = -loss.detach(), constant_similarity(theirs), *map(parameters_to_vector, both)
+        similarities = -loss.detach(), constant_similarity(teacher_hidden)
+        found = *similarities, *map(parameters_to_vector, both)
         totals = [total + part / len(batches) for total, part in zip(totals, found)]
-    similarity, constant, ours, data = totals
+    similarity, constant, proj, data = totals
     record = {
         'layer': layer,
         'similarity': similarity.item(),
         'of a constant': constant.item(),
-        'gradient of L_proj': ours.norm().item(),
+        'gradient of L_proj': proj.norm().item(),
         'gradient of CE': data.norm().item(),
-        'agreement': F.cosine_similarity(ours, data, dim=0).item(),
+        'agreement': F.cosine_similarity(proj, data, dim=0).item(),
     }
     if probes:
         x, _ = batches[0]
-        theirs, _ = teacher_states(teacher, x, pair[1])
-        loss = lambda: alignment_loss(model(x, hidden_at=layer).hidden, theirs)
+        teacher_hidden, _ = teacher_states(teacher, x, pair[1])
+        loss = lambda: alignment_loss(model(x, hidden_at=layer).hidden, teacher_hidden)
         record['curvature'] = curvature(loss, parameters, probes)
     return record
 

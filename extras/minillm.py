@@ -170,15 +170,15 @@ class MiniLLM:
     def __call__(self, model, x, y, progress):
         if is_sharded(model):  # passes are collectives, but answers differ in length
             raise UserError('minillm cannot train shards: it needs --parallel=ddp')
-        theirs = self.opened(x.device)
+        teacher = self.opened(x.device)
         if progress.step != self.step:
             self.step = progress.step
             student = getattr(model, 'module', model)  # without DDP; below, without torch.compile
-            self.left = self.rows_of_step(getattr(student, '_orig_mod', student), theirs)
+            self.left = self.rows_of_step(getattr(student, '_orig_mod', student), teacher)
         rows = [self.left.pop() for _ in x]  # of this micro-batch
         rollout = {name: t[rows].to(x.device) for name, t in self.rollout.items()}
         ids = rollout['ids'][:, :-1]
-        loss, scalars = policy_loss(model(ids).logits, theirs(ids).logits, rollout)
+        loss, scalars = policy_loss(model(ids).logits, teacher(ids).logits, rollout)
         text_loss = model(x, y).loss
         count = torch.tensor(len(x), device=x.device)
         return loss + text_loss, count, scalars | dict(text_loss=text_loss)
@@ -262,9 +262,9 @@ def examples_in(method, data):
     run = method.run
     if not (Path(run.data_dir) / data).is_dir():
         return EXAMPLES.get(data, 15_000)  # of Dolly
-    examples, ours = Examples(data, run.data_dir, 'train'), run.source().tokenizer
-    if data != method.ansnet_data and not same_tokenizer(examples.tokenizer, ours):
-        raise UserError(f'{data} was not prepared with the tokenizer of {run.data}, {ours}')
+    examples, tokenizer = Examples(data, run.data_dir, 'train'), run.source().tokenizer
+    if data != method.ansnet_data and not same_tokenizer(examples.tokenizer, tokenizer):
+        raise UserError(f'{data} was not prepared with the tokenizer of {run.data}, {tokenizer}')
     return len(examples)
 
 
@@ -301,14 +301,15 @@ def pseudo_answers(teacher, name, run, out):
         return out
     examples, progress = Examples(name, run.data_dir, 'train'), Path(f'{out}.partial/progress.json')
     state = read_json(progress) if progress.is_file() else dict(counts=fresh_counts(), read=0)
-    ours, theirs = load_tokenizer(examples.tokenizer), load_tokenizer(tokenizer_of_model(teacher))
+    tokenizer = load_tokenizer(examples.tokenizer)
+    speaks = load_tokenizer(tokenizer_of_model(teacher))  # the teacher's vocabulary
     numbers = range(state['read'], 8 if run.toy else len(examples))
-    texts = [ours.decode(examples.prompt(i, 2**31).tolist()) for i in numbers]
+    texts = [tokenizer.decode(examples.prompt(i, 2**31).tolist()) for i in numbers]
     model = load(teacher, choose_device(run.device)).eval()
     options = Preparation(name, tokenizer=examples.tokenizer, prompt='plain')
 
     def batches():
-        answered = zip(texts, answer_texts(model, theirs, [*map(theirs.encode, texts)]))
+        answered = zip(texts, answer_texts(model, speaks, [*map(speaks.encode, texts)]))
         for i, (text, said) in enumerate(answered, state['read'] + 1):
             said = said or '?' * run.toy  # a model that was hardly trained may say nothing
             record = dict(prompt=text.removesuffix('\n'), completion=said)
