@@ -183,7 +183,7 @@ def add_noise(weight, source, noise, generator):
 
 # The roles of a weight's rows and columns, which choose their Axis in `axes_between`: `write` is
 # the residual stream as layers write it, `read` the same after a norm, `from query` and `from mlp`
-# read what `query` and `mlp` compute; None does not grow. A bias has the role of its weight's rows.
+# read what `query` and `mlp` make; None does not grow. A bias has its rows' role, a norm's `shift`.
 ROLES = {
     'wte': ('vocab', 'write'),
     'wpe': (None, 'write'),

@@ -92,8 +92,8 @@ def let_objective(teacher, alignment, tokenizers=None, padded=False):
             h_M, h_T = h_M[covered], h_T[covered]
         l_proj = alignment_loss(h_M, h_T, alignment.kind)  # Eq. 4
         with torch.no_grad():
-            cos = l_proj if alignment.kind == 'cosine' else alignment_loss(h_M, h_T)
-            scalars = dict(data_loss=output.loss, alignment_loss=l_proj, similarity=-cos)
+            minus_cos = l_proj if alignment.kind == 'cosine' else alignment_loss(h_M, h_T)
+            scalars = dict(data_loss=output.loss, alignment_loss=l_proj, similarity=-minus_cos)
             scalars['constant_similarity'] = constant_similarity(h_T)
         return output.loss + lam * l_proj, output.count, scalars
 
@@ -184,8 +184,8 @@ def constant_similarity(teacher_hidden):
 
 def teacher_states(teacher, x, layer=0, tokenizers=None):
     """
-    Run a GPT on ids x (B, T) int64: (hidden states (B, T, D') after `layer`, from 1, 0: the last,
-    before the final norm; covered (B, T) bool, True where a position has one, or None if all do).
+    Run a GPT on ids x (B, T) int64. Returns its states (B, T, D') after `layer` (from 1; 0: the
+    last), before the final norm, and where a position has one: (B, T) bool, or None for all.
     tokenizers: names, (x's, the teacher's), if they differ; the text is then re-tokenised for the
     teacher, on the CPU. A teacher with a shorter context reads x in windows or, if re-tokenised,
     only the beginning of each text.
@@ -250,7 +250,7 @@ def teacher_flops(params, s_stop=1.0):
 def teach(stage, kind, teacher, objective, params, settings):
     """
     Set the objective of a stage and the compute of its teacher. kind, teacher, settings: names of
-    the objective and the teacher, and hyperparameters, for the report; params: the teacher's
+    the objective and the teacher, and knobs, which identify the stage; params: the teacher's
     weights that are used, at 2 FLOPs each per token of the target; 0: unknown, not counted.
     """
     stage.objective = objective
