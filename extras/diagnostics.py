@@ -3,7 +3,7 @@ Why reuse saturates (Liew and Kato, sections 5.1 and 5.3, Appendices E.4 and E.5
 parameter norms in training and the curvature around trained weights, and a toy model in which the
 exponent falls with log D1.
 
-    python scaling.py diagnose out/scaling_tiny/48x2-* --data=pycode
+    python scaling.py diagnose out/scaling_tiny/48x2-*-stk2-262k
     python scaling.py toy
 
 The paper finds that gradient norms in the second stage grow with D1; parameter norms, the variance

@@ -52,7 +52,12 @@ def workplace(data_dir, tmp_path_factory):
     (folder / 'data').symlink_to(data_dir)
     shape = dict(vocab_size=257, block_size=128)
     stages = [f'progressive_tiny/{size}' for size in ('32x2', '48x2', '64x2', '64x4')]
-    stages += ['col_tiny/64x2', 'col_tiny/64x4', 'scaling_tiny/48x2-66k', 'let_tiny/teacher']
+    stages += [
+        'col_tiny/64x2',
+        'col_tiny/64x4',
+        'scaling_tiny/48x2-66k-stk2-262k',
+        'let_tiny/teacher',
+    ]
     for number, name in enumerate(stages):
         stage, size = folder / 'out' / name, (re.findall(r'\d+x\d', name) or ['32x2'])[0]
         GPT(GPTConfig.named(size, **shape)).save(stage, 'bytes')
