@@ -210,7 +210,9 @@ def inherit(reference, n_layer, parts=PARTS, layers=None, rescale=False):
 
 
 def half_width_config(config):
-    """The GPTConfig with all layers and half the heads and widths. UserError for a single head."""
+    """
+    The GPTConfig with all layers and half the heads and widths. Raises UserError for a single head.
+    """
     n_head, n_kv_head = config.n_head // 2, max(1, config.n_kv_head // 2)
     width, mlp = (size * n_head // config.n_head for size in (config.n_embd, config.n_mlp))
     return replace(config, n_head=n_head, n_kv_head=n_kv_head, n_embd=width, n_mlp=mlp)
@@ -540,7 +542,10 @@ def draw_maps(maps, path):
 
 
 def write_child(options):
-    """Save a model of the first n layers, or of those listed, as options.child. UserError."""
+    """
+    Save a model of the first n layers, or of those listed, as options.child. Raises UserError if
+    the folder exists or the layers do not.
+    """
     layers = [layer - 1 for layer in options.layers]
     with new_folder(options.child) as unfinished:
         child = inherit(load(options.folder), options.n, layers=layers)

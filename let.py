@@ -350,7 +350,10 @@ class LET:
             yield stage
 
     def parse(self):
-        """{name of a variant: (its kind, a copy of this method with its knobs)}. UserError."""
+        """
+        {name of a variant: (its kind, a copy of this method with its knobs)}. Raises UserError for
+        unknown kinds and knobs.
+        """
         found = {}
         # configure() split at all commas: join again, and split at those not followed by KEY=
         for name in re.split(r',(?!\w+=)', ','.join(self.variants)):
