@@ -422,7 +422,7 @@ class ChainOfLearngene:
             start, wanted = starts[name], self.run.model_config(size)
             small, large, config = between(shapes, wanted)
             if name == 'single' and not fits(shapes[smallest], config):
-                raise UserError(f'{size} lies below the chain: there is no single of it')
+                raise UserError(f'{size} lies below the chain, so single cannot be expanded to it')
             several = f'-{format_si(tokens) or 0}' if len(self.recovery_tokens) > 1 else ''
             shape, passes = start.shape(shapes[top], config), self.recovery_epochs
             stage = fresh(f'{size}-{name}{several}', shape, passes * tokens)

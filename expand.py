@@ -752,7 +752,7 @@ def slices(texts, n_layer):
         assert all(1 <= first <= last <= n_layer for first, last in spans)
     except (ValueError, AssertionError):
         where = f'--layers={",".join(texts)}'
-        raise UserError(f'{where}: FIRST-LAST,FIRST-LAST of {n_layer} layers') from None
+        raise UserError(f'{where}: expected FIRST-LAST,FIRST-LAST within 1-{n_layer}') from None
     return [layer for first, last in spans for layer in range(first - 1, last)]
 
 

@@ -461,7 +461,7 @@ def read_config(folder):
         return GPTConfig(**read_fields(folder))
     except FileNotFoundError:
         raise UserError(
-            f'{folder} holds no model (no config.json); of a run, name a stage'
+            f'{folder} holds no model (no config.json); of a run, give one stage'
         ) from None
     except UserError as error:
         raise UserError(f'{folder}: {error}') from None

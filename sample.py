@@ -75,7 +75,9 @@ def speculate(model, draft, idx, max_new_tokens, draft_tokens=8, sampling=AS_IT_
     start, goal, rows = idx.shape[1], idx.shape[1] + max_new_tokens, draft.config.vocab_size
     longest = min(model.config.block_size, draft.config.block_size)
     if goal > longest:
-        raise UserError(f'{goal} tokens do not fit the context of {longest}: --max_new_tokens')
+        raise UserError(
+            f'{goal} tokens do not fit the context of {longest}: reduce --max_new_tokens'
+        )
     # heads of one tokenizer may be padded differently: the draft proposes no id beyond its own
     more = model.config.vocab_size - rows
     reading, drafting = Decoding(model, 1, goal), Decoding(draft, 1, goal)

@@ -460,7 +460,7 @@ def advise(fits, N, D1, budget):
     """
     choices, records = choices_for(fits, N, D1), []
     if not choices:
-        raise UserError(f'no law is of N = {N:,.0f}, which is without embeddings')
+        raise UserError(f'no law covers N = {N:,.0f} (parameters without embeddings)')
     tokens = [budget / (6 * choice.trained) for choice in choices]
     losses = np.array([choice.losses(D2)[:, 0] for choice, D2 in zip(choices, tokens)])
     for i in losses[:, 0].argsort():
@@ -797,7 +797,7 @@ class Sweep:
         if 'replay' in self.variants and not self.second_data:
             raise UserError('replay needs another corpus to continue on: --second_data=NAME')
         if run.warmup < 1:
-            raise UserError(f'in a sweep warmup counts steps, equal for all runs: {run.warmup:g}')
+            raise UserError(f'in a sweep warmup is a number of steps, not {run.warmup:g}')
         lengths, n = (self.first, self.second, self.scratch), 2 if run.toy else None
         first, second, scratch = ({part * self.longest for part in some[:n]} for some in lengths)
         bases = yield from family(self.start(run), first, run)

@@ -427,7 +427,7 @@ def count_steps(knobs, stage):
         return 0
     steps = stage.tokens / (knobs.batch_size * knobs.block_size)
     if steps > 1e12:
-        raise UserError(f'{stage.name}: {steps:.3g} steps would never end: fewer --tokens')
+        raise UserError(f'{stage.name}: {steps:.3g} steps would never end: reduce --tokens')
     return max(1, math.ceil(steps - 1e-9))  # 1e-9: a rounding error must not add a step
 
 

@@ -42,7 +42,7 @@ def write_atomically(path, text):
     try:
         content = text.encode('utf-8')
     except UnicodeEncodeError as error:
-        raise UserError(f'{path} cannot hold what is not Unicode: {error}') from None
+        raise UserError(f'{path} cannot hold text that is not Unicode: {error}') from None
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return

@@ -2,7 +2,7 @@
 A stand-in for the Hugging Face hub on loopback: the few routes that huggingface_hub and datasets
 ask for, over a folder of repositories. Names decide what goes wrong: a repository called `gated`
 answers 401; of one called `broken`, or a file so named, every large answer breaks off in its middle
-until `mended`.
+until `repaired`.
 
     with StandInHub(folder) as hub: run a command with **hub.environment
     folder/models/OWNER/NAME/...  folder/datasets/OWNER/NAME/...
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             body, status = body[int(first) : int(last) + 1 if last else None], 206
             more = dict(Content_Range=f'bytes {first}-{int(first) + len(body) - 1}/{total}')
         more |= dict(Content_Length=str(len(body)), ETag=f'"{etag}"', Accept_Ranges='bytes')
-        if 'broken' in name + path.name and not self.server.mended and len(body) > 2000:
+        if 'broken' in name + path.name and not self.server.repaired and len(body) > 2000:
             body, self.close_connection = body[: len(body) // 2], True
         return self.send(status, body, **more)
 
@@ -105,7 +105,7 @@ class StandInHub(ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(('127.0.0.1', 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.folder, self.requests, self.mended = folder, [], False
+        self.folder, self.requests, self.repaired = folder, [], False
         self.environment = dict(  # of a process that asks the stand-in and nobody else
             HF_ENDPOINT=f'http://127.0.0.1:{self.server_port}',
             HF_HOME=str(folder / 'cache'),

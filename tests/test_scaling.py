@@ -225,7 +225,7 @@ def test_from_a_file_to_a_report_and_advice(tmp_path, monkeypatch):
     line = f'scaling.py advise {path} --bootstrap=2 --base_params'
     out = succeeds(f'{line}={SIZE} --base_tokens=4e9 --budget=1e19')
     assert '| stk2 ' in out and '197M' in out and '| start over ' in out
-    refuses(f'{line}=1000', 'no law is of N = 1,000')
+    refuses(f'{line}=1000', 'no law covers N = 1,000')
 
 
 HEAD = 'method,N,D1,D2,seed,loss\n'

@@ -76,7 +76,7 @@ def test_a_corpus_whose_server_stops_is_continued(tmp_path):
                 assert process.returncode == 2 and 'the same command continues' in process.stderr
                 progress = json.loads((made.with_suffix('.partial') / 'progress.json').read_text())
                 assert progress['counts']['train']['documents'] > 200
-                hub.mended = True
+                hub.repaired = True
                 process = prepare(hub, 'pile')
         assert '1 rows cannot be used and are left out' in process.stdout, process.stderr
         outcomes.append([np.fromfile(made / f'{s}.bin', np.uint16) for s in ('train', 'val')])
