@@ -224,7 +224,7 @@ def test_seeds_are_runs_of_all_that_is_not_shared(data_dir, tmp_path):
         ('--method=col --sft_data=pydocs', 'is a set of text'),
         ('--method=sweep --reuse=stk3', 'reuse must be a list, .* of one of cpt, exp, stk2, stk4'),
         ('--method=sweep --variants=replay', '--second_data=NAME'),
-        ('--method=sweep --warmup=0.01', 'warmup counts steps'),
+        ('--method=sweep --warmup=0.01', 'warmup is a number of steps'),
         ('--method=sweep --first=0', 'first must be'),
         ('--method=posttrain --models=a/16x1,a/16x1', 'needs different --models'),
     ],
