@@ -143,7 +143,11 @@ def equal_norm(d, D, norm):
 
 
 class Width(NamedTuple):
-    """A width operator: how the residual stream is copied, and how a tensor grows."""
+    """
+    A width operator: how the residual stream is copied, and how a tensor grows. Tensors come in
+    float32 or wider; gains and biases are (rows,), with columns None. Where the columns of a weight
+    read copies, their factor is 1 / copies(source). train.py seeds torch before it grows a model.
+    """
 
     residual: Callable  # (d, D, norm: rms or layer) -> the residual stream's Axis
     tensor: Callable  # (old, rows: Axis or None, columns, the layer above's or None) -> new tensor

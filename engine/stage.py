@@ -9,6 +9,12 @@ attributes of a method:
     corpora              names of corpora that its stages read in addition to the run's
     toy_corpora          {knob: corpus that a toy run reads instead}
     reads_corpora        False if its stages do not read the run's corpora
+
+An objective is a function (model, x, y, Progress) -> (loss, count, scalars). x and y are (B, T)
+int64, y -100 where nothing is learned. The loss is a scalar tensor, a mean over `count` terms:
+targets that are not -100, or pairs. scalars, {name: scalar tensor}, are logged as means over them.
+model(x, y) has the loss, but no logits; model(x).logits, (B, T, V), take more memory than the
+automatic micro-batch reckons with. val_loss is the plain cross entropy, whatever the objective.
 """
 
 import math
@@ -46,8 +52,9 @@ class Stage:
     also: tuple['Result', ...] = ()  # others whose compute counts: a second parent, a teacher
     begin: int | None = None  # position in the data order, in tokens; None: the parent's
     knobs: dict = field(default_factory=dict)  # general knobs that differ from the run's
-    objective: Callable | None = None  # (model, x, y, Progress) -> (loss, count, scalars)
-    teaching: dict = field(default_factory=dict)  # the objective's name and settings, as data
+    objective: Callable | None = None  # see above; None: next_token
+    teaching: dict = field(default_factory=dict)  # {'objective': its name, settings ...}: part of
+    # what identifies the stage; 'teacher_params', if any, counts in the estimate of GPU memory
     more_flops: Callable | None = None  # (Progress, tokens per step) -> FLOPs so far beyond 6 X T
     source: Callable | None = None  # knobs -> data.loader.Source; None: the run's corpora
     tokenizer: str = ''  # folder or hub name of the model whose tokenizer is saved; '': the data's
