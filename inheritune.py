@@ -422,8 +422,7 @@ class Inheritune:
             costs = mean(r.flops for r in runs), mean(r.total_flops for r in runs)
             record |= zip(('N', 'own FLOPs', 'with all ancestors'), (runs[0].n_params, *costs))
         against = [compare_variants(results, name) for name in finals]
-        shown = ['reference', *finals]
-        panels = attention_panels({name: groups[name] for name in shown})
+        panels = attention_panels({name: groups[name] for name in ('reference', *finals)})
         convergence = curve_panels(groups)  # Figures 3, 5 to 8
         pictures = [('losses.png', convergence), ('lazy.png', panels[:3])]
         return [*verdicts, records, *against, *pictures, ('gradients.png', panels[3:])]

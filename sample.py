@@ -209,6 +209,8 @@ class Options:
 def main(argv):
     """Command line: print continuations and times; with a draft model, its acceptance rate, too."""
     options, _, _ = configure(argv, Options, program='sample.py')
+    if options.chat and options.prompt:
+        raise UserError('--prompt is a text to continue; with --chat, type at the terminal')
     device = choose_device(options.device)
     model = load(options.model, device).eval()
     set_threads(device, model.config, 1)
@@ -220,8 +222,6 @@ def main(argv):
     sampling = Sampling(options.temperature, options.top_k, options.top_p, stop)
     torch.manual_seed(options.seed)
     if options.chat:
-        if options.prompt:
-            raise UserError('--prompt is a text to continue; with --chat, type at the terminal')
         return converse(model, tokenizer, options, sampling)
     ids = [int(i) for i in tokenizer.encode(options.prompt)] or [tokenizer.end]
     prompts = torch.tensor([ids], device=device).repeat(options.samples, 1)

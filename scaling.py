@@ -563,9 +563,9 @@ def power_panels(fitted):
     panels, (log_D1, *found) = [], np.array(alone).T
     D1 = np.exp(log_D1)
     for values, name in zip(found, ('exponent of D2 (-alpha)', 'log of its factor A')):
-        points = Line(D1, values, 'each D1 alone (Eq. 2)', 'o', 'C0')
+        points = Line(D1, values, 'each D1 alone (Eq. 2)', 'o')
         straight = np.polyval(np.polyfit(log_D1, values, 1), log_D1)
-        line = Line(D1, straight, 'a line in log D1 (Eq. 3)', '--', 'C1')
+        line = Line(D1, straight, 'a line in log D1 (Eq. 3)', '--')
         panels.append(Panel('D1 (tokens)', name, [points, line], log='x'))
     return panels
 

@@ -164,13 +164,15 @@ def draw_panels(panels, path):
     from matplotlib import colormaps  # imported here, as it takes a second
     from matplotlib.figure import Figure
 
-    columns, rows, numbers = min(2, len(panels)), math.ceil(len(panels) / 2), {}
+    columns, rows, order = min(2, len(panels)), math.ceil(len(panels) / 2), {}
     figure = Figure((5.5 * columns, 4.5 * rows), layout='tight')
     for place, panel in enumerate(panels, 1):
         ax = figure.add_subplot(rows, columns, place)
         for line in panel.lines:
-            number = numbers.setdefault(line.label, len(numbers))
-            color = line.color or colormaps['tab20'](2 * number % 19)  # dark before light
+            # by label, the same in every panel; steps of two take the dark colours first
+            color = line.color or colormaps['tab20'](
+                2 * order.setdefault(line.label, len(order)) % 19
+            )
             ax.plot(line.x, line.y, line.style, label=line.label, color=color)
             if line.band is not None:
                 ends = line.y - line.band, line.y + line.band
@@ -262,8 +264,7 @@ def training_curve(result, points=80):
 
 def loss_panel(results):
     """Training loss against cumulative FLOPs, a line per stage, a dot at its validation loss."""
-    ylabel = 'training loss (nats per token; dots: validation)'
-    panel = Panel('cumulative training FLOPs', ylabel)
+    panel = Panel('cumulative training FLOPs', 'training loss (nats per token; dots: validation)')
     sizes = list(dict.fromkeys(r.labels.get('size', r.name) for r in results))
     for r in results:  # one colour per size; its independent baseline is dashed
         color = f'C{sizes.index(r.labels.get("size", r.name)) % 10}'

@@ -302,14 +302,15 @@ def pseudo_answers(teacher, name, run, out):
     examples, progress = Examples(name, run.data_dir, 'train'), Path(f'{out}.partial/progress.json')
     state = read_json(progress) if progress.is_file() else dict(counts=fresh_counts(), read=0)
     tokenizer = load_tokenizer(examples.tokenizer)
-    speaks = load_tokenizer(tokenizer_of_model(teacher))  # the teacher's vocabulary
+    teacher_tokenizer = load_tokenizer(tokenizer_of_model(teacher))
     numbers = range(state['read'], 8 if run.toy else len(examples))
     texts = [tokenizer.decode(examples.prompt(i, 2**31).tolist()) for i in numbers]
+    prompts = [*map(teacher_tokenizer.encode, texts)]
     model = load(teacher, choose_device(run.device)).eval()
     options = Preparation(name, tokenizer=examples.tokenizer, prompt='plain')
 
     def batches():
-        answered = zip(texts, answer_texts(model, speaks, [*map(speaks.encode, texts)]))
+        answered = zip(texts, answer_texts(model, teacher_tokenizer, prompts))
         for i, (text, said) in enumerate(answered, state['read'] + 1):
             said = said or '?' * run.toy  # a model that was hardly trained may say nothing
             record = dict(prompt=text.removesuffix('\n'), completion=said)

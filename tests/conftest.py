@@ -19,9 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    'HF_HUB_OFFLINE', '1'
-)  # before anything imports the hub client: no test needs a network
+# before anything imports the hub client: no test needs a network
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
